@@ -1,0 +1,58 @@
+# Two commands matter to a newcomer: `make run` and `make test`.
+# Both bring what they need (uv, then the locked dependencies) and need only Python 3 and make.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format generate lock clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV_HOME := .tools/uv
+# A uv on the PATH is used as it is; otherwise one is installed into .tools/.
+UV := $(shell command -v uv 2>/dev/null || echo $(UV_HOME)/bin/uv)
+STAMP := $(VENV)/.installed
+
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Set up .venv with everything, so that .venv/bin/postrider runs
+
+$(UV_HOME)/bin/uv:
+	@echo "==> installing uv into .tools/ (a few seconds)"
+	@python3 -m venv $(UV_HOME) 2>/dev/null && $(UV_HOME)/bin/pip install --quiet uv \
+	  || { rm -rf $(UV_HOME); python3 -m pip install --quiet --prefix $(CURDIR)/$(UV_HOME) uv; } \
+	  || { rm -rf $(UV_HOME); \
+	       echo "postrider: could not install uv: give Python its venv or pip module (Debian: apt-get install python3-venv), or put uv on the PATH" >&2; exit 1; }
+
+# The dev group is not part of the package's metadata, so the lock is exported from both.
+$(STAMP): requirements.lock pyproject.toml | $(filter $(UV_HOME)/bin/uv,$(UV))
+	@echo "==> creating $(VENV) and installing the locked dependencies (about a minute the first time)"
+	@$(UV) venv --quiet --allow-existing $(VENV)
+	@$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+run: install ## Start everything on this machine and deliver a first webhook
+	@exec $(BIN)/postrider run
+
+test: install ## Lint, types, import contracts, protos, generated code, and every test
+	@BIN=$(BIN) ./tools/check
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install ## The static half of `make test`
+	@BIN=$(BIN) ./tools/check
+
+format: install ## Format Python and protobuf sources
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/buf format --write
+
+generate: install ## Regenerate generated/ from protos/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate
+
+lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml
+	@$(UV) pip compile --quiet --universal --python-version 3.12 --all-extras --group dev \
+	  --generate-hashes --no-emit-index-url --no-header --output-file requirements.lock pyproject.toml
+
+clean: ## Remove the environment and every cache (not .postrider, the local data)
+	@rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What the server and the delivery engine share; imports neither of them, nor any transport."""

@@ -1,0 +1,118 @@
+"""Settings that more than one process reads, in blocks; each process adds its own block beside it.
+
+Every setting is an environment variable `WEBHOOK_` + the field's name in capitals. Blocks are
+frozen, built once in `cli`, and passed down; nothing else reads the environment. Durations carry
+their unit in the name. `Field(description=…)` is the text of docs/settings.md and of the errors.
+"""
+
+from collections.abc import Callable
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENV_PREFIX = "WEBHOOK_"
+
+
+def _comma_separated(parse: Callable[[str], Any] = str) -> BeforeValidator:
+    def split(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return tuple(parse(part.strip()) for part in value.split(",") if part.strip())
+
+    return BeforeValidator(split)
+
+
+def _parse_port_range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    ports = (int(low), int(high or low))
+    if not 1 <= ports[0] <= ports[1] <= 65535:
+        raise ValueError(f"{text!r} is not a port or a range of ports such as 8000-8999")
+    return ports
+
+
+Network = IPv4Network | IPv6Network
+Networks = Annotated[tuple[Network, ...], NoDecode, _comma_separated(ip_network)]
+PortRanges = Annotated[tuple[tuple[int, int], ...], NoDecode, _comma_separated(_parse_port_range)]
+Seconds = Annotated[float, Field(gt=0)]
+SecondsList = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=86_400)], ...], NoDecode, _comma_separated(float)
+]
+
+
+class Block(BaseSettings):
+    """Base of the settings blocks: from the environment, frozen, values masked where secret."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
+
+
+class DatabaseSettings(Block):
+    """Where PostgreSQL is, and how long we are willing to wait for it."""
+
+    database_url: SecretStr = Field(
+        description="PostgreSQL 15 or newer, as postgresql://user:password@host:5432/database. "
+        "`postrider run` and `demo` start their own when it is not set."
+    )
+    database_pool_size: int = Field(
+        10, ge=2, le=200, description="connections one process may hold"
+    )
+    database_connect_timeout_seconds: Seconds = Field(
+        5.0, description="how long to wait for a connection before a call is refused"
+    )
+    database_statement_timeout_seconds: Seconds = Field(
+        10.0, description="after which PostgreSQL itself cancels a statement"
+    )
+
+
+class EncryptionSettings(Block):
+    """The keys that encrypt signing secrets at rest (AES-256-GCM)."""
+
+    encryption_keys: SecretStr | None = Field(
+        None,
+        description="comma-separated `id:key` pairs, each key 32 bytes in base64; the first encrypts, "
+        "all decrypt. Make one with `postrider encryption-key`.",
+    )
+    encryption_keys_file: Path | None = Field(
+        None, description="a file that holds the same, for secrets mounted by a secret manager"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EncryptionSettings":
+        if (self.encryption_keys is None) == (self.encryption_keys_file is None):
+            raise ValueError(
+                "set exactly one of WEBHOOK_ENCRYPTION_KEYS and WEBHOOK_ENCRYPTION_KEYS_FILE "
+                "(`postrider encryption-key` prints a new key)"
+            )
+        return self
+
+
+class EgressSettings(Block):
+    """Which receivers may be dialled at all."""
+
+    allowed_cidrs: Networks = Field(
+        (),
+        description="comma-separated CIDRs that are dialled although they are private or loopback; "
+        "for development, logged as a warning at every start",
+    )
+    allowed_ports: PortRanges = Field(
+        ((443, 443), (8443, 8443)),
+        description="comma-separated ports, or ranges as 8000-8999, that a webhook URL may name",
+    )
+    ca_file: Path | None = Field(
+        None,
+        description="PEM file of certificate authorities to trust beside the system's "
+        "when calling receivers",
+    )
+
+
+class LogSettings(Block):
+    """What is logged and how it looks."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the least important level that is written"
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json, text, or auto: text on a terminal and json elsewhere"
+    )

@@ -1,0 +1,57 @@
+"""Settings of the delivery engine alone."""
+
+from pydantic import Field, model_validator
+
+from core.config import Block, Seconds, SecondsList
+
+
+class DeliverySettings(Block):
+    """Deadlines, retries, leases and the bounds of what is in flight."""
+
+    delivery_timeout_seconds: float = Field(
+        30.0, gt=0, le=30, description="total time of one attempt, from DNS to the status line"
+    )
+    max_retries: int = Field(
+        3, ge=0, le=20, description="attempts after the first before a delivery has failed"
+    )
+    retry_schedule_seconds: SecondsList = Field(
+        (1.0, 10.0, 60.0),
+        min_length=1,
+        description="comma-separated waits before each retry, up to a fifth longer by jitter; the last "
+        "repeats when there are more retries than waits",
+    )
+    max_consecutive_failures: int = Field(
+        10, ge=1, description="failed deliveries in a row after which a webhook config goes inactive"
+    )
+    lease_seconds: Seconds = Field(
+        75.0,
+        description="how long an engine owns a claimed delivery; at least twice the delivery timeout, "
+        "and what a crash costs before the delivery is sent again",
+    )
+    max_in_flight: int = Field(
+        500, ge=1, le=10_000, description="attempts one engine process has open at once"
+    )
+    max_in_flight_per_webhook: int = Field(
+        32, ge=1, description="of these, attempts to one webhook config; what exceeds it is parked"
+    )
+    claim_batch: int = Field(
+        200, ge=1, le=1000, description="most deliveries claimed in one statement"
+    )
+    ready_limit: int = Field(
+        256, ge=1, description="due deliveries one webhook config may have ready; the rest stay parked"
+    )
+    poll_seconds: Seconds = Field(
+        1.0, le=1.0, description="longest wait between looks at the queue when no hint arrives"
+    )
+    delivery_drain_seconds: Seconds = Field(
+        35.0, description="how long attempts in flight may finish after SIGTERM"
+    )
+
+    @model_validator(mode="after")
+    def _lease_outlives_attempt(self) -> "DeliverySettings":
+        if self.lease_seconds < 2 * self.delivery_timeout_seconds:
+            raise ValueError(
+                "WEBHOOK_LEASE_SECONDS must be at least twice WEBHOOK_DELIVERY_TIMEOUT_SECONDS: a lease "
+                "that ends during an attempt sends the webhook twice"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The gRPC process: accepts events and serves webhook configs, deliveries and the admin calls."""
