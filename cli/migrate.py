@@ -1,0 +1,80 @@
+"""Running and checking migrations, for `postrider migrate` and for every process at its start."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.exc import DBAPIError
+
+import migrations
+from core.config import DatabaseSettings
+from core.db import CONNECTION_ERRORS, Pool, connect_arguments
+from core.errors import ConfigurationError, Unavailable
+
+_SCRIPTS = Path(next(iter(migrations.__path__)))
+
+
+def migrate(
+    settings: DatabaseSettings,
+    *,
+    down_to: str | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Bring the schema to this release's revision, or back down to `down_to` (a revision, or "base").
+
+    Runs its own event loop. Each step is announced; a step that fails leaves nothing of itself.
+    """
+
+    def on_version_apply(*, step: Any, **_: Any) -> None:
+        verb = "applied" if step.is_upgrade else "undid"
+        announce(f"{verb} {step.up_revision_id}")
+
+    config = _config()
+    config.attributes["connect_arguments"] = connect_arguments(settings, "postrider-migrate")
+    config.attributes["on_version_apply"] = on_version_apply
+    try:
+        if down_to is None:
+            command.upgrade(config, "head")
+        else:
+            command.downgrade(config, down_to)
+    except CommandError as error:
+        raise ConfigurationError(f"cannot migrate: {error}") from None
+    except DBAPIError as error:
+        raise ConfigurationError(f"the migration failed and was rolled back: {error.orig}") from error
+    except CONNECTION_ERRORS as error:
+        raise Unavailable(
+            "the database cannot be reached; check WEBHOOK_DATABASE_URL and that PostgreSQL runs "
+            f"({type(error).__name__}: {error})",
+            reason="DATABASE_UNAVAILABLE",
+        ) from error
+
+
+def head() -> str:
+    """The newest revision this release knows."""
+    return ScriptDirectory.from_config(_config()).get_current_head() or ""
+
+
+async def require_schema(pool: Pool) -> None:
+    """ConfigurationError when the database is behind this release.
+
+    A schema that is newer is fine: migrations are made to be safe beside the previous release.
+    """
+    table = await pool.fetchval("SELECT to_regclass('alembic_version')")
+    found = await pool.fetchval("SELECT version_num FROM alembic_version") if table else None
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if found is None or (found in known and found != head()):
+        raise ConfigurationError(
+            f"the database schema is at {found or 'nothing'}, this release needs {head()}: "
+            "run `postrider migrate` first"
+        )
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS))
+    config.set_main_option("path_separator", "os")
+    return config

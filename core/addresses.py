@@ -1,0 +1,156 @@
+"""Which addresses may be dialled: pure, asked for every literal, DNS answer and socket.
+
+The table is our own. `ipaddress.is_global` says yes to NAT64 and IPv4-compatible forms of loopback,
+to multicast and to cloud hosts, and its answers change with the Python version. Whatever no row
+calls public is refused.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+class AddressClass(StrEnum):
+    """What an address is for; only PUBLIC ones are dialled unasked."""
+
+    PUBLIC = "public"
+    UNSPECIFIED = "unspecified"
+    LOOPBACK = "loopback"
+    PRIVATE = "private"
+    LINK_LOCAL = "link_local"
+    SHARED = "shared"
+    METADATA = "metadata"
+    MULTICAST = "multicast"
+    BENCHMARKING = "benchmarking"
+    DOCUMENTATION = "documentation"
+    MAPPED = "mapped"
+    TRANSITION = "transition"
+    INFRASTRUCTURE = "infrastructure"
+    RESERVED = "reserved"
+
+
+# The longest prefix wins, so a row may carve an exception out of a wider one.
+_NETWORKS: dict[AddressClass, tuple[str, ...]] = {
+    # IPv6 is the other way round from IPv4: only what is handed out today is public, so that
+    # ranges nobody has thought of yet are refused.
+    AddressClass.PUBLIC: ("0.0.0.0/0", "2000::/3"),
+    # On Linux, connecting to 0.0.0.0 or :: reaches the machine itself.
+    AddressClass.UNSPECIFIED: ("0.0.0.0/8", "::/128"),
+    AddressClass.LOOPBACK: ("127.0.0.0/8", "::1/128"),
+    AddressClass.PRIVATE: (
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "fc00::/7",
+        "fec0::/10",  # site-local: deprecated, still routed inside some networks
+    ),
+    AddressClass.LINK_LOCAL: ("169.254.0.0/16", "fe80::/10"),
+    AddressClass.SHARED: ("100.64.0.0/10",),
+    # Where clouds hand credentials to whoever asks. 168.63.129.16 is a public address by every
+    # registry, and served by the host to its own guests.
+    AddressClass.METADATA: (
+        "100.100.100.200/32",
+        "168.63.129.16/32",
+        "169.254.0.23/32",
+        "169.254.42.42/32",
+        "169.254.169.254/32",
+        "169.254.170.2/32",
+        "169.254.170.23/32",
+        "192.0.0.192/32",
+        "fd00:42::42/128",
+        "fd00:ec2::23/128",
+        "fd00:ec2::253/128",
+        "fd00:ec2::254/128",
+        "fd20:ce::254/128",
+        "fe80::a9fe:a9fe/128",
+    ),
+    AddressClass.MULTICAST: ("224.0.0.0/4", "ff00::/8"),
+    AddressClass.BENCHMARKING: ("198.18.0.0/15", "2001:2::/48"),
+    AddressClass.DOCUMENTATION: (
+        "192.0.2.0/24",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "2001:db8::/32",
+        "3fff::/20",
+    ),
+    AddressClass.MAPPED: ("::ffff:0:0/96",),
+    # An IPv4 address inside an IPv6 one: compatible, SIIT, NAT64 (both), Teredo, 6to4.
+    # No receiver needs these forms, and unwrapping them would have to be right eight times.
+    AddressClass.TRANSITION: (
+        "192.88.99.0/24",
+        "::/96",
+        "::ffff:0:0:0/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "2001::/32",
+        "2002::/16",
+    ),
+    # Globally reachable by the registry, yet anycast plumbing (AS112, AMT) that no merchant owns:
+    # the nearest instance may well be inside our own network.
+    AddressClass.INFRASTRUCTURE: (
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.175.48.0/24",
+        "2620:4f:8000::/48",
+    ),
+    AddressClass.RESERVED: ("192.0.0.0/24", "240.0.0.0/4", "::/0", "2001::/23"),
+}
+
+
+class _RangeTable[N: Network]:
+    """The networks cut into ranges that do not overlap, so that a lookup is one bisection."""
+
+    def __init__(self, rows: Iterable[tuple[N, AddressClass]]):
+        narrowest_first = sorted(rows, key=lambda row: -row[0].prefixlen)
+        edges = {int(network.network_address) for network, _ in narrowest_first}
+        edges |= {int(network.broadcast_address) + 1 for network, _ in narrowest_first}
+        self._starts = sorted(edges)
+        # The last edge is the one past the whole address space; nothing is there to classify.
+        self._classes = [
+            next(
+                kind
+                for network, kind in narrowest_first
+                if int(network.network_address) <= start <= int(network.broadcast_address)
+            )
+            for start in self._starts[:-1]
+        ]
+
+    def classify(self, number: int) -> AddressClass:
+        return self._classes[bisect_right(self._starts, number) - 1]
+
+
+_ROWS = [(ip_network(text), kind) for kind, texts in _NETWORKS.items() for text in texts]
+_IPV4 = _RangeTable([row for row in _ROWS if isinstance(row[0], IPv4Network)])
+_IPV6 = _RangeTable([row for row in _ROWS if isinstance(row[0], IPv6Network)])
+
+
+def classify(address: Address) -> AddressClass:
+    """Judge an address as it is written; nothing inside it is unwrapped."""
+    return (_IPV4 if address.version == 4 else _IPV6).classify(int(address))
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPolicy:
+    """The table, and the networks an operator allows although the table refuses them."""
+
+    allowed: tuple[Network, ...] = ()
+
+    def refusal(self, address: Address) -> AddressClass | None:
+        """Say why an address must not be dialled; None when it may.
+
+        An allowed network covers addresses of its own family as they are written. An IPv4-mapped
+        address is refused whatever is allowed: the kernel dials the IPv4 address inside it, which
+        an operator who wrote an IPv6 network such as ::/0 never meant. Its plain form is judged
+        like any other.
+        """
+        kind = classify(address)
+        if kind is AddressClass.PUBLIC:
+            return None
+        if kind is not AddressClass.MAPPED and any(address in network for network in self.allowed):
+            return None
+        return kind

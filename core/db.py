@@ -1,0 +1,57 @@
+"""The one way to a PostgreSQL connection: bounded waits, our time zone, and a name an operator sees."""
+
+from typing import Any
+
+import asyncpg
+
+from core.config import DatabaseSettings
+from core.errors import ConfigurationError, Unavailable
+
+#: What a connection error can look like; everything else from asyncpg is a bug or a refusal.
+CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.exceptions.OperatorInterventionError,
+    asyncpg.exceptions.InsufficientResourcesError,
+    asyncpg.exceptions.ReadOnlySQLTransactionError,
+)
+
+Pool = asyncpg.Pool
+
+
+def connect_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:
+    """Arguments of asyncpg.connect and create_pool, shared by every connection we open."""
+    return {
+        "dsn": settings.database_url.get_secret_value(),
+        "timeout": settings.database_connect_timeout_seconds,
+        "command_timeout": settings.database_statement_timeout_seconds + 1,
+        "server_settings": {
+            "application_name": application_name,
+            "TimeZone": "UTC",
+            "statement_timeout": f"{settings.database_statement_timeout_seconds * 1000:.0f}",
+            "lock_timeout": f"{settings.database_statement_timeout_seconds * 500:.0f}",
+            "idle_in_transaction_session_timeout": "10000",
+            "synchronous_commit": "on",
+            # Every statement here is short; compiling one costs more than it saves.
+            "jit": "off",
+        },
+    }
+
+
+async def open_pool(settings: DatabaseSettings, application_name: str, size: int) -> Pool:
+    """A pool of at most `size` connections; Unavailable when the database cannot be reached."""
+    arguments = connect_arguments(settings, application_name)
+    try:
+        return await asyncpg.create_pool(**arguments, min_size=1, max_size=size)
+    except CONNECTION_ERRORS as error:
+        raise Unavailable(
+            "the database cannot be reached; check WEBHOOK_DATABASE_URL and that PostgreSQL runs "
+            f"({type(error).__name__})",
+            reason="DATABASE_UNAVAILABLE",
+        ) from error
+    except asyncpg.PostgresError as error:
+        raise ConfigurationError(f"PostgreSQL refused the connection: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"WEBHOOK_DATABASE_URL is not usable: {error}") from None

@@ -1,0 +1,60 @@
+"""The states of a delivery, the outcomes of an attempt, and which state may follow which.
+
+The words are the same in SQL, Python, protobuf, logs and docs; docs/architecture.md draws them.
+"""
+
+from enum import StrEnum
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands; the first three are rows of the queue, the others are final."""
+
+    #: In the queue, attempted when its due time comes.
+    READY = "ready"
+    #: In its webhook config's own backlog, until the config can take it.
+    PARKED = "parked"
+    #: Owned by one engine until its lease ends.
+    LEASED = "leased"
+    #: The receiver answered 2xx.
+    DELIVERED = "delivered"
+    #: Every attempt failed, or the address is one that is never called.
+    FAILED = "failed"
+    #: The webhook config was deleted first.
+    CANCELLED = "cancelled"
+
+
+OPEN_STATES = frozenset({DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED})
+
+TRANSITIONS: dict[DeliveryState, frozenset[DeliveryState]] = {
+    DeliveryState.READY: frozenset(
+        {DeliveryState.LEASED, DeliveryState.PARKED, DeliveryState.CANCELLED}
+    ),
+    DeliveryState.PARKED: frozenset({DeliveryState.READY, DeliveryState.CANCELLED}),
+    DeliveryState.LEASED: frozenset(DeliveryState) - {DeliveryState.LEASED},
+    DeliveryState.DELIVERED: frozenset(),
+    DeliveryState.FAILED: frozenset(),
+    DeliveryState.CANCELLED: frozenset(),
+}
+
+
+class Outcome(StrEnum):
+    """What came of one attempt: a closed set, so that logs, metrics and retries agree."""
+
+    SUCCEEDED = "succeeded"
+    HTTP_ERROR = "http_error"
+    TIMEOUT = "timeout"
+    DNS_ERROR = "dns_error"
+    CONNECTION_ERROR = "connection_error"
+    TLS_ERROR = "tls_error"
+    PROTOCOL_ERROR = "protocol_error"
+    #: The dialler refused the address: permanent, so it is not retried.
+    REFUSED = "refused"
+    #: A fault of ours: retried, but never counted against the webhook config.
+    INTERNAL_ERROR = "internal_error"
+
+
+class DeactivationReason(StrEnum):
+    """Why a webhook config is not active."""
+
+    PAUSED = "paused"
+    FAILURES = "failures"

@@ -1,0 +1,34 @@
+"""attempts: one HTTP request each; append-only, partitioned like events."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.lifecycle import Outcome
+from core.models.base import Base
+
+_OUTCOMES = ", ".join(f"'{outcome}'" for outcome in Outcome)
+
+
+class Attempt(Base):
+    """The delivery comes first in the key: attempts are read by delivery and by nothing else."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (
+        CheckConstraint("number >= 1", name="number_counted"),
+        CheckConstraint(f"outcome IN ({_OUTCOMES})", name="outcome_known"),
+        {
+            "comment": "HTTP requests made for deliveries; append-only",
+            "postgresql_partition_by": "RANGE (delivery_id)",
+        },
+    )
+
+    delivery_id: Mapped[UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, comment="1 for the first")
+    outcome: Mapped[str] = mapped_column()
+    status_code: Mapped[int | None] = mapped_column(comment="HTTP status, when there was an answer")
+    detail: Mapped[str] = mapped_column(comment="The outcome in words, for people")
+    started_at: Mapped[datetime] = mapped_column()
+    duration_us: Mapped[int] = mapped_column(comment="To the status line or the failure")

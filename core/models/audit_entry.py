@@ -1,0 +1,30 @@
+"""audit_entries: every change a caller made, written in the transaction of the change."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import ARRAY, Index, Text, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.models.base import Base
+
+
+class AuditEntry(Base):
+    __tablename__ = "audit_entries"
+    __table_args__ = (
+        Index("audit_entries_of_resource", "resource", "id"),
+        Index("audit_entries_of_actor", "actor", "id"),
+        {"comment": "Who changed what; append-only"},
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    actor: Mapped[str] = mapped_column(comment="The sub claim of the caller's token")
+    merchant_id: Mapped[str | None] = mapped_column(comment="Whose resource; null: nobody's")
+    action: Mapped[str] = mapped_column(comment="The RPC, such as UpdateWebhookConfig")
+    resource: Mapped[str] = mapped_column(comment="Id or name of what was changed")
+    result: Mapped[str] = mapped_column(comment="OK, or the reason of the refusal")
+    changed_fields: Mapped[list[str]] = mapped_column(
+        ARRAY(Text), server_default=text("'{}'"), comment="Names only, never values"
+    )
+    request_id: Mapped[str] = mapped_column(comment="The same as in the log line of the RPC")
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())

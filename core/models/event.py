@@ -1,0 +1,29 @@
+"""events: what producers published; append-only, partitioned by day through the time in the id."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import LargeBinary, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.models.base import Base
+
+
+class Event(Base):
+    """UUIDv7 ids start with their time, so ranges of ids are ranges of days, and the id stays the key."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        {
+            "comment": "Published events; append-only",
+            "postgresql_partition_by": "RANGE (id)",
+        },
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, comment="UUIDv7; seen as webhook-id")
+    merchant_id: Mapped[str] = mapped_column()
+    type: Mapped[str] = mapped_column()
+    content_type: Mapped[str] = mapped_column()
+    payload: Mapped[bytes] = mapped_column(LargeBinary, comment="Sent byte for byte")
+    delivery_count: Mapped[int] = mapped_column(comment="Webhook configs that wanted it")
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,33 @@
+"""finished_deliveries: deliveries in a final state; append-only, partitioned like events."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint, Index, func
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.models.base import Base
+
+
+class FinishedDelivery(Base):
+    __tablename__ = "finished_deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('delivered', 'failed', 'cancelled')", name="state_final"),
+        Index("finished_deliveries_of_merchant", "merchant_id", "id"),
+        Index("finished_deliveries_of_webhook", "webhook_id", "id"),
+        Index("finished_deliveries_of_event", "event_id"),
+        {
+            "comment": "Deliveries in a final state; append-only",
+            "postgresql_partition_by": "RANGE (id)",
+        },
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    state: Mapped[str] = mapped_column(comment="delivered, failed or cancelled")
+    webhook_id: Mapped[UUID] = mapped_column()
+    event_id: Mapped[UUID] = mapped_column()
+    merchant_id: Mapped[str] = mapped_column()
+    event_type: Mapped[str] = mapped_column()
+    attempt_count: Mapped[int] = mapped_column()
+    created_at: Mapped[datetime] = mapped_column()
+    finished_at: Mapped[datetime] = mapped_column(server_default=func.now())

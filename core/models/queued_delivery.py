@@ -1,0 +1,71 @@
+"""delivery_queue: the open deliveries, and nothing else."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import CheckConstraint, Index, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.models.base import Base
+
+
+class QueuedDelivery(Base):
+    """No foreign keys: a key check per row would cost more than the insert, and every writer of
+    this table is in core/queue.py."""
+
+    __tablename__ = "delivery_queue"
+    __table_args__ = (
+        CheckConstraint("state IN ('ready', 'parked', 'leased')", name="state_open"),
+        CheckConstraint(
+            "(state = 'leased') = (lease_id IS NOT NULL)"
+            " AND (lease_id IS NULL) = (lease_until IS NULL)",
+            name="lease_whole",
+        ),
+        CheckConstraint("attempt_count >= 0 AND reclaim_count >= 0", name="counts"),
+        # Claims walk this in order of due time and never see what is parked or leased.
+        Index("delivery_queue_due", "due_at", postgresql_where=text("state = 'ready'")),
+        Index("delivery_queue_lease", "lease_until", postgresql_where=text("state = 'leased'")),
+        # How full a config's ready part is; and its listing.
+        Index(
+            "delivery_queue_of_webhook",
+            "webhook_id",
+            "due_at",
+            postgresql_where=text("state <> 'parked'"),
+        ),
+        # A config's own backlog, oldest first.
+        Index(
+            "delivery_queue_parked",
+            "webhook_id",
+            "id",
+            postgresql_where=text("state = 'parked'"),
+        ),
+        {
+            "comment": "Open deliveries; a row leaves when its delivery is finished",
+            # Every row is updated once or more and then deleted: room in the page, early vacuum.
+            "postgresql_with": {
+                "fillfactor": "70",
+                "autovacuum_vacuum_scale_factor": "0.01",
+                "autovacuum_vacuum_threshold": "1000",
+                "autovacuum_vacuum_cost_delay": "1",
+            },
+        },
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    state: Mapped[str] = mapped_column(comment="ready, parked or leased")
+    due_at: Mapped[datetime] = mapped_column(
+        server_default=func.now(), comment="Not attempted before; database time"
+    )
+    lease_until: Mapped[datetime | None] = mapped_column(comment="When the lease may be taken back")
+    lease_id: Mapped[UUID | None] = mapped_column(comment="Fence: who settles must know it")
+    webhook_id: Mapped[UUID] = mapped_column()
+    event_id: Mapped[UUID] = mapped_column()
+    merchant_id: Mapped[str] = mapped_column()
+    event_type: Mapped[str] = mapped_column()
+    attempt_count: Mapped[int] = mapped_column(
+        server_default=text("0"), comment="Attempts on record"
+    )
+    reclaim_count: Mapped[int] = mapped_column(
+        server_default=text("0"), comment="Leases that ended without a result"
+    )
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())

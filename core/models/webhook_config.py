@@ -1,0 +1,57 @@
+"""webhook_configs: registered URLs with their secrets and filters."""
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import ARRAY, CheckConstraint, Double, Index, LargeBinary, Text, func, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from core.models.base import Base
+
+
+class WebhookConfig(Base):
+    """A row stays after deletion, so that its deliveries' history keeps a name."""
+
+    __tablename__ = "webhook_configs"
+    __table_args__ = (
+        CheckConstraint("merchant_id ~ '^[A-Za-z0-9_-]{1,64}$'", name="merchant_id_form"),
+        CheckConstraint("url LIKE 'https://%' AND octet_length(url) <= 2048", name="url_form"),
+        CheckConstraint("cardinality(events) BETWEEN 1 AND 100", name="events_count"),
+        CheckConstraint("active = (deactivation_reason IS NULL)", name="inactive_has_reason"),
+        CheckConstraint(
+            "deactivation_reason IN ('paused', 'failures')", name="deactivation_reason_known"
+        ),
+        CheckConstraint("consecutive_failures >= 0", name="consecutive_failures_counted"),
+        CheckConstraint("cardinality(retry_schedule_seconds) <= 20", name="retry_schedule_bounded"),
+        Index(
+            "webhook_configs_of_merchant",
+            "merchant_id",
+            "id",
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        {"comment": "Registered URLs with their secrets and event filters"},
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    merchant_id: Mapped[str] = mapped_column(comment="The merchant_id claim of the token that made it")
+    url: Mapped[str] = mapped_column(comment="Canonical form, sent exactly so")
+    events: Mapped[list[str]] = mapped_column(ARRAY(Text), comment="Event types it receives")
+    description: Mapped[str] = mapped_column(server_default="")
+    secret_ciphertext: Mapped[bytes] = mapped_column(
+        LargeBinary, comment="AES-256-GCM nonce and ciphertext; associated data is the id"
+    )
+    secret_key_id: Mapped[str] = mapped_column(comment="Which encryption key made the ciphertext")
+    active: Mapped[bool] = mapped_column(server_default=text("true"))
+    deactivation_reason: Mapped[str | None] = mapped_column(comment="Why it is not active")
+    consecutive_failures: Mapped[int] = mapped_column(
+        server_default=text("0"), comment="Failed deliveries since the last delivered one"
+    )
+    retry_schedule_seconds: Mapped[list[float]] = mapped_column(
+        ARRAY(Double), server_default=text("'{}'"), comment="Empty: the operator's schedule"
+    )
+    version: Mapped[int] = mapped_column(
+        server_default=text("1"), comment="Counts changes; the etag, and the engines' cache key"
+    )
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    deleted_at: Mapped[datetime | None] = mapped_column()

@@ -1,0 +1,397 @@
+"""The queue: every statement that moves an open delivery, side by side.
+
+Ready, parked and leased rows are one table; final states leave it. Only the database's clock
+decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an engine that
+was frozen and wakes late changes nothing. Each function takes the caller's connection and runs in
+its transaction, if it has one; docs/architecture.md draws the states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from core.ids import new_id
+from core.lifecycle import DeliveryState, Outcome
+
+#: asyncpg connection, or a pool (which runs each statement on a connection of its own).
+Connection = Any
+
+#: Channel of the hint that something became due. A hint only: engines poll as well.
+CHANNEL = "postrider_due"
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event that passed validation; `content_hash` matters only beside an idempotency key."""
+
+    id: UUID
+    merchant_id: str
+    type: str
+    content_type: str
+    payload: bytes
+    idempotency_key: str | None
+    content_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedDelivery:
+    """A claimed delivery with all an attempt needs except its webhook config."""
+
+    id: UUID
+    lease_id: UUID
+    webhook_id: UUID
+    #: Version of the config at the claim, and whether it may be called at all.
+    webhook_version: int
+    webhook_active: bool
+    webhook_deleted: bool
+    event_id: UUID
+    event_type: str
+    content_type: str
+    payload: bytes
+    attempt_count: int
+    claimed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The result of one attempt, and what follows: a final state, or a wait before the next."""
+
+    delivery_id: UUID
+    lease_id: UUID
+    outcome: Outcome
+    status_code: int | None
+    detail: str
+    started_at: datetime
+    duration_us: int
+    final_state: DeliveryState | None
+    retry_after_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a settle changed: deliveries whose lease still held, and configs it deactivated."""
+
+    delivery_ids: frozenset[UUID]
+    deactivated_webhook_ids: tuple[UUID, ...]
+
+
+# One statement per batch, whatever its size: keys, events, and a delivery per matching config.
+_ENQUEUE = """
+WITH input AS (
+    SELECT * FROM unnest(
+        $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[]
+    ) AS t(id, merchant_id, type, content_type, payload, idempotency_key, content_hash)
+), new_keys AS (
+    INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id)
+    SELECT merchant_id, idempotency_key, content_hash, id FROM input
+    WHERE idempotency_key IS NOT NULL
+    -- Two batches that share keys take them in one order, so neither waits for the other for ever.
+    ORDER BY merchant_id, idempotency_key
+    ON CONFLICT DO NOTHING
+    RETURNING event_id
+), accepted AS (
+    SELECT id, merchant_id, type, content_type, payload FROM input
+    WHERE idempotency_key IS NULL OR id IN (SELECT event_id FROM new_keys)
+), matched AS (
+    SELECT a.id AS event_id, a.merchant_id, a.type, c.id AS webhook_id, c.active
+    FROM accepted a
+    JOIN webhook_configs c
+        ON c.merchant_id = a.merchant_id AND c.deleted_at IS NULL AND a.type = ANY (c.events)
+), queued AS (
+    INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state)
+    SELECT new_uuid7(), webhook_id, event_id, merchant_id, type,
+        CASE WHEN active THEN 'ready' ELSE 'parked' END
+    FROM matched
+), counts AS (
+    SELECT event_id, count(*) AS deliveries FROM matched GROUP BY event_id
+)
+INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count)
+SELECT a.id, a.merchant_id, a.type, a.content_type, a.payload, coalesce(n.deliveries, 0)
+FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
+RETURNING id, delivery_count, created_at
+"""
+
+_CLAIM = """
+WITH due AS (
+    SELECT id FROM delivery_queue
+    WHERE state = 'ready' AND due_at <= now()
+    ORDER BY due_at
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+), leased AS (
+    UPDATE delivery_queue q
+    SET state = 'leased', lease_id = $2, lease_until = now() + $3
+    FROM due WHERE q.id = due.id
+    RETURNING q.id, q.webhook_id, q.event_id, q.event_type, q.attempt_count
+)
+SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_active,
+    c.deleted_at IS NOT NULL AS webhook_deleted, l.event_id, l.event_type, e.content_type, e.payload,
+    l.attempt_count, now() AS claimed_at
+FROM leased l
+JOIN webhook_configs c ON c.id = l.webhook_id
+JOIN events e ON e.id = l.event_id
+"""
+
+# How long until the next ready delivery is due; null when there is none.
+_NEXT_DUE = """
+SELECT extract(epoch FROM due_at - now())::float8 FROM delivery_queue
+WHERE state = 'ready' ORDER BY due_at LIMIT 1
+"""
+
+# Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
+# Only rows whose lease still holds take part in any of it.
+_SETTLE = """
+WITH input AS (
+    SELECT * FROM unnest(
+        $1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::timestamptz[], $7::int[],
+        $8::text[], $9::float8[]
+    ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
+        duration_us, final_state, retry_after, position)
+), finished AS (
+    DELETE FROM delivery_queue q USING input i
+    WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
+    RETURNING q.*, i.final_state, i.outcome, i.position
+), history AS (
+    INSERT INTO finished_deliveries
+        (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
+    SELECT id, final_state, webhook_id, event_id, merchant_id, event_type, attempt_count + 1,
+        created_at
+    FROM finished
+), rescheduled AS (
+    UPDATE delivery_queue q
+    SET state = 'ready', lease_id = NULL, lease_until = NULL, attempt_count = q.attempt_count + 1,
+        due_at = now() + i.retry_after * interval '1 second'
+    FROM input i
+    WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NULL
+    RETURNING q.id, q.attempt_count
+), settled AS (
+    SELECT id, attempt_count + 1 AS number FROM finished
+    UNION ALL
+    SELECT id, attempt_count FROM rescheduled
+), recorded AS (
+    INSERT INTO attempts
+        (delivery_id, number, outcome, status_code, detail, started_at, duration_us)
+    SELECT s.id, s.number, i.outcome, i.status_code, i.detail, i.started_at, i.duration_us
+    FROM settled s JOIN input i ON i.delivery_id = s.id
+), tally AS (
+    SELECT webhook_id, last_delivered IS NOT NULL AS delivered,
+        count(*) FILTER (
+            WHERE final_state = 'failed' AND outcome <> 'internal_error'
+            AND position > coalesce(last_delivered, 0)
+        ) AS failures
+    FROM (
+        SELECT *, max(position) FILTER (WHERE final_state = 'delivered')
+            OVER (PARTITION BY webhook_id) AS last_delivered
+        FROM finished
+    ) f
+    GROUP BY webhook_id, last_delivered
+), locked AS (
+    -- Healthy configs are not written at all; the others are locked in one order by every engine.
+    SELECT c.id,
+        CASE WHEN t.delivered THEN t.failures ELSE c.consecutive_failures + t.failures END AS failures
+    FROM webhook_configs c JOIN tally t ON t.webhook_id = c.id
+    WHERE t.failures > 0 OR (t.delivered AND c.consecutive_failures > 0)
+    ORDER BY c.id
+    FOR NO KEY UPDATE OF c
+), counted AS (
+    UPDATE webhook_configs c
+    SET consecutive_failures = l.failures,
+        active = c.active AND l.failures < $10,
+        deactivation_reason = CASE WHEN c.active AND l.failures >= $10 THEN 'failures'
+            ELSE c.deactivation_reason END,
+        version = c.version + CASE WHEN c.active AND l.failures >= $10 THEN 1 ELSE 0 END,
+        updated_at = CASE WHEN c.active AND l.failures >= $10 THEN now() ELSE c.updated_at END
+    FROM locked l WHERE c.id = l.id
+    RETURNING c.id, c.active
+)
+SELECT id, false AS deactivated FROM settled
+UNION ALL
+SELECT id, true FROM counted WHERE NOT active
+"""
+
+_PARK_WEBHOOKS = """
+UPDATE delivery_queue SET state = 'parked' WHERE webhook_id = ANY ($1) AND state = 'ready'
+"""
+
+_PARK_LEASED = """
+UPDATE delivery_queue q SET state = 'parked', lease_id = NULL, lease_until = NULL
+FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
+WHERE q.id = t.id AND q.lease_id = t.lease_id
+"""
+
+_RELEASE = """
+UPDATE delivery_queue q SET state = 'ready', lease_id = NULL, lease_until = NULL
+FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
+WHERE q.id = t.id AND q.lease_id = t.lease_id
+"""
+
+_CANCEL_WEBHOOK = """
+WITH cancelled AS (
+    DELETE FROM delivery_queue WHERE webhook_id = $1 RETURNING *
+)
+INSERT INTO finished_deliveries
+    (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
+SELECT id, 'cancelled', webhook_id, event_id, merchant_id, event_type, attempt_count, created_at
+FROM cancelled
+"""
+
+# A loose index scan: one probe per config that has a backlog, however long the backlogs are.
+_WEBHOOKS_WITH_BACKLOG = """
+WITH RECURSIVE backlog AS (
+    (SELECT webhook_id FROM delivery_queue WHERE state = 'parked' ORDER BY webhook_id LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT q.webhook_id FROM delivery_queue q
+        WHERE q.state = 'parked' AND q.webhook_id > b.webhook_id
+        ORDER BY q.webhook_id LIMIT 1
+    ) FROM backlog b WHERE b.webhook_id IS NOT NULL
+)
+SELECT webhook_id FROM backlog WHERE webhook_id IS NOT NULL
+"""
+
+# Fills a config's ready part from its own backlog once it is half empty: one by one would cost an
+# index update per settle. Let in "now", not at the old due time, so nobody else's turn is taken.
+_ADMIT = """
+WITH room AS (
+    SELECT c.id, $2 - (
+        SELECT count(*) FROM (
+            SELECT 1 FROM delivery_queue q
+            WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT $2
+        ) taken
+    ) AS places
+    FROM webhook_configs c
+    WHERE c.id = ANY ($1) AND c.active AND c.deleted_at IS NULL
+), chosen AS (
+    SELECT p.id FROM room r CROSS JOIN LATERAL (
+        SELECT q.id FROM delivery_queue q
+        WHERE q.webhook_id = r.id AND q.state = 'parked'
+        ORDER BY q.id LIMIT r.places
+        FOR UPDATE SKIP LOCKED
+    ) p
+    WHERE r.places >= ($2 + 1) / 2
+)
+UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
+FROM chosen WHERE q.id = chosen.id
+"""
+
+# The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
+_RECLAIM = """
+WITH expired AS (
+    SELECT id FROM delivery_queue
+    WHERE state = 'leased' AND lease_until < now()
+    ORDER BY lease_until
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE delivery_queue q
+SET state = 'ready', lease_id = NULL, lease_until = NULL, reclaim_count = q.reclaim_count + 1,
+    due_at = now() + (2 ^ least(q.reclaim_count, 9) - 1) * interval '1 second'
+FROM expired WHERE q.id = expired.id
+RETURNING q.id
+"""
+
+
+async def enqueue(connection: Connection, events: Sequence[NewEvent]) -> dict[UUID, tuple[int, datetime]]:
+    """Accept events: store them, a delivery per matching config, and their place in the queue.
+
+    Returns delivery count and time by event id, for those accepted; an event missing from it met
+    an idempotency key that was there before (or earlier in `events`).
+    """
+    rows = await connection.fetch(
+        _ENQUEUE,
+        [e.id for e in events],
+        [e.merchant_id for e in events],
+        [e.type for e in events],
+        [e.content_type for e in events],
+        [e.payload for e in events],
+        [e.idempotency_key for e in events],
+        [e.content_hash for e in events],
+    )
+    return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
+
+
+async def claim(connection: Connection, limit: int, lease_seconds: float) -> list[LeasedDelivery]:
+    """Take up to `limit` due deliveries under one new lease, the longest due first."""
+    lease_id = new_id()
+    rows = await connection.fetch(_CLAIM, limit, lease_id, timedelta(seconds=lease_seconds))
+    return [LeasedDelivery(lease_id=lease_id, **row) for row in rows]
+
+
+async def seconds_until_due(connection: Connection) -> float | None:
+    """Seconds until the earliest ready delivery is due (negative: overdue); None when none waits."""
+    seconds: float | None = await connection.fetchval(_NEXT_DUE)
+    return seconds
+
+
+async def settle(
+    connection: Connection, settlements: Sequence[Settlement], max_consecutive_failures: int
+) -> Settled:
+    """End leases with the results of their attempts; to be called in a transaction.
+
+    A settlement whose lease no longer holds is ignored as a whole: no attempt, no count.
+    """
+    rows = await connection.fetch(
+        _SETTLE,
+        [s.delivery_id for s in settlements],
+        [s.lease_id for s in settlements],
+        [s.outcome for s in settlements],
+        [s.status_code for s in settlements],
+        [s.detail for s in settlements],
+        [s.started_at for s in settlements],
+        [s.duration_us for s in settlements],
+        [s.final_state for s in settlements],
+        [s.retry_after_seconds for s in settlements],
+        max_consecutive_failures,
+    )
+    deactivated = tuple(row["id"] for row in rows if row["deactivated"])
+    if deactivated:
+        await park_webhooks(connection, deactivated)
+    return Settled(frozenset(row["id"] for row in rows if not row["deactivated"]), deactivated)
+
+
+async def park_webhooks(connection: Connection, webhook_ids: Sequence[UUID]) -> None:
+    """Move what these configs have ready into their backlogs."""
+    await connection.execute(_PARK_WEBHOOKS, webhook_ids)
+
+
+async def park_leased(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
+    """Give up leases into the backlogs: their configs cannot take more now."""
+    await connection.execute(_PARK_LEASED, *_fences(deliveries))
+
+
+async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
+    """Give up leases at once, for another engine; it counts neither as attempt nor as reclaim."""
+    await connection.execute(_RELEASE, *_fences(deliveries))
+
+
+async def cancel_webhook(connection: Connection, webhook_id: UUID) -> int:
+    """Finish every open delivery of a deleted config as cancelled; returns how many."""
+    tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id)
+    return int(tag.rpartition(" ")[2])
+
+
+async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
+    """The configs that have parked deliveries."""
+    return [row["webhook_id"] for row in await connection.fetch(_WEBHOOKS_WITH_BACKLOG)]
+
+
+async def admit(connection: Connection, webhook_ids: Sequence[UUID], ready_limit: int) -> int:
+    """Let parked deliveries of active configs in, up to `ready_limit` due each; returns how many."""
+    tag: str = await connection.execute(_ADMIT, webhook_ids, ready_limit)
+    return int(tag.rpartition(" ")[2])
+
+
+async def reclaim(connection: Connection, limit: int) -> list[UUID]:
+    """Return up to `limit` deliveries whose lease has ended to the queue."""
+    return [row["id"] for row in await connection.fetch(_RECLAIM, limit)]
+
+
+async def hint(connection: Connection) -> None:
+    """Tell listening engines to look; outside the transaction that enqueued."""
+    await connection.execute(f"NOTIFY {CHANNEL}")
+
+
+def _fences(deliveries: Sequence[LeasedDelivery]) -> tuple[list[UUID], list[UUID]]:
+    return [d.id for d in deliveries], [d.lease_id for d in deliveries]

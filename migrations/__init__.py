@@ -1,0 +1,1 @@
+"""Alembic migrations, run by `postrider migrate`; versions/ holds one file per change, by date."""
