@@ -24,7 +24,7 @@ def migrate(
     down_to: str | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Bring the schema to this release's revision, or back down to `down_to` (a revision, or "base").
+    """Bring the schema to this release's revision, or down to `down_to` (a revision, or "base").
 
     Runs its own event loop. Each step is announced; a step that fails leaves nothing of itself.
     """
@@ -44,7 +44,9 @@ def migrate(
     except CommandError as error:
         raise ConfigurationError(f"cannot migrate: {error}") from None
     except DBAPIError as error:
-        raise ConfigurationError(f"the migration failed and was rolled back: {error.orig}") from error
+        raise ConfigurationError(
+            f"the migration failed and was rolled back: {error.orig}"
+        ) from error
     except CONNECTION_ERRORS as error:
         raise Unavailable(
             "the database cannot be reached; check WEBHOOK_DATABASE_URL and that PostgreSQL runs "

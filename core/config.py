@@ -71,8 +71,8 @@ class EncryptionSettings(Block):
 
     encryption_keys: SecretStr | None = Field(
         None,
-        description="comma-separated `id:key` pairs, each key 32 bytes in base64; the first encrypts, "
-        "all decrypt. Make one with `postrider encryption-key`.",
+        description="comma-separated `id:key` pairs, each key 32 bytes in base64; the first "
+        "encrypts, all decrypt. Make one with `postrider encryption-key`.",
     )
     encryption_keys_file: Path | None = Field(
         None, description="a file that holds the same, for secrets mounted by a secret manager"

@@ -1,4 +1,4 @@
-"""The one way to a PostgreSQL connection: bounded waits, our time zone, and a name an operator sees."""
+"""The one way to a PostgreSQL connection: bounded waits, UTC, and a name an operator sees."""
 
 from typing import Any
 
@@ -18,7 +18,11 @@ CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
     asyncpg.exceptions.ReadOnlySQLTransactionError,
 )
 
-Pool = asyncpg.Pool
+#: After these the same statement may simply be sent again.
+RETRYABLE_ERRORS = (*CONNECTION_ERRORS, asyncpg.exceptions.TransactionRollbackError)
+
+#: asyncpg has no types of its own; what it returns is described where it is used.
+type Pool = Any
 
 
 def connect_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:

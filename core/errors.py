@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One wrong field: its path as in the request (`webhook_config.url`), and what to do about it."""
+    """One wrong field: its path as in the request (`webhook_config.url`), and what to do."""
 
     field: str
     description: str
@@ -56,7 +56,7 @@ class InvalidArgument(PostriderError):
 
 
 class Unauthenticated(PostriderError):
-    """The caller is not known. The message never says which check failed: that would help a forger."""
+    """The caller is not known. The message never says which check failed: it would help forgers."""
 
 
 class PermissionDenied(PostriderError):

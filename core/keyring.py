@@ -21,7 +21,7 @@ _NONCE_BYTES = 12
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 
-class UndecryptableSecret(Exception):
+class UndecryptableSecret(Exception):  # noqa: N818 - named for what happened, as in core/errors.py
     """The record's key is not in the ring, or the record is not what was written."""
 
 

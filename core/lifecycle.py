@@ -3,6 +3,7 @@
 The words are the same in SQL, Python, protobuf, logs and docs; docs/architecture.md draws them.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -58,3 +59,16 @@ class DeactivationReason(StrEnum):
 
     PAUSED = "paused"
     FAILURES = "failures"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptResult:
+    """What came of one request; `duration_us` runs to the status line or to the failure.
+
+    `detail` is for the merchant: it says what their side did, and nothing of our network.
+    """
+
+    outcome: Outcome
+    status_code: int | None
+    detail: str
+    duration_us: int = 0

@@ -1,9 +1,9 @@
 """The queue: every statement that moves an open delivery, side by side.
 
 Ready, parked and leased rows are one table; final states leave it. Only the database's clock
-decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an engine that
-was frozen and wakes late changes nothing. Each function takes the caller's connection and runs in
-its transaction, if it has one; docs/architecture.md draws the states.
+decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an engine
+that was frozen and wakes late changes nothing. Each function takes the caller's connection and runs
+in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from core.ids import new_id
 from core.lifecycle import DeliveryState, Outcome
 
 #: asyncpg connection, or a pool (which runs each statement on a connection of its own).
-Connection = Any
+type Connection = Any
 
 #: Channel of the hint that something became due. A hint only: engines poll as well.
 CHANNEL = "postrider_due"
@@ -88,7 +88,7 @@ WITH input AS (
     SELECT merchant_id, idempotency_key, content_hash, id FROM input
     WHERE idempotency_key IS NOT NULL
     -- Two batches that share keys take them in one order, so neither waits for the other for ever.
-    ORDER BY merchant_id, idempotency_key
+    ORDER BY merchant_id, idempotency_key, id
     ON CONFLICT DO NOTHING
     RETURNING event_id
 ), accepted AS (
@@ -127,17 +127,11 @@ WITH due AS (
     RETURNING q.id, q.webhook_id, q.event_id, q.event_type, q.attempt_count
 )
 SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_active,
-    c.deleted_at IS NOT NULL AS webhook_deleted, l.event_id, l.event_type, e.content_type, e.payload,
-    l.attempt_count, now() AS claimed_at
+    c.deleted_at IS NOT NULL AS webhook_deleted, l.event_id, l.event_type, e.content_type,
+    e.payload, l.attempt_count, now() AS claimed_at
 FROM leased l
 JOIN webhook_configs c ON c.id = l.webhook_id
 JOIN events e ON e.id = l.event_id
-"""
-
-# How long until the next ready delivery is due; null when there is none.
-_NEXT_DUE = """
-SELECT extract(epoch FROM due_at - now())::float8 FROM delivery_queue
-WHERE state = 'ready' ORDER BY due_at LIMIT 1
 """
 
 # Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
@@ -190,7 +184,7 @@ WITH input AS (
 ), locked AS (
     -- Healthy configs are not written at all; the others are locked in one order by every engine.
     SELECT c.id,
-        CASE WHEN t.delivered THEN t.failures ELSE c.consecutive_failures + t.failures END AS failures
+        CASE WHEN t.delivered THEN 0 ELSE c.consecutive_failures END + t.failures AS failures
     FROM webhook_configs c JOIN tally t ON t.webhook_id = c.id
     WHERE t.failures > 0 OR (t.delivered AND c.consecutive_failures > 0)
     ORDER BY c.id
@@ -260,20 +254,21 @@ WITH room AS (
             SELECT 1 FROM delivery_queue q
             WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT $2
         ) taken
-    ) AS places
+    ) AS free
     FROM webhook_configs c
     WHERE c.id = ANY ($1) AND c.active AND c.deleted_at IS NULL
 ), chosen AS (
     SELECT p.id FROM room r CROSS JOIN LATERAL (
         SELECT q.id FROM delivery_queue q
         WHERE q.webhook_id = r.id AND q.state = 'parked'
-        ORDER BY q.id LIMIT r.places
+        ORDER BY q.id LIMIT r.free
         FOR UPDATE SKIP LOCKED
     ) p
-    WHERE r.places >= ($2 + 1) / 2
+    WHERE r.free >= ($2 + 1) / 2
 )
 UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
 FROM chosen WHERE q.id = chosen.id
+RETURNING q.webhook_id
 """
 
 # The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
@@ -293,7 +288,9 @@ RETURNING q.id
 """
 
 
-async def enqueue(connection: Connection, events: Sequence[NewEvent]) -> dict[UUID, tuple[int, datetime]]:
+async def enqueue(
+    connection: Connection, events: Sequence[NewEvent]
+) -> dict[UUID, tuple[int, datetime]]:
     """Accept events: store them, a delivery per matching config, and their place in the queue.
 
     Returns delivery count and time by event id, for those accepted; an event missing from it met
@@ -317,12 +314,6 @@ async def claim(connection: Connection, limit: int, lease_seconds: float) -> lis
     lease_id = new_id()
     rows = await connection.fetch(_CLAIM, limit, lease_id, timedelta(seconds=lease_seconds))
     return [LeasedDelivery(lease_id=lease_id, **row) for row in rows]
-
-
-async def seconds_until_due(connection: Connection) -> float | None:
-    """Seconds until the earliest ready delivery is due (negative: overdue); None when none waits."""
-    seconds: float | None = await connection.fetchval(_NEXT_DUE)
-    return seconds
 
 
 async def settle(
@@ -377,10 +368,12 @@ async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
     return [row["webhook_id"] for row in await connection.fetch(_WEBHOOKS_WITH_BACKLOG)]
 
 
-async def admit(connection: Connection, webhook_ids: Sequence[UUID], ready_limit: int) -> int:
-    """Let parked deliveries of active configs in, up to `ready_limit` due each; returns how many."""
-    tag: str = await connection.execute(_ADMIT, webhook_ids, ready_limit)
-    return int(tag.rpartition(" ")[2])
+async def admit(connection: Connection, webhook_ids: Sequence[UUID], places: int) -> set[UUID]:
+    """Let parked deliveries of active configs in; returns the configs that had some.
+
+    Each config has at most `places` due or leased deliveries in the ready part afterwards.
+    """
+    return {row["webhook_id"] for row in await connection.fetch(_ADMIT, webhook_ids, places)}
 
 
 async def reclaim(connection: Connection, limit: int) -> list[UUID]:

@@ -17,28 +17,30 @@ class DeliverySettings(Block):
     retry_schedule_seconds: SecondsList = Field(
         (1.0, 10.0, 60.0),
         min_length=1,
-        description="comma-separated waits before each retry, up to a fifth longer by jitter; the last "
-        "repeats when there are more retries than waits",
+        description="comma-separated waits before each retry, up to a fifth longer by jitter; the "
+        "last repeats when there are more retries than waits",
     )
     max_consecutive_failures: int = Field(
-        10, ge=1, description="failed deliveries in a row after which a webhook config goes inactive"
+        10,
+        ge=1,
+        description="failed deliveries in a row after which a webhook config goes inactive",
     )
     lease_seconds: Seconds = Field(
         75.0,
-        description="how long an engine owns a claimed delivery; at least twice the delivery timeout, "
-        "and what a crash costs before the delivery is sent again",
+        description="how long an engine owns a claimed delivery; at least twice the delivery "
+        "timeout, and what a crash costs before the delivery is sent again",
     )
     max_in_flight: int = Field(
         500, ge=1, le=10_000, description="attempts one engine process has open at once"
     )
     max_in_flight_per_webhook: int = Field(
-        32, ge=1, description="of these, attempts to one webhook config; what exceeds it is parked"
+        32,
+        ge=1,
+        description="of these, attempts to one webhook config; what exceeds it waits, parked, in "
+        "the config's own backlog",
     )
     claim_batch: int = Field(
         200, ge=1, le=1000, description="most deliveries claimed in one statement"
-    )
-    ready_limit: int = Field(
-        256, ge=1, description="due deliveries one webhook config may have ready; the rest stay parked"
     )
     poll_seconds: Seconds = Field(
         1.0, le=1.0, description="longest wait between looks at the queue when no hint arrives"
@@ -51,7 +53,7 @@ class DeliverySettings(Block):
     def _lease_outlives_attempt(self) -> "DeliverySettings":
         if self.lease_seconds < 2 * self.delivery_timeout_seconds:
             raise ValueError(
-                "WEBHOOK_LEASE_SECONDS must be at least twice WEBHOOK_DELIVERY_TIMEOUT_SECONDS: a lease "
-                "that ends during an attempt sends the webhook twice"
+                "WEBHOOK_LEASE_SECONDS must be at least twice WEBHOOK_DELIVERY_TIMEOUT_SECONDS: a "
+                "lease that ends during an attempt sends the webhook twice"
             )
         return self

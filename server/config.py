@@ -11,7 +11,8 @@ class ServerSettings(Block):
     """Listening, limits, and how long a stop may take."""
 
     listen_address: str = Field(
-        "127.0.0.1:50051", description="host:port of the gRPC listener; [::]:50051 for all interfaces"
+        "127.0.0.1:50051",
+        description="host:port of the gRPC listener; [::]:50051 for all interfaces",
     )
     reflection: bool = Field(
         False, description="serve gRPC reflection without a token, for grpcurl in development"

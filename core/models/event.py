@@ -10,7 +10,7 @@ from core.models.base import Base
 
 
 class Event(Base):
-    """UUIDv7 ids start with their time, so ranges of ids are ranges of days, and the id stays the key."""
+    """UUIDv7 ids start with their time: ranges of ids are ranges of days, so the id is the key."""
 
     __tablename__ = "events"
     __table_args__ = (

@@ -33,7 +33,9 @@ class WebhookConfig(Base):
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    merchant_id: Mapped[str] = mapped_column(comment="The merchant_id claim of the token that made it")
+    merchant_id: Mapped[str] = mapped_column(
+        comment="The merchant_id claim of the token that made it"
+    )
     url: Mapped[str] = mapped_column(comment="Canonical form, sent exactly so")
     events: Mapped[list[str]] = mapped_column(ARRAY(Text), comment="Event types it receives")
     description: Mapped[str] = mapped_column(server_default="")

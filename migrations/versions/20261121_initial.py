@@ -222,7 +222,7 @@ def upgrade() -> None:
         op.execute(f"CREATE TABLE {table}_default PARTITION OF {table} DEFAULT")
     for name, description in EVENT_TYPES.items():
         quoted = description.replace("'", "''")
-        op.execute(f"INSERT INTO event_types (name, description) VALUES ('{name}', '{quoted}')")  # noqa: S608
+        op.execute(f"INSERT INTO event_types (name, description) VALUES ('{name}', '{quoted}')")
 
 
 def downgrade() -> None:

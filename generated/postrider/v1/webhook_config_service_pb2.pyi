@@ -30,7 +30,7 @@ class CreateWebhookConfigRequest(_message.Message):
     WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The config to make: url and events are required; read-only fields must be empty."""
+        """The config to make: url and events are required; read-only fields are ignored."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jwt
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -109,7 +110,7 @@ class FakeKeys:
     def __init__(self) -> None:
         self.unavailable = False
         self.asked: list[str | None] = []
-        self.keys = {
+        self.keys: dict[str, tuple[VerificationKey, ...]] = {
             "ed": (VerificationKey.of(ED.public_key()),),
             "rsa": (VerificationKey.of(RSA.public_key()),),
             "ec": (VerificationKey.of(EC.public_key()),),
@@ -163,6 +164,7 @@ BAD_TOKENS = {
     "no iat": with_claims(iat=Absent),
     "iat a float": with_claims(iat=NOW - 60.0),
     "iat in the future": with_claims(iat=NOW + LEEWAY + 1, exp=NOW + 600),
+    "iat in the future of nbf": with_claims(iat=NOW + LEEWAY + 1, nbf=NOW, exp=NOW + 600),
     "nbf in the future": with_claims(nbf=NOW + LEEWAY + 1),
     "nbf a string": with_claims(nbf="0"),
     "nbf infinite": with_claims(nbf=float("-inf")),
@@ -341,7 +343,7 @@ async def test_known_token_is_not_verified_again(
     verifier: TokenVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = await verifier.verify(with_claims())
-    monkeypatch.delattr(tokens.jwt, "decode")
+    monkeypatch.delattr(jwt, "decode")
     assert await verifier.verify(with_claims()) is first
 
 
@@ -368,7 +370,7 @@ async def test_known_token_survives_the_same_key_loaded_again(
 ) -> None:
     await verifier.verify(with_claims())
     keys.keys["ed"] = (VerificationKey.of(ED.public_key()),)
-    monkeypatch.delattr(tokens.jwt, "decode")
+    monkeypatch.delattr(jwt, "decode")
     await verifier.verify(with_claims())
     assert keys.asked == ["ed", "ed"]
 
@@ -381,7 +383,7 @@ async def test_memory_of_tokens_is_bounded_and_forgets_the_oldest(
     for token in made:
         await verifier.verify(token)
     assert len(verifier._remembered) == 3
-    monkeypatch.delattr(tokens.jwt, "decode")
+    monkeypatch.delattr(jwt, "decode")
     await verifier.verify(made[2])
     with pytest.raises(AttributeError):
         await verifier.verify(made[1])

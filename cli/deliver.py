@@ -1,0 +1,60 @@
+"""Wires the delivery engine: settings in, deliveries until the stop event."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import structlog
+
+from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
+from cli.migrate import require_schema
+from core.addresses import AddressPolicy
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from core.db import open_pool
+from core.keyring import load_keyring
+from delivery.config import DeliverySettings
+from delivery.dialler import open_session
+from delivery.engine import Engine
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class DeliverSettings:
+    """Everything the delivery engine reads."""
+
+    database: DatabaseSettings
+    encryption: EncryptionSettings
+    egress: EgressSettings
+    delivery: DeliverySettings
+
+
+async def deliver(
+    settings: DeliverSettings, stop: asyncio.Event, ready: Callable[[], None] = lambda: None
+) -> None:
+    """Deliver until `stop`; attempts in flight then finish, and nothing stays leased."""
+    keyring = load_keyring(settings.encryption)
+    async with AsyncExitStack() as stack:
+        pool = await open_pool(
+            settings.database, "postrider-delivery", settings.database.database_pool_size
+        )
+        stack.push_async_callback(pool.close)
+        await require_schema(pool)
+        await require_encryption_keys(pool, keyring)
+        warn_of_allowed_cidrs(settings.egress)
+        session = await stack.enter_async_context(
+            open_session(
+                policy=AddressPolicy(settings.egress.allowed_cidrs), ca_file=settings.egress.ca_file
+            )
+        )
+        engine = Engine(settings.delivery, pool, session, keyring)
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(engine.run())
+            stopping = group.create_task(stop.wait())
+            log.info("delivering")
+            ready()
+            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping")
+            engine.stop()
+            stopping.cancel()

@@ -1,0 +1,119 @@
+"""Wires the gRPC process: settings in, a serving server until the stop event."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import aiohttp
+import structlog
+
+from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
+from cli.migrate import require_schema
+from core.addresses import AddressPolicy
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from core.db import open_pool
+from core.keyring import load_keyring
+from core.urls import UrlPolicy
+from delivery.dialler import open_session
+from delivery.ping import ping
+from server.admin_service import AdminService
+from server.app import App
+from server.config import AuthSettings, ServerSettings
+from server.database import open_sessions
+from server.delivery_service import DeliveryService
+from server.event_service import EventService
+from server.event_types import EventTypes
+from server.hint import Hints
+from server.ingest import Ingest
+from server.keys import JwksKeys, KeySource, PemKeys
+from server.tokens import TokenVerifier
+from server.webhook_config_service import WebhookConfigService
+
+_KEY_SET_BYTES_MAX = 512 * 1024
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Everything the gRPC process reads."""
+
+    database: DatabaseSettings
+    encryption: EncryptionSettings
+    egress: EgressSettings
+    server: ServerSettings
+    auth: AuthSettings
+
+
+async def serve(
+    settings: ServeSettings, stop: asyncio.Event, ready: Callable[[int], None] = lambda _: None
+) -> None:
+    """Serve until `stop`; `ready` hears the port. Calls in flight then finish."""
+    keyring = load_keyring(settings.encryption)
+    policy = AddressPolicy(settings.egress.allowed_cidrs)
+    async with AsyncExitStack() as stack:
+        pool_size = settings.database.database_pool_size
+        # Half for the hot path, half for everything else: neither can starve the other.
+        pool = await open_pool(settings.database, "postrider-server", max(pool_size // 2, 1))
+        stack.push_async_callback(pool.close)
+        await require_schema(pool)
+        await require_encryption_keys(pool, keyring)
+        warn_of_allowed_cidrs(settings.egress)
+        sessions = open_sessions(settings.database, max(pool_size - pool_size // 2, 1))
+        stack.push_async_callback(sessions.kw["bind"].dispose)
+        receivers = await stack.enter_async_context(
+            open_session(policy=policy, ca_file=settings.egress.ca_file)
+        )
+        verifier = TokenVerifier(
+            await _keys(settings.auth, stack),
+            issuer=settings.auth.jwt_issuer,
+            audience=settings.auth.jwt_audience,
+            max_lifetime_seconds=settings.auth.jwt_max_lifetime_seconds,
+        )
+        event_types = EventTypes(pool)
+        hints = Hints(pool)
+        app = App(
+            settings.server,
+            verifier,
+            webhook_configs=WebhookConfigService(
+                sessions=sessions,
+                event_types=event_types,
+                keyring=keyring,
+                pinger=partial(ping, receivers, settings.server.ping_timeout_seconds),
+                url_policy=UrlPolicy(policy, settings.egress.allowed_ports),
+                max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
+            ),
+            events=EventService(
+                Ingest(pool, event_types, hints, settings.server.max_payload_bytes)
+            ),
+            deliveries=DeliveryService(pool),
+            admin=AdminService(sessions, hints),
+        )
+        async with asyncio.TaskGroup() as background:
+            hinting = background.create_task(hints.run())
+            await app.start()
+            log.info("serving", address=settings.server.listen_address, port=app.port)
+            ready(app.port)
+            await stop.wait()
+            log.info("stopping")
+            await app.stop()
+            hinting.cancel()
+
+
+async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:
+    if settings.jwt_public_key_file is not None:
+        return PemKeys(settings.jwt_public_key_file)
+    issuer = await stack.enter_async_context(
+        aiohttp.ClientSession(trust_env=False, cookie_jar=aiohttp.DummyCookieJar())
+    )
+
+    async def fetch(url: str) -> bytes:
+        async with issuer.get(url, allow_redirects=False, raise_for_status=True) as response:
+            document = await response.content.read(_KEY_SET_BYTES_MAX + 1)
+            if len(document) > _KEY_SET_BYTES_MAX:
+                raise ValueError("the key set is too large")
+            return document
+
+    return JwksKeys(settings.jwt_jwks_url or "", fetch)

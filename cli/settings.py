@@ -1,0 +1,90 @@
+"""Reads the environment into the frozen blocks, once, and says plainly what is wrong with it."""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from core.config import (
+    ENV_PREFIX,
+    Block,
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+)
+from core.errors import ConfigurationError
+from delivery.config import DeliverySettings
+from server.config import AuthSettings, ServerSettings
+
+
+class LocalSettings(Block):
+    """Only for `postrider run`, `demo` and `token`: what a single machine needs."""
+
+    data_dir: Path = Field(
+        Path(".postrider"), description="where `postrider run` keeps its database, keys and log"
+    )
+    pg_bin: Path | None = Field(
+        None, description="directory of the PostgreSQL programs to use instead of the bundled ones"
+    )
+    receiver_port: int = Field(
+        8443, ge=1, le=65535, description="port of the demo receiver of `postrider run`"
+    )
+
+
+#: Every block there is, in the order of docs/settings.md.
+BLOCKS: tuple[type[Block], ...] = (
+    DatabaseSettings,
+    EncryptionSettings,
+    EgressSettings,
+    LogSettings,
+    ServerSettings,
+    AuthSettings,
+    DeliverySettings,
+    LocalSettings,
+)
+
+
+def load[B: Block](block: type[B], **fallbacks: Any) -> B:
+    """A block from the environment; `fallbacks` take the place of what the environment leaves out."""
+    given = {name: value for name, value in fallbacks.items() if variable(name) not in os.environ}
+    try:
+        return block(**given)
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_explain(error))) from None
+
+
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """ConfigurationError for a WEBHOOK_ variable that is no setting: most likely it is misspelt."""
+    known = {variable(name) for name, _ in all_fields()}
+    for name in sorted(environment):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else "docs/settings.md lists them all"
+            raise ConfigurationError(f"{name} is not a setting; {advice}")
+
+
+def all_fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting's field name and description, block by block."""
+    for block in BLOCKS:
+        yield from block.model_fields.items()
+
+
+def variable(field_name: str) -> str:
+    """The environment variable of a field."""
+    return f"{ENV_PREFIX}{field_name.upper()}"
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_input=False, include_url=False):
+        # The value stays out of the message: it may be a secret.
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["loc"]:
+            name = variable(str(fault["loc"][0]))
+            yield f"{name} is not set" if fault["type"] == "missing" else f"{name}: {message}"
+        else:
+            yield message

@@ -1,0 +1,58 @@
+"""Log set-up for every process: one JSON object a line on stderr, readable text on a terminal."""
+
+import logging
+import sys
+from typing import Any, BinaryIO
+
+import orjson
+import structlog
+
+from core.config import LogSettings
+
+_LIBRARY_LEVEL = logging.WARNING
+
+
+def configure_logs(settings: LogSettings, stream: BinaryIO | None = None) -> None:
+    """Send everything logged from here on, also by libraries, to `stream` (default: stderr)."""
+    target = stream or sys.stderr.buffer
+    as_text = settings.log_format == "text" or (settings.log_format == "auto" and target.isatty())
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    shared: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if as_text:
+        renderer: list[structlog.typing.Processor] = [
+            structlog.dev.ConsoleRenderer(),
+            lambda _logger, _name, line: str(line).encode(),
+        ]
+    else:
+        renderer = [
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(serializer=_to_json),
+        ]
+    structlog.configure(
+        processors=[*shared, *renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.BytesLoggerFactory(target),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(handlers=[_ToStructlog()], level=_LIBRARY_LEVEL, force=True)
+
+
+class _ToStructlog(logging.Handler):
+    """Carries what libraries log to the same stream and format."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger()
+        log.log(
+            record.levelno,
+            "library",
+            library=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )
+
+
+def _to_json(entry: Any, **_: Any) -> bytes:
+    return orjson.dumps(entry, default=str)

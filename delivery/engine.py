@@ -1,0 +1,256 @@
+"""The engine: claims, and for each delivery calls sign, send and record in this order.
+
+All decisions of the delivery side meet here; the stages know nothing of each other. Bounds: so many
+attempts in flight in all and per webhook config, counted until their result is on record.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from time import monotonic
+from uuid import UUID
+
+import aiohttp
+import structlog
+
+from core import queue
+from core.db import RETRYABLE_ERRORS, Pool
+from core.ids import format_id
+from core.keyring import KeyRing
+from core.lifecycle import AttemptResult, Outcome
+from core.queue import LeasedDelivery, Settled, Settlement
+from delivery.backoff import backoff_schedule, next_backoff
+from delivery.claim import claim
+from delivery.config import DeliverySettings
+from delivery.listen import Listener
+from delivery.outcome import final_state
+from delivery.reclaim import admit_backlogs, reclaim
+from delivery.record import Recorder
+from delivery.send import send
+from delivery.sign import sign
+from delivery.webhooks import Webhook, WebhookCache
+
+_DATABASE_RETRY_SECONDS = 0.5
+_SWEEP_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """One engine process. Any number of them share a database; they know nothing of each other."""
+
+    def __init__(
+        self,
+        settings: DeliverySettings,
+        pool: Pool,
+        session: aiohttp.ClientSession,
+        keyring: KeyRing,
+    ):
+        self._settings = settings
+        self._pool = pool
+        self._session = session
+        self._webhooks = WebhookCache(pool, keyring)
+        self._listener = Listener(pool, settings.poll_seconds)
+        self._recorder = Recorder(pool, settings.max_consecutive_failures, self._on_settled)
+        self._stopping = False
+        # Claimed and not yet settled, in all; requests open, per webhook config.
+        self._in_flight = 0
+        self._open: Counter[UUID] = Counter()
+        self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
+        # Configs known to have a backlog: they are let in again as soon as they have room.
+        self._backlogged: set[UUID] = set()
+        self._room = asyncio.Event()
+
+    def stop(self) -> None:
+        """Claim nothing more; run() returns when what is in flight is settled or released."""
+        self._stopping = True
+        self._room.set()
+        self._listener.wake()
+
+    async def run(self) -> None:
+        """Deliver until stop(). Raises only for bugs; an absent database is waited for."""
+        async with asyncio.TaskGroup() as group:
+            loops = [
+                group.create_task(self._recorder.run()),
+                group.create_task(self._listener.run()),
+                group.create_task(self._sweep_forever()),
+            ]
+            await self._claim_until_stopped()
+            await self._drain()
+            for loop in loops:
+                loop.cancel()
+        await self._recorder.flush()
+
+    async def _claim_until_stopped(self) -> None:
+        while not self._stopping:
+            limit = min(self._settings.max_in_flight - self._in_flight, self._settings.claim_batch)
+            if limit <= 0:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            try:
+                await self._admit_own_backlogs()
+                claimed = await claim(self._pool, limit, self._settings.lease_seconds)
+                await self._dispatch(claimed.deliveries)
+            except RETRYABLE_ERRORS as error:
+                log.warning("claim_retried", error=repr(error))
+                await asyncio.sleep(_DATABASE_RETRY_SECONDS)
+                continue
+            if claimed.taken < limit:
+                await self._listener.wait()
+
+    async def _admit_own_backlogs(self) -> None:
+        """Refill the configs that wait for us to have room, well before the sweep comes round."""
+        half = self._settings.max_in_flight_per_webhook // 2
+        hungry = [w for w in self._backlogged if self._open[w] <= half]
+        if hungry:
+            fed = await queue.admit(self._pool, hungry, self._settings.max_in_flight_per_webhook)
+            self._backlogged -= set(hungry) - fed
+
+    async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> None:
+        """Begin an attempt for each delivery whose config has a free place; park the others."""
+        if not deliveries:
+            return
+        claimed_at = monotonic()
+        webhooks = await self._webhooks.for_deliveries(deliveries)
+        excess = []
+        for delivery in deliveries:
+            if self._open[delivery.webhook_id] >= self._settings.max_in_flight_per_webhook:
+                excess.append(delivery)
+                continue
+            self._open[delivery.webhook_id] += 1
+            self._in_flight += 1
+            task = asyncio.create_task(
+                self._attempt(delivery, webhooks[delivery.webhook_id], claimed_at)
+            )
+            self._attempts[task] = delivery
+            task.add_done_callback(self._attempts.pop)
+        if excess:
+            self._backlogged.update(delivery.webhook_id for delivery in excess)
+            await queue.park_leased(self._pool, excess)
+
+    async def _attempt(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
+        # The database's time, carried on by our monotonic clock: one clock for all engines.
+        started_at = delivery.claimed_at + timedelta(seconds=monotonic() - claimed_at)
+        try:
+            result = await self._request(delivery, webhook, started_at)
+        except Exception:
+            log.exception("attempt_broke", delivery_id=format_id("dlv", delivery.id))
+            result = AttemptResult(
+                Outcome.INTERNAL_ERROR, None, "Postrider could not make the request"
+            )
+        finally:
+            self._free_place(delivery.webhook_id)
+        self._recorder.put(self._judge(delivery, webhook, started_at, result))
+
+    async def _request(
+        self, delivery: LeasedDelivery, webhook: Webhook, started_at: datetime
+    ) -> AttemptResult:
+        if webhook.secret is None:
+            detail = "Postrider could not read the signing secret"
+            return AttemptResult(Outcome.INTERNAL_ERROR, None, detail)
+        headers = sign(delivery, webhook.secret, int(started_at.timestamp()))
+        timeout = self._settings.delivery_timeout_seconds
+        return await send(self._session, webhook.url, delivery.payload, headers, timeout)
+
+    def _judge(
+        self,
+        delivery: LeasedDelivery,
+        webhook: Webhook,
+        started_at: datetime,
+        result: AttemptResult,
+    ) -> Settlement:
+        """Final state or another attempt: the one place where this is decided."""
+        schedule = backoff_schedule(
+            self._settings.retry_schedule_seconds,
+            self._settings.max_retries,
+            webhook.retry_schedule_seconds,
+        )
+        # Jitter keeps receivers from being called in step; nobody gains from predicting it.
+        backoff = next_backoff(schedule, delivery.attempt_count + 1, random.random)
+        state = final_state(result.outcome, backoff)
+        settlement = Settlement(
+            delivery_id=delivery.id,
+            lease_id=delivery.lease_id,
+            outcome=result.outcome,
+            status_code=result.status_code,
+            detail=result.detail,
+            started_at=started_at,
+            duration_us=result.duration_us,
+            final_state=state,
+            retry_after_seconds=(backoff or 0) if state is None else 0,
+        )
+        log.info(
+            "attempt",
+            webhook_id=format_id("wh", delivery.webhook_id),
+            event_id=format_id("evt", delivery.event_id),
+            event=delivery.event_type,
+            delivery_id=format_id("dlv", delivery.id),
+            attempt=delivery.attempt_count + 1,
+            outcome=result.outcome.value,
+            status=result.status_code,
+            duration_ms=result.duration_us / 1000,
+            state=state.value if state else "ready",
+            retry_seconds=settlement.retry_after_seconds or None,
+        )
+        return settlement
+
+    def _free_place(self, webhook_id: UUID) -> None:
+        self._open[webhook_id] -= 1
+        if not self._open[webhook_id]:
+            del self._open[webhook_id]
+
+    def _on_settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
+        self._in_flight -= len(batch)
+        self._room.set()
+        for settlement in batch:
+            if settlement.delivery_id not in settled.delivery_ids:
+                # Another engine has it, or its config was deleted: it is theirs to record.
+                log.warning("lease_lost", delivery_id=format_id("dlv", settlement.delivery_id))
+            elif settlement.final_state is None:
+                self._listener.expect_retry(settlement.retry_after_seconds)
+        for webhook_id in settled.deactivated_webhook_ids:
+            log.warning(
+                "webhook_deactivated",
+                webhook_id=format_id("wh", webhook_id),
+                reason="failures",
+                consecutive_failures=self._settings.max_consecutive_failures,
+            )
+        if self._backlogged:
+            self._listener.wake()
+
+    async def _sweep_forever(self) -> None:
+        """What every engine does for all, so that no engine's death strands anything."""
+        while True:
+            try:
+                reclaimed = await reclaim(self._pool)
+                admitted = await admit_backlogs(
+                    self._pool, self._settings.max_in_flight_per_webhook
+                )
+            except RETRYABLE_ERRORS as error:
+                log.warning("sweep_retried", error=repr(error))
+            else:
+                if reclaimed:
+                    log.warning("leases_reclaimed", deliveries=reclaimed)
+                self._backlogged |= admitted
+                if reclaimed or admitted:
+                    self._listener.wake()
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def _drain(self) -> None:
+        if self._attempts:
+            log.info("draining", in_flight=len(self._attempts))
+            await asyncio.wait(self._attempts, timeout=self._settings.delivery_drain_seconds)
+        unfinished = dict(self._attempts)
+        for task in unfinished:
+            task.cancel()
+        if unfinished:
+            await asyncio.wait(unfinished)
+            log.warning("released_unfinished", deliveries=len(unfinished))
+            try:
+                await queue.release(self._pool, list(unfinished.values()))
+            except RETRYABLE_ERRORS as error:
+                # Their leases end by themselves; only later.
+                log.warning("release_failed", error=repr(error))

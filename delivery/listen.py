@@ -1,0 +1,64 @@
+"""Stage: waits until there may be something to claim.
+
+A hint from the database is the quick way; the poll is the sure one. A listening connection that
+died is noticed by nothing but its end, so it is opened anew whenever it is gone.
+"""
+
+import asyncio
+import heapq
+from time import monotonic
+
+import structlog
+
+from core.db import CONNECTION_ERRORS, Pool
+from core.queue import CHANNEL
+
+_REOPEN_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+class Listener:
+    """Wakes the engine on a hint, on a retry of our own that falls due, or after the poll time."""
+
+    def __init__(self, pool: Pool, poll_seconds: float):
+        self._pool = pool
+        self._poll_seconds = poll_seconds
+        self._hinted = asyncio.Event()
+        self._retries: list[float] = []
+
+    async def run(self) -> None:
+        """Hold a LISTEN connection until cancelled."""
+        while True:
+            try:
+                async with self._pool.acquire() as connection:
+                    closed = asyncio.Event()
+                    connection.add_termination_listener(lambda _, closed=closed: closed.set())
+                    await connection.add_listener(CHANNEL, lambda *_: self._hinted.set())
+                    await closed.wait()
+            except CONNECTION_ERRORS as error:
+                log.warning("listen_reopened", error=repr(error))
+            await asyncio.sleep(_REOPEN_SECONDS)
+
+    def expect_retry(self, seconds: float) -> None:
+        """Wake up in time for a retry that this engine scheduled."""
+        heapq.heappush(self._retries, monotonic() + seconds)
+
+    def wake(self) -> None:
+        self._hinted.set()
+
+    async def wait(self) -> None:
+        """Return when there may be work; at the latest after the poll time."""
+        now = monotonic()
+        seconds = self._poll_seconds
+        if self._retries:
+            seconds = min(seconds, max(self._retries[0] - now, 0))
+        try:
+            async with asyncio.timeout(seconds):
+                await self._hinted.wait()
+        except TimeoutError:
+            pass
+        self._hinted.clear()
+        now = monotonic()
+        while self._retries and self._retries[0] <= now:
+            heapq.heappop(self._retries)

@@ -1,0 +1,72 @@
+"""What an HTTP status or an exception means: the one table from both to outcomes."""
+
+import http
+import ssl
+
+import aiohttp
+
+from core.lifecycle import DeliveryState, Outcome
+from delivery.dialler import refusal_of
+
+
+def outcome_of_status(status: int) -> tuple[Outcome, str]:
+    """2xx alone is success; a redirect is named, since people expect it to be followed."""
+    try:
+        phrase = f"{status} {http.HTTPStatus(status).phrase}"
+    except ValueError:
+        phrase = str(status)
+    if 200 <= status < 300:
+        return Outcome.SUCCEEDED, phrase
+    if 300 <= status < 400:
+        return Outcome.HTTP_ERROR, f"{phrase}: redirects are not followed"
+    return Outcome.HTTP_ERROR, phrase
+
+
+def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
+    error: BaseException,
+) -> tuple[Outcome, str] | None:
+    """The outcome of a request that brought no status line; None: not a fault of the receiver."""
+    if refusal_of(error) is not None:
+        return Outcome.REFUSED, "the host's address is not a public one; it is never called"
+    match error:
+        case TimeoutError():
+            return Outcome.TIMEOUT, "no answer within the timeout"
+        case aiohttp.ClientConnectorDNSError():
+            return Outcome.DNS_ERROR, "the host name does not resolve"
+        case aiohttp.ClientConnectorCertificateError():
+            return Outcome.TLS_ERROR, _certificate_detail(error.certificate_error)
+        case aiohttp.ClientSSLError() | ssl.SSLError():
+            return Outcome.TLS_ERROR, "the TLS handshake failed"
+        case aiohttp.ClientConnectorError():
+            return Outcome.CONNECTION_ERROR, _connect_detail(error.os_error)
+        case aiohttp.ServerDisconnectedError():
+            return Outcome.CONNECTION_ERROR, "the connection was closed before an answer came"
+        case aiohttp.ClientOSError() | OSError():
+            return Outcome.CONNECTION_ERROR, _connect_detail(error)
+        case aiohttp.ClientResponseError() | aiohttp.ClientPayloadError():
+            return Outcome.PROTOCOL_ERROR, "the answer is not valid HTTP/1.1"
+    return None
+
+
+def final_state(outcome: Outcome, retry_after: float | None) -> DeliveryState | None:
+    """What an attempt makes of its delivery: a final state, or None for another attempt."""
+    if outcome is Outcome.SUCCEEDED:
+        return DeliveryState.DELIVERED
+    if outcome is Outcome.REFUSED or retry_after is None:
+        return DeliveryState.FAILED
+    return None
+
+
+def _certificate_detail(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate does not verify: {error.verify_message}"
+    return "the certificate does not verify"
+
+
+def _connect_detail(error: OSError) -> str:
+    match error:
+        case ConnectionRefusedError():
+            return "connection refused"
+        case ConnectionResetError() | BrokenPipeError():
+            return "connection reset"
+    return "the host cannot be reached"

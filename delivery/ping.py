@@ -1,0 +1,36 @@
+"""A signed ping through the same dialler, headers and deadline as every delivery."""
+
+from collections.abc import Callable
+from time import time
+from uuid import UUID
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from core.ids import format_id, new_id
+from core.lifecycle import AttemptResult
+from delivery.send import send
+from delivery.sign import request_headers
+
+
+async def ping(
+    session: aiohttp.ClientSession,
+    timeout_seconds: float,
+    *,
+    url: str,
+    webhook_id: UUID,
+    secret: str,
+    clock: Callable[[], float] = time,
+) -> AttemptResult:
+    """POST a `webhook.ping` and say what came back; nothing is stored."""
+    body = orjson.dumps({"type": "webhook.ping", "webhook_id": format_id("wh", webhook_id)})
+    headers = request_headers(
+        content_type="application/json",
+        event_type="webhook.ping",
+        message_id=format_id("evt", new_id()),
+        secret=secret,
+        timestamp=int(clock()),
+        body=body,
+    )
+    return await send(session, URL(url, encoded=True), body, headers, timeout_seconds)

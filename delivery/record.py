@@ -1,0 +1,76 @@
+"""Stage: results into the database, as many at a time as have come in since the last write.
+
+A result is kept until a settle took it or its lease was lost: a database that is away delays
+results and loses none. Both ends of an ambiguous commit are safe, since settles are fenced.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import asyncpg
+import structlog
+
+from core import queue
+from core.db import RETRYABLE_ERRORS, Pool
+from core.queue import Settled, Settlement
+
+#: Settlements in one statement; more wait for the next one.
+_BATCH_MAX = 500
+_RETRY_SECONDS = 0.5
+
+log = structlog.get_logger()
+
+
+class Recorder:
+    """Collects settlements and writes them in batches, in order of arrival."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        max_consecutive_failures: int,
+        on_settled: Callable[[Sequence[Settlement], Settled], None],
+    ):
+        self._pool = pool
+        self._max_consecutive_failures = max_consecutive_failures
+        self._on_settled = on_settled
+        self._pending: list[Settlement] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, settlement: Settlement) -> None:
+        self._pending.append(settlement)
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Write until cancelled; what is pending then is still there for flush()."""
+        while True:
+            await self._arrived.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write everything pending, waiting for the database as long as it takes."""
+        while self._pending:
+            batch = self._pending[:_BATCH_MAX]
+            for part, settled in await self._settle(batch):
+                self._on_settled(part, settled)
+            del self._pending[: len(batch)]
+        self._arrived.clear()
+
+    async def _settle(
+        self, batch: Sequence[Settlement]
+    ) -> list[tuple[Sequence[Settlement], Settled]]:
+        while True:
+            try:
+                async with self._pool.acquire() as connection, connection.transaction():
+                    settled = await queue.settle(connection, batch, self._max_consecutive_failures)
+                return [(batch, settled)]
+            except RETRYABLE_ERRORS as error:
+                log.warning("settle_retried", pending=len(self._pending), error=repr(error))
+                await asyncio.sleep(_RETRY_SECONDS)
+            except asyncpg.PostgresError as error:
+                if len(batch) > 1:
+                    # One bad row must not take the others with it.
+                    return [part for one in batch for part in await self._settle([one])]
+                log.error(
+                    "settle_refused", delivery_id=str(batch[0].delivery_id), error=repr(error)
+                )
+                return [(batch, Settled(frozenset(), ()))]

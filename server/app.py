@@ -1,0 +1,105 @@
+"""Builds the gRPC server: services, interceptors in their order, limits, health and reflection."""
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from core.errors import ConfigurationError
+from postrider.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    delivery_service_pb2,
+    delivery_service_pb2_grpc,
+    event_service_pb2,
+    event_service_pb2_grpc,
+    webhook_config_service_pb2,
+    webhook_config_service_pb2_grpc,
+)
+from server.admin_service import AdminService
+from server.authentication import AuthenticationInterceptor
+from server.config import ServerSettings
+from server.delivery_service import DeliveryService
+from server.event_service import EventService
+from server.interceptors import CallInterceptor
+from server.tokens import TokenVerifier
+from server.webhook_config_service import WebhookConfigService
+
+SERVICE_NAMES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (webhook_config_service_pb2, "WebhookConfigService"),
+        (event_service_pb2, "EventService"),
+        (delivery_service_pb2, "DeliveryService"),
+        (admin_service_pb2, "AdminService"),
+    )
+)
+
+# Probes of an orchestrator carry no token.
+_HEALTH_METHODS = frozenset(
+    {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/List"}
+)
+_REFLECTION_METHODS = frozenset({"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"})
+
+#: A batch of full payloads would be 250 MiB; this is what one message may really hold.
+_MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+
+
+class App:
+    """The server and its health; `port` is known after start()."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        verifier: TokenVerifier,
+        *,
+        webhook_configs: WebhookConfigService,
+        events: EventService,
+        deliveries: DeliveryService,
+        admin: AdminService,
+    ):
+        self._settings = settings
+        public = _HEALTH_METHODS | (_REFLECTION_METHODS if settings.reflection else frozenset())
+        self._server = grpc.aio.server(
+            # The first is the outermost: it turns what the second raises into a status.
+            interceptors=[CallInterceptor(), AuthenticationInterceptor(verifier, public)],
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+            options=[
+                ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+                # Two servers on one port would share its calls without anybody noticing.
+                ("grpc.so_reuseport", 0),
+                # A token in the metadata may have 4 KiB; the default refuses at random above 8.
+                ("grpc.max_metadata_size", 16 * 1024),
+                ("grpc.absolute_max_metadata_size", 32 * 1024),
+            ],
+        )
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        webhook_config_service_pb2_grpc.add_WebhookConfigServiceServicer_to_server(
+            webhook_configs, self._server
+        )
+        event_service_pb2_grpc.add_EventServiceServicer_to_server(events, self._server)
+        delivery_service_pb2_grpc.add_DeliveryServiceServicer_to_server(deliveries, self._server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
+        if settings.reflection:
+            names = (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listen and serve; ConfigurationError when the address cannot be had."""
+        address = self._settings.listen_address
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigurationError(
+                f"cannot listen on {address}: stop what uses it, or set WEBHOOK_LISTEN_ADDRESS"
+            ) from None
+        await self._server.start()
+        for name in ("", *SERVICE_NAMES):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Tell the probes first, then let running calls finish."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.server_drain_seconds)

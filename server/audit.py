@@ -1,0 +1,33 @@
+"""The audit log: one entry for each change, written in the transaction that makes it."""
+
+from collections.abc import Iterable
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import new_id
+from core.models import AuditEntry
+from server.authentication import principal
+from server.request_id import current_request_id
+
+
+def record_change(
+    session: AsyncSession,
+    *,
+    action: str,
+    resource: str,
+    merchant_id: str | None,
+    changed_fields: Iterable[str] = (),
+) -> None:
+    """Add the entry to the caller's transaction: neither is there without the other."""
+    session.add(
+        AuditEntry(
+            id=new_id(),
+            actor=principal().subject,
+            merchant_id=merchant_id,
+            action=action,
+            resource=resource,
+            result="OK",
+            changed_fields=sorted(changed_fields),
+            request_id=current_request_id.get(),
+        )
+    )

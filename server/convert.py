@@ -1,0 +1,186 @@
+"""The only place where a row becomes a message or a message a domain value.
+
+Columns are `*_at`, message fields `*_time`; ids get their prefixes here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from core.errors import InvalidArgument, NotFound
+from core.ids import IdKind, format_id, parse_id
+from core.lifecycle import AttemptResult, DeliveryState
+from core.models import EventType, WebhookConfig
+from postrider.v1 import delivery_pb2, event_pb2, webhook_config_pb2, webhook_config_service_pb2
+from server.history import AttemptRow, DeliveryRow
+from server.ingest import EventDraft, PublishedEvent
+from server.ping import is_reachable
+from server.registration import WebhookDraft
+
+_NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
+
+
+def id_of(kind: IdKind, text: str) -> UUID:
+    """The UUID in an id that a call is about; a text that is none is simply unknown."""
+    value = parse_id(kind, text)
+    if value is None:
+        raise not_found(kind, text)
+    return value
+
+
+def optional_id_of(kind: IdKind, text: str, field: str) -> UUID | None:
+    """The UUID in a filter; None when it is empty, InvalidArgument when it is not an id."""
+    value = parse_id(kind, text) if text else None
+    if text and value is None:
+        raise InvalidArgument.of(
+            field, f"is not the id of a {_NAMES[kind]} ({kind}_ and 32 digits)", reason="ID_INVALID"
+        )
+    return value
+
+
+def not_found(kind: IdKind, text: str) -> NotFound:
+    """The same words for an id that is unknown, malformed, deleted or another merchant's."""
+    return NotFound(
+        f"there is no {_NAMES[kind]} with the id {text[:80]!r}",
+        reason=f"{_NAMES[kind].upper().replace(' ', '_')}_NOT_FOUND",
+    )
+
+
+def webhook_draft(message: webhook_config_pb2.WebhookConfig) -> WebhookDraft:
+    return WebhookDraft(
+        url=message.url,
+        events=list(message.events),
+        description=message.description,
+        active=message.active if message.HasField("active") else True,
+        retry_schedule_seconds=[d.seconds + d.nanos / 1e9 for d in message.retry_schedule],
+    )
+
+
+def webhook_config_message(row: WebhookConfig) -> webhook_config_pb2.WebhookConfig:
+    reason = f"DEACTIVATION_REASON_{(row.deactivation_reason or 'unspecified').upper()}"
+    return webhook_config_pb2.WebhookConfig(
+        id=format_id("wh", row.id),
+        merchant_id=row.merchant_id,
+        url=row.url,
+        events=row.events,
+        description=row.description,
+        active=row.active,
+        deactivation_reason=webhook_config_pb2.DeactivationReason.Value(reason),
+        consecutive_failures=row.consecutive_failures,
+        retry_schedule=[_duration(seconds) for seconds in row.retry_schedule_seconds],
+        etag=etag_of(row),
+        create_time=_timestamp(row.created_at),
+        update_time=_timestamp(row.updated_at),
+    )
+
+
+def etag_of(row: WebhookConfig) -> str:
+    return f"v{row.version}"
+
+
+def event_type_message(row: EventType) -> webhook_config_pb2.EventType:
+    return webhook_config_pb2.EventType(
+        name=row.name, description=row.description, create_time=_timestamp(row.created_at)
+    )
+
+
+def ping_message(result: AttemptResult) -> webhook_config_service_pb2.PingWebhookConfigResponse:
+    return webhook_config_service_pb2.PingWebhookConfigResponse(
+        reachable=is_reachable(result),
+        status_code=result.status_code or 0,
+        detail=result.detail,
+        duration=_duration(result.duration_us / 1e6),
+    )
+
+
+def event_draft(message: event_pb2.EventInput) -> EventDraft:
+    match message.WhichOneof("body"):
+        case "payload":
+            payload: bytes | None = message.payload
+        case "payload_text":
+            payload = message.payload_text.encode()
+        case _:
+            payload = None
+    return EventDraft(
+        merchant_id=message.merchant_id,
+        type=message.type,
+        content_type=message.content_type,
+        payload=payload,
+        idempotency_key=message.idempotency_key,
+    )
+
+
+def event_message(event: PublishedEvent) -> event_pb2.Event:
+    return event_pb2.Event(
+        id=format_id("evt", event.id),
+        merchant_id=event.merchant_id,
+        type=event.type,
+        create_time=_timestamp(event.created_at),
+        delivery_count=event.delivery_count,
+    )
+
+
+def delivery_state_filter(
+    state: delivery_pb2.DeliveryState.ValueType,
+) -> DeliveryState | None:
+    """The state to filter by; None for all."""
+    if state == delivery_pb2.DELIVERY_STATE_UNSPECIFIED:
+        return None
+    try:
+        name = delivery_pb2.DeliveryState.Name(state)
+    except ValueError:
+        raise InvalidArgument.of(
+            "state", "is not a delivery state this server knows", reason="STATE_UNKNOWN"
+        ) from None
+    return DeliveryState(name.removeprefix("DELIVERY_STATE_").lower())
+
+
+def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delivery_pb2.Delivery:
+    waits = row.state in (DeliveryState.READY, DeliveryState.LEASED)
+    return delivery_pb2.Delivery(
+        id=format_id("dlv", row.id),
+        webhook_id=format_id("wh", row.webhook_id),
+        event_id=format_id("evt", row.event_id),
+        event_type=row.event_type,
+        state=delivery_pb2.DeliveryState.Value(f"DELIVERY_STATE_{row.state.upper()}"),
+        attempt_count=row.attempt_count,
+        next_attempt_time=_timestamp(row.due_at) if waits else None,
+        create_time=_timestamp(row.created_at),
+        finish_time=_timestamp(row.finished_at),
+        attempts=[_attempt_message(attempt) for attempt in attempts],
+    )
+
+
+def delivery_messages(
+    rows: Sequence[DeliveryRow], attempts: Mapping[UUID, Sequence[AttemptRow]]
+) -> list[delivery_pb2.Delivery]:
+    return [delivery_message(row, attempts.get(row.id, ())) for row in rows]
+
+
+def _attempt_message(row: AttemptRow) -> delivery_pb2.Attempt:
+    return delivery_pb2.Attempt(
+        number=row.number,
+        outcome=delivery_pb2.Outcome.Value(f"OUTCOME_{row.outcome.upper()}"),
+        status_code=row.status_code or 0,
+        detail=row.detail,
+        start_time=_timestamp(row.started_at),
+        duration=_duration(row.duration_us / 1e6),
+    )
+
+
+def _timestamp(moment: datetime | None) -> Any:
+    if moment is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1_000_000) * 1000)
+    return message

@@ -1,0 +1,124 @@
+"""Reads deliveries, open and finished, as one list; always of one merchant."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from core.db import Pool
+from core.lifecycle import OPEN_STATES, DeliveryState
+
+_NEWEST = UUID(int=(1 << 128) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRow:
+    """A delivery: from the queue, with `due_at`, or from the history, with `finished_at`."""
+
+    id: UUID
+    state: str
+    webhook_id: UUID
+    event_id: UUID
+    event_type: str
+    attempt_count: int
+    created_at: datetime
+    due_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """One attempt on record."""
+
+    delivery_id: UUID
+    number: int
+    outcome: str
+    status_code: int | None
+    detail: str
+    started_at: datetime
+    duration_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryFilter:
+    """What to list; None does not filter. `before` is the id where the page before ended."""
+
+    webhook_id: UUID | None = None
+    event_id: UUID | None = None
+    state: DeliveryState | None = None
+    before: UUID | None = None
+
+
+# Newest first, a page from each of the places a delivery can be in; the pages merge to one. Each
+# branch has an index of its own, which is why the two parts of the queue are not read as one.
+_OPEN = """(
+    SELECT q.id, q.state, q.webhook_id, q.event_id, q.event_type, q.attempt_count, q.created_at,
+        q.due_at, NULL::timestamptz AS finished_at
+    FROM webhook_configs c CROSS JOIN LATERAL (
+        SELECT * FROM delivery_queue d
+        WHERE d.webhook_id = c.id AND d.state {part} AND d.id < $2{filters}
+        ORDER BY d.id DESC LIMIT $3
+    ) q
+    WHERE c.merchant_id = $1 AND c.deleted_at IS NULL
+)"""
+_FINISHED = """(
+    SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
+        NULL::timestamptz AS due_at, d.finished_at
+    FROM finished_deliveries d
+    WHERE d.merchant_id = $1 AND d.id < $2{filters}
+    ORDER BY d.id DESC LIMIT $3
+)"""
+
+_ONE = """
+SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at, due_at,
+    NULL::timestamptz AS finished_at
+FROM delivery_queue WHERE id = $2 AND merchant_id = $1
+UNION ALL
+SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at,
+    NULL::timestamptz, finished_at
+FROM finished_deliveries WHERE id = $2 AND merchant_id = $1
+"""
+
+_ATTEMPTS = """
+SELECT delivery_id, number, outcome, status_code, detail, started_at, duration_us
+FROM attempts WHERE delivery_id = ANY ($1) ORDER BY delivery_id, number
+"""
+
+
+async def find_delivery(pool: Pool, merchant_id: str, delivery_id: UUID) -> DeliveryRow | None:
+    """One delivery of a merchant, wherever it stands."""
+    row = await pool.fetchrow(_ONE, merchant_id, delivery_id)
+    return DeliveryRow(**row) if row else None
+
+
+async def list_deliveries(
+    pool: Pool, merchant_id: str, wanted: DeliveryFilter, limit: int
+) -> list[DeliveryRow]:
+    """At most `limit` deliveries of a merchant, newest first."""
+    arguments: list[object] = [merchant_id, wanted.before or _NEWEST, limit]
+    filters = ""
+    for column, value in (
+        ("webhook_id", wanted.webhook_id),
+        ("event_id", wanted.event_id),
+        ("state", wanted.state),
+    ):
+        if value is not None:
+            arguments.append(value)
+            filters += f" AND d.{column} = ${len(arguments)}"
+    branches = []
+    if wanted.state is None or wanted.state in OPEN_STATES:
+        branches += [
+            _OPEN.format(part=part, filters=filters) for part in ("= 'parked'", "<> 'parked'")
+        ]
+    if wanted.state is None or wanted.state not in OPEN_STATES:
+        branches.append(_FINISHED.format(filters=filters))
+    statement = f"{' UNION ALL '.join(branches)} ORDER BY id DESC LIMIT $3"
+    return [DeliveryRow(**row) for row in await pool.fetch(statement, *arguments)]
+
+
+async def attempts_of(pool: Pool, delivery_ids: Sequence[UUID]) -> dict[UUID, list[AttemptRow]]:
+    """The attempts of these deliveries, oldest first."""
+    attempts: dict[UUID, list[AttemptRow]] = {}
+    for row in await pool.fetch(_ATTEMPTS, delivery_ids):
+        attempts.setdefault(row["delivery_id"], []).append(AttemptRow(**row))
+    return attempts

@@ -1,0 +1,203 @@
+"""Stage: accepts events. Validates each, then stores a batch and fans it out in one statement.
+
+Storing, fan-out and queueing are core/queue.enqueue: a single statement, hence a single commit,
+so an accepted event always has its deliveries and their place in the queue.
+"""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import orjson
+
+from core import queue
+from core.db import Pool
+from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
+from core.ids import new_id
+from core.queue import NewEvent
+from server.event_types import EventTypes, unknown_event_type
+from server.hint import Hints
+
+_MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,128}")
+_CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[A-Za-z0-9-]+)?", re.IGNORECASE)
+_JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", re.IGNORECASE)
+DEFAULT_CONTENT_TYPE = "application/json"
+
+_PREVIOUS = """
+SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at
+FROM unnest($1::text[], $2::text[]) AS t(merchant_id, key)
+JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
+JOIN events e ON e.id = k.event_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class EventDraft:
+    """An event as a producer sent it, nothing of it checked; `payload` None when there was none."""
+
+    merchant_id: str
+    type: str
+    content_type: str
+    payload: bytes | None
+    idempotency_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedEvent:
+    """An event that is committed, by this call or (duplicate) by an earlier one with its key."""
+
+    id: UUID
+    merchant_id: str
+    type: str
+    created_at: datetime
+    delivery_count: int
+    duplicate: bool
+
+
+class Ingest:
+    """The way in: drafts go in, committed events or the reasons against them come out."""
+
+    def __init__(self, pool: Pool, event_types: EventTypes, hints: Hints, max_payload_bytes: int):
+        self._pool = pool
+        self._event_types = event_types
+        self._hints = hints
+        self._max_payload_bytes = max_payload_bytes
+
+    async def publish(
+        self, drafts: Sequence[EventDraft], path: str
+    ) -> list[PublishedEvent | PostriderError]:
+        """A result for each draft, in order. Accepted ones are durable when this returns.
+
+        `path` names a draft in the errors, with its index for `{}`.
+        """
+        unknown_types = await self._event_types.unknown({draft.type for draft in drafts})
+        checked: list[NewEvent | PostriderError] = []
+        for index, draft in enumerate(drafts):
+            violations = self._violations(draft, path.format(index), unknown_types)
+            checked.append(InvalidArgument(*violations) if violations else _new_event(draft))
+        events = [event for event in checked if isinstance(event, NewEvent)]
+        # A caller that hangs up must not leave the outcome of its commit to chance.
+        stored = await asyncio.shield(asyncio.create_task(self._store(events))) if events else {}
+        return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
+
+    async def _store(
+        self, events: Sequence[NewEvent]
+    ) -> dict[UUID, PublishedEvent | PostriderError]:
+        accepted = await queue.enqueue(self._pool, events)
+        if any(delivery_count for delivery_count, _ in accepted.values()):
+            self._hints.give()
+        stored: dict[UUID, PublishedEvent | PostriderError] = {
+            event.id: PublishedEvent(
+                id=event.id,
+                merchant_id=event.merchant_id,
+                type=event.type,
+                created_at=accepted[event.id][1],
+                delivery_count=accepted[event.id][0],
+                duplicate=False,
+            )
+            for event in events
+            if event.id in accepted
+        }
+        repeated = [event for event in events if event.id not in accepted]
+        if repeated:
+            stored |= await self._published_before(repeated)
+        return stored
+
+    async def _published_before(
+        self, events: Sequence[NewEvent]
+    ) -> dict[UUID, PublishedEvent | PostriderError]:
+        rows = await self._pool.fetch(
+            _PREVIOUS, [e.merchant_id for e in events], [e.idempotency_key for e in events]
+        )
+        previous = {(row["merchant_id"], row["key"]): row for row in rows}
+        results: dict[UUID, PublishedEvent | PostriderError] = {}
+        for event in events:
+            row = previous[event.merchant_id, event.idempotency_key]
+            if row["content_hash"] != event.content_hash:
+                results[event.id] = AlreadyExists(
+                    "this idempotency key was used for another event: use a new key for a new "
+                    "event, and the same type, content type and payload to repeat one",
+                    reason="IDEMPOTENCY_KEY_REUSED",
+                )
+            else:
+                results[event.id] = PublishedEvent(
+                    id=row["id"],
+                    merchant_id=event.merchant_id,
+                    type=event.type,
+                    created_at=row["created_at"],
+                    delivery_count=row["delivery_count"],
+                    duplicate=True,
+                )
+        return results
+
+    def _violations(
+        self, draft: EventDraft, path: str, unknown_types: set[str]
+    ) -> list[FieldViolation]:
+        found = []
+        if not _MERCHANT_ID.fullmatch(draft.merchant_id):
+            found.append(
+                FieldViolation(
+                    f"{path}.merchant_id",
+                    "must be 1 to 64 of A-Z a-z 0-9 _ -",
+                    "MERCHANT_ID_INVALID",
+                )
+            )
+        if draft.type in unknown_types:
+            found.append(unknown_event_type(f"{path}.type", draft.type))
+        if draft.idempotency_key and not _IDEMPOTENCY_KEY.fullmatch(draft.idempotency_key):
+            found.append(
+                FieldViolation(
+                    f"{path}.idempotency_key",
+                    "must be at most 128 printable ASCII characters",
+                    "IDEMPOTENCY_KEY_INVALID",
+                )
+            )
+        found += self._payload_violations(draft, path)
+        return found
+
+    def _payload_violations(self, draft: EventDraft, path: str) -> list[FieldViolation]:
+        content_type = draft.content_type or DEFAULT_CONTENT_TYPE
+        if len(content_type) > 128 or not _CONTENT_TYPE.fullmatch(content_type):
+            description = "must be a media type such as application/json, or empty for that"
+            return [FieldViolation(f"{path}.content_type", description, "CONTENT_TYPE_INVALID")]
+        if draft.payload is None:
+            description = "is required: set payload (bytes) or payload_text"
+            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_MISSING")]
+        if len(draft.payload) > self._max_payload_bytes:
+            description = (
+                f"has {len(draft.payload)} bytes, at most {self._max_payload_bytes} are accepted: "
+                "send a smaller payload that says where the rest is"
+            )
+            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_TOO_LARGE")]
+        if _JSON_TYPE.match(content_type) and not _is_json(draft.payload):
+            description = f"is not JSON, which its content type {content_type} says it is"
+            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_NOT_JSON")]
+        return []
+
+
+def _is_json(payload: bytes) -> bool:
+    try:
+        orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _new_event(draft: EventDraft) -> NewEvent:
+    content_type = draft.content_type or DEFAULT_CONTENT_TYPE
+    payload = draft.payload or b""
+    content = b"\0".join((draft.type.encode(), content_type.encode(), payload))
+    return NewEvent(
+        id=new_id(),
+        merchant_id=draft.merchant_id,
+        type=draft.type,
+        content_type=content_type,
+        payload=payload,
+        idempotency_key=draft.idempotency_key or None,
+        content_hash=hashlib.sha256(content).digest(),
+    )

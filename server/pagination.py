@@ -1,0 +1,44 @@
+"""Page sizes and opaque page tokens (AIP-158): where the next page begins, and of which list."""
+
+import base64
+import binascii
+import hashlib
+
+from core.errors import InvalidArgument
+
+
+def page_size(requested: int, *, default: int, maximum: int) -> int:
+    """The size to use; larger requests get the maximum, negative ones are an error."""
+    if requested < 0:
+        raise InvalidArgument.of(
+            "page_size", f"must be 0 (meaning {default}) to {maximum}", reason="PAGE_SIZE_INVALID"
+        )
+    return min(requested or default, maximum)
+
+
+def page_token(position: str, *list_identity: object) -> str:
+    """A token that continues after `position` of the list that `list_identity` tells apart."""
+    content = _fingerprint(list_identity) + position.encode()
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+
+def parse_page_token(token: str, *list_identity: object) -> str | None:
+    """The position in a token, None for the first page; a token of another list is refused."""
+    if not token:
+        return None
+    try:
+        content = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+        position = content[8:].decode("ascii")
+    except (binascii.Error, ValueError):
+        content, position = b"", ""
+    if content[:8] != _fingerprint(list_identity) or not position:
+        raise InvalidArgument.of(
+            "page_token",
+            "is not a token of this list: leave it empty to begin anew, with the same filters",
+            reason="PAGE_TOKEN_INVALID",
+        )
+    return position
+
+
+def _fingerprint(list_identity: tuple[object, ...]) -> bytes:
+    return hashlib.sha256(repr(list_identity).encode()).digest()[:8]

@@ -1,0 +1,104 @@
+"""What a webhook config may be: the rules for its fields, apart from how they arrive (pure)."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from core.errors import FieldViolation, InvalidArgument
+from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
+from server.event_types import unknown_event_type
+
+UPDATABLE_FIELDS = ("url", "events", "description", "active", "retry_schedule")
+
+_EVENTS_MAX = 100
+_DESCRIPTION_MAX = 500
+_RETRIES_MAX = 20
+_RETRY_SECONDS = (1.0, 86_400.0)
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookDraft:
+    """The fields a merchant sets, as they came; which of them count is the caller's to say."""
+
+    url: str
+    events: Sequence[str]
+    description: str
+    active: bool
+    retry_schedule_seconds: Sequence[float]
+
+
+def check_mask(paths: Collection[str]) -> None:
+    """InvalidArgument unless the mask names at least one field, and only those that can change."""
+    listing = ", ".join(UPDATABLE_FIELDS)
+    if not paths:
+        raise InvalidArgument.of(
+            "update_mask", f"is required; name what to change of {listing}", reason="MASK_EMPTY"
+        )
+    if unknown := sorted(set(paths) - set(UPDATABLE_FIELDS)):
+        raise InvalidArgument.of(
+            "update_mask",
+            f"cannot change {', '.join(path[:64] for path in unknown)}; only {listing}",
+            reason="MASK_FIELD_UNKNOWN",
+        )
+
+
+def check_draft(
+    draft: WebhookDraft, fields: Collection[str], policy: UrlPolicy, unknown_events: Collection[str]
+) -> str:
+    """The URL in canonical form; InvalidArgument with every violation of the given fields."""
+    url, violations = draft.url, []
+    if "url" in fields:
+        try:
+            url = parse_webhook_url(draft.url, policy).text
+        except UrlRefused as refused:
+            violations.append(FieldViolation(_path("url"), refused.message, refused.reason))
+    if "events" in fields:
+        violations += _events_violations(draft.events, unknown_events)
+    if "description" in fields:
+        violations += _description_violations(draft.description)
+    if "retry_schedule" in fields:
+        violations += _schedule_violations(draft.retry_schedule_seconds)
+    if violations:
+        raise InvalidArgument(*violations)
+    return url
+
+
+def _events_violations(
+    events: Sequence[str], unknown_events: Collection[str]
+) -> list[FieldViolation]:
+    if not 1 <= len(events) <= _EVENTS_MAX:
+        description = f"must name 1 to {_EVENTS_MAX} event types"
+        return [FieldViolation(_path("events"), description, "EVENTS_COUNT")]
+    if len(set(events)) < len(events):
+        return [FieldViolation(_path("events"), "names a type twice", "EVENTS_REPEATED")]
+    return [
+        unknown_event_type(f"{_path('events')}[{index}]", name)
+        for index, name in enumerate(events)
+        if name in unknown_events
+    ]
+
+
+def _description_violations(description: str) -> list[FieldViolation]:
+    if len(description) <= _DESCRIPTION_MAX and (not description or description.isprintable()):
+        return []
+    text = f"must be at most {_DESCRIPTION_MAX} printable characters"
+    return [FieldViolation(_path("description"), text, "DESCRIPTION_INVALID")]
+
+
+def _schedule_violations(schedule: Sequence[float]) -> list[FieldViolation]:
+    if len(schedule) > _RETRIES_MAX:
+        text = f"must have at most {_RETRIES_MAX} waits"
+        return [FieldViolation(_path("retry_schedule"), text, "RETRY_SCHEDULE_TOO_LONG")]
+    shortest, longest = _RETRY_SECONDS
+    return [
+        FieldViolation(
+            f"{_path('retry_schedule')}[{index}]",
+            f"must be {shortest:.0f} to {longest:.0f} seconds",
+            "RETRY_WAIT_INVALID",
+        )
+        for index, seconds in enumerate(schedule)
+        if not shortest <= seconds <= longest
+    ]
+
+
+def _path(field: str) -> str:
+    return f"webhook_config.{field}"

@@ -1,0 +1,104 @@
+"""The one map from what went wrong to a gRPC status.
+
+The message is for people and stands alone, since command-line clients show the details badly;
+ErrorInfo.reason and the other details are for programs (google.rpc error model, AIP-193). What is
+not in the tree of core/errors.py becomes INTERNAL with a reference, and tells the caller nothing.
+"""
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from core.db import RETRYABLE_ERRORS
+from core.errors import (
+    Aborted,
+    AlreadyExists,
+    ConfigurationError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    PostriderError,
+    QuotaExceeded,
+    Unauthenticated,
+    Unavailable,
+)
+
+DOMAIN = "postrider"
+
+_CODES: dict[type[PostriderError], grpc.StatusCode] = {
+    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Aborted: grpc.StatusCode.ABORTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    # Raised at start only; a caller must not learn of our settings.
+    ConfigurationError: grpc.StatusCode.INTERNAL,
+}
+
+
+def to_domain_error(error: BaseException) -> PostriderError | None:
+    """The domain error an exception stands for; None when it is a bug."""
+    if isinstance(error, PostriderError):
+        return error
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        # SQLAlchemy wraps asyncpg's error twice.
+        error = error.orig.__cause__ or error.orig
+    if isinstance(error, (*RETRYABLE_ERRORS, PoolTimeoutError)):
+        return Unavailable(
+            "the database is not available; nothing was changed, send the call again",
+            reason="DATABASE_UNAVAILABLE",
+        )
+    return None
+
+
+def to_status(error: PostriderError) -> status_pb2.Status:
+    """The google.rpc.Status of a domain error, with its typed details."""
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
+    match error:
+        case InvalidArgument():
+            violations = [
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=v.field, description=v.description, reason=v.reason
+                )
+                for v in error.violations
+            ]
+            details.append(error_details_pb2.BadRequest(field_violations=violations))
+        case QuotaExceeded():
+            violation = error_details_pb2.QuotaFailure.Violation(
+                subject=error.subject, description=error.message
+            )
+            details.append(error_details_pb2.QuotaFailure(violations=[violation]))
+        case Unavailable():
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return _status(_CODES[type(error)], error.message, details)
+
+
+def internal_status(reference: str) -> status_pb2.Status:
+    """What a caller learns of a bug: that it is one, and what to quote to us."""
+    info = error_details_pb2.ErrorInfo(
+        reason="INTERNAL", domain=DOMAIN, metadata={"reference": reference}
+    )
+    message = f"Postrider failed; the call may be sent again. Quote {reference} to its operators."
+    return _status(grpc.StatusCode.INTERNAL, message, [info])
+
+
+def _status(code: grpc.StatusCode, message: str, details: list[Message]) -> status_pb2.Status:
+    number = code_pb2.Code.Value(code.name)
+    status = status_pb2.Status(code=number, message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status

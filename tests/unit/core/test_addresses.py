@@ -1,0 +1,158 @@
+"""The address table: both sides of every edge, and a dated copy of the IANA registries."""
+
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.addresses import AddressClass, AddressPolicy, classify
+
+# The network, what it is from its first address to its last, and what lies just outside.
+EDGES = [
+    ("0.0.0.0/8", "unspecified", None, "public"),
+    ("10.0.0.0/8", "private", "public", "public"),
+    ("100.64.0.0/10", "shared", "public", "public"),
+    ("127.0.0.0/8", "loopback", "public", "public"),
+    ("169.254.0.0/16", "link_local", "public", "public"),
+    ("169.254.169.254/32", "metadata", "link_local", "link_local"),
+    ("172.16.0.0/12", "private", "public", "public"),
+    ("192.0.0.0/24", "reserved", "public", "public"),
+    ("192.0.2.0/24", "documentation", "public", "public"),
+    ("192.31.196.0/24", "infrastructure", "public", "public"),
+    ("192.52.193.0/24", "infrastructure", "public", "public"),
+    ("192.88.99.0/24", "transition", "public", "public"),
+    ("192.168.0.0/16", "private", "public", "public"),
+    ("192.175.48.0/24", "infrastructure", "public", "public"),
+    ("198.18.0.0/15", "benchmarking", "public", "public"),
+    ("198.51.100.0/24", "documentation", "public", "public"),
+    ("203.0.113.0/24", "documentation", "public", "public"),
+    ("168.63.129.16/32", "metadata", "public", "public"),
+    ("224.0.0.0/4", "multicast", "public", "reserved"),
+    ("240.0.0.0/4", "reserved", "multicast", None),
+    ("::/128", "unspecified", None, "loopback"),
+    ("::1/128", "loopback", "unspecified", "transition"),
+    ("::ffff:0:0/96", "mapped", "reserved", "reserved"),
+    ("::ffff:0:0:0/96", "transition", "reserved", "reserved"),
+    ("64:ff9b::/96", "transition", "reserved", "reserved"),
+    ("64:ff9b:1::/48", "transition", "reserved", "reserved"),
+    ("2000::/3", "public", "reserved", "reserved"),
+    ("2001::/32", "transition", "public", "reserved"),
+    ("2001:2::/48", "benchmarking", "reserved", "reserved"),
+    ("2001:200::/23", "public", "reserved", "public"),
+    ("2001:db8::/32", "documentation", "public", "public"),
+    ("2002::/16", "transition", "public", "public"),
+    ("2620:4f:8000::/48", "infrastructure", "public", "public"),
+    ("3fff::/20", "documentation", "public", "public"),
+    ("fc00::/7", "private", "reserved", "reserved"),
+    ("fe80::/10", "link_local", "reserved", "private"),
+    ("fec0::/10", "private", "link_local", "multicast"),
+    ("ff00::/8", "multicast", "private", None),
+]
+
+# Every block of the IANA IPv4 and IPv6 Special-Purpose Address Registries, as of 2025 with RFC 9780
+# their newest entry; those that the registries call globally reachable are among them.
+IANA_BLOCKS = """
+0.0.0.0/8 0.0.0.0/32 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12
+192.0.0.0/24 192.0.0.0/29 192.0.0.8/32 192.0.0.9/32 192.0.0.10/32 192.0.0.170/32 192.0.0.171/32
+192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24
+198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 255.255.255.255/32
+::1/128 ::/128 ::ffff:0:0/96 64:ff9b::/96 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/23
+2001::/32 2001:1::1/128 2001:1::2/128 2001:1::3/128 2001:2::/48 2001:3::/32 2001:4:112::/48
+2001:10::/28 2001:20::/28 2001:30::/28 2001:db8::/32 2002::/16 2620:4f:8000::/48 3fff::/20
+5f00::/16 fc00::/7 fe80::/10
+"""
+
+METADATA = """
+169.254.169.254 169.254.170.2 169.254.170.23 169.254.0.23 169.254.42.42 100.100.100.200 192.0.0.192
+168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd00:ec2::253 fd20:ce::254 fd00:42::42 fe80::a9fe:a9fe
+"""
+
+# Each of these was, or in some Python version still is, `is_global`.
+MISJUDGED_BY_IPADDRESS = """
+64:ff9b::7f00:1 ::127.0.0.1 ::ffff:0:127.0.0.1 2002:7f00:1:: 64:ff9b:1::1 192.0.0.8 192.0.0.192
+::ffff:100.64.0.1 224.0.0.1 ff02::1 fec0::1 4000::1 3fff::1 5f00::1 100:0:0:1::1 192.88.99.1
+168.63.129.16 2001:20::1 2001:0:4136:e378:8000:63bf:3fff:fdd2
+"""
+
+PUBLIC = """
+1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.0 192.0.1.0 192.0.3.0 223.255.255.255
+2000:: 2001:200::1 2001:4860:4860::8888 2606:4700::1111 2a00:1450:4001::200e 3ffe::1
+"""
+
+
+@pytest.mark.parametrize(("text", "inside", "below", "above"), EDGES)
+def test_a_range_holds_exactly_from_its_first_to_its_last_address(
+    text: str, inside: str, below: str | None, above: str | None
+) -> None:
+    network = ip_network(text)
+    assert classify(network.network_address) == inside
+    assert classify(network.broadcast_address) == inside
+    if below is not None:
+        assert classify(network.network_address - 1) == below
+    if above is not None:
+        assert classify(network.broadcast_address + 1) == above
+
+
+@pytest.mark.parametrize("block", IANA_BLOCKS.split())
+def test_nothing_in_the_iana_special_purpose_registries_is_dialled(block: str) -> None:
+    network = ip_network(block)
+    middle = network.network_address + network.num_addresses // 2
+    for address in (network.network_address, middle, network.broadcast_address):
+        assert AddressPolicy().refusal(address) is not None
+
+
+@pytest.mark.parametrize("text", METADATA.split())
+def test_metadata_services_are_told_apart_from_the_range_they_hide_in(text: str) -> None:
+    assert classify(ip_address(text)) is AddressClass.METADATA
+
+
+@pytest.mark.parametrize("text", MISJUDGED_BY_IPADDRESS.split())
+def test_what_the_standard_library_calls_global_is_refused_all_the_same(text: str) -> None:
+    assert AddressPolicy().refusal(ip_address(text)) is not None
+
+
+@pytest.mark.parametrize("text", PUBLIC.split())
+def test_public_addresses_may_be_dialled(text: str) -> None:
+    assert AddressPolicy().refusal(ip_address(text)) is None
+
+
+@given(st.ip_addresses(v=6).filter(lambda address: address not in IPv6Network("2000::/3")))
+def test_no_ipv6_address_outside_the_assigned_eighth_is_dialled(address: IPv6Address) -> None:
+    assert AddressPolicy().refusal(address) is not None
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_is_refused_in_every_ipv6_form_of_it(address: IPv4Address) -> None:
+    number = int(address)
+    forms = [
+        IPv6Address(number),
+        IPv6Address((0xFFFF << 32) | number),
+        IPv6Address((0xFFFF << 48) | number),
+        IPv6Address((0x64FF9B << 96) | number),
+        IPv6Address((0x2002 << 112) | (number << 80)),
+        IPv6Address((0x20010000 << 96) | (number ^ 0xFFFFFFFF)),
+    ]
+    assert all(AddressPolicy().refusal(form) for form in forms)
+
+
+def test_an_allowed_network_overrides_the_table_and_nothing_beside_it() -> None:
+    policy = AddressPolicy((ip_network("10.1.0.0/16"), ip_network("fd00::/8")))
+    assert policy.refusal(ip_address("10.1.255.255")) is None
+    assert policy.refusal(ip_address("fd00::1")) is None
+    assert policy.refusal(ip_address("10.2.0.0")) is AddressClass.PRIVATE
+    assert policy.refusal(ip_address("127.0.0.1")) is AddressClass.LOOPBACK
+
+
+def test_an_allowed_ipv4_network_does_not_reach_into_ipv6() -> None:
+    policy = AddressPolicy((ip_network("0.0.0.0/0"),))
+    assert policy.refusal(ip_address("127.0.0.1")) is None
+    assert policy.refusal(ip_address("::127.0.0.1")) is AddressClass.TRANSITION
+    assert policy.refusal(ip_address("64:ff9b::7f00:1")) is AddressClass.TRANSITION
+
+
+@pytest.mark.parametrize("allowed", ["::/0", "::ffff:0:0/96", "127.0.0.0/8"])
+def test_a_mapped_address_is_refused_whatever_is_allowed(allowed: str) -> None:
+    policy = AddressPolicy((ip_network(allowed),))
+    assert policy.refusal(ip_address("::ffff:127.0.0.1")) is AddressClass.MAPPED
+    assert policy.refusal(ip_address("::ffff:8.8.8.8")) is AddressClass.MAPPED

@@ -1,0 +1,448 @@
+"""The URL grammar: what it refuses and why, what it must not refuse, and its canonical form."""
+
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from yarl import URL
+
+from core.addresses import AddressPolicy
+from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
+
+PORTS = ((443, 443), (8443, 8443))
+STRICT = UrlPolicy(AddressPolicy(), PORTS)
+LOOPBACK_ALLOWED = UrlPolicy(AddressPolicy((ip_network("127.0.0.0/8"),)), PORTS)
+
+REFUSED = {
+    "URL_NOT_HTTPS": [
+        "",
+        "hooks.shop.com/a",
+        "//hooks.shop.com/a",
+        "http://hooks.shop.com/a",
+        "HTTP://hooks.shop.com/a",
+        "https:/hooks.shop.com/a",
+        "https:hooks.shop.com/a",
+        "httpſ://hooks.shop.com/a",
+        "ftp://hooks.shop.com/a",
+        "file:///etc/passwd",
+        "wss://hooks.shop.com/a",
+        "javascript:alert(1)",
+    ],
+    "URL_HAS_CREDENTIALS": [
+        "https://user:password@hooks.shop.com/",
+        "https://user@hooks.shop.com/",
+        "https://@hooks.shop.com/",
+        "https://:@hooks.shop.com/",
+        "https://hooks.shop.com@127.0.0.1/",
+        "https://hooks.shop.com:443@127.0.0.1/",
+        "https://hooks.shop.com%2F@127.0.0.1/",
+    ],
+    "URL_HAS_FRAGMENT": [
+        "https://hooks.shop.com/a#b",
+        "https://hooks.shop.com#",
+        "https://hooks.shop.com#@127.0.0.1/",
+        "https://127.0.0.1#.shop.com/",
+    ],
+    "URL_TOO_LONG": [
+        "https://hooks.shop.com/" + "a" * 2026,
+        "https://hooks.shop.com/" + "é" * 1100,
+        "https://" + "ü" * 1100,
+        "https://hooks.shop.com/\ud800" + "a" * 2026,
+        "x" * 10_000_000,
+    ],
+    "URL_MALFORMED": [
+        "https://",
+        "https:///a",
+        "https://?a",
+        "https://:443/",
+        # What urlsplit and yarl strip.
+        " https://hooks.shop.com/",
+        "https://hooks.shop.com/ ",
+        "https://hooks.shop.com/a b",
+        "https://127.0\t.0.1/",
+        "https://127.0.0.1\r\n/",
+        "https://hooks.shop.com/a\r\nX-Evil: 1",
+        "https://hooks.shop.com/\x00",
+        "https://hooks.shop.com/\x7f",
+        "https://hooks.shop.com/\x85",
+        "https://hooks.shop.com/\ud800",
+        "https://hooks.shop.com\\@127.0.0.1/",
+        "https:\\\\hooks.shop.com/",
+        # Ports that int() or yarl would read.
+        "https://hooks.shop.com:/",
+        "https://hooks.shop.com:+443/",
+        "https://hooks.shop.com:-1/",
+        "https://hooks.shop.com:4_43/",
+        "https://hooks.shop.com:٤٤٣/",
+        "https://hooks.shop.com:４４３/",
+        "https://hooks.shop.com:0x1bb/",
+        "https://hooks.shop.com:000443/",
+        "https://hooks.shop.com:443:443/",
+        # Everything but a dotted quad that ends in a number.
+        "https://2130706433/",
+        "https://017700000001/",
+        "https://0x7f000001/",
+        "https://0x7f.1/",
+        "https://0x7f.0x0.0x0.0x1/",
+        "https://0177.0.0.1/",
+        "https://0177.0.0.01/",
+        "https://127.1/",
+        "https://127.0.1/",
+        "https://127.0.0.1./",
+        "https://127.0.0.1../",
+        "https://127.0.0.01/",
+        "https://127.0.0.256/",
+        "https://127.0.0.1.1/",
+        "https://4294967296/",
+        "https://8.8.2056/",
+        "https://08.8.8.8/",
+        "https://8.8.8.8./",
+        "https://shop.1/",
+        "https://shop.0x1/",
+        "https://shop.0x/",
+        # Digits and dots that compatibility mapping turns into ASCII ones.
+        "https://①②⑦.⓪.⓪.①/",
+        "https://１２７.0.0.1/",
+        "https://١٢٧.0.0.1/",
+        "https://127。0。0。1/",
+        "https://127．0．0．1/",
+        "https://hooks。shop。com/",
+        "https://ⓛocalhost/",
+        "https://ｌｏｃａｌｈｏｓｔ/",
+        "https://localhoſt/",
+        "https://hoo\u212as.shop.com/",
+        "https://hooks\u00ad.shop.com/",
+        "https://hooks\u200b.shop.com/",
+        "https://hooks\uff0eshop.com/",
+        # Brackets that hold something else.
+        "https://[]/",
+        "https://[::1/",
+        "https://::1]/",
+        "https://::1/",
+        "https://[[::1]]/",
+        "https://[127.0.0.1]/",
+        "https://[hooks.shop.com]/",
+        "https://[::ffff:127.0.0.1]/",
+        "https://[::127.0.0.1]/",
+        "https://[64:ff9b::127.0.0.1]/",
+        "https://[fe80::1%25eth0]/",
+        "https://[fe80::1%eth0]/",
+        "https://[2606:4700::1111%25]/",
+        "https://[v1.fe80::a]/",
+        "https://[1:2:3]/",
+        "https://[::1]x/",
+        "https://x[::1]/",
+        "https://[::１]/",
+        # Names.
+        "https://hooks%2eshop.com/",
+        "https://127%2e0.0.1/",
+        "https://%31%32%37.0.0.1/",
+        "https://hooks.shop.com./",
+        "https://localhost./",
+        "https://.shop.com/",
+        "https://hooks..shop.com/",
+        "https://-hooks.shop.com/",
+        "https://hooks-.shop.com/",
+        "https://my_hooks.shop.com/",
+        "https://*.shop.com/",
+        "https://hooks.shop.com;a/",
+        "https://hooks,shop.com/",
+        "https://hooks.shop.com&a/",
+        f"https://{'a' * 64}.com/",
+        f"https://{'ü' * 60}.com/",
+        f"https://{'.'.join(['a' * 63] * 4)}.com/",
+        # Paths and queries that clients would encode each in their own way.
+        "https://hooks.shop.com/é",
+        "https://hooks.shop.com/?q=é",
+        "https://hooks.shop.com/\u2028",
+    ],
+    "URL_PORT_NOT_ALLOWED": [
+        "https://hooks.shop.com:0/",
+        "https://hooks.shop.com:22/",
+        "https://hooks.shop.com:442/",
+        "https://hooks.shop.com:444/",
+        "https://hooks.shop.com:5432/",
+        "https://hooks.shop.com:65536/",
+        "https://hooks.shop.com:65979/",  # 443 modulo 2**16
+        "https://hooks.shop.com:99999/",
+    ],
+    "URL_ADDRESS_NOT_ALLOWED": [
+        "https://0.0.0.0/",
+        "https://10.0.0.0/",
+        "https://10.255.255.255/",
+        "https://100.64.0.0/",
+        "https://100.127.255.255/",
+        "https://127.0.0.1/",
+        "https://127.0.0.1:8443/",
+        "https://127.255.255.255/",
+        "https://168.63.129.16/",
+        "https://169.254.169.254/latest/meta-data/",
+        "https://172.16.0.0/",
+        "https://172.31.255.255/",
+        "https://192.0.0.192/",
+        "https://192.168.0.0/",
+        "https://192.168.255.255/",
+        "https://198.18.0.0/",
+        "https://224.0.0.1/",
+        "https://255.255.255.255/",
+        "https://[::]/",
+        "https://[::1]/",
+        "https://[0:0:0:0:0:0:0:1]/",
+        "https://[::ffff:7f00:1]/",
+        "https://[::ffff:808:808]/",
+        "https://[::7f00:1]/",
+        "https://[::ffff:0:7f00:1]/",
+        "https://[64:ff9b::7f00:1]/",
+        "https://[64:ff9b:1::1]/",
+        "https://[2002:7f00:1::]/",
+        "https://[2001:0:4136:e378:8000:63bf:3fff:fdd2]/",
+        "https://[2001:db8::1]/",
+        "https://[fd00:ec2::254]/",
+        "https://[FE80::1]/",
+        "https://[fec0::1]/",
+        "https://[ff02::1]/",
+        "https://[4000::1]/",
+    ],
+    "URL_HOST_NOT_ALLOWED": [
+        "https://localhost/",
+        "https://LOCALHOST/",
+        "https://a.localhost/",
+        "https://intranet/",
+        "https://com/",
+        "https://metadata.google.internal/",
+        "https://METADATA.GOOG/",
+        "https://metadata.tencentyun.com/",
+        "https://api.metadata.cloud.ibm.com/",
+        "https://printer.local/",
+        "https://a.localdomain/",
+        "https://a.lan/",
+        "https://a.home/",
+        "https://1.0.0.127.in-addr.arpa/",
+        "https://a.corp/",
+        "https://a.mail/",
+        "https://a.test/",
+        "https://a.invalid/",
+        "https://a.example/",
+        "https://a.onion/",
+        "https://kubernetes.default.svc/",
+        "https://kubernetes.default.svc.cluster.local/",
+        "https://a.svc.cluster/",
+        "https://a.service.consul/",
+    ],
+}
+
+# text: canonical form
+ALLOWED = {
+    "https://hooks.shop.com/a": "https://hooks.shop.com/a",
+    "https://hooks.shop.com": "https://hooks.shop.com/",
+    "https://hooks.shop.com?a=1": "https://hooks.shop.com/?a=1",
+    "HTTPS://Hooks.SHOP.Com/A?B=C": "https://hooks.shop.com/A?B=C",
+    "https://hooks.shop.com:443/a": "https://hooks.shop.com/a",
+    "https://hooks.shop.com:00443/a": "https://hooks.shop.com/a",
+    "https://hooks.shop.com:8443": "https://hooks.shop.com:8443/",
+    # Both sides of a refused range.
+    "https://9.255.255.255/": "https://9.255.255.255/",
+    "https://11.0.0.0/": "https://11.0.0.0/",
+    "https://100.63.255.255/": "https://100.63.255.255/",
+    "https://100.128.0.0/": "https://100.128.0.0/",
+    "https://126.255.255.255/": "https://126.255.255.255/",
+    "https://128.0.0.0:8443/": "https://128.0.0.0:8443/",
+    "https://172.15.255.255/": "https://172.15.255.255/",
+    "https://172.32.0.0/": "https://172.32.0.0/",
+    "https://[2606:4700:0000::1111]/": "https://[2606:4700::1111]/",
+    "https://[2A00:1450:4001:0:0:0:0:200E]:8443/a": "https://[2a00:1450:4001::200e]:8443/a",
+    # International names, typed either way; capitals are lowered where ASCII has them.
+    "https://bücher.de/a": "https://xn--bcher-kva.de/a",
+    "https://Bücher.de/a": "https://xn--bcher-kva.de/a",
+    "https://XN--bcher-KVA.de/a": "https://xn--bcher-kva.de/a",
+    "https://straße.de/": "https://xn--strae-oqa.de/",
+    "https://例え.jp/": "https://xn--r8jz45g.jp/",
+    "https://r3---sn-4g5e.shop.com/": "https://r3---sn-4g5e.shop.com/",
+    # What a blocklist of substrings would break.
+    "https://localhost.shop.com/": "https://localhost.shop.com/",
+    "https://localhost.example.com/": "https://localhost.example.com/",
+    "https://127.0.0.1.nip.io/": "https://127.0.0.1.nip.io/",
+    "https://10.shop.com/": "https://10.shop.com/",
+    "https://0x7f.shop.com/": "https://0x7f.shop.com/",
+    "https://internal.shop.com/": "https://internal.shop.com/",
+    "https://mylocalhost.com/": "https://mylocalhost.com/",
+    "https://metadata.google.com/": "https://metadata.google.com/",
+    "https://hooks.shop.com/?to=http://169.254.169.254/": (
+        "https://hooks.shop.com/?to=http://169.254.169.254/"
+    ),
+    "https://hooks.shop.com/localhost": "https://hooks.shop.com/localhost",
+    # Path and query stay as they are.
+    "https://hooks.shop.com//a//b/../%2e%2E/%7E%2f~;x@y:z!$'()*+,": (
+        "https://hooks.shop.com//a//b/../%2e%2E/%7E%2f~;x@y:z!$'()*+,"
+    ),
+    "https://hooks.shop.com/?a=+%20&a=&=b?c/d": "https://hooks.shop.com/?a=+%20&a=&=b?c/d",
+    "https://hooks.shop.com/%zz{|}": "https://hooks.shop.com/%zz{|}",
+    "https://hooks.shop.com/a??": "https://hooks.shop.com/a??",
+    "https://hooks.shop.com/a?": "https://hooks.shop.com/a",
+    "https://hooks.shop.com/" + "a" * 2025: "https://hooks.shop.com/" + "a" * 2025,
+}
+
+
+def refusal(text: str, policy: UrlPolicy = STRICT) -> UrlRefused:
+    with pytest.raises(UrlRefused) as caught:
+        parse_webhook_url(text, policy)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [(reason, text) for reason, texts in REFUSED.items() for text in texts],
+    ids=lambda value: ascii(value)[:60],
+)
+def test_a_url_outside_the_grammar_is_refused_with_its_reason(reason: str, text: str) -> None:
+    refused = refusal(text)
+    assert refused.reason == reason
+    assert refused.message
+
+
+@pytest.mark.parametrize(("text", "canonical"), ALLOWED.items(), ids=lambda value: value[:60])
+def test_a_url_within_the_grammar_becomes_its_canonical_form(text: str, canonical: str) -> None:
+    url = parse_webhook_url(text, STRICT)
+    assert url.text == canonical
+    assert parse_webhook_url(canonical, STRICT) == url
+
+
+@pytest.mark.parametrize("text", ALLOWED)
+def test_the_client_reads_the_canonical_form_as_we_do(text: str) -> None:
+    url = parse_webhook_url(text, STRICT)
+    seen = URL(url.text, encoded=True)
+    assert (seen.raw_host, seen.port) == (url.host, url.port)
+    assert url.text.endswith(seen.raw_path_qs)
+    assert f"{seen.scheme}://{seen.raw_authority}{seen.raw_path_qs}" == url.text
+
+
+def test_host_port_and_address_are_given_in_parts() -> None:
+    named = parse_webhook_url("https://Hooks.Shop.com:8443/a", STRICT)
+    assert (named.host, named.port, named.address) == ("hooks.shop.com", 8443, None)
+    ipv4 = parse_webhook_url("https://8.8.8.8/", STRICT)
+    assert (ipv4.host, ipv4.port, ipv4.address) == ("8.8.8.8", 443, ip_address("8.8.8.8"))
+    ipv6 = parse_webhook_url("https://[2606:4700::1111]/", STRICT)
+    assert (ipv6.host, ipv6.address) == ("2606:4700::1111", ip_address("2606:4700::1111"))
+
+
+@pytest.mark.parametrize(
+    "text", ["https://localhost:8443/a", "https://shop.localhost/", "https://127.0.0.1:8443/a"]
+)
+def test_an_operator_who_allows_loopback_may_call_it_by_name_or_number(text: str) -> None:
+    assert parse_webhook_url(text, LOOPBACK_ALLOWED).text == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://[::1]/",
+        "https://[::ffff:7f00:1]/",
+        "https://10.0.0.1/",
+        "https://a.local/",
+        "https://localhost./",
+        "https://①.localhost/",
+        "https://0x7f.1/",
+        "https://2130706433/",
+    ],
+)
+def test_allowing_loopback_allows_nothing_else(text: str) -> None:
+    refusal(text, LOOPBACK_ALLOWED)
+
+
+def test_an_international_name_under_localhost_is_encoded_too() -> None:
+    url = parse_webhook_url("https://bücher.localhost/", LOOPBACK_ALLOWED)
+    assert url.text == "https://xn--bcher-kva.localhost/"
+
+
+def test_a_name_under_localhost_stays_refused_when_something_else_is_allowed() -> None:
+    policy = UrlPolicy(AddressPolicy((ip_network("10.0.0.0/8"),)), PORTS)
+    assert refusal("https://localhost/", policy).reason == "URL_HOST_NOT_ALLOWED"
+
+
+@pytest.mark.parametrize(("port", "allowed"), [(7999, False), (8000, True), (8999, True)])
+def test_port_ranges_hold_both_their_ends(port: int, allowed: bool) -> None:
+    policy = UrlPolicy(AddressPolicy(), ((8000, 8999),))
+    text = f"https://hooks.shop.com:{port}/"
+    if allowed:
+        assert parse_webhook_url(text, policy).port == port
+    else:
+        assert refusal(text, policy).reason == "URL_PORT_NOT_ALLOWED"
+
+
+def test_the_default_port_is_judged_like_any_other() -> None:
+    policy = UrlPolicy(AddressPolicy(), ((8000, 8999),))
+    assert refusal("https://hooks.shop.com/", policy).reason == "URL_PORT_NOT_ALLOWED"
+
+
+@pytest.mark.parametrize("port", [0, 65536])
+def test_no_policy_makes_an_impossible_port_possible(port: int) -> None:
+    policy = UrlPolicy(AddressPolicy(), ((0, 99999),))
+    assert refusal(f"https://hooks.shop.com:{port}/", policy).reason == "URL_PORT_NOT_ALLOWED"
+
+
+def test_a_port_refusal_names_the_ports_to_use() -> None:
+    policy = UrlPolicy(AddressPolicy(), ((443, 443), (8000, 8999)))
+    assert "443, 8000-8999" in refusal("https://hooks.shop.com:22/", policy).message
+
+
+def test_a_name_that_grows_too_long_by_encoding_is_refused() -> None:
+    text = "https://" + "ü.de/" + "a" * (2048 - len("https://ü.de/".encode()))
+    assert len(text.encode()) == 2048
+    assert refusal(text).reason == "URL_TOO_LONG"
+
+
+@pytest.mark.parametrize("text", ["https://10.1.2.3/", "https://a.internal/", "https://127.1/"])
+def test_a_refusal_repeats_neither_the_host_nor_what_it_is_to_us(text: str) -> None:
+    message = refusal(text).message
+    assert not any(word in message for word in ("10.1", "127.1", "internal", "private", "loopback"))
+
+
+# As inet_aton reads them: each part in any base, the last one taking all bytes that are left.
+BASES: list[Callable[[int], str]] = [str, hex, lambda n: f"0{n:o}", lambda n: f"0X{n:X}"]
+PRIVATE = ["10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
+
+
+@st.composite
+def private_address_notations(draw: st.DrawFn) -> tuple[IPv4Address, str]:
+    network = draw(st.sampled_from(PRIVATE).map(IPv4Network))
+    address = draw(st.ip_addresses(network=network))
+    assert isinstance(address, IPv4Address)
+    octets = address.packed
+    leading = draw(st.integers(0, 3))
+    parts = [*octets[:leading], int.from_bytes(octets[leading:])]
+    text = ".".join(draw(st.sampled_from(BASES))(part) for part in parts)
+    return address, text + draw(st.sampled_from(["", "", "."]))
+
+
+@given(private_address_notations(), st.sampled_from(["", ":443", ":8443"]))
+def test_a_private_address_is_refused_in_every_integer_notation(
+    notation: tuple[IPv4Address, str], port: str
+) -> None:
+    address, text = notation
+    reason = refusal(f"https://{text}{port}/").reason
+    assert reason == ("URL_ADDRESS_NOT_ALLOWED" if text == str(address) else "URL_MALFORMED")
+
+
+@given(private_address_notations())
+def test_an_address_is_accepted_in_its_one_notation_only(
+    notation: tuple[IPv4Address, str],
+) -> None:
+    address, text = notation
+    assume(text != str(address))
+    allow_all = UrlPolicy(AddressPolicy((ip_network("0.0.0.0/0"), ip_network("::/0"))), PORTS)
+    assert parse_webhook_url(f"https://{address}/", allow_all).address == address
+    assert refusal(f"https://{text}/", allow_all).reason == "URL_MALFORMED"
+
+
+@given(st.text("aAzZ019xX.:/?@%[]-_#\\\t ü①。٣ſ\u212a", max_size=24))
+def test_whatever_is_accepted_is_stable_and_every_parser_agrees_on_its_host(tail: str) -> None:
+    try:
+        url = parse_webhook_url(f"https://{tail}", STRICT)
+    except UrlRefused:
+        return
+    assert parse_webhook_url(url.text, STRICT) == url
+    assert urlsplit(url.text).hostname == url.host
+    assert URL(url.text).raw_host == URL(url.text, encoded=True).raw_host == url.host

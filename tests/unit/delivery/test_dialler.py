@@ -1,0 +1,419 @@
+"""The dialler against a real TLS receiver on loopback: whom it calls, and how it says no."""
+
+import asyncio
+import gc
+import socket
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+from pathlib import Path
+
+import aiohttp
+import pytest
+import trustme
+from aiohttp import web
+from yarl import URL
+
+from core.addresses import AddressClass, AddressPolicy
+from core.errors import ConfigurationError
+from delivery.dialler import AddressRefused, GuardedResolver, open_session, refusal_of
+
+NOTHING_ALLOWED = AddressPolicy()
+LOOPBACK_ALLOWED = AddressPolicy((ip_network("127.0.0.0/8"),))
+NAME = "hooks.shop.com"
+
+
+class Receiver:
+    """A TLS server that counts connections, whether or not a request comes of them."""
+
+    def __init__(self, certificates: trustme.CA):
+        self.connections = 0
+        self.requests: list[web.BaseRequest] = []
+        self.protocols: list[str | None] = []
+        self.port = 0
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.set_alpn_protocols(["h2", "http/1.1"])
+        certificates.issue_cert(NAME, "localhost", "a.localhost", "127.0.0.1").configure_cert(
+            self._tls
+        )
+
+    def url(self, host: str, target: str = "/") -> URL:
+        return URL(f"https://{host}:{self.port}{target}", encoded=True)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator["Receiver"]:
+        answering = web.Server(self._answer)
+
+        def accept() -> asyncio.Protocol:
+            self.connections += 1
+            return answering()
+
+        loop = asyncio.get_running_loop()
+        # Accepting is counted below TLS, so that a refused handshake is seen as well.
+        listening = await loop.create_server(accept, "127.0.0.1", 0, ssl=self._tls)
+        self.port = listening.sockets[0].getsockname()[1]
+        yield self
+        listening.close()
+        await answering.shutdown()
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        self.requests.append(request)
+        self.protocols.append(request.get_extra_info("ssl_object").selected_alpn_protocol())
+        return web.Response(headers={"Set-Cookie": "a=b", "Content-Encoding": "gzip"}, body=b"raw")
+
+
+@pytest.fixture(scope="module")
+def certificates() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def ca_file(certificates: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    certificates.cert_pem.write_to_path(str(path))
+    return path
+
+
+@pytest.fixture
+async def receiver(certificates: trustme.CA) -> AsyncIterator[Receiver]:
+    async with Receiver(certificates).serving() as serving:
+        yield serving
+
+
+def answers(*addresses: str) -> Callable[[str], Sequence[str]]:
+    return lambda _: addresses
+
+
+async def refused_post(session: aiohttp.ClientSession, url: URL) -> AddressRefused:
+    with pytest.raises(AddressRefused) as caught:
+        await session.post(url, data=b"{}", allow_redirects=False)
+    assert refusal_of(caught.value) is caught.value
+    return caught.value
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "a.localhost", NAME])
+async def test_an_allowed_receiver_is_called_by_number_and_by_name(
+    receiver: Receiver, ca_file: Path, host: str
+) -> None:
+    asked: list[str] = []
+
+    def lookup(name: str) -> Sequence[str]:
+        asked.append(name)
+        return ["127.0.0.1"]
+
+    async with (
+        open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session,
+        session.post(receiver.url(host), data=b"{}") as response,
+    ):
+        assert response.status == 200
+    assert receiver.connections == 1
+    # Absolute, so that no search domain applies; localhost is not a question for DNS.
+    assert asked == ([f"{NAME}."] if host == NAME else [])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "a.localhost", "[::ffff:7f00:1]", NAME])
+async def test_a_receiver_that_is_not_allowed_never_sees_a_connection(
+    receiver: Receiver, ca_file: Path, host: str
+) -> None:
+    lookup = answers("127.0.0.1")
+    async with open_session(policy=NOTHING_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+        refused = await refused_post(session, receiver.url(host))
+    mapped = host.startswith("[")
+    assert refused.address_class == (AddressClass.MAPPED if mapped else AddressClass.LOOPBACK)
+    assert "127.0.0.1" not in str(refused)
+    assert receiver.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        (["127.0.0.1", "10.0.0.1"], AddressClass.PRIVATE),
+        (["10.0.0.1", "127.0.0.1"], AddressClass.PRIVATE),
+        (["127.0.0.1", "8.8.8.8", "169.254.169.254"], AddressClass.METADATA),
+        (["127.0.0.1", "::1"], AddressClass.LOOPBACK),
+        (["127.0.0.1", "::ffff:7f00:1"], AddressClass.MAPPED),
+        (["127.0.0.1", "fe80::1%eth0"], AddressClass.LINK_LOCAL),
+        (["127.0.0.1", "what is this"], AddressClass.RESERVED),
+    ],
+)
+async def test_one_refused_answer_refuses_the_whole_name(
+    receiver: Receiver, ca_file: Path, addresses: list[str], expected: AddressClass
+) -> None:
+    lookup = answers(*addresses)
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+        refused = await refused_post(session, receiver.url(NAME))
+    assert refused.address_class is expected
+    assert receiver.connections == 0
+
+
+async def test_a_name_that_moves_inside_after_it_was_called_is_refused(
+    receiver: Receiver, ca_file: Path
+) -> None:
+    moving = iter([["127.0.0.1"], ["169.254.169.254"]])
+    async with open_session(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lambda _: next(moving)
+    ) as session:
+        await session.post(receiver.url(NAME), headers={"Connection": "close"})
+        refused = await refused_post(session, receiver.url(NAME))
+    assert refused.address_class is AddressClass.METADATA
+    assert receiver.connections == 1
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        ["127.0.0.1"],
+        ["127.0.0.1", "127.0.0.2"],
+        ["127.0.0.1", "::1", "127.0.0.2", "10.0.0.1"],
+    ],
+)
+async def test_the_socket_says_no_even_when_the_resolver_did_not(
+    receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str]
+) -> None:
+    await _let_the_resolver_check_nothing(monkeypatch, addresses)
+    async with open_session(policy=NOTHING_ALLOWED, ca_file=ca_file) as session:
+        await refused_post(session, receiver.url(NAME))
+    assert receiver.connections == 0
+
+
+async def test_a_refusal_is_not_hidden_by_the_failure_of_another_address(
+    receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _let_the_resolver_check_nothing(monkeypatch, ["10.0.0.1", "127.0.0.2"])
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+        refused = await refused_post(session, receiver.url(NAME))
+    assert refused.address_class is AddressClass.PRIVATE
+    assert isinstance(refused.__cause__, aiohttp.ClientConnectorError)
+
+
+async def _let_the_resolver_check_nothing(
+    monkeypatch: pytest.MonkeyPatch, addresses: Sequence[str]
+) -> None:
+    guarded = GuardedResolver.resolve
+    everything = AddressPolicy((ip_network("0.0.0.0/0"), ip_network("::/0")))
+
+    async def unguarded(
+        _: GuardedResolver, host: str, port: int, family: socket.AddressFamily
+    ) -> object:
+        trusting = GuardedResolver(everything, lookup=answers(*addresses))
+        rows = await guarded(trusting, host, port, family)
+        await trusting.close()
+        return rows
+
+    monkeypatch.setattr(GuardedResolver, "resolve", unguarded)
+
+
+def test_a_refusal_is_found_behind_what_was_raised_from_it() -> None:
+    refused = AddressRefused(AddressClass.SHARED)
+    outer = RuntimeError("outer")
+    outer.__cause__ = ValueError("between")
+    outer.__cause__.__context__ = refused
+    assert refusal_of(outer) is refused
+    assert refusal_of(ValueError("nothing behind it")) is None
+
+
+async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
+    receiver: Receiver, ca_file: Path
+) -> None:
+    def lookup(name: str) -> Sequence[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+        with pytest.raises(aiohttp.ClientConnectorDNSError) as caught:
+            await session.post(receiver.url(NAME))
+    assert caught.value.os_error.errno == socket.EAI_NONAME
+    assert refusal_of(caught.value) is None
+
+
+async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_file: Path) -> None:
+    lookup = answers()
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+        with pytest.raises(aiohttp.ClientConnectorDNSError):
+            await session.post(receiver.url(NAME))
+
+
+async def test_a_silent_name_server_costs_the_time_limit_and_one_thread() -> None:
+    answered = threading.Event()
+    asked: list[str] = []
+
+    def lookup(name: str) -> Sequence[str]:
+        asked.append(name)
+        answered.wait(60)
+        return ["8.8.8.8"]
+
+    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup, timeout_seconds=0.05)
+    try:
+        for _ in range(3):
+            with pytest.raises(socket.gaierror) as caught:
+                await resolver.resolve(NAME, 443)
+            assert caught.value.errno == socket.EAI_AGAIN
+        assert asked == [f"{NAME}."]
+    finally:
+        answered.set()
+        await resolver.close()
+
+
+async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error() -> None:
+    answered = threading.Event()
+    looking: list[threading.Thread] = []
+    unseen: list[object] = []
+
+    def lookup(name: str) -> Sequence[str]:
+        looking.append(threading.current_thread())
+        answered.wait(60)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: unseen.append(context))
+    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup, timeout_seconds=0.05)
+    try:
+        with pytest.raises(socket.gaierror, match="no answer"):
+            await resolver.resolve(NAME, 443)
+        answered.set()
+        await resolver.close()
+        # The loop hears of the lookup before it hears of the end of the thread that made it.
+        await asyncio.to_thread(looking[0].join)
+        gc.collect()
+    finally:
+        answered.set()
+        loop.set_exception_handler(None)
+    assert unseen == []
+
+
+async def test_concurrent_lookups_of_one_name_are_one_and_later_ones_ask_again() -> None:
+    asked: list[str] = []
+
+    def lookup(name: str) -> Sequence[str]:
+        asked.append(name)
+        return ["8.8.8.8", "2606:4700::1111"]
+
+    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup)
+    found = await asyncio.gather(*(resolver.resolve(NAME, port) for port in (443, 8443)))
+    assert [[(row["host"], row["port"]) for row in rows] for rows in found] == [
+        [("8.8.8.8", 443), ("2606:4700::1111", 443)],
+        [("8.8.8.8", 8443), ("2606:4700::1111", 8443)],
+    ]
+    assert len(asked) == 1
+    await resolver.resolve(f"{NAME.upper()}.", 443)
+    assert asked == [f"{NAME}."] * 2
+    await resolver.close()
+
+
+async def test_closing_the_session_ends_the_lookup_threads(
+    receiver: Receiver, ca_file: Path
+) -> None:
+    resolving: list[threading.Thread] = []
+
+    def lookup(name: str) -> Sequence[str]:
+        resolving.append(threading.current_thread())
+        return ["127.0.0.1"]
+
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+        await session.post(receiver.url(NAME))
+    resolving[0].join(5)
+    assert not resolving[0].is_alive()
+
+
+async def test_only_the_headers_of_the_sender_are_sent(receiver: Receiver, ca_file: Path) -> None:
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+        await session.post(receiver.url("127.0.0.1"), data=b"{}", headers={"User-Agent": "P/1"})
+        await session.post(receiver.url("127.0.0.1"), data=b"{}")
+    first, second = (request.headers for request in receiver.requests)
+    assert set(first) == {
+        "Host",
+        "Accept-Encoding",
+        "User-Agent",
+        "Content-Length",
+        "Content-Type",
+    }
+    assert first["User-Agent"] == "P/1"
+    assert first["Accept-Encoding"] == "identity"
+    # Neither the library's own name nor the cookie that the first answer set.
+    assert set(second) == set(first) - {"User-Agent"}
+
+
+@pytest.mark.parametrize("target", ["/a//b/../%2e%2E/%7E%2f~;x@y:z", "/?a=+%20&a=&=b?c/d", "/a??"])
+async def test_the_path_that_arrives_is_the_one_that_was_registered(
+    receiver: Receiver, ca_file: Path, target: str
+) -> None:
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+        await session.post(receiver.url("127.0.0.1", target))
+    assert receiver.requests[0].raw_path == target
+
+
+async def test_http_1_1_is_agreed_on_during_the_handshake(
+    receiver: Receiver, ca_file: Path
+) -> None:
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+        await session.post(receiver.url("127.0.0.1"))
+    assert receiver.protocols == ["http/1.1"]
+
+
+async def test_a_compressed_answer_is_left_alone(receiver: Receiver, ca_file: Path) -> None:
+    async with (
+        open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session,
+        session.post(receiver.url("127.0.0.1")) as response,
+    ):
+        assert await response.read() == b"raw"
+
+
+async def test_proxies_of_the_environment_are_ignored(
+    receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+        await session.post(receiver.url("127.0.0.1"))
+    assert receiver.connections == 1
+
+
+async def test_a_connection_is_kept_for_the_next_request(receiver: Receiver, ca_file: Path) -> None:
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+        for _ in range(3):
+            async with session.post(receiver.url("127.0.0.1")) as response:
+                await response.read()
+    assert (receiver.connections, len(receiver.requests)) == (1, 3)
+
+
+async def test_a_certificate_nobody_vouches_for_is_not_accepted(receiver: Receiver) -> None:
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=None) as session:
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await session.post(receiver.url("127.0.0.1"))
+    assert receiver.requests == []
+
+
+async def test_a_certificate_for_another_name_is_not_accepted(
+    receiver: Receiver, ca_file: Path
+) -> None:
+    lookup = answers("127.0.0.1")
+    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await session.post(receiver.url("other.shop.com"))
+    assert receiver.requests == []
+
+
+async def test_a_ca_file_that_is_missing_is_named_at_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"WEBHOOK_CA_FILE: .*No such file"):
+        open_session(policy=NOTHING_ALLOWED, ca_file=tmp_path / "missing.pem")
+
+
+async def test_a_ca_file_without_certificates_is_named_at_start(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("not a certificate")
+    with pytest.raises(ConfigurationError, match="WEBHOOK_CA_FILE"):
+        open_session(policy=NOTHING_ALLOWED, ca_file=tmp_path / "ca.pem")
+
+
+async def test_a_process_that_trusts_no_ca_does_not_start(
+    tmp_path: Path, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.pem").touch()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "empty.pem"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="no certificate authority"):
+        open_session(policy=NOTHING_ALLOWED, ca_file=None)
+    await open_session(policy=NOTHING_ALLOWED, ca_file=ca_file).close()
+    # A hashed directory is read during the handshake only, and counts all the same.
+    (tmp_path / "0a1b2c3d.0").touch()
+    await open_session(policy=NOTHING_ALLOWED, ca_file=None).close()
