@@ -18,8 +18,8 @@ async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
     missing = keyring.missing({row["secret_key_id"] for row in rows})
     if missing:
         raise ConfigurationError(
-            f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, which "
-            "is not configured: add it to WEBHOOK_ENCRYPTION_KEYS"
+            f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, "
+            "which is not configured: add it to WEBHOOK_ENCRYPTION_KEYS"
         )
 
 

@@ -307,8 +307,8 @@ def _clear_stale_locks(data_dir: Path) -> None:
             try:
                 at_work = (process / "cwd").readlink() == data_dir
             except PermissionError:  # Root in a container may not look; then the name must do.
-                named = (process / "comm").read_text() == "postgres\n"
-                at_work = named and process.name == recorded
+                named = re.match(r"\d+ \(postgres\) [^ZX]", (process / "stat").read_text())
+                at_work = process.name == recorded and named is not None
             if at_work:
                 message = f"a server is at work in {data_dir} (pid {process.name})"
                 raise ConfigurationError(f"{message}; stop it, {ELSEWHERE}")

@@ -111,9 +111,11 @@ async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:
 
     async def fetch(url: str) -> bytes:
         async with issuer.get(url, allow_redirects=False, raise_for_status=True) as response:
-            document = await response.content.read(_KEY_SET_BYTES_MAX + 1)
-            if len(document) > _KEY_SET_BYTES_MAX:
-                raise ValueError("the key set is too large")
-            return document
+            document = bytearray()
+            async for chunk in response.content.iter_any():
+                document += chunk
+                if len(document) > _KEY_SET_BYTES_MAX:
+                    raise ValueError("the key set is too large")
+            return bytes(document)
 
     return JwksKeys(settings.jwt_jwks_url or "", fetch)

@@ -50,7 +50,7 @@ BLOCKS: tuple[type[Block], ...] = (
 
 
 def load[B: Block](block: type[B], **fallbacks: Any) -> B:
-    """A block from the environment; `fallbacks` take the place of what the environment leaves out."""
+    """A block from the environment; `fallbacks` stand in for what the environment leaves out."""
     given = {name: value for name, value in fallbacks.items() if variable(name) not in os.environ}
     try:
         return block(**given)

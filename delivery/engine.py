@@ -126,7 +126,7 @@ class Engine:
                 self._attempt(delivery, webhooks[delivery.webhook_id], claimed_at)
             )
             self._attempts[task] = delivery
-            task.add_done_callback(self._attempts.pop)
+            task.add_done_callback(self._on_attempt_done)
         if excess:
             self._backlogged.update(delivery.webhook_id for delivery in excess)
             await queue.park_leased(self._pool, excess)
@@ -143,7 +143,9 @@ class Engine:
             )
         finally:
             self._free_place(delivery.webhook_id)
-        self._recorder.put(self._judge(delivery, webhook, started_at, result))
+        settlement = self._judge(delivery, webhook, started_at, result)
+        _log_attempt(delivery, settlement)
+        self._recorder.put(settlement)
 
     async def _request(
         self, delivery: LeasedDelivery, webhook: Webhook, started_at: datetime
@@ -171,7 +173,7 @@ class Engine:
         # Jitter keeps receivers from being called in step; nobody gains from predicting it.
         backoff = next_backoff(schedule, delivery.attempt_count + 1, random.random)
         state = final_state(result.outcome, backoff)
-        settlement = Settlement(
+        return Settlement(
             delivery_id=delivery.id,
             lease_id=delivery.lease_id,
             outcome=result.outcome,
@@ -182,20 +184,14 @@ class Engine:
             final_state=state,
             retry_after_seconds=(backoff or 0) if state is None else 0,
         )
-        log.info(
-            "attempt",
-            webhook_id=format_id("wh", delivery.webhook_id),
-            event_id=format_id("evt", delivery.event_id),
-            event=delivery.event_type,
-            delivery_id=format_id("dlv", delivery.id),
-            attempt=delivery.attempt_count + 1,
-            outcome=result.outcome.value,
-            status=result.status_code,
-            duration_ms=result.duration_us / 1000,
-            state=state.value if state else "ready",
-            retry_seconds=settlement.retry_after_seconds or None,
-        )
-        return settlement
+
+    def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
+        delivery = self._attempts.pop(task)
+        if not task.cancelled() and (error := task.exception()):
+            # A bug, and no result to record: the lease will end, and the delivery be tried again.
+            log.error("attempt_lost", delivery_id=format_id("dlv", delivery.id), exc_info=error)
+            self._in_flight -= 1
+            self._room.set()
 
     def _free_place(self, webhook_id: UUID) -> None:
         self._open[webhook_id] -= 1
@@ -254,3 +250,20 @@ class Engine:
             except RETRYABLE_ERRORS as error:
                 # Their leases end by themselves; only later.
                 log.warning("release_failed", error=repr(error))
+
+
+def _log_attempt(delivery: LeasedDelivery, settlement: Settlement) -> None:
+    """The one line of an attempt: ids and figures, never a payload or a secret."""
+    log.info(
+        "attempt",
+        webhook_id=format_id("wh", delivery.webhook_id),
+        event_id=format_id("evt", delivery.event_id),
+        event_type=delivery.event_type,
+        delivery_id=format_id("dlv", delivery.id),
+        attempt=delivery.attempt_count + 1,
+        outcome=settlement.outcome.value,
+        status=settlement.status_code,
+        duration_ms=settlement.duration_us / 1000,
+        state=settlement.final_state.value if settlement.final_state else "ready",
+        retry_seconds=settlement.retry_after_seconds or None,
+    )

@@ -7,6 +7,7 @@ died is noticed by nothing but its end, so it is opened anew whenever it is gone
 import asyncio
 import heapq
 from time import monotonic
+from typing import Any
 
 import structlog
 
@@ -32,13 +33,29 @@ class Listener:
         while True:
             try:
                 async with self._pool.acquire() as connection:
-                    closed = asyncio.Event()
-                    connection.add_termination_listener(lambda _, closed=closed: closed.set())
-                    await connection.add_listener(CHANNEL, lambda *_: self._hinted.set())
-                    await closed.wait()
+                    await self._hold(connection)
             except CONNECTION_ERRORS as error:
                 log.warning("listen_reopened", error=repr(error))
             await asyncio.sleep(_REOPEN_SECONDS)
+
+    async def _hold(self, connection: Any) -> None:
+        closed = asyncio.Event()
+
+        def on_close(_: object) -> None:
+            closed.set()
+
+        def on_hint(*_: object) -> None:
+            self._hinted.set()
+
+        connection.add_termination_listener(on_close)
+        try:
+            await connection.add_listener(CHANNEL, on_hint)
+            await closed.wait()
+        finally:
+            # Never given back for other use. At once and without a word to the server: a farewell
+            # that fails would hide that we are being cancelled.
+            connection.remove_termination_listener(on_close)
+            connection.terminate()
 
     def expect_retry(self, seconds: float) -> None:
         """Wake up in time for a retry that this engine scheduled."""

@@ -1,6 +1,7 @@
 """The launcher with real processes: what is killed here is a PostgreSQL, not a model of one."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -99,6 +100,15 @@ def server_pid(owner: "subprocess.Popen[str]") -> int:
 
 
 @contextlib.contextmanager
+def slow_process_with_the_lock_of(data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    with data_dir.with_name(f"{data_dir.name}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        slow = subprocess.Popen(["sleep", "0.2"], pass_fds=[lock.fileno()])
+    with slow:
+        yield slow
+
+
+@contextlib.contextmanager
 def unrelated_process_of_the_owner_of(data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """PostgreSQL takes any live process of its own uid for a server, when a lock file names it."""
     uid = data_dir.stat().st_uid
@@ -165,6 +175,14 @@ async def test_a_recorded_pid_that_was_reused_does_not_prevent_the_start(data_di
         with embedded_postgres(data_dir) as server:
             assert await kept_rows(server) == 1
         assert unrelated.poll() is None
+
+
+async def test_a_process_that_is_slow_to_leave_a_dead_server_is_waited_for(data_dir: Path) -> None:
+    with embedded_postgres(data_dir) as server:
+        await commit_one_row(server)
+    with slow_process_with_the_lock_of(data_dir) as slow, embedded_postgres(data_dir) as server:
+        assert slow.poll() is not None
+        assert await kept_rows(server) == 1
 
 
 def test_a_second_start_is_refused_and_names_the_first(data_dir: Path) -> None:

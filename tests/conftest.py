@@ -1,0 +1,134 @@
+"""Real parts for every test: PostgreSQL with a database of its own, a CA, a receiver, a server."""
+
+import asyncio
+import itertools
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import structlog
+import trustme
+from pydantic import SecretStr
+
+from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
+from cli.migrate import migrate
+from core.config import DatabaseSettings
+from core.keyring import KeyRing
+from tests.fakes.receiver import Receiver, receiving
+from tests.platform import Platform, running_platform
+
+_TEMPLATE = "postrider_template"
+_database_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> None:
+    """No test depends on what the shell that runs it has set."""
+    for name in list(os.environ):
+        if name.startswith("WEBHOOK_"):
+            del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """One server for the session, with a migrated template database."""
+    # Nothing here survives the session; the tests of durability start servers of their own.
+    options = {"fsync": "off", "max_connections": "300", "log_min_messages": "fatal"}
+    with tempfile.TemporaryDirectory(prefix="postrider-tests-") as directory:
+        # PostgreSQL refuses root, so for root it runs as somebody else, who has to get there.
+        Path(directory).chmod(0o711)
+        data_dir = Path(directory, "data")
+        with embedded_postgres(data_dir, options=options, announce=lambda _: None) as server:
+            asyncio.run(_execute(server.url(), f"CREATE DATABASE {_TEMPLATE}"))
+            migrate(database_settings(server.url(_TEMPLATE)))
+            yield server
+
+
+@pytest.fixture
+async def database_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A database of this test's own, migrated."""
+    name = f"test_{next(_database_numbers)}"
+    await _execute(postgres.url(), f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+    yield postgres.url(name)
+    await _execute(postgres.url(), f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[Any]:
+    """An asyncpg pool on the test's database."""
+    async with asyncpg.create_pool(database_url, min_size=1, max_size=10) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def keyring() -> KeyRing:
+    return KeyRing({"k1": bytes(range(32))})
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """A certificate authority that only these tests trust."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def ca_file(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return path
+
+
+@pytest.fixture
+async def receiver(authority: trustme.CA) -> AsyncIterator[Receiver]:
+    """A merchant's HTTPS endpoint on loopback."""
+    async with receiving(authority) as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def start_receiver(authority: trustme.CA) -> Callable[[], Any]:
+    """Starts further receivers: `async with start_receiver() as second`."""
+    return lambda: receiving(authority)
+
+
+@pytest.fixture
+async def platform(database_url: str, ca_file: Path, tmp_path: Path) -> AsyncIterator[Platform]:
+    """A running gRPC server with its default limits, on the test's database."""
+    async with running_platform(database_url, ca_file, tmp_path) as platform:
+        yield platform
+
+
+@pytest.fixture
+def start_platform(database_url: str, ca_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Starts a server with other settings: `async with start_platform(max_payload_bytes=10)`."""
+
+    @asynccontextmanager
+    async def start(**server_settings: Any) -> AsyncIterator[Platform]:
+        async with running_platform(database_url, ca_file, tmp_path, **server_settings) as platform:
+            yield platform
+
+    return start
+
+
+@pytest.fixture
+def logged() -> Iterator[list[Any]]:
+    """What is logged during the test, as dictionaries."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
+
+
+def database_settings(url: str) -> DatabaseSettings:
+    return DatabaseSettings(database_url=SecretStr(url))
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
