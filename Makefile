@@ -47,8 +47,9 @@ format: install ## Format Python and protobuf sources
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/buf format --write
 
-generate: install ## Regenerate generated/ from protos/
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate
+generate: install ## Regenerate generated/ from protos/, and the lists of settings
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate 2>/dev/null
+	@$(BIN)/python -m tools.settings_table
 
 lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml
 	@$(UV) pip compile --quiet --universal --python-version 3.12 --all-extras --group dev \

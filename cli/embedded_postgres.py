@@ -91,14 +91,14 @@ def embedded_postgres(
         yield server
 
 
-def default_data_dir(project_dir: Path) -> Path:
-    """`.postrider/postgres` in the project, or for root where the server's account can get to."""
-    project_dir = project_dir.resolve()
-    inside = project_dir / ".postrider" / "postgres"
+def default_data_dir(directory: Path) -> Path:
+    """`postgres` in the directory, or for root a place that the server's account can get to."""
+    directory = directory.resolve()
+    inside = directory / "postgres"
     if os.geteuid() != 0 or _reachable(inside, *_account(inside)):
         return inside
-    key = hashlib.sha256(os.fsencode(project_dir)).hexdigest()[:8]
-    return Path("/var/lib/postrider") / f"{project_dir.name}-{key}" / "postgres"
+    key = hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]
+    return Path("/var/lib/postrider") / f"{directory.parent.name}-{key}" / "postgres"
 
 
 def find_binaries(configured: Path | None = None) -> Path:

@@ -91,10 +91,10 @@ async def serve(
             deliveries=DeliveryService(pool),
             admin=AdminService(sessions, hints),
         )
+        await app.start()
+        log.info("serving", address=settings.server.listen_address, port=app.port)
         async with asyncio.TaskGroup() as background:
             hinting = background.create_task(hints.run())
-            await app.start()
-            log.info("serving", address=settings.server.listen_address, port=app.port)
             ready(app.port)
             await stop.wait()
             log.info("stopping")

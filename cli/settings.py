@@ -36,7 +36,7 @@ class LocalSettings(Block):
     )
 
 
-#: Every block there is, in the order of docs/settings.md.
+#: Every block there is, in the order of the README.
 BLOCKS: tuple[type[Block], ...] = (
     DatabaseSettings,
     EncryptionSettings,
@@ -51,7 +51,7 @@ BLOCKS: tuple[type[Block], ...] = (
 
 def load[B: Block](block: type[B], **fallbacks: Any) -> B:
     """A block from the environment; `fallbacks` stand in for what the environment leaves out."""
-    given = {name: value for name, value in fallbacks.items() if variable(name) not in os.environ}
+    given = {name: value for name, value in fallbacks.items() if not os.environ.get(variable(name))}
     try:
         return block(**given)
     except ValidationError as error:
@@ -64,7 +64,7 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {close[0]}?" if close else "docs/settings.md lists them all"
+            advice = f"did you mean {close[0]}?" if close else "the README lists them all"
             raise ConfigurationError(f"{name} is not a setting; {advice}")
 
 

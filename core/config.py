@@ -2,7 +2,7 @@
 
 Every setting is an environment variable `WEBHOOK_` + the field's name in capitals. Blocks are
 frozen, built once in `cli`, and passed down; nothing else reads the environment. Durations carry
-their unit in the name. `Field(description=…)` is the text of docs/settings.md and of the errors.
+their unit in the name. `Field(description=…)` is the text of the README's table and of .env.example.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,10 @@ SecondsList = Annotated[
 class Block(BaseSettings):
     """Base of the settings blocks: from the environment, frozen, values masked where secret."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="ignore")
+    # An empty variable counts as not set, as compose files and CI leave them.
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
 
 class DatabaseSettings(Block):

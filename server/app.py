@@ -39,7 +39,11 @@ SERVICE_NAMES = tuple(
 _HEALTH_METHODS = frozenset(
     {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/List"}
 )
-_REFLECTION_METHODS = frozenset({"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"})
+# Clients ask for v1 first, and fall back to v1alpha only when they are told that v1 is not there.
+_REFLECTION_METHODS = frozenset(
+    f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+    for version in ("v1", "v1alpha")
+)
 
 #: A batch of full payloads would be 250 MiB; this is what one message may really hold.
 _MESSAGE_BYTES_MAX = 16 * 1024 * 1024

@@ -1,0 +1,153 @@
+"""All of Postrider on one machine: a database, a server and an engine with development settings.
+
+What the environment sets is used; what it leaves out is made and kept in the data directory.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from cli.deliver import DeliverSettings, deliver
+from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.embedded_postgres import default_data_dir, embedded_postgres
+from cli.migrate import migrate
+from cli.serve import ServeSettings, serve
+from cli.settings import LocalSettings, load, variable
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from core.errors import ConfigurationError
+from core.keyring import new_key
+from delivery.config import DeliverySettings
+from server.config import AuthSettings, ServerSettings
+
+DEVELOPMENT_ISSUER = "postrider-development"
+
+type Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LocalPlatform:
+    """A running server and engine, and the key that signs tokens for them."""
+
+    port: int
+    key: DevelopmentKey
+    auth: AuthSettings
+    #: Server and engine; one that is done while the platform runs has failed.
+    processes: tuple[asyncio.Task[None], ...]
+
+    def token(self, *scopes: str, merchant_id: str | None = None, hours: float = 24) -> str:
+        return mint_token(
+            self.key.private_key_file,
+            issuer=self.auth.jwt_issuer,
+            audience=self.auth.jwt_audience,
+            subject="developer",
+            scopes=scopes,
+            merchant_id=merchant_id,
+            lifetime=timedelta(hours=hours),
+        )
+
+
+@contextmanager
+def local_database(
+    directory: Path, pg_bin: Path | None, announce: Announce
+) -> Iterator[DatabaseSettings]:
+    """WEBHOOK_DATABASE_URL if it is set, else a PostgreSQL of our own; migrated either way."""
+    if os.environ.get(variable("database_url")):
+        settings = load(DatabaseSettings)
+        migrate(settings, announce=announce)
+        yield settings
+        return
+    data_dir = default_data_dir(directory)
+    with embedded_postgres(data_dir, bin_dir=pg_bin, announce=announce) as server:
+        settings = load(DatabaseSettings, database_url=SecretStr(server.url()))
+        migrate(settings, announce=announce)
+        yield settings
+
+
+@asynccontextmanager
+async def running_platform(
+    database: DatabaseSettings,
+    directory: Path,
+    *,
+    listen_address: str,
+    receiver_port: int,
+    ca_file: Path,
+) -> AsyncIterator[LocalPlatform]:
+    """Server and engine until the end of the context."""
+    key = ensure_development_key(directory / "keys")
+    encryption = load(EncryptionSettings, encryption_keys=_encryption_keys(directory))
+    egress = load(
+        EgressSettings,
+        allowed_cidrs=(ip_network("127.0.0.0/8"),),
+        allowed_ports=((443, 443), (8443, 8443), (receiver_port, receiver_port)),
+        ca_file=ca_file,
+    )
+    auth = load(
+        AuthSettings, jwt_issuer=DEVELOPMENT_ISSUER, jwt_public_key_file=key.public_key_file
+    )
+    server = load(ServerSettings, listen_address=listen_address, reflection=True)
+    delivery = load(DeliverySettings)
+    stop_serving, stop_delivering = asyncio.Event(), asyncio.Event()
+    listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(
+        serve(
+            ServeSettings(database, encryption, egress, server, auth),
+            stop_serving,
+            listening.set_result,
+        )
+    )
+    delivering = asyncio.create_task(
+        deliver(DeliverSettings(database, encryption, egress, delivery), stop_delivering)
+    )
+    processes = (serving, delivering)
+    try:
+        beginnings: set[asyncio.Future[Any]] = {*processes, listening}
+        await asyncio.wait(beginnings, return_when=asyncio.FIRST_COMPLETED)
+        for process in processes:
+            if process.done():
+                process.result()
+        yield LocalPlatform(await listening, key, auth, processes)
+    finally:
+        # The server first: what it has accepted, the engine may still deliver.
+        stop_serving.set()
+        await asyncio.wait({serving})
+        stop_delivering.set()
+        await asyncio.wait({delivering})
+    for process in processes:
+        process.result()
+
+
+def _encryption_keys(directory: Path) -> SecretStr | None:
+    """The development key of this data directory, made once."""
+    if os.environ.get(variable("encryption_keys_file")):
+        return None
+    path = directory / "encryption-key"
+    try:
+        path.touch(mode=0o600, exist_ok=True)
+        if not path.read_text().strip():
+            path.write_text(new_key() + "\n")
+        return SecretStr(path.read_text().strip())
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot keep an encryption key in {path} ({error.strerror}): set WEBHOOK_DATA_DIR to "
+            "a directory that can be written"
+        ) from error
+
+
+def make_directory(settings: LocalSettings) -> Path:
+    """The data directory, made when missing; ConfigurationError when it cannot be."""
+    directory = settings.data_dir.resolve()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot make the data directory {directory} ({error.strerror}): set WEBHOOK_DATA_DIR"
+        ) from error
+    return directory

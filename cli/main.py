@@ -1,0 +1,194 @@
+"""The `postrider` command. Each subcommand reads its settings and says plainly what is wrong."""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+# Before anything imports grpc: its core writes to stderr, past our logs.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import click
+import uvloop
+
+from cli.settings import LocalSettings, load, refuse_unknown_variables
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, LogSettings
+from core.errors import ConfigurationError, PostriderError
+from core.keyring import new_key
+from core.logs import configure_logs
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> None:
+        try:
+            refuse_unknown_variables(os.environ)
+            super().invoke(ctx)
+        except PostriderError as error:
+            for line in error.message.splitlines():
+                click.echo(f"postrider: {line}", err=True)
+            sys.exit(2 if isinstance(error, ConfigurationError) else 1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="postrider")
+def main() -> None:
+    """Postrider delivers webhooks: gRPC in, signed HTTPS out, PostgreSQL in between.
+
+    Try it on this machine with `postrider run`. In production, `postrider migrate` once, then any
+    number of `postrider server` and `postrider delivery` on one database.
+
+    Settings are environment variables that begin with WEBHOOK_; the README lists them all.
+    """
+
+
+@main.command()
+def server() -> None:
+    """Serve the gRPC API until SIGTERM.
+
+    Needs WEBHOOK_DATABASE_URL, WEBHOOK_ENCRYPTION_KEYS, WEBHOOK_JWT_ISSUER, and
+    WEBHOOK_JWT_JWKS_URL or WEBHOOK_JWT_PUBLIC_KEY_FILE. Any number may run on one database. After
+    SIGTERM, health says NOT_SERVING and running calls finish.
+    """
+    from cli.serve import ServeSettings, serve  # noqa: PLC0415 - the other commands start faster
+    from cli.stop import stop_on_signals  # noqa: PLC0415
+    from server.config import AuthSettings, ServerSettings  # noqa: PLC0415
+
+    configure_logs(load(LogSettings))
+    settings = ServeSettings(
+        database=load(DatabaseSettings),
+        encryption=load(EncryptionSettings),
+        egress=load(EgressSettings),
+        server=load(ServerSettings),
+        auth=load(AuthSettings),
+    )
+
+    async def run() -> None:
+        await serve(settings, stop_on_signals())
+
+    uvloop.run(run())
+
+
+@main.command()
+def delivery() -> None:
+    """Deliver webhooks until SIGTERM.
+
+    Needs WEBHOOK_DATABASE_URL and WEBHOOK_ENCRYPTION_KEYS. Any number may run on one database,
+    also on many machines. After SIGTERM nothing new is claimed and attempts in flight finish; what
+    a killed engine had in flight is sent again by the others when its lease ends.
+    """
+    from cli.deliver import DeliverSettings, deliver  # noqa: PLC0415
+    from cli.stop import stop_on_signals  # noqa: PLC0415
+    from delivery.config import DeliverySettings  # noqa: PLC0415
+
+    configure_logs(load(LogSettings))
+    settings = DeliverSettings(
+        database=load(DatabaseSettings),
+        encryption=load(EncryptionSettings),
+        egress=load(EgressSettings),
+        delivery=load(DeliverySettings),
+    )
+
+    async def run() -> None:
+        await deliver(settings, stop_on_signals())
+
+    uvloop.run(run())
+
+
+@main.command()
+@click.option(
+    "--down-to",
+    metavar="REVISION",
+    help='Undo migrations down to REVISION, or all of them with "base". Undoing drops data.',
+)
+def migrate(down_to: str | None) -> None:
+    """Bring the database schema to this release's version.
+
+    Needs WEBHOOK_DATABASE_URL. Safe to run while the previous release serves, and from several
+    places at once: one migrates, the others wait. Each step is a transaction of its own.
+    """
+    from cli.migrate import head  # noqa: PLC0415
+    from cli.migrate import migrate as run_migrations  # noqa: PLC0415
+
+    run_migrations(load(DatabaseSettings), down_to=down_to, announce=click.echo)
+    click.echo(f"the schema is at {down_to or head()}")
+
+
+@main.command()
+@click.option("--events", default=6, show_default=True, type=click.IntRange(1, 10_000))
+def run(events: int) -> None:
+    """Run everything on this machine, and deliver a first webhook.
+
+    Starts a PostgreSQL of its own (or uses WEBHOOK_DATABASE_URL), migrates it, starts the gRPC
+    server, the delivery engine and a demo receiver on HTTPS, registers a webhook, publishes EVENTS
+    events and shows each as it arrives. Stays up until Ctrl-C; data stays in .postrider/.
+    """
+    from cli.run import run_everything  # noqa: PLC0415
+
+    run_everything(events)
+
+
+@main.command()
+@click.option("--events", default=20, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def demo(events: int, as_json: bool) -> None:
+    """Do what `run` shows, once, and exit: 0 when every event arrived.
+
+    Uses a database of its own in a temporary directory (or WEBHOOK_DATABASE_URL) and free ports,
+    so it can run beside anything. Its figures are counted by the receiver.
+    """
+    from cli.run import demo_once  # noqa: PLC0415
+
+    if not demo_once(events, as_json=as_json):
+        sys.exit(1)
+
+
+@main.command()
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(["webhooks:manage", "events:publish", "webhooks:admin"]),
+    default=["webhooks:manage", "events:publish"],
+    show_default=True,
+    help="What the token may do; repeat it for several.",
+)
+@click.option(
+    "--merchant", "merchant_id", help="The merchant_id claim; none for platform services."
+)
+@click.option("--subject", default="developer", show_default=True, help="The sub claim.")
+@click.option("--hours", default=1.0, show_default=True, type=click.FloatRange(0.01, 24))
+def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours: float) -> None:
+    """Print a token for development, signed with the key that `postrider run` made.
+
+    A server accepts it when its WEBHOOK_JWT_PUBLIC_KEY_FILE is .postrider/keys/public.pem and its
+    WEBHOOK_JWT_ISSUER is postrider-development, as `postrider run` sets them.
+    """
+    from cli.development_key import mint_token  # noqa: PLC0415
+    from cli.local import DEVELOPMENT_ISSUER  # noqa: PLC0415
+
+    key_file: Path = load(LocalSettings).data_dir / "keys" / "private.pem"
+    if not key_file.exists():
+        raise ConfigurationError(
+            f"there is no development key in {key_file.parent}; `postrider run` makes one"
+        )
+    click.echo(
+        mint_token(
+            key_file,
+            issuer=os.environ.get("WEBHOOK_JWT_ISSUER", DEVELOPMENT_ISSUER),
+            audience=os.environ.get("WEBHOOK_JWT_AUDIENCE", "postrider"),
+            subject=subject,
+            scopes=scopes,
+            merchant_id=merchant_id,
+            lifetime=timedelta(hours=hours),
+        )
+    )
+
+
+@main.command("encryption-key")
+def encryption_key() -> None:
+    """Print a new `id:key` pair for WEBHOOK_ENCRYPTION_KEYS."""
+    click.echo(new_key())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Writes what the settings say of themselves into the README's table and .env.example.
+
+`make generate` runs it; with --check it changes nothing and fails when something is out of date.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from cli.settings import BLOCKS, variable
+from core.config import Block
+
+ROOT = Path(__file__).parent.parent
+UNITS = {"_seconds": "s", "_bytes": "bytes"}
+BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
+
+
+def main() -> None:
+    readme, example = ROOT / "README.md", ROOT / ".env.example"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    wanted = {
+        readme: f"{before}{BEGIN}\n{table()}{END}{after}",
+        example: env_example(),
+    }
+    stale = [path for path, text in wanted.items() if path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.name} is out of date: run `make generate`")
+        sys.exit(bool(stale))
+    for path in stale:
+        path.write_text(wanted[path])
+
+
+def table() -> str:
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for block in BLOCKS:
+        rows.append(f"| **{_title(block)}** | | |")
+        for name, field in block.model_fields.items():
+            rows.append(f"| `{variable(name)}` | {_cell(name, field)} | {_meaning(field)} |")
+    return "\n".join(rows) + "\n"
+
+
+def env_example() -> str:
+    return "\n".join(_env_lines())
+
+
+def _env_lines() -> Iterator[str]:
+    yield "# Every setting of Postrider with its default. Copy to .env, change what you need, load it:"
+    yield "#     set -a; . ./.env; set +a"
+    for block in BLOCKS:
+        yield ""
+        yield f"# {_title(block)}"
+        for name, field in block.model_fields.items():
+            yield ""
+            yield f"# {_meaning(field)}"
+            default = "" if field.is_required() else _plain(field.get_default())
+            yield f"#{variable(name)}={default}"
+    yield ""
+
+
+def _title(block: type[Block]) -> str:
+    return (block.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def _meaning(field: FieldInfo) -> str:
+    return field.description or ""
+
+
+def _cell(name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    text = _plain(field.get_default())
+    unit = next((f" {unit}" for suffix, unit in UNITS.items() if name.endswith(suffix)), "")
+    return f"`{text}`{unit}" if text else "none"
+
+
+def _plain(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}" if value < 1e6 else str(value)
+        case tuple():
+            return ",".join(_plain_item(item) for item in value)
+    return str(value)
+
+
+def _plain_item(item: Any) -> str:
+    if isinstance(item, tuple):
+        low, high = item
+        return str(low) if low == high else f"{low}-{high}"
+    return _plain(item)
+
+
+if __name__ == "__main__":
+    main()
