@@ -83,16 +83,13 @@ async def running_platform(
     """Server and engine until the end of the context."""
     key = ensure_development_key(directory / "keys")
     encryption = load(EncryptionSettings, encryption_keys=_encryption_keys(directory))
-    egress = load(
-        EgressSettings,
-        allowed_cidrs=(ip_network("127.0.0.0/8"),),
-        allowed_ports=((443, 443), (8443, 8443), (receiver_port, receiver_port)),
-        ca_file=ca_file,
-    )
+    egress = _egress_to(receiver_port, ca_file)
     auth = load(
         AuthSettings, jwt_issuer=DEVELOPMENT_ISSUER, jwt_public_key_file=key.public_key_file
     )
-    server = load(ServerSettings, listen_address=listen_address, reflection=True)
+    server = load(ServerSettings, reflection=True).model_copy(
+        update={"listen_address": listen_address}
+    )
     delivery = load(DeliverySettings)
     stop_serving, stop_delivering = asyncio.Event(), asyncio.Event()
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -122,6 +119,20 @@ async def running_platform(
         await asyncio.wait({delivering})
     for process in processes:
         process.result()
+
+
+def _egress_to(receiver_port: int, ca_file: Path) -> EgressSettings:
+    """What the environment allows, and the demo receiver with its own authority."""
+    settings = load(EgressSettings)
+    if settings.ca_file is not None:
+        ca_file.write_bytes(ca_file.read_bytes() + settings.ca_file.read_bytes())
+    return settings.model_copy(
+        update={
+            "allowed_cidrs": (*settings.allowed_cidrs, ip_network("127.0.0.0/8")),
+            "allowed_ports": (*settings.allowed_ports, (receiver_port, receiver_port)),
+            "ca_file": ca_file,
+        }
+    )
 
 
 def _encryption_keys(directory: Path) -> SecretStr | None:

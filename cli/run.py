@@ -118,7 +118,7 @@ async def _demo(
 async def _until_stopped[T](
     stop: asyncio.Event, platform: LocalPlatform, work: Coroutine[Any, Any, T]
 ) -> T | None:
-    """The result of `work`; None when told to stop first. A process that failed raises its error."""
+    """The result of `work`; None when told to stop. A process that failed raises its error."""
     task = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopping, *platform.processes}, return_when=asyncio.FIRST_COMPLETED)
