@@ -26,8 +26,9 @@ $(UV_HOME)/bin/uv:
 
 # The dev group is not part of the package's metadata, so the lock is exported from both.
 $(STAMP): requirements.lock pyproject.toml | $(filter $(UV_HOME)/bin/uv,$(UV))
-	@echo "==> creating $(VENV) and installing the locked dependencies (about a minute the first time)"
-	@$(UV) venv --quiet --allow-existing $(VENV)
+	@echo "==> installing the locked dependencies into $(VENV) (about a minute the first time)"
+	@$(UV) venv --quiet --allow-existing $(VENV) \
+	  || { echo "postrider: uv found no Python 3.12 and could not download one: install Python 3.12, then repeat" >&2; exit 1; }
 	@$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
