@@ -29,7 +29,9 @@ $(STAMP): requirements.lock pyproject.toml | $(filter $(UV_HOME)/bin/uv,$(UV))
 	@echo "==> installing the locked dependencies into $(VENV) (about a minute the first time)"
 	@$(UV) venv --quiet --allow-existing $(VENV) \
 	  || { echo "postrider: uv found no Python 3.12 and could not download one: install Python 3.12, then repeat" >&2; exit 1; }
-	@$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@# Its progress is worth seeing, the list of every package is not.
+	@{ $(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock 2>&1; echo $$? > $(VENV)/.status; } \
+	  | grep -v '^ [+-] '; exit $$(cat $(VENV)/.status)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
