@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
@@ -22,11 +23,13 @@ def migrate(
     settings: DatabaseSettings,
     *,
     down_to: str | None = None,
+    lock_timeout_seconds: float = 4.0,
     announce: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Bring the schema to this release's revision, or down to `down_to` (a revision, or "base").
 
-    Runs its own event loop. Each step is announced; a step that fails leaves nothing of itself.
+    Runs its own event loop. Each step is announced; a step that fails leaves nothing of itself. A
+    step that does not get a lock soon gives way: behind it, every query would queue.
     """
 
     def on_version_apply(*, step: Any, **_: Any) -> None:
@@ -34,7 +37,12 @@ def migrate(
         announce(f"{verb} {step.up_revision_id}")
 
     config = _config()
-    config.attributes["connect_arguments"] = connect_arguments(settings, "postrider-migrate")
+    # No limit of the client's own: a migration may take longer than any query; env.py bounds it.
+    config.attributes["connect_arguments"] = {
+        **connect_arguments(settings, "postrider-migrate"),
+        "command_timeout": None,
+    }
+    config.attributes["lock_timeout_seconds"] = lock_timeout_seconds
     config.attributes["on_version_apply"] = on_version_apply
     try:
         if down_to is None:
@@ -44,6 +52,15 @@ def migrate(
     except CommandError as error:
         raise ConfigurationError(f"cannot migrate: {error}") from None
     except DBAPIError as error:
+        if error.statement is None:
+            raise ConfigurationError(
+                f"cannot connect as WEBHOOK_DATABASE_URL says: {error.orig}"
+            ) from error
+        if getattr(error.orig, "sqlstate", None) == asyncpg.LockNotAvailableError.sqlstate:
+            raise ConfigurationError(
+                "the migration gave way and was rolled back: something else holds a lock on what "
+                "it changes; run `postrider migrate` again when that has ended"
+            ) from error
         raise ConfigurationError(
             f"the migration failed and was rolled back: {error.orig}"
         ) from error
@@ -53,6 +70,9 @@ def migrate(
             f"({type(error).__name__}: {error})",
             reason="DATABASE_UNAVAILABLE",
         ) from error
+    except ValueError:
+        # The text of the error may hold a part of the password.
+        raise ConfigurationError("WEBHOOK_DATABASE_URL is not a URL of PostgreSQL") from None
 
 
 def head() -> str:

@@ -2,7 +2,7 @@
 
 Every setting is an environment variable `WEBHOOK_` + the field's name in capitals. Blocks are
 frozen, built once in `cli`, and passed down; nothing else reads the environment. Durations carry
-their unit in the name. `Field(description=…)` is the text of the README's table and of .env.example.
+their unit in the name. A field's description is its line in the README's table and .env.example.
 """
 
 from collections.abc import Callable

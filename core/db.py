@@ -12,6 +12,8 @@ CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    # What the next use of a connection that was cut raises.
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.OperatorInterventionError,
     asyncpg.exceptions.InsufficientResourcesError,
@@ -19,7 +21,11 @@ CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
 )
 
 #: After these the same statement may simply be sent again.
-RETRYABLE_ERRORS = (*CONNECTION_ERRORS, asyncpg.exceptions.TransactionRollbackError)
+RETRYABLE_ERRORS = (
+    *CONNECTION_ERRORS,
+    asyncpg.exceptions.TransactionRollbackError,
+    asyncpg.exceptions.LockNotAvailableError,
+)
 
 #: asyncpg has no types of its own; what it returns is described where it is used.
 type Pool = Any
@@ -44,11 +50,33 @@ def connect_arguments(settings: DatabaseSettings, application_name: str) -> dict
     }
 
 
+class _BoundedPool(asyncpg.pool.Pool):  # type: ignore[misc]
+    """asyncpg's pool, but nobody waits for a free connection longer than for a new one."""
+
+    def __init__(self, dsn: str, *, timeout: float, size: int, **arguments: Any):
+        super().__init__(
+            dsn,
+            min_size=1,
+            max_size=size,
+            max_queries=50_000,
+            max_inactive_connection_lifetime=300.0,
+            loop=None,
+            connection_class=asyncpg.Connection,
+            record_class=asyncpg.Record,
+            timeout=timeout,
+            **arguments,
+        )
+        self._acquire_timeout = timeout
+
+    def acquire(self, *, timeout: float | None = None) -> Any:
+        return super().acquire(timeout=timeout or self._acquire_timeout)
+
+
 async def open_pool(settings: DatabaseSettings, application_name: str, size: int) -> Pool:
     """A pool of at most `size` connections; Unavailable when the database cannot be reached."""
     arguments = connect_arguments(settings, application_name)
     try:
-        return await asyncpg.create_pool(**arguments, min_size=1, max_size=size)
+        return await _BoundedPool(**arguments, size=size)
     except CONNECTION_ERRORS as error:
         raise Unavailable(
             "the database cannot be reached; check WEBHOOK_DATABASE_URL and that PostgreSQL runs "

@@ -49,7 +49,7 @@ class KeyRing:
         nonce, ciphertext = record[:_NONCE_BYTES], record[_NONCE_BYTES:]
         try:
             return cipher.decrypt(nonce, ciphertext, webhook_id.bytes).decode()
-        except InvalidTag:
+        except (InvalidTag, ValueError):
             raise UndecryptableSecret(
                 f"the key {key_id!r} does not fit, or the record was altered"
             ) from None

@@ -23,12 +23,17 @@ def configure_logs(settings: LogSettings, stream: BinaryIO | None = None) -> Non
     ]
     if as_text:
         renderer: list[structlog.typing.Processor] = [
-            structlog.dev.ConsoleRenderer(),
+            structlog.dev.ConsoleRenderer(
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
             lambda _logger, _name, line: str(line).encode(),
         ]
     else:
         renderer = [
-            structlog.processors.dict_tracebacks,
+            # Without the variables of each frame: secrets and payloads are among them.
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
             structlog.processors.JSONRenderer(serializer=_to_json),
         ]
     structlog.configure(

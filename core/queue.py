@@ -82,13 +82,14 @@ _ENQUEUE = """
 WITH input AS (
     SELECT * FROM unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[]
-    ) AS t(id, merchant_id, type, content_type, payload, idempotency_key, content_hash)
+    ) WITH ORDINALITY AS t(id, merchant_id, type, content_type, payload, idempotency_key,
+        content_hash, position)
 ), new_keys AS (
     INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id)
     SELECT merchant_id, idempotency_key, content_hash, id FROM input
     WHERE idempotency_key IS NOT NULL
     -- Two batches that share keys take them in one order, so neither waits for the other for ever.
-    ORDER BY merchant_id, idempotency_key, id
+    ORDER BY merchant_id, idempotency_key, position
     ON CONFLICT DO NOTHING
     RETURNING event_id
 ), accepted AS (
@@ -159,16 +160,17 @@ WITH input AS (
         due_at = now() + i.retry_after * interval '1 second'
     FROM input i
     WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NULL
-    RETURNING q.id, q.attempt_count
+    RETURNING q.id, q.attempt_count, i.position
 ), settled AS (
-    SELECT id, attempt_count + 1 AS number FROM finished
+    SELECT id, position, attempt_count + 1 AS number FROM finished
     UNION ALL
-    SELECT id, attempt_count FROM rescheduled
+    SELECT id, position, attempt_count FROM rescheduled
 ), recorded AS (
+    -- By position: the batch may hold a delivery twice, once under a lease that is lost.
     INSERT INTO attempts
         (delivery_id, number, outcome, status_code, detail, started_at, duration_us)
     SELECT s.id, s.number, i.outcome, i.status_code, i.detail, i.started_at, i.duration_us
-    FROM settled s JOIN input i ON i.delivery_id = s.id
+    FROM settled s JOIN input i ON i.position = s.position
 ), tally AS (
     SELECT webhook_id, last_delivered IS NOT NULL AS delivered,
         count(*) FILTER (
@@ -183,7 +185,7 @@ WITH input AS (
     GROUP BY webhook_id, last_delivered
 ), locked AS (
     -- Healthy configs are not written at all; the others are locked in one order by every engine.
-    SELECT c.id,
+    SELECT c.id, c.active,
         CASE WHEN t.delivered THEN 0 ELSE c.consecutive_failures END + t.failures AS failures
     FROM webhook_configs c JOIN tally t ON t.webhook_id = c.id
     WHERE t.failures > 0 OR (t.delivered AND c.consecutive_failures > 0)
@@ -198,11 +200,11 @@ WITH input AS (
         version = c.version + CASE WHEN c.active AND l.failures >= $10 THEN 1 ELSE 0 END,
         updated_at = CASE WHEN c.active AND l.failures >= $10 THEN now() ELSE c.updated_at END
     FROM locked l WHERE c.id = l.id
-    RETURNING c.id, c.active
+    RETURNING c.id, l.active AND NOT c.active AS deactivated
 )
 SELECT id, false AS deactivated FROM settled
 UNION ALL
-SELECT id, true FROM counted WHERE NOT active
+SELECT id, true FROM counted WHERE deactivated
 """
 
 _PARK_WEBHOOKS = """
@@ -221,9 +223,13 @@ FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
 WHERE q.id = t.id AND q.lease_id = t.lease_id
 """
 
+# Passes by what another statement holds at this moment: to wait for a settle, which may itself be
+# waiting for the config our caller has locked, would be a deadlock. The next claim cancels those.
 _CANCEL_WEBHOOK = """
-WITH cancelled AS (
-    DELETE FROM delivery_queue WHERE webhook_id = $1 RETURNING *
+WITH free AS (
+    SELECT id FROM delivery_queue WHERE webhook_id = $1 FOR UPDATE SKIP LOCKED
+), cancelled AS (
+    DELETE FROM delivery_queue q USING free WHERE q.id = free.id RETURNING q.*
 )
 INSERT INTO finished_deliveries
     (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
@@ -247,6 +253,8 @@ SELECT webhook_id FROM backlog WHERE webhook_id IS NOT NULL
 
 # Fills a config's ready part from its own backlog once it is half empty: one by one would cost an
 # index update per settle. Let in "now", not at the old due time, so nobody else's turn is taken.
+# What a deleted config still has parked (accepted while it was deleted) is let in too: its claim
+# cancels it.
 _ADMIT = """
 WITH room AS (
     SELECT c.id, $2 - (
@@ -256,18 +264,23 @@ WITH room AS (
         ) taken
     ) AS free
     FROM webhook_configs c
-    WHERE c.id = ANY ($1) AND c.active AND c.deleted_at IS NULL
+    WHERE c.id = ANY ($1) AND (c.active OR c.deleted_at IS NOT NULL)
 ), chosen AS (
     SELECT p.id FROM room r CROSS JOIN LATERAL (
         SELECT q.id FROM delivery_queue q
         WHERE q.webhook_id = r.id AND q.state = 'parked'
         ORDER BY q.id LIMIT r.free
-        FOR UPDATE SKIP LOCKED
     ) p
     WHERE r.free >= ($2 + 1) / 2
+), locked AS (
+    -- Chosen before locked: engines that do this at once choose the same rows, and the second finds
+    -- them taken instead of letting in as many again.
+    SELECT id FROM delivery_queue
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND state = 'parked'
+    FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
-FROM chosen WHERE q.id = chosen.id
+FROM locked WHERE q.id = locked.id
 RETURNING q.webhook_id
 """
 
@@ -321,7 +334,8 @@ async def settle(
 ) -> Settled:
     """End leases with the results of their attempts; to be called in a transaction.
 
-    A settlement whose lease no longer holds is ignored as a whole: no attempt, no count.
+    A settlement whose lease no longer holds is ignored as a whole: no attempt, no count. Failures
+    count in the order of the batch, and a delivered one forgives those before it.
     """
     rows = await connection.fetch(
         _SETTLE,
@@ -358,7 +372,10 @@ async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) 
 
 
 async def cancel_webhook(connection: Connection, webhook_id: UUID) -> int:
-    """Finish every open delivery of a deleted config as cancelled; returns how many."""
+    """Finish the open deliveries of a deleted config as cancelled; returns how many.
+
+    The few that other statements hold right now are left to the next claim, which cancels them.
+    """
     tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id)
     return int(tag.rpartition(" ")[2])
 
@@ -369,7 +386,7 @@ async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
 
 
 async def admit(connection: Connection, webhook_ids: Sequence[UUID], places: int) -> set[UUID]:
-    """Let parked deliveries of active configs in; returns the configs that had some.
+    """Let parked deliveries in, not those of inactive configs; returns the configs that had some.
 
     Each config has at most `places` due or leased deliveries in the ready part afterwards.
     """

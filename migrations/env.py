@@ -13,17 +13,19 @@ from sqlalchemy.pool import NullPool
 
 from core.models import Base
 
-# A migration that cannot get its lock soon must give way: behind it, every query would queue.
-LOCK_TIMEOUT = "4s"
-STATEMENT_TIMEOUT = "60s"
+STATEMENT_TIMEOUT_SECONDS = 60.0
+# How long to wait for another migrator to finish; afterwards there is usually nothing left to do.
+MIGRATOR_TIMEOUT_SECONDS = 600.0
 # Any constant will do; it is the same for every migrator of this schema.
 MIGRATION_LOCK = 0x706F7374
 
 
 def _run(connection: Connection) -> None:
+    _set_timeouts(connection, MIGRATOR_TIMEOUT_SECONDS, MIGRATOR_TIMEOUT_SECONDS)
     connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
-    connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
-    connection.execute(text(f"SET statement_timeout = '{STATEMENT_TIMEOUT}'"))
+    _set_timeouts(
+        connection, context.config.attributes["lock_timeout_seconds"], STATEMENT_TIMEOUT_SECONDS
+    )
     connection.commit()
     context.configure(
         connection=connection,
@@ -33,6 +35,11 @@ def _run(connection: Connection) -> None:
     )
     with context.begin_transaction():
         context.run_migrations()
+
+
+def _set_timeouts(connection: Connection, lock_seconds: float, statement_seconds: float) -> None:
+    connection.execute(text(f"SET lock_timeout = '{lock_seconds * 1000:.0f}ms'"))
+    connection.execute(text(f"SET statement_timeout = '{statement_seconds * 1000:.0f}ms'"))
 
 
 async def _run_online() -> None:
