@@ -11,11 +11,14 @@ import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 
 from core.addresses import AddressClass, AddressPolicy
 from core.errors import ConfigurationError
@@ -79,7 +82,7 @@ def open_session(
         headers={"Accept-Encoding": "identity"},
         skip_auto_headers=("Accept", "User-Agent"),
         read_bufsize=16 * 1024,
-        middlewares=(_surface_refusal,),
+        middlewares=(_surface_refusal, _replace_stale_connection),
     )
 
 
@@ -178,6 +181,7 @@ class _GuardedConnector(aiohttp.TCPConnector):
             limit=0,
             keepalive_timeout=keepalive,
         )
+        self._factory = partial(_HeadFirst, loop=self._loop)  # type: ignore[assignment]
         self._policy = policy
         self._closes_with_us = resolver
 
@@ -187,18 +191,41 @@ class _GuardedConnector(aiohttp.TCPConnector):
 
     def _open_socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, sockaddr = addr_info
+        dialling = _dialling.get()
         try:
             _refuse_unless_allowed(self._policy, sockaddr[0])
         except AddressRefused as refusal:
-            if (refusals := _refusals.get()) is not None:
-                refusals.append(refusal)
+            dialling.refusals.append(refusal)
             raise
+        dialling.opened = True
         return socket.socket(family, kind, protocol)
 
 
-# Refusals of the request at hand. Connecting races the addresses in tasks of their own, which
-# copy the context and so share this list.
-_refusals: ContextVar[list[AddressRefused] | None] = ContextVar("refusals", default=None)
+class _HeadFirst(ResponseHandler):
+    """Parses the head of an answer apart from what came with it in one piece.
+
+    Otherwise a fault in the body, such as a Content-Length that is too short, takes with it the
+    status line that was fine.
+    """
+
+    def data_received(self, data: bytes) -> None:
+        head, end, rest = data.partition(b"\r\n\r\n")
+        super().data_received(head + end)
+        if rest:
+            super().data_received(rest)
+
+
+@dataclass(slots=True)
+class _Dialling:
+    """What dialling came to for one request; neither, when a pooled connection was used."""
+
+    opened: bool = False
+    refusals: list[AddressRefused] = field(default_factory=list)
+
+
+# Of the request at hand. Connecting races the addresses in tasks of their own, which copy the
+# context and so share what it holds.
+_dialling: ContextVar[_Dialling] = ContextVar("dialling")
 
 
 async def _surface_refusal(
@@ -209,16 +236,34 @@ async def _surface_refusal(
     With several addresses aiohappyeyeballs drops what is neither OSError nor RuntimeError: in its
     place come a bare IndexError or the error of another address.
     """
-    refusals: list[AddressRefused] = []
-    token = _refusals.set(refusals)
+    dialling = _Dialling()
+    token = _dialling.set(dialling)
     try:
         return await handler(request)
     except Exception as error:
-        if refusals and refusal_of(error) is None:
-            raise refusals[0] from error
+        if dialling.refusals and refusal_of(error) is None:
+            raise dialling.refusals[0] from error
         raise
     finally:
-        _refusals.reset(token)
+        _dialling.reset(token)
+
+
+async def _replace_stale_connection(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Send once more when a pooled connection turned out to be closed.
+
+    That says nothing about the receiver's health. When a new connection ends without an answer,
+    the receiver may have acted on the request: then sending again is for the next attempt.
+    """
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except aiohttp.ClientConnectionError:
+        if _dialling.get().opened:
+            raise
+    return await handler(request)
 
 
 def _refuse_unless_allowed(policy: AddressPolicy, text: str) -> None:

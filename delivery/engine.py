@@ -59,8 +59,10 @@ class Engine:
         self._in_flight = 0
         self._open: Counter[UUID] = Counter()
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
-        # Configs known to have a backlog: they are let in again as soon as they have room.
+        # Configs let in again as soon as they have room: those that were seen to have a backlog
+        # since the last sweep or in the second before it.
         self._backlogged: set[UUID] = set()
+        self._backlog_seen: set[UUID] = set()
         self._room = asyncio.Event()
 
     def stop(self) -> None:
@@ -106,8 +108,10 @@ class Engine:
         half = self._settings.max_in_flight_per_webhook // 2
         hungry = [w for w in self._backlogged if self._open[w] <= half]
         if hungry:
-            fed = await queue.admit(self._pool, hungry, self._settings.max_in_flight_per_webhook)
-            self._backlogged -= set(hungry) - fed
+            # One that is not fed may lack room instead of a backlog, so it is asked for again.
+            self._backlog_seen |= await queue.admit(
+                self._pool, hungry, self._settings.max_in_flight_per_webhook
+            )
 
     async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> None:
         """Begin an attempt for each delivery whose config has a free place; park the others."""
@@ -128,7 +132,9 @@ class Engine:
             self._attempts[task] = delivery
             task.add_done_callback(self._on_attempt_done)
         if excess:
-            self._backlogged.update(delivery.webhook_id for delivery in excess)
+            webhook_ids = {delivery.webhook_id for delivery in excess}
+            self._backlogged |= webhook_ids
+            self._backlog_seen |= webhook_ids
             await queue.park_leased(self._pool, excess)
 
     async def _attempt(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
@@ -230,7 +236,8 @@ class Engine:
             else:
                 if reclaimed:
                     log.warning("leases_reclaimed", deliveries=reclaimed)
-                self._backlogged |= admitted
+                self._backlogged = self._backlog_seen | admitted
+                self._backlog_seen = set()
                 if reclaimed or admitted:
                     self._listener.wake()
             await asyncio.sleep(_SWEEP_SECONDS)
@@ -244,9 +251,11 @@ class Engine:
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished)
-            log.warning("released_unfinished", deliveries=len(unfinished))
+            # One that ended at the last moment has a result to record.
+            released = [delivery for task, delivery in unfinished.items() if task.cancelled()]
+            log.warning("released_unfinished", deliveries=len(released))
             try:
-                await queue.release(self._pool, list(unfinished.values()))
+                await queue.release(self._pool, released)
             except RETRYABLE_ERRORS as error:
                 # Their leases end by themselves; only later.
                 log.warning("release_failed", error=repr(error))

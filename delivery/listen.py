@@ -5,8 +5,6 @@ died is noticed by nothing but its end, so it is opened anew whenever it is gone
 """
 
 import asyncio
-import heapq
-from time import monotonic
 from typing import Any
 
 import structlog
@@ -26,7 +24,6 @@ class Listener:
         self._pool = pool
         self._poll_seconds = poll_seconds
         self._hinted = asyncio.Event()
-        self._retries: list[float] = []
 
     async def run(self) -> None:
         """Hold a LISTEN connection until cancelled."""
@@ -59,23 +56,16 @@ class Listener:
 
     def expect_retry(self, seconds: float) -> None:
         """Wake up in time for a retry that this engine scheduled."""
-        heapq.heappush(self._retries, monotonic() + seconds)
+        asyncio.get_running_loop().call_later(seconds, self._hinted.set)
 
     def wake(self) -> None:
         self._hinted.set()
 
     async def wait(self) -> None:
         """Return when there may be work; at the latest after the poll time."""
-        now = monotonic()
-        seconds = self._poll_seconds
-        if self._retries:
-            seconds = min(seconds, max(self._retries[0] - now, 0))
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(self._poll_seconds):
                 await self._hinted.wait()
         except TimeoutError:
             pass
         self._hinted.clear()
-        now = monotonic()
-        while self._retries and self._retries[0] <= now:
-            heapq.heappop(self._retries)

@@ -1,5 +1,6 @@
 """What an HTTP status or an exception means: the one table from both to outcomes."""
 
+import errno
 import http
 import ssl
 
@@ -67,6 +68,7 @@ def _connect_detail(error: OSError) -> str:
     match error:
         case ConnectionRefusedError():
             return "connection refused"
-        case ConnectionResetError() | BrokenPipeError():
+        # On an open connection aiohttp keeps the number of an error and loses its class.
+        case ConnectionResetError() | OSError(errno=errno.ECONNRESET | errno.EPIPE):
             return "connection reset"
     return "the host cannot be reached"

@@ -12,6 +12,7 @@ import structlog
 
 from core import queue
 from core.db import RETRYABLE_ERRORS, Pool
+from core.ids import format_id
 from core.queue import Settled, Settlement
 
 #: Settlements in one statement; more wait for the next one.
@@ -63,14 +64,31 @@ class Recorder:
                 async with self._pool.acquire() as connection, connection.transaction():
                     settled = await queue.settle(connection, batch, self._max_consecutive_failures)
                 return [(batch, settled)]
-            except RETRYABLE_ERRORS as error:
-                log.warning("settle_retried", pending=len(self._pending), error=repr(error))
-                await asyncio.sleep(_RETRY_SECONDS)
-            except asyncpg.PostgresError as error:
-                if len(batch) > 1:
+            except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
+                if _concerns_everything(error):
+                    log.warning("settle_retried", pending=len(self._pending), error=repr(error))
+                    await asyncio.sleep(_RETRY_SECONDS)
+                elif len(batch) > 1:
                     # One bad row must not take the others with it.
                     return [part for one in batch for part in await self._settle([one])]
-                log.error(
-                    "settle_refused", delivery_id=str(batch[0].delivery_id), error=repr(error)
-                )
-                return [(batch, Settled(frozenset(), ()))]
+                else:
+                    return self._set_aside(batch[0], error)
+
+    def _set_aside(
+        self, settlement: Settlement, error: BaseException
+    ) -> list[tuple[Sequence[Settlement], Settled]]:
+        delivery_id = format_id("dlv", settlement.delivery_id)
+        if isinstance(error, asyncpg.LockNotAvailableError):
+            # Somebody holds its row or its config for long; only this result waits.
+            log.warning("settle_postponed", delivery_id=delivery_id)
+            self._pending.append(settlement)
+            return []
+        log.error("settle_refused", delivery_id=delivery_id, error=repr(error))
+        return [([settlement], Settled(frozenset(), ()))]
+
+
+def _concerns_everything(error: BaseException) -> bool:
+    """Whether the database is to blame, and not one row of the batch."""
+    return isinstance(error, RETRYABLE_ERRORS) and not isinstance(
+        error, asyncpg.LockNotAvailableError
+    )

@@ -16,6 +16,8 @@ from delivery.outcome import outcome_of_error, outcome_of_status
 
 #: An answer's body up to this is read, so that the connection can be used again.
 _BODY_BYTES_MAX = 16 * 1024
+#: And it is waited for no longer than this: the verdict stands, and others need the place.
+_BODY_SECONDS_MAX = 1.0
 
 
 async def send(
@@ -29,10 +31,13 @@ async def send(
     began = perf_counter()
     response: aiohttp.ClientResponse | None = None
     answered = began
+    now = asyncio.get_running_loop().time
+    deadline = now() + timeout_seconds
     try:
-        async with asyncio.timeout(timeout_seconds):
-            response = await _post(session, url, body, headers)
+        async with asyncio.timeout_at(deadline) as timer:
+            response = await session.post(url, data=body, headers=headers, allow_redirects=False)
             answered = perf_counter()
+            timer.reschedule(min(deadline, now() + _BODY_SECONDS_MAX))
             await _drain(response)
     except Exception as error:
         if response is None:
@@ -46,17 +51,6 @@ async def send(
             response.close()
     outcome, detail = outcome_of_status(response.status)
     return AttemptResult(outcome, response.status, detail, _microseconds(began, answered))
-
-
-async def _post(
-    session: aiohttp.ClientSession, url: URL, body: bytes, headers: Mapping[str, str]
-) -> aiohttp.ClientResponse:
-    try:
-        return await session.post(url, data=body, headers=headers, allow_redirects=False)
-    except aiohttp.ServerDisconnectedError:
-        # Most likely a pooled connection the receiver had closed meanwhile, which says nothing
-        # about the receiver's health: once more, within the same attempt and deadline.
-        return await session.post(url, data=body, headers=headers, allow_redirects=False)
 
 
 async def _drain(response: aiohttp.ClientResponse) -> None:
