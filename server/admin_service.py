@@ -1,6 +1,5 @@
 """AdminService: what operators change, across merchants."""
 
-import re
 from typing import Any
 
 import grpc
@@ -18,11 +17,10 @@ from server.database import Sessions
 from server.event_types import is_event_type_name
 from server.hint import Hints
 from server.principal import Scope
+from server.registration import description_violations
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = admin_service_pb2
-
-_DESCRIPTION = re.compile(r"[^\x00-\x1f\x7f]{0,500}")
 
 
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
@@ -77,12 +75,8 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
                 "characters",
                 reason="EVENT_TYPE_NAME_INVALID",
             )
-        if not _DESCRIPTION.fullmatch(description):
-            raise InvalidArgument.of(
-                "event_type.description",
-                "must be at most 500 printable characters",
-                reason="DESCRIPTION_INVALID",
-            )
+        if violations := description_violations("event_type.description", description):
+            raise InvalidArgument(*violations)
         row = EventType(name=name, description=description)
         try:
             async with self._sessions.begin() as session:

@@ -41,12 +41,12 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         merchant_id = _merchant()
         size = page_size(request.page_size, default=50, maximum=100)
         identity = ("deliveries", merchant_id, request.webhook_id, request.event_id, request.state)
-        before = parse_page_token(request.page_token, *identity)
+        before = parse_page_token(request.page_token, UUID, *identity)
         wanted = DeliveryFilter(
             webhook_id=convert.optional_id_of("wh", request.webhook_id, "webhook_id"),
             event_id=convert.optional_id_of("evt", request.event_id, "event_id"),
             state=convert.delivery_state_filter(request.state),
-            before=UUID(before) if before else None,
+            before=before,
         )
         rows = await list_deliveries(self._pool, merchant_id, wanted, size + 1)
         page = rows[:size]

@@ -15,6 +15,13 @@ def is_event_type_name(name: str) -> bool:
     return len(name) <= _NAME_LENGTH_MAX and _NAME.fullmatch(name) is not None
 
 
+def event_type_name(text: str) -> str:
+    """The text itself; ValueError when no event type can have that name."""
+    if not is_event_type_name(text):
+        raise ValueError("not the name of an event type")
+    return text
+
+
 class EventTypes:
     """Answers which names are registered, asking the database only about new ones."""
 

@@ -112,7 +112,9 @@ async def list_deliveries(
         ]
     if wanted.state is None or wanted.state not in OPEN_STATES:
         branches.append(_FINISHED.format(filters=filters))
-    statement = f"{' UNION ALL '.join(branches)} ORDER BY id DESC LIMIT $3"
+    # As a subquery: a single branch would have two ORDER BY.
+    whole = " UNION ALL ".join(branches)
+    statement = f"SELECT * FROM ({whole}) d ORDER BY id DESC LIMIT $3"  # noqa: S608 - of our own parts
     return [DeliveryRow(**row) for row in await pool.fetch(statement, *arguments)]
 
 

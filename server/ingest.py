@@ -24,8 +24,10 @@ from server.hint import Hints
 
 _MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,128}")
-_CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[A-Za-z0-9-]+)?", re.IGNORECASE)
-_JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", re.IGNORECASE)
+# ASCII, since ignoring case alone takes ſ for s and the Kelvin sign for k.
+_ANY_CASE = re.ASCII | re.IGNORECASE
+_CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[a-z0-9-]+)?", _ANY_CASE)
+_JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", _ANY_CASE)
 DEFAULT_CONTENT_TYPE = "application/json"
 
 _PREVIOUS = """

@@ -1,8 +1,8 @@
 """Page sizes and opaque page tokens (AIP-158): where the next page begins, and of which list."""
 
 import base64
-import binascii
 import hashlib
+from collections.abc import Callable
 
 from core.errors import InvalidArgument
 
@@ -22,22 +22,24 @@ def page_token(position: str, *list_identity: object) -> str:
     return base64.urlsafe_b64encode(content).decode().rstrip("=")
 
 
-def parse_page_token(token: str, *list_identity: object) -> str | None:
-    """The position in a token, None for the first page; a token of another list is refused."""
+def parse_page_token[T](token: str, parse: Callable[[str], T], *list_identity: object) -> T | None:
+    """The position in a token, None for the first page; a token of another list is refused.
+
+    A token is not signed, so `parse` must raise ValueError for whatever is no position.
+    """
     if not token:
         return None
     try:
         content = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-        position = content[8:].decode("ascii")
-    except (binascii.Error, ValueError):
-        content, position = b"", ""
-    if content[:8] != _fingerprint(list_identity) or not position:
-        raise InvalidArgument.of(
-            "page_token",
-            "is not a token of this list: leave it empty to begin anew, with the same filters",
-            reason="PAGE_TOKEN_INVALID",
-        )
-    return position
+        if content[:8] == _fingerprint(list_identity):
+            return parse(content[8:].decode("ascii"))
+    except ValueError:
+        pass
+    raise InvalidArgument.of(
+        "page_token",
+        "is not a token of this list: leave it empty to begin anew, with the same filters",
+        reason="PAGE_TOKEN_INVALID",
+    )
 
 
 def _fingerprint(list_identity: tuple[object, ...]) -> bytes:

@@ -36,7 +36,7 @@ def check_mask(paths: Collection[str]) -> None:
     if unknown := sorted(set(paths) - set(UPDATABLE_FIELDS)):
         raise InvalidArgument.of(
             "update_mask",
-            f"cannot change {', '.join(path[:64] for path in unknown)}; only {listing}",
+            f"cannot change {', '.join(repr(path[:64]) for path in unknown)}; only {listing}",
             reason="MASK_FIELD_UNKNOWN",
         )
 
@@ -54,7 +54,7 @@ def check_draft(
     if "events" in fields:
         violations += _events_violations(draft.events, unknown_events)
     if "description" in fields:
-        violations += _description_violations(draft.description)
+        violations += description_violations(_path("description"), draft.description)
     if "retry_schedule" in fields:
         violations += _schedule_violations(draft.retry_schedule_seconds)
     if violations:
@@ -77,11 +77,12 @@ def _events_violations(
     ]
 
 
-def _description_violations(description: str) -> list[FieldViolation]:
-    if len(description) <= _DESCRIPTION_MAX and (not description or description.isprintable()):
+def description_violations(field: str, description: str) -> list[FieldViolation]:
+    """At most one: a description is text for a person's list, on one line and in one direction."""
+    if len(description) <= _DESCRIPTION_MAX and description.isprintable():
         return []
     text = f"must be at most {_DESCRIPTION_MAX} printable characters"
-    return [FieldViolation(_path("description"), text, "DESCRIPTION_INVALID")]
+    return [FieldViolation(field, text, "DESCRIPTION_INVALID")]
 
 
 def _schedule_violations(schedule: Sequence[float]) -> list[FieldViolation]:

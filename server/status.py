@@ -5,6 +5,8 @@ ErrorInfo.reason and the other details are for programs (google.rpc error model,
 not in the tree of core/errors.py becomes INTERNAL with a reference, and tells the caller nothing.
 """
 
+from collections.abc import Iterable
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
@@ -18,6 +20,7 @@ from core.errors import (
     AlreadyExists,
     ConfigurationError,
     FailedPrecondition,
+    FieldViolation,
     InvalidArgument,
     NotFound,
     PermissionDenied,
@@ -28,6 +31,10 @@ from core.errors import (
 )
 
 DOMAIN = "postrider"
+
+# A status travels in metadata, the message twice; of more than 8 KiB a client sees none at all.
+_MESSAGE_BYTES_MAX = 1024
+_VIOLATIONS_BYTES_MAX = 2048
 
 _CODES: dict[type[PostriderError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -53,7 +60,9 @@ def to_domain_error(error: BaseException) -> PostriderError | None:
         error = error.orig.__cause__ or error.orig
     if isinstance(error, (*RETRYABLE_ERRORS, PoolTimeoutError)):
         return Unavailable(
-            "the database is not available; nothing was changed, send the call again",
+            # Whether anything changed is not ours to say: the connection may die after a commit.
+            "the database is not available: send the call again, and an event under the same "
+            "idempotency key",
             reason="DATABASE_UNAVAILABLE",
         )
     return None
@@ -66,13 +75,7 @@ def to_status(error: PostriderError) -> status_pb2.Status:
     ]
     match error:
         case InvalidArgument():
-            violations = [
-                error_details_pb2.BadRequest.FieldViolation(
-                    field=v.field, description=v.description, reason=v.reason
-                )
-                for v in error.violations
-            ]
-            details.append(error_details_pb2.BadRequest(field_violations=violations))
+            details.append(_bad_request(error.violations))
         case QuotaExceeded():
             violation = error_details_pb2.QuotaFailure.Violation(
                 subject=error.subject, description=error.message
@@ -94,8 +97,22 @@ def internal_status(reference: str) -> status_pb2.Status:
     return _status(grpc.StatusCode.INTERNAL, message, [info])
 
 
+def _bad_request(violations: Iterable[FieldViolation]) -> error_details_pb2.BadRequest:
+    """The violations, or as many of the first as fit."""
+    details = error_details_pb2.BadRequest()
+    for v in violations:
+        details.field_violations.add(field=v.field, description=v.description, reason=v.reason)
+        if details.ByteSize() > _VIOLATIONS_BYTES_MAX:
+            del details.field_violations[-1]
+            break
+    return details
+
+
 def _status(code: grpc.StatusCode, message: str, details: list[Message]) -> status_pb2.Status:
     number = code_pb2.Code.Value(code.name)
+    text = message.encode()
+    if len(text) > _MESSAGE_BYTES_MAX:
+        message = text[:_MESSAGE_BYTES_MAX].decode(errors="ignore") + "…"
     status = status_pb2.Status(code=number, message=message)
     for detail in details:
         packed = any_pb2.Any()

@@ -29,7 +29,7 @@ from server import convert
 from server.audit import record_change
 from server.authentication import principal
 from server.database import Sessions, driver_connection
-from server.event_types import EventTypes
+from server.event_types import EventTypes, event_type_name
 from server.pagination import page_size, page_token, parse_page_token
 from server.ping import Pinger, require_reachable
 from server.principal import Scope
@@ -88,12 +88,12 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
     ) -> pb.ListWebhookConfigsResponse:
         merchant_id = _merchant()
         size = page_size(request.page_size, default=50, maximum=100)
-        after = parse_page_token(request.page_token, "webhooks", merchant_id)
+        after = parse_page_token(request.page_token, UUID, "webhooks", merchant_id)
         query = select(WebhookConfig).where(
             WebhookConfig.merchant_id == merchant_id, WebhookConfig.deleted_at.is_(None)
         )
         if after is not None:
-            query = query.where(WebhookConfig.id > UUID(after))
+            query = query.where(WebhookConfig.id > after)
         async with self._sessions() as session:
             rows = (await session.scalars(query.order_by(WebhookConfig.id).limit(size + 1))).all()
         more = len(rows) > size
@@ -143,7 +143,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
     ) -> pb.ListEventTypesResponse:
         principal().require(Scope.MANAGE)
         size = page_size(request.page_size, default=100, maximum=1000)
-        after = parse_page_token(request.page_token, "event_types")
+        after = parse_page_token(request.page_token, event_type_name, "event_types")
         query = select(EventType).order_by(EventType.name).limit(size + 1)
         if after is not None:
             query = query.where(EventType.name > after)
@@ -230,7 +230,8 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
                 action="UpdateWebhookConfig",
                 resource=format_id("wh", row.id),
                 merchant_id=merchant_id,
-                changed_fields=changed,
+                # The one column that is not named like its field.
+                changed_fields=(column.removesuffix("_seconds") for column in changed),
             )
             await session.flush()
             if changed.get("active") is False:

@@ -1,0 +1,89 @@
+"""Joins the events of calls that come together: one statement and one commit for all of them.
+
+Nothing waits for company: with nobody committing, a call commits at once; what arrives meanwhile
+goes together with the next commit.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from core.db import RETRYABLE_ERRORS
+from core.queue import NewEvent
+
+#: Events in one statement; a batch of a single call may be as large.
+_EVENTS_MAX = 1000
+#: Commits under way at once: one is written by PostgreSQL while we prepare the next.
+_COMMITS_MAX = 2
+
+type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Mapping[UUID, Result]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call[Result]:
+    events: Sequence[NewEvent]
+    stored: asyncio.Future[Mapping[UUID, Result]]
+
+
+class GroupCommit[Result]:
+    """Calls `store` with the events of one or more calls, never of part of one."""
+
+    def __init__(self, store: Store[Result]):
+        self._store = store
+        self._waiting: list[_Call[Result]] = []
+        self._commits: set[asyncio.Task[None]] = set()
+
+    async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, Result]:
+        """What `store` says of these events (and maybe of others), once they are committed.
+
+        A caller that is cancelled does not take its events out of the commit.
+        """
+        call = _Call(events, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        if len(self._commits) < _COMMITS_MAX:
+            task = asyncio.create_task(self._commit_waiting())
+            self._commits.add(task)
+            task.add_done_callback(self._commits.discard)
+        return await call.stored
+
+    async def _commit_waiting(self) -> None:
+        while self._waiting:
+            calls = self._take()
+            try:
+                await self._commit(calls)
+            except Exception as error:
+                if len(calls) > 1 and not isinstance(error, RETRYABLE_ERRORS):
+                    # One call's events must not be the others' error.
+                    for call in calls:
+                        await self._commit_alone(call)
+                else:
+                    for call in calls:
+                        _fail(call, error)
+
+    async def _commit(self, calls: Sequence[_Call[Result]]) -> None:
+        results = await self._store([event for call in calls for event in call.events])
+        for call in calls:
+            if not call.stored.done():
+                call.stored.set_result(results)
+
+    async def _commit_alone(self, call: _Call[Result]) -> None:
+        try:
+            await self._commit([call])
+        except Exception as error:
+            _fail(call, error)
+
+    def _take(self) -> list[_Call[Result]]:
+        count = size = 0
+        for call in self._waiting:
+            size += len(call.events)
+            if count and size > _EVENTS_MAX:
+                break
+            count += 1
+        calls, self._waiting = self._waiting[:count], self._waiting[count:]
+        return calls
+
+
+def _fail[Result](call: _Call[Result], error: Exception) -> None:
+    if not call.stored.done():
+        call.stored.set_exception(error)

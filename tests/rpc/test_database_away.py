@@ -1,0 +1,235 @@
+"""PostgreSQL goes away and comes back: callers hear so in time, and nothing needs a restart."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from grpc import StatusCode
+
+from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
+from cli.migrate import migrate
+from postrider.v1 import (
+    admin_service_pb2,
+    delivery_service_pb2,
+    event_service_pb2,
+    webhook_config_service_pb2,
+)
+from postrider.v1.event_pb2 import EventInput
+from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
+from tests.conftest import database_settings
+from tests.errors import refused
+from tests.fakes.receiver import Receiver
+from tests.platform import Platform, bearer, running_platform
+from tests.rpcs import call, methods
+
+SECONDS_UNTIL_TOLD = 10
+configs = webhook_config_service_pb2
+
+
+class OwnPostgres:
+    """A PostgreSQL that a test may stop, start and freeze."""
+
+    def __init__(self, data_dir: Path):
+        self._data_dir = data_dir
+        self._running = ExitStack()
+        self.server: EmbeddedPostgres | None = None
+
+    def start(self) -> str:
+        self.server = self._running.enter_context(
+            embedded_postgres(self._data_dir, announce=lambda _: None)
+        )
+        return self.server.url()
+
+    def stop(self) -> None:
+        self._running.close()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Alive for the kernel, and silent: as behind a network that drops packets."""
+        assert self.server is not None
+        main = self.server.process.pid
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        pids = [main, *map(int, children)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[OwnPostgres]:
+    with tempfile.TemporaryDirectory(prefix="postrider-tests-") as directory:
+        Path(directory).chmod(0o711)
+        own = OwnPostgres(Path(directory, "data"))
+        migrate(database_settings(own.start()))
+        try:
+            yield own
+        finally:
+            own.stop()
+
+
+@pytest.fixture
+async def on_own(
+    own_postgres: OwnPostgres, ca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Platform]:
+    """A platform on `own_postgres`, less patient than in production."""
+    assert own_postgres.server is not None
+    monkeypatch.setenv("WEBHOOK_DATABASE_STATEMENT_TIMEOUT_SECONDS", "0.5")
+    monkeypatch.setenv("WEBHOOK_DATABASE_CONNECT_TIMEOUT_SECONDS", "0.5")
+    async with running_platform(own_postgres.server.url(), ca_file, tmp_path) as platform:
+        yield platform
+
+
+def requests(webhook_id: str, url: str) -> dict[str, Message]:
+    """A request for every RPC, which succeeds for the merchant with this config."""
+    config = WebhookConfig(id=webhook_id, url=url, events=["payment.succeeded"], description="x")
+    event = EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"1")
+    return {
+        "CreateWebhookConfig": configs.CreateWebhookConfigRequest(webhook_config=config),
+        "GetWebhookConfig": configs.GetWebhookConfigRequest(id=webhook_id),
+        "ListWebhookConfigs": configs.ListWebhookConfigsRequest(),
+        "UpdateWebhookConfig": configs.UpdateWebhookConfigRequest(
+            webhook_config=config, update_mask=FieldMask(paths=["description"])
+        ),
+        "PingWebhookConfig": configs.PingWebhookConfigRequest(id=webhook_id),
+        "ListEventTypes": configs.ListEventTypesRequest(),
+        "PublishEvent": event_service_pb2.PublishEventRequest(event=event),
+        "PublishEvents": event_service_pb2.PublishEventsRequest(events=[event]),
+        "ListDeliveries": delivery_service_pb2.ListDeliveriesRequest(),
+        "ReactivateWebhookConfig": admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id),
+        "GetDelivery": delivery_service_pb2.GetDeliveryRequest(id="dlv_" + "0" * 32),
+        "DeleteWebhookConfig": configs.DeleteWebhookConfigRequest(id=webhook_id),
+        "CreateEventType": admin_service_pb2.CreateEventTypeRequest(
+            event_type=EventType(name=f"made.after_{webhook_id}")
+        ),
+    }
+
+
+async def codes(platform: Platform, prepared: dict[str, Message]) -> dict[str, StatusCode]:
+    """What each RPC answers, all of them sent at once."""
+    tokens = {
+        "EventService": platform.token("events:publish"),
+        "AdminService": platform.token("webhooks:admin"),
+    }
+    merchant = platform.token("webhooks:manage", merchant_id="m_1")
+
+    async def code(method: Any) -> StatusCode:
+        token = tokens.get(method.containing_service.name, merchant)
+        try:
+            await call(platform.channel, method, prepared[method.name], bearer(token))
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return StatusCode.OK
+
+    names = [method for method in methods() if method.name in prepared]
+    answers = await asyncio.gather(*(code(method) for method in names))
+    return {method.name: answer for method, answer in zip(names, answers, strict=True)}
+
+
+async def test_every_rpc_is_unavailable_while_it_is_stopped_and_works_when_it_is_back(
+    own_postgres: OwnPostgres, on_own: Platform, receiver: Receiver
+) -> None:
+    webhook_id = (await on_own.register(receiver.url)).webhook_config.id
+    prepared = requests(webhook_id, receiver.url)
+    assert set(prepared) == {method.name for method in methods()}
+
+    own_postgres.stop()
+    async with asyncio.timeout(SECONDS_UNTIL_TOLD):
+        answers = await codes(on_own, prepared)
+    assert answers == dict.fromkeys(answers, StatusCode.UNAVAILABLE)
+    async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE") as error:
+        await on_own.publish()
+    assert error.retry_after_seconds == 1
+    assert "send the call again" in error.message
+    assert "nothing was changed" not in error.message
+    assert "sock" not in error.message.lower()
+
+    own_postgres.start()
+    once = {"DeleteWebhookConfig", "GetDelivery"}
+    answers = await codes(on_own, {k: v for k, v in prepared.items() if k not in once})
+    assert answers == dict.fromkeys(answers, StatusCode.OK)
+
+
+async def test_every_rpc_is_told_in_time_while_it_is_frozen(
+    own_postgres: OwnPostgres, on_own: Platform, receiver: Receiver
+) -> None:
+    webhook_id = (await on_own.register(receiver.url)).webhook_config.id
+    prepared = requests(webhook_id, receiver.url)
+    with own_postgres.frozen():
+        async with asyncio.timeout(SECONDS_UNTIL_TOLD):
+            answers = await codes(on_own, prepared)
+    assert answers == dict.fromkeys(answers, StatusCode.UNAVAILABLE)
+    assert (await on_own.publish()).event.id
+
+
+async def test_calls_that_wait_for_a_connection_are_told_in_time_too(
+    own_postgres: OwnPostgres, on_own: Platform
+) -> None:
+    # Twelve times as many as there are connections; each of those is given up after 1.5 s.
+    with own_postgres.frozen():
+        async with asyncio.timeout(5):
+            answers = await asyncio.gather(
+                *(on_own.publish() for _ in range(60)), return_exceptions=True
+            )
+    assert {answer.code() for answer in answers if isinstance(answer, grpc.aio.AioRpcError)} == {
+        StatusCode.UNAVAILABLE
+    }
+
+
+async def test_a_connection_that_was_closed_while_idle_is_replaced_unnoticed(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    prepared = requests((await platform.register(receiver.url)).webhook_config.id, receiver.url)
+    del prepared["DeleteWebhookConfig"], prepared["GetDelivery"]
+    closed = await pool.fetchval(
+        "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name = 'postrider-server'"
+    )
+    assert closed >= 2
+    answers = await codes(platform, prepared)
+    assert answers == dict.fromkeys(answers, StatusCode.OK)
+
+
+async def backend_that_waits(pool: Any) -> int:
+    while True:
+        pid: int | None = await pool.fetchval(
+            "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+            "AND datname = current_database()"
+        )
+        if pid is not None:
+            return pid
+
+
+async def test_a_connection_that_dies_in_the_middle_accepts_nothing_and_says_so(
+    platform: Platform, pool: Any
+) -> None:
+    async with pool.acquire() as other, other.transaction():
+        await other.execute("LOCK TABLE events")
+        publishing = asyncio.create_task(platform.publish())
+        await pool.execute("SELECT pg_terminate_backend($1)", await backend_that_waits(pool))
+        async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+            await publishing
+    assert await pool.fetchval("SELECT count(*) FROM events") == 0
+    assert (await platform.publish()).event.id
+
+
+async def test_a_lock_that_somebody_holds_for_too_long_is_unavailable_and_not_a_bug(
+    start_platform: Callable[..., Any], pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEBHOOK_DATABASE_STATEMENT_TIMEOUT_SECONDS", "0.2")
+    async with start_platform() as platform, pool.acquire() as other, other.transaction():
+        await other.execute("LOCK TABLE events")
+        async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+            await platform.publish()

@@ -1,0 +1,34 @@
+"""The generated stubs also serve callers that are not asynchronous.
+
+This is what grpcio-testing is good for: its channel plays the server to a synchronous stub. Its
+server would call our async servicers without awaiting them, and pass whatever they do.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import grpc_testing
+
+from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
+
+SERVICE = event_service_pb2.DESCRIPTOR.services_by_name["EventService"]
+
+
+def test_synchronous_stub_sends_the_request_and_returns_the_response() -> None:
+    channel: Any = grpc_testing.channel([SERVICE], grpc_testing.strict_real_time())
+    stub = event_service_pb2_grpc.EventServiceStub(channel)
+    event = event_pb2.EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
+    request = event_service_pb2.PublishEventRequest(event=event)
+    response = event_service_pb2.PublishEventResponse(event=event_pb2.Event(id="evt_1"))
+    token = ("authorization", "Bearer x")
+
+    with ThreadPoolExecutor(1) as caller:
+        call = caller.submit(stub.PublishEvent, request, metadata=(token,))
+        metadata, sent, rpc = channel.take_unary_unary(SERVICE.methods_by_name["PublishEvent"])
+        rpc.send_initial_metadata(())
+        rpc.terminate(response, (), grpc.StatusCode.OK, "")
+
+    assert sent == request
+    assert token in metadata
+    assert call.result() == response

@@ -1,0 +1,82 @@
+"""The rules for the fields of a webhook config."""
+
+from dataclasses import replace
+
+import pytest
+
+from core.addresses import AddressPolicy
+from core.errors import InvalidArgument
+from core.urls import UrlPolicy
+from server.registration import UPDATABLE_FIELDS, WebhookDraft, check_draft, check_mask
+
+POLICY = UrlPolicy(AddressPolicy(()), ports=((443, 443),))
+VALID = WebhookDraft(
+    url="https://example.com/hook",
+    events=("payment.succeeded",),
+    description="orders",
+    active=True,
+    retry_schedule_seconds=(1.0, 86_400.0),
+)
+
+
+def reasons(draft: WebhookDraft, fields: tuple[str, ...] = UPDATABLE_FIELDS) -> dict[str, str]:
+    """Reasons by field, of a draft whose event types are all known but `no.such`."""
+    try:
+        check_draft(draft, fields, POLICY, {"no.such"})
+    except InvalidArgument as refused:
+        return {v.field.removeprefix("webhook_config."): v.reason for v in refused.violations}
+    return {}
+
+
+def test_the_url_comes_back_in_canonical_form() -> None:
+    draft = replace(VALID, url="HTTPS://EXAMPLE.com:443")
+    assert check_draft(draft, UPDATABLE_FIELDS, POLICY, ()) == "https://example.com/"
+
+
+def test_fields_that_are_not_asked_for_are_not_looked_at() -> None:
+    wrong = WebhookDraft("http://x", ("no.such",), "\x00", True, (0.0,))
+    assert set(reasons(wrong)) == {"url", "events[0]", "description", "retry_schedule[0]"}
+    assert reasons(wrong, ("active",)) == {}
+    assert reasons(wrong, ("events",)) == {"events[0]": "EVENT_TYPE_UNKNOWN"}
+    assert check_draft(wrong, (), POLICY, ()) == "http://x"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ((), {}),
+        ((1.0,) * 20, {}),
+        ((1.0,) * 21, {"retry_schedule": "RETRY_SCHEDULE_TOO_LONG"}),
+        ((0.999,), {"retry_schedule[0]": "RETRY_WAIT_INVALID"}),
+        ((1.0, 86_400.1), {"retry_schedule[1]": "RETRY_WAIT_INVALID"}),
+        ((float("nan"),), {"retry_schedule[0]": "RETRY_WAIT_INVALID"}),
+        ((float("inf"),), {"retry_schedule[0]": "RETRY_WAIT_INVALID"}),
+    ],
+)
+def test_waits_are_bounded_in_number_and_length(
+    schedule: tuple[float, ...], expected: dict[str, str]
+) -> None:
+    assert reasons(replace(VALID, retry_schedule_seconds=schedule)) == expected
+
+
+@pytest.mark.parametrize(
+    "description", ["line\nbreak", "\x00", "\x7f", "\u202eabc", "\u200f", "\u2028", "x" * 501]
+)
+def test_a_description_that_would_garble_a_list_is_refused(description: str) -> None:
+    assert reasons(replace(VALID, description=description)) == {
+        "description": "DESCRIPTION_INVALID"
+    }
+
+
+@pytest.mark.parametrize("description", ["", "naïve façade, 支払い 🎉", "x" * 500])
+def test_a_description_may_be_any_printable_text(description: str) -> None:
+    assert reasons(replace(VALID, description=description)) == {}
+
+
+def test_a_mask_names_at_least_one_field_and_only_known_ones() -> None:
+    check_mask(UPDATABLE_FIELDS)
+    for paths, reason in (((), "MASK_EMPTY"), (("url", "secret"), "MASK_FIELD_UNKNOWN")):
+        with pytest.raises(InvalidArgument) as refused:
+            check_mask(paths)
+        assert refused.value.reason == reason
+        assert refused.value.violations[0].field == "update_mask"
