@@ -36,14 +36,20 @@ def _clean_environment() -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
-    """One server for the session, with a migrated template database."""
+    """One server for the session, with a migrated template database.
+
+    TEST_PG_BIN names another PostgreSQL's programs, to run the tests on another version.
+    """
+    bin_dir = Path(os.environ["TEST_PG_BIN"]) if "TEST_PG_BIN" in os.environ else None
     # Nothing here survives the session; the tests of durability start servers of their own.
     options = {"fsync": "off", "max_connections": "300", "log_min_messages": "fatal"}
     with tempfile.TemporaryDirectory(prefix="postrider-tests-") as directory:
         # PostgreSQL refuses root, so for root it runs as somebody else, who has to get there.
         Path(directory).chmod(0o711)
         data_dir = Path(directory, "data")
-        with embedded_postgres(data_dir, options=options, announce=lambda _: None) as server:
+        with embedded_postgres(
+            data_dir, bin_dir=bin_dir, options=options, announce=lambda _: None
+        ) as server:
             asyncio.run(_execute(server.url(), f"CREATE DATABASE {_TEMPLATE}"))
             migrate(database_settings(server.url(_TEMPLATE)))
             yield server

@@ -49,7 +49,7 @@ def env_example() -> str:
 
 
 def _env_lines() -> Iterator[str]:
-    yield "# Every setting of Postrider with its default. Copy to .env, change what you need, load it:"
+    yield "# Every setting of Postrider with its default. Copy to .env, change it, load it:"
     yield "#     set -a; . ./.env; set +a"
     for block in BLOCKS:
         yield ""

@@ -1,0 +1,216 @@
+"""Valid rows and values by default; a test names only what it is about."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from core import queue
+from core.ids import new_id
+from core.lifecycle import DeliveryState, Outcome
+from core.queue import LeasedDelivery, NewEvent, Settled, Settlement
+
+MERCHANT = "m_1"
+EVENT_TYPE = "payment.succeeded"
+STARTED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a delivery stands, in the queue or finished, as the database has it."""
+
+    state: str
+    attempt_count: int
+    reclaim_count: int | None = None
+    due_in: float | None = None
+    lease_id: UUID | None = None
+
+
+async def make_webhook_config(pool: Any, **overrides: Any) -> UUID:
+    """An active webhook config of MERCHANT for EVENT_TYPE; its secret is not a real one."""
+    row: dict[str, Any] = {
+        "id": new_id(),
+        "merchant_id": MERCHANT,
+        "url": "https://merchant.example/hooks",
+        "events": [EVENT_TYPE],
+        "secret_ciphertext": b"sealed",
+        "secret_key_id": "k1",
+        **overrides,
+    }
+    if row.get("active") is False:
+        row.setdefault("deactivation_reason", "paused")
+    places = ", ".join(f"${number}" for number in range(1, len(row) + 1))
+    await pool.execute(
+        f"INSERT INTO webhook_configs ({', '.join(row)}) VALUES ({places})",  # noqa: S608
+        *row.values(),
+    )
+    return UUID(str(row["id"]))
+
+
+def make_event(**overrides: Any) -> NewEvent:
+    """An event of MERCHANT and EVENT_TYPE without an idempotency key."""
+    fields: dict[str, Any] = {
+        "id": new_id(),
+        "merchant_id": MERCHANT,
+        "type": EVENT_TYPE,
+        "content_type": "application/json",
+        "payload": b'{"amount": 1}',
+        "idempotency_key": None,
+        "content_hash": b"hash",
+        **overrides,
+    }
+    return NewEvent(**fields)
+
+
+async def enqueue_events(pool: Any, count: int = 1, **overrides: Any) -> list[NewEvent]:
+    """So many events, accepted in one batch."""
+    events = [make_event(**overrides) for _ in range(count)]
+    await queue.enqueue(pool, events)
+    return events
+
+
+async def make_delivery(pool: Any, webhook_id: UUID, **overrides: Any) -> UUID:
+    """A row of the queue with an event behind it, in any state; ready and due by default.
+
+    `due_in` and `lease_in` are seconds from the database's now.
+    """
+    due_in = overrides.pop("due_in", 0.0)
+    lease_in = overrides.pop("lease_in", None)
+    [event] = await enqueue_events(pool, merchant_id="m_nobody_listens_to")
+    row = {
+        "id": new_id(),
+        "state": "ready",
+        "webhook_id": webhook_id,
+        "event_id": event.id,
+        "merchant_id": MERCHANT,
+        "event_type": EVENT_TYPE,
+        **overrides,
+    }
+    if row["state"] == "leased":
+        row.setdefault("lease_id", new_id())
+        lease_in = 60.0 if lease_in is None else lease_in
+    places = ", ".join(f"${number}" for number in range(3, len(row) + 3))
+    await pool.execute(
+        f"INSERT INTO delivery_queue (due_at, lease_until, {', '.join(row)}) VALUES "  # noqa: S608
+        f"(now() + $1 * interval '1 second', now() + $2 * interval '1 second', {places})",
+        due_in,
+        lease_in,
+        *row.values(),
+    )
+    return UUID(str(row["id"]))
+
+
+async def lease_one(pool: Any, webhook_id: UUID, **overrides: Any) -> LeasedDelivery:
+    """A delivery of its own, claimed; nothing else may be due."""
+    delivery_id = await make_delivery(pool, webhook_id, **overrides)
+    [delivery] = await queue.claim(pool, 10, 60)
+    assert delivery.id == delivery_id
+    return delivery
+
+
+async def lease_many(pool: Any, webhook_id: UUID, count: int) -> list[LeasedDelivery]:
+    """So many deliveries of a config, claimed under one lease; nothing else may be due."""
+    for _ in range(count):
+        await make_delivery(pool, webhook_id)
+    return await queue.claim(pool, count, 60)
+
+
+def settlement(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
+    """A 200 that finishes the delivery."""
+    fields: dict[str, Any] = {
+        "delivery_id": delivery.id,
+        "lease_id": delivery.lease_id,
+        "outcome": Outcome.SUCCEEDED,
+        "status_code": 200,
+        "detail": "200 OK",
+        "started_at": STARTED_AT,
+        "duration_us": 1500,
+        "final_state": DeliveryState.DELIVERED,
+        "retry_after_seconds": 0.0,
+        **overrides,
+    }
+    return Settlement(**fields)
+
+
+def failed(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
+    """A 500 that was the last one allowed."""
+    fields = {
+        "outcome": Outcome.HTTP_ERROR,
+        "status_code": 500,
+        "detail": "500 Internal Server Error",
+        "final_state": DeliveryState.FAILED,
+    }
+    return settlement(delivery, **fields | overrides)
+
+
+def rescheduled(delivery: LeasedDelivery, seconds: float = 60.0, **overrides: Any) -> Settlement:
+    """A 500 with another attempt to come."""
+    return failed(delivery, final_state=None, retry_after_seconds=seconds, **overrides)
+
+
+async def settle(pool: Any, *settlements: Settlement, limit: int = 10) -> Settled:
+    """Settle as the recorder does, in a transaction."""
+    async with pool.acquire() as connection, connection.transaction():
+        return await queue.settle(connection, settlements, limit)
+
+
+async def places(pool: Any) -> dict[UUID, Place]:
+    """Where each delivery stands; fails when one is in two places."""
+    rows = await pool.fetch("""
+        SELECT id, state, attempt_count, reclaim_count, lease_id,
+            extract(epoch FROM due_at - now())::float8 AS due_in
+        FROM delivery_queue
+        UNION ALL
+        SELECT id, state, attempt_count, NULL, NULL, NULL FROM finished_deliveries
+    """)
+    found = {row["id"]: Place(**{k: v for k, v in row.items() if k != "id"}) for row in rows}
+    assert len(found) == len(rows), "a delivery is in the queue and finished at once"
+    return found
+
+
+async def states(pool: Any, webhook_id: UUID | None = None) -> list[str]:
+    """The states of all deliveries, or of one config's, sorted."""
+    rows = await pool.fetch(
+        """
+        SELECT state FROM delivery_queue WHERE $1::uuid IS NULL OR webhook_id = $1
+        UNION ALL
+        SELECT state FROM finished_deliveries WHERE $1::uuid IS NULL OR webhook_id = $1
+        """,
+        webhook_id,
+    )
+    return sorted(row["state"] for row in rows)
+
+
+async def attempts(pool: Any) -> list[tuple[UUID, int, str]]:
+    """(delivery, number, outcome) of everything on record, in order."""
+    rows = await pool.fetch(
+        "SELECT delivery_id, number, outcome FROM attempts ORDER BY delivery_id, number"
+    )
+    return [tuple(row) for row in rows]
+
+
+async def health(pool: Any, webhook_id: UUID) -> tuple[bool, str | None, int]:
+    """(active, deactivation_reason, consecutive_failures) of a config."""
+    row = await pool.fetchrow(
+        "SELECT active, deactivation_reason, consecutive_failures FROM webhook_configs"
+        " WHERE id = $1",
+        webhook_id,
+    )
+    return tuple(row)
+
+
+async def until_blocked(pool: Any, count: int = 1) -> None:
+    """Return once so many sessions of this database wait for another's lock."""
+    query = """
+        SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'
+    """
+    async with asyncio.timeout(10):
+        while await pool.fetchval(query) < count:
+            pass
+
+
+def ids_of(deliveries: Sequence[LeasedDelivery]) -> set[UUID]:
+    return {delivery.id for delivery in deliveries}

@@ -1,0 +1,415 @@
+"""The queue against a model of it, driven by random operations in random order.
+
+The model is a dictionary per delivery and per config. After every operation the whole database is
+read and compared; what a statement may choose freely (which rows a claim takes) is checked against
+the rule for the choice and then adopted. All random numbers are drawn without a look at the
+database, which orders equal rows as it likes: so a run draws the same ones each time.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from core import queue
+from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
+from core.queue import LeasedDelivery
+from tests.factories import (
+    attempts,
+    failed,
+    health,
+    make_event,
+    make_webhook_config,
+    places,
+    rescheduled,
+    settlement,
+)
+
+LIMIT = 2
+READY, PARKED, LEASED = DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED
+
+_TABLES = (
+    "webhook_configs",
+    "events",
+    "idempotency_keys",
+    "delivery_queue",
+    "finished_deliveries",
+    "attempts",
+)
+_IS_DUE = "SELECT id FROM delivery_queue WHERE state <> 'parked' AND due_at <= now()"
+
+RESULTS = {
+    "delivered": settlement,
+    "failed": failed,
+    "broken": lambda delivery: failed(delivery, outcome=Outcome.INTERNAL_ERROR),
+    "retried at once": lambda delivery: rescheduled(delivery, seconds=0),
+    "retried later": lambda delivery: rescheduled(delivery, seconds=3600),
+}
+INDEX = st.integers(0, 9)
+RESULT_NAME = st.sampled_from(sorted(RESULTS))
+
+
+@dataclass
+class Config:
+    active: bool = True
+    reason: str | None = None
+    deleted: bool = False
+    failures: int = 0
+
+
+@dataclass
+class Delivery:
+    webhook_id: UUID
+    state: DeliveryState
+    attempt_count: int = 0
+    lease_id: UUID | None = None
+    seen: DeliveryState | None = field(default=None, compare=False)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """One connection does everything, so each operation is whole before the next begins."""
+
+    def __init__(self, runner: asyncio.Runner, connection: Any):
+        super().__init__()
+        self.runner = runner
+        self.connection = connection
+        self.configs: dict[UUID, Config] = {}
+        self.deliveries: dict[UUID, Delivery] = {}
+        self.keys: set[str] = set()
+        self.event_count = 0
+        #: Every lease that was ever given, live or not: late settles come from here.
+        self.leases: list[LeasedDelivery] = []
+        self.run(self.connection.execute(";".join(f"DELETE FROM {t}" for t in _TABLES)))  # noqa: S608
+
+    def run[T](self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(coroutine)
+
+    # --- configs
+
+    @initialize()
+    def begin_in_the_middle(self) -> None:
+        """Each run may switch off some rules; there is something for the others to work on."""
+        self.create_config()
+        self.create_config()
+        self.enqueue([None, None, "a", None])
+        self.states_follow_the_lifecycle()
+        self.claim(5)
+
+    @precondition(lambda self: len(self.living()) < 2)
+    @rule()
+    def create_config(self) -> None:
+        webhook_id = self.run(make_webhook_config(self.connection))
+        self.configs[webhook_id] = Config()
+
+    @rule(index=INDEX)
+    def pause(self, index: int) -> None:
+        webhook_id = self.pick_config(index)
+        config = self.configs[webhook_id]
+        if not config.active:
+            return
+        config.active, config.reason = False, "paused"
+        self.run(
+            self.connection.execute(
+                "UPDATE webhook_configs SET active = false, deactivation_reason = 'paused'"
+                " WHERE id = $1",
+                webhook_id,
+            )
+        )
+        self.run(queue.park_webhooks(self.connection, [webhook_id]))
+        self.park_ready(webhook_id)
+
+    @rule(index=INDEX)
+    def reactivate(self, index: int) -> None:
+        webhook_id = self.pick_config(index)
+        config = self.configs[webhook_id]
+        config.active, config.reason, config.failures = True, None, 0
+        self.run(
+            self.connection.execute(
+                "UPDATE webhook_configs SET active = true, deactivation_reason = NULL,"
+                " consecutive_failures = 0 WHERE id = $1",
+                webhook_id,
+            )
+        )
+
+    @precondition(lambda self: len(self.living()) > 1 and len(self.configs) < 4)
+    @rule(index=INDEX)
+    def delete(self, index: int) -> None:
+        webhook_id = self.pick_config(index)
+        self.configs[webhook_id].deleted = True
+        self.run(
+            self.connection.execute(
+                "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
+            )
+        )
+        cancelled = self.run(queue.cancel_webhook(self.connection, webhook_id))
+        open_deliveries = [
+            d
+            for d in self.deliveries.values()
+            if d.webhook_id == webhook_id and d.state in OPEN_STATES
+        ]
+        assert cancelled == len(open_deliveries)
+        for delivery in open_deliveries:
+            delivery.state, delivery.lease_id = DeliveryState.CANCELLED, None
+
+    # --- the way in
+
+    @precondition(lambda self: self.event_count < 20)
+    @rule(keys=st.lists(st.sampled_from([None, None, "a", "b", "c", "d"]), min_size=1, max_size=4))
+    def enqueue(self, keys: list[str | None]) -> None:
+        events = [make_event(idempotency_key=key) for key in keys]
+        accepted = self.run(queue.enqueue(self.connection, events))
+        expected = []
+        for event in events:
+            if event.idempotency_key is None or event.idempotency_key not in self.keys:
+                expected.append(event.id)
+                self.keys |= {event.idempotency_key} - {None}  # type: ignore[arg-type]
+        assert list(accepted) == expected or set(accepted) == set(expected)
+        self.event_count += len(expected)
+        wanted = {w: c for w, c in self.configs.items() if not c.deleted}
+        assert all(count == len(wanted) for count, _ in accepted.values())
+        rows = self.run(
+            self.connection.fetch(
+                "SELECT id, webhook_id, event_id FROM delivery_queue WHERE event_id = ANY ($1)",
+                list(accepted),
+            )
+        )
+        assert Counter((r["event_id"], r["webhook_id"]) for r in rows) == Counter(
+            (event_id, webhook_id) for event_id in expected for webhook_id in wanted
+        )
+        for row in rows:
+            state = READY if wanted[row["webhook_id"]].active else PARKED
+            self.deliveries[row["id"]] = Delivery(row["webhook_id"], state)
+
+    # --- leases
+
+    @rule(limit=st.integers(1, 5))
+    def claim(self, limit: int) -> None:
+        claimed, due = self.run(self.claim_beside_a_reading(limit))
+        ready = {i for i in due if self.deliveries[i].state is READY}
+        assert len(claimed) == min(limit, len(ready))
+        for lease in claimed:
+            delivery, config = self.deliveries[lease.id], self.configs[lease.webhook_id]
+            assert lease.id in ready
+            assert lease.attempt_count == delivery.attempt_count
+            assert (lease.webhook_active, lease.webhook_deleted) == (config.active, config.deleted)
+            delivery.state, delivery.lease_id = LEASED, lease.lease_id
+            self.leases.append(lease)
+
+    async def claim_beside_a_reading(self, limit: int) -> tuple[list[LeasedDelivery], set[UUID]]:
+        async with self.connection.transaction():
+            due = {row["id"] for row in await self.connection.fetch(_IS_DUE)}
+            return await queue.claim(self.connection, limit, 3600), due
+
+    @rule(results=st.dictionaries(INDEX, RESULT_NAME, min_size=1, max_size=6))
+    def settle(self, results: dict[int, str]) -> None:
+        """Leases of any age, in any order: the live ones count, the late ones do nothing."""
+        chosen = {self.pick_lease(index): name for index, name in results.items()}
+        self.settle_leases(list(chosen), list(chosen.values()))
+
+    @rule(names=st.lists(RESULT_NAME, min_size=1, max_size=6))
+    def attempt(self, names: list[str]) -> None:
+        """What an engine does in a quiet hour: claim, then settle all of it."""
+        given_before = len(self.leases)
+        self.claim(len(names))
+        self.states_follow_the_lifecycle()
+        self.settle_leases(self.leases[given_before:], names)
+
+    def settle_leases(self, leases: list[LeasedDelivery], names: list[str]) -> None:
+        pairs = list(zip(leases, names, strict=False))
+        settled = self.run(self.settle_in_transaction([RESULTS[n](lease) for lease, n in pairs]))
+
+        live = [(lease, name) for lease, name in pairs if self.holds(lease)]
+        assert settled.delivery_ids == {lease.id for lease, _ in live}
+        failed_since: Counter[UUID] = Counter()
+        for lease, name in live:
+            delivery, config = self.deliveries[lease.id], self.configs[lease.webhook_id]
+            delivery.attempt_count += 1
+            delivery.lease_id = None
+            if name == "delivered":
+                delivery.state, config.failures = DeliveryState.DELIVERED, 0
+                failed_since[lease.webhook_id] = 0
+            elif name.startswith("retried"):
+                delivery.state = READY
+            else:
+                delivery.state = DeliveryState.FAILED
+                config.failures += name == "failed"
+                failed_since[lease.webhook_id] += name == "failed"
+        deactivated = {
+            webhook_id
+            for webhook_id, count in failed_since.items()
+            if count and self.configs[webhook_id].active
+            if self.configs[webhook_id].failures >= LIMIT
+        }
+        assert set(settled.deactivated_webhook_ids) == deactivated
+        for webhook_id in deactivated:
+            self.configs[webhook_id].active = False
+            self.configs[webhook_id].reason = "failures"
+            self.park_ready(webhook_id)
+
+    async def settle_in_transaction(self, settlements: list[Any]) -> queue.Settled:
+        async with self.connection.transaction():
+            return await queue.settle(self.connection, settlements, LIMIT)
+
+    @rule(index=INDEX, parked=st.booleans())
+    def give_up(self, index: int, parked: bool) -> None:
+        lease = self.pick_lease(index)
+        give_up = queue.park_leased if parked else queue.release
+        self.run(give_up(self.connection, [lease]))
+        if self.holds(lease):
+            delivery = self.deliveries[lease.id]
+            delivery.state, delivery.lease_id = PARKED if parked else READY, None
+
+    @rule(indexes=st.lists(INDEX, min_size=1, max_size=4), limit=st.integers(1, 4))
+    def expire_and_reclaim(self, indexes: list[int], limit: int) -> None:
+        ended = [self.pick_lease(index) for index in indexes]
+        self.run(
+            self.connection.execute(
+                "UPDATE delivery_queue SET lease_until = now() - interval '1 second'"
+                " WHERE lease_id = ANY ($1) AND id = ANY ($2)",
+                [lease.lease_id for lease in ended],
+                [lease.id for lease in ended],
+            )
+        )
+        expired = {
+            row["id"]
+            for row in self.run(
+                self.connection.fetch("SELECT id FROM delivery_queue WHERE lease_until < now()")
+            )
+        }
+        reclaimed = self.run(queue.reclaim(self.connection, limit))
+        assert len(reclaimed) == len(set(reclaimed)) == min(limit, len(expired))
+        assert expired.issuperset(reclaimed)
+        for delivery_id in reclaimed:
+            delivery = self.deliveries[delivery_id]
+            delivery.state, delivery.lease_id = READY, None
+
+    # --- backlogs and time
+
+    @rule(size=st.integers(1, 4))
+    def admit(self, size: int) -> None:
+        fed, due = self.run(self.admit_beside_a_reading(size))
+        expected = set()
+        for webhook_id, config in self.configs.items():
+            own = {i: d for i, d in self.deliveries.items() if d.webhook_id == webhook_id}
+            free = size - sum(i in due for i in own)
+            parked = sorted(i for i, d in own.items() if d.state is PARKED)
+            if (config.active or config.deleted) and parked and free >= (size + 1) // 2:
+                expected.add(webhook_id)
+                for delivery_id in parked[:free]:
+                    self.deliveries[delivery_id].state = READY
+        assert fed == expected
+
+    async def admit_beside_a_reading(self, size: int) -> tuple[set[UUID], set[UUID]]:
+        async with self.connection.transaction():
+            due = {row["id"] for row in await self.connection.fetch(_IS_DUE)}
+            backlog = await queue.webhooks_with_backlog(self.connection)
+            assert set(backlog) == {
+                d.webhook_id for d in self.deliveries.values() if d.state is PARKED
+            }
+            return await queue.admit(self.connection, backlog, size), due
+
+    @rule()
+    def let_time_pass(self) -> None:
+        """Every backoff is over."""
+        self.run(
+            self.connection.execute("UPDATE delivery_queue SET due_at = now() WHERE due_at > now()")
+        )
+
+    # --- what always holds
+
+    @invariant()
+    def database_and_model_agree(self) -> None:
+        # places() itself refuses a delivery that is in two places.
+        found = self.run(places(self.connection))
+        assert found.keys() == self.deliveries.keys(), "a delivery was lost, or made from nothing"
+        for delivery_id, delivery in self.deliveries.items():
+            place = found[delivery_id]
+            assert place.state == delivery.state
+            assert place.attempt_count == delivery.attempt_count
+            assert place.lease_id == delivery.lease_id, "two hold the right to attempt"
+
+    @invariant()
+    def states_follow_the_lifecycle(self) -> None:
+        found = self.run(places(self.connection))
+        for delivery_id, delivery in self.deliveries.items():
+            state = DeliveryState(found[delivery_id].state)
+            if delivery.seen is None:
+                assert state in {READY, PARKED}
+            else:
+                assert state == delivery.seen or state in TRANSITIONS[delivery.seen]
+            delivery.seen = state
+
+    @invariant()
+    def attempts_are_dense_and_never_fall(self) -> None:
+        numbers: dict[UUID, list[int]] = {}
+        for delivery_id, number, _ in self.run(attempts(self.connection)):
+            numbers.setdefault(delivery_id, []).append(number)
+        for delivery_id, delivery in self.deliveries.items():
+            assert numbers.pop(delivery_id, []) == [*range(1, delivery.attempt_count + 1)]
+        assert not numbers, "attempts of no delivery"
+
+    @invariant()
+    def configs_and_events_agree(self) -> None:
+        for webhook_id, config in self.configs.items():
+            expected = (config.active, config.reason, config.failures)
+            assert self.run(health(self.connection, webhook_id)) == expected
+        [row] = self.run(
+            self.connection.fetch("SELECT count(*), sum(delivery_count)::int FROM events")
+        )
+        assert tuple(row) == (self.event_count, len(self.deliveries) if self.event_count else None)
+
+    # --- parts of the rules
+
+    def pick_config(self, index: int) -> UUID:
+        living = self.living()
+        return living[index % len(living)]
+
+    def pick_lease(self, index: int) -> LeasedDelivery:
+        """Mostly one of the latest; the others are late for certain."""
+        recent = self.leases[-10:]
+        return recent[index % len(recent)]
+
+    def living(self) -> list[UUID]:
+        return [webhook_id for webhook_id, config in self.configs.items() if not config.deleted]
+
+    def holds(self, lease: LeasedDelivery) -> bool:
+        delivery = self.deliveries[lease.id]
+        return delivery.state is LEASED and delivery.lease_id == lease.lease_id
+
+    def park_ready(self, webhook_id: UUID) -> None:
+        for delivery in self.deliveries.values():
+            if delivery.webhook_id == webhook_id and delivery.state is READY:
+                delivery.state = PARKED
+
+
+def test_the_queue_does_what_its_model_does_whatever_happens(database_url: str) -> None:
+    with asyncio.Runner() as runner:
+        connection = runner.run(asyncpg.connect(database_url))
+        run_state_machine_as_test(
+            lambda: QueueMachine(runner, connection),
+            settings=settings(
+                max_examples=120,
+                stateful_step_count=30,
+                deadline=None,
+                # Shrinking takes minutes here: raise the phases by hand when a failure needs it.
+                phases=[Phase.generate],
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        runner.run(connection.close())

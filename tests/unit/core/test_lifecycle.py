@@ -1,0 +1,70 @@
+"""The states and outcomes as a closed set; the database and the protos know the same words."""
+
+from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
+from core.models import Attempt, Base, FinishedDelivery, QueuedDelivery, WebhookConfig
+from postrider.v1 import delivery_pb2
+
+FINAL_STATES = frozenset(DeliveryState) - OPEN_STATES
+
+
+def test_every_state_says_what_may_follow_it() -> None:
+    assert TRANSITIONS.keys() == set(DeliveryState)
+
+
+def test_a_state_is_final_exactly_when_nothing_follows_it() -> None:
+    assert {state for state, following in TRANSITIONS.items() if not following} == FINAL_STATES
+
+
+def test_no_state_follows_itself() -> None:
+    assert [state for state, following in TRANSITIONS.items() if state in following] == []
+
+
+def test_only_a_lease_leads_to_a_result() -> None:
+    for result in (DeliveryState.DELIVERED, DeliveryState.FAILED):
+        before = {state for state, following in TRANSITIONS.items() if result in following}
+        assert before == {DeliveryState.LEASED}
+
+
+def test_every_open_delivery_can_be_cancelled_and_can_still_be_delivered() -> None:
+    for state in OPEN_STATES:
+        assert DeliveryState.CANCELLED in TRANSITIONS[state]
+        assert DeliveryState.DELIVERED in _reachable_from(state)
+
+
+def test_what_is_parked_is_never_leased_without_being_ready_first() -> None:
+    assert DeliveryState.LEASED not in TRANSITIONS[DeliveryState.PARKED]
+
+
+def test_the_tables_allow_exactly_these_words() -> None:
+    assert _words_of(QueuedDelivery, "delivery_queue_state_open") == OPEN_STATES
+    assert _words_of(FinishedDelivery, "finished_deliveries_state_final") == FINAL_STATES
+    assert _words_of(Attempt, "attempts_outcome_known") == set(Outcome)
+    assert _words_of(WebhookConfig, "webhook_configs_deactivation_reason_known") == {
+        "paused",
+        "failures",
+    }
+
+
+def test_the_contract_has_exactly_these_words() -> None:
+    states, outcomes = delivery_pb2.DeliveryState.keys(), delivery_pb2.Outcome.keys()
+
+    assert set(states) == _in_proto("DELIVERY_STATE", DeliveryState)
+    assert set(outcomes) == _in_proto("OUTCOME", Outcome)
+
+
+def _in_proto(prefix: str, words: type[DeliveryState] | type[Outcome]) -> set[str]:
+    return {f"{prefix}_{word.name}" for word in words} | {f"{prefix}_UNSPECIFIED"}
+
+
+def _words_of(table: type[Base], constraint: str) -> set[str]:
+    [check] = [c for c in table.__table__.constraints if c.name == constraint]  # type: ignore[attr-defined]
+    return set(str(check.sqltext).split("'")[1::2])  # type: ignore[attr-defined]
+
+
+def _reachable_from(state: DeliveryState) -> set[DeliveryState]:
+    found: set[DeliveryState] = set()
+    pending = {state}
+    while pending:
+        found |= pending
+        pending = {after for before in pending for after in TRANSITIONS[before]} - found
+    return found
