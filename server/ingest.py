@@ -4,7 +4,6 @@ Storing, fan-out and queueing are core/queue.enqueue: a single statement, hence 
 so an accepted event always has its deliveries and their place in the queue.
 """
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from core.errors import AlreadyExists, FieldViolation, InvalidArgument, Postride
 from core.ids import new_id
 from core.queue import NewEvent
 from server.event_types import EventTypes, unknown_event_type
+from server.group_commit import GroupCommit
 from server.hint import Hints
 
 _MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -69,6 +69,7 @@ class Ingest:
         self._event_types = event_types
         self._hints = hints
         self._max_payload_bytes = max_payload_bytes
+        self._commits = GroupCommit(self._store)
 
     async def publish(
         self, drafts: Sequence[EventDraft], path: str
@@ -83,8 +84,7 @@ class Ingest:
             violations = self._violations(draft, path.format(index), unknown_types)
             checked.append(InvalidArgument(*violations) if violations else _new_event(draft))
         events = [event for event in checked if isinstance(event, NewEvent)]
-        # A caller that hangs up must not leave the outcome of its commit to chance.
-        stored = await asyncio.shield(asyncio.create_task(self._store(events))) if events else {}
+        stored = await self._commits.store(events) if events else {}
         return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
 
     async def _store(

@@ -1,0 +1,115 @@
+"""Group commit: calls that come together share a commit, and nothing else."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+import pytest
+
+from core.ids import new_id
+from core.queue import NewEvent
+from server.group_commit import GroupCommit
+
+
+def event(payload: bytes = b"{}") -> NewEvent:
+    return NewEvent(new_id(), "m_1", "payment.succeeded", "application/json", payload, None, b"")
+
+
+class Database:
+    """Stands for the commit: keeps each batch waiting until it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[NewEvent]] = []
+        self.asked = asyncio.Event()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, int]:
+        self.batches.append(list(events))
+        self.asked.set()
+        if any(event.payload == b"poison" for event in events):
+            raise ValueError("poison")
+        if any(event.payload == b"away" for event in events):
+            raise ConnectionResetError
+        await self.open.wait()
+        return {event.id: len(events) for event in events}
+
+
+@pytest.fixture
+def database() -> Database:
+    return Database()
+
+
+async def test_lone_call_is_committed_at_once_and_alone(database: Database) -> None:
+    single = event()
+
+    stored = await GroupCommit(database.store).store([single])
+
+    assert stored == {single.id: 1}
+
+
+async def test_calls_that_arrive_during_a_commit_share_the_next(database: Database) -> None:
+    commits = GroupCommit(database.store)
+    database.open.clear()
+    calls = [asyncio.create_task(commits.store([event()])) for _ in range(2)]
+    await database.asked.wait()
+    calls += [asyncio.create_task(commits.store([event()])) for _ in range(50)]
+    # Every task that was made before this one runs up to its first wait.
+    await asyncio.create_task(asyncio.sleep(0))
+    database.open.set()
+    await asyncio.gather(*calls)
+
+    assert len(database.batches) <= 4
+    assert sum(map(len, database.batches)) == 52
+
+
+async def test_a_call_is_never_split_and_a_commit_is_bounded(database: Database) -> None:
+    commits = GroupCommit(database.store)
+    calls = [[event() for _ in range(400)] for _ in range(7)]
+
+    await asyncio.gather(*(commits.store(call) for call in calls))
+
+    assert all(len(batch) <= 1000 for batch in database.batches)
+    assert sum(map(len, database.batches)) == 2800
+
+
+async def test_one_calls_fault_is_not_the_others(database: Database) -> None:
+    commits = GroupCommit(database.store)
+
+    results = await asyncio.gather(
+        commits.store([event()]),
+        commits.store([event(b"poison")]),
+        commits.store([event()]),
+        return_exceptions=True,
+    )
+
+    assert [isinstance(result, ValueError) for result in results] == [False, True, False]
+
+
+async def test_a_lost_database_is_every_callers_error_and_is_not_asked_again(
+    database: Database,
+) -> None:
+    commits = GroupCommit(database.store)
+
+    results = await asyncio.gather(
+        commits.store([event(b"away")]), commits.store([event(b"away")]), return_exceptions=True
+    )
+
+    assert all(isinstance(result, ConnectionResetError) for result in results)
+    assert len(database.batches) <= 2
+
+
+async def test_a_cancelled_caller_leaves_its_events_in_the_commit(database: Database) -> None:
+    commits = GroupCommit(database.store)
+    database.open.clear()
+    given_up, other = event(), event()
+    call = asyncio.create_task(commits.store([given_up]))
+    beside = asyncio.create_task(commits.store([other]))
+    await database.asked.wait()
+    call.cancel()
+    database.open.set()
+    await beside
+
+    assert {e.id for batch in database.batches for e in batch} == {given_up.id, other.id}
+    with pytest.raises(asyncio.CancelledError):
+        await call
