@@ -8,6 +8,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from time import monotonic
 from uuid import UUID
@@ -34,6 +35,10 @@ from delivery.webhooks import Webhook, WebhookCache
 
 _DATABASE_RETRY_SECONDS = 0.5
 _SWEEP_SECONDS = 1.0
+#: How long to wait for more free places before a claim for few.
+_GATHER_SECONDS = 0.01
+#: Results on their way into the database that do not hold back new attempts.
+_UNSETTLED_FREE = 500
 
 log = structlog.get_logger()
 
@@ -63,12 +68,12 @@ class Engine:
         # since the last sweep or in the second before it.
         self._backlogged: set[UUID] = set()
         self._backlog_seen: set[UUID] = set()
-        self._room = asyncio.Event()
+        self._room_grew = asyncio.Event()
 
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
         self._stopping = True
-        self._room.set()
+        self._room_grew.set()
         self._listener.wake()
 
     async def run(self) -> None:
@@ -87,10 +92,8 @@ class Engine:
 
     async def _claim_until_stopped(self) -> None:
         while not self._stopping:
-            limit = min(self._settings.max_in_flight - self._in_flight, self._settings.claim_batch)
+            limit = await self._wait_for_room()
             if limit <= 0:
-                self._room.clear()
-                await self._room.wait()
                 continue
             try:
                 await self._admit_own_backlogs()
@@ -102,6 +105,27 @@ class Engine:
                 continue
             if claimed.taken < limit:
                 await self._listener.wait()
+
+    async def _wait_for_room(self) -> int:
+        """How many to claim: at once when many may be, else what is free after a short wait.
+
+        Places become free one by one, and a claim costs nearly the same for one as for many.
+        """
+        worthwhile = max(min(self._settings.claim_batch, self._settings.max_in_flight) // 4, 1)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GATHER_SECONDS):
+                while self._room() < worthwhile and not self._stopping:
+                    self._room_grew.clear()
+                    await self._room_grew.wait()
+        return min(self._room(), self._settings.claim_batch)
+
+    def _room(self) -> int:
+        """Attempts that may still begin. Results that wait for the database take places, too, but
+        not before there are more of them than one settle takes."""
+        unsettled = self._in_flight - len(self._attempts)
+        return (
+            self._settings.max_in_flight - len(self._attempts) - max(unsettled - _UNSETTLED_FREE, 0)
+        )
 
     async def _admit_own_backlogs(self) -> None:
         """Refill the configs that wait for us to have room, well before the sweep comes round."""
@@ -193,11 +217,11 @@ class Engine:
 
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
         delivery = self._attempts.pop(task)
+        self._room_grew.set()
         if not task.cancelled() and (error := task.exception()):
             # A bug, and no result to record: the lease will end, and the delivery be tried again.
             log.error("attempt_lost", delivery_id=format_id("dlv", delivery.id), exc_info=error)
             self._in_flight -= 1
-            self._room.set()
 
     def _free_place(self, webhook_id: UUID) -> None:
         self._open[webhook_id] -= 1
@@ -206,7 +230,7 @@ class Engine:
 
     def _on_settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
         self._in_flight -= len(batch)
-        self._room.set()
+        self._room_grew.set()
         for settlement in batch:
             if settlement.delivery_id not in settled.delivery_ids:
                 # Another engine has it, or its config was deleted: it is theirs to record.

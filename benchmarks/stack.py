@@ -1,0 +1,179 @@
+"""What the benchmarks measure: a real PostgreSQL with its defaults, and each process by itself."""
+
+import asyncio
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import asyncpg
+import trustme
+from pydantic import SecretStr
+
+from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
+from cli.migrate import migrate
+from core.config import DatabaseSettings
+from core.keyring import KeyRing
+
+ENCRYPTION_KEY = bytes(range(32))
+ISSUER = "benchmark"
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Stack:
+    """The parts that every benchmark shares, and the environment of our processes."""
+
+    directory: Path
+    postgres: EmbeddedPostgres
+    key: DevelopmentKey
+    ca_file: Path
+    authority: trustme.CA
+    environment: dict[str, str] = field(default_factory=dict)
+    keyring: KeyRing = field(default_factory=lambda: KeyRing({"k1": ENCRYPTION_KEY}))
+
+    @property
+    def database_url(self) -> str:
+        return self.postgres.url()
+
+    def token(self, *scopes: str, merchant_id: str | None = None) -> str:
+        return mint_token(
+            self.key.private_key_file,
+            issuer=ISSUER,
+            audience="postrider",
+            subject="benchmark",
+            scopes=scopes,
+            merchant_id=merchant_id,
+            lifetime=timedelta(hours=1),
+        )
+
+    @contextmanager
+    def process(self, *arguments: str, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """One of our commands, or a module of this package, until the end of the context."""
+        if arguments[0].startswith("benchmarks."):
+            command: Sequence[str] = (sys.executable, "-m", *arguments)
+        else:
+            command = (str(Path(sys.executable).with_name("postrider")), *arguments)
+        process = subprocess.Popen(
+            command, env=self.environment | settings, stdout=subprocess.PIPE, stderr=None
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            if process.stdout:
+                process.stdout.close()
+
+
+@contextmanager
+def running_stack() -> Iterator[Stack]:
+    """PostgreSQL, migrated, with its own durable defaults, in a temporary directory."""
+    with ExitStack() as stack:
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="postrider-bench-"))
+        )
+        directory.chmod(0o711)
+        postgres = stack.enter_context(
+            embedded_postgres(
+                directory / "data",
+                # pg_stat_statements is not in every build; its count would be nice to have.
+                options={"shared_buffers": "256MB", "max_wal_size": "4GB"},
+                announce=lambda _: None,
+            )
+        )
+        migrate(DatabaseSettings(database_url=SecretStr(postgres.url())))
+        authority = trustme.CA()
+        ca_file = directory / "ca.pem"
+        authority.cert_pem.write_to_path(str(ca_file))
+        key = ensure_development_key(directory / "keys")
+        environment = {
+            "PATH": os.environ["PATH"],
+            "WEBHOOK_DATABASE_URL": postgres.url(),
+            "WEBHOOK_ENCRYPTION_KEYS": "k1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
+            "WEBHOOK_ALLOWED_CIDRS": "127.0.0.0/8",
+            "WEBHOOK_ALLOWED_PORTS": "1-65535",
+            "WEBHOOK_CA_FILE": str(ca_file),
+            "WEBHOOK_JWT_ISSUER": ISSUER,
+            "WEBHOOK_JWT_PUBLIC_KEY_FILE": str(key.public_key_file),
+            "WEBHOOK_LOG_LEVEL": "warning",
+        }
+        yield Stack(directory, postgres, key, ca_file, authority, environment)
+
+
+def server_tls(authority: trustme.CA) -> ssl.SSLContext:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    return tls
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of one process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def cpu_seconds_of_postgres(postmaster: int) -> float:
+    """The same for the postmaster and every backend it has, past ones included."""
+    own = Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()
+    total = sum(int(own[i]) for i in range(11, 15)) / _TICKS
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == postmaster:
+            total += (int(fields[11]) + int(fields[12])) / _TICKS
+    return total
+
+
+def rss_megabytes(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+async def wait_until_listening(port: int, timeout_seconds: float = 20) -> None:
+    """Return as soon as something accepts connections on this port of loopback."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.02)
+        else:
+            writer.close()
+            return
+
+
+async def insert_webhooks(stack: Stack, url: str, merchants: Sequence[str]) -> None:
+    """One active webhook config per merchant, without the ping."""
+    connection = await asyncpg.connect(stack.database_url)
+    try:
+        for merchant_id in merchants:
+            webhook_id = await connection.fetchval("SELECT new_uuid7()")
+            key_id, ciphertext = stack.keyring.encrypt("00" * 32, webhook_id)
+            await connection.execute(
+                "INSERT INTO webhook_configs (id, merchant_id, url, events, secret_ciphertext,"
+                " secret_key_id) VALUES ($1, $2, $3, $4, $5, $6)",
+                webhook_id,
+                merchant_id,
+                url,
+                ["payment.succeeded"],
+                ciphertext,
+                key_id,
+            )
+    finally:
+        await connection.close()
