@@ -227,7 +227,10 @@ WHERE q.id = t.id AND q.lease_id = t.lease_id
 # waiting for the config our caller has locked, would be a deadlock. The next claim cancels those.
 _CANCEL_WEBHOOK = """
 WITH free AS (
-    SELECT id FROM delivery_queue WHERE webhook_id = $1 FOR UPDATE SKIP LOCKED
+    -- Says nothing, but lets the two indexes be used, each of which has one part of the queue.
+    SELECT id FROM delivery_queue
+    WHERE webhook_id = $1 AND (state = 'parked' OR state <> 'parked')
+    FOR UPDATE SKIP LOCKED
 ), cancelled AS (
     DELETE FROM delivery_queue q USING free WHERE q.id = free.id RETURNING q.*
 )

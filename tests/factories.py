@@ -1,7 +1,7 @@
 """Valid rows and values by default; a test names only what it is about."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -210,6 +210,11 @@ async def until_blocked(pool: Any, count: int = 1) -> None:
     async with asyncio.timeout(10):
         while await pool.fetchval(query) < count:
             pass
+
+
+async def promptly[T](awaitable: Awaitable[T]) -> T:
+    """What must not wait for anybody's lock."""
+    return await asyncio.wait_for(awaitable, 5)
 
 
 def ids_of(deliveries: Sequence[LeasedDelivery]) -> set[UUID]:

@@ -279,12 +279,13 @@ async def test_two_servers_and_two_engines_share_the_work(
     assert await attempts(pool) == {"succeeded": 400}
 
 
+@pytest.mark.parametrize("max_retries", [0, 3])
 async def test_an_engine_that_wakes_after_its_leases_ended_changes_nothing(
-    platform: Platform, receiver: Receiver, processes: Processes, pool: Any
+    platform: Platform, receiver: Receiver, processes: Processes, pool: Any, max_retries: int
 ) -> None:
     secrets = await register(platform, receiver, "m_1")
     receiver.default = holding = Holding()
-    sleeper = await processes.engine(**BRISK)
+    sleeper = await processes.engine(**BRISK, max_retries=max_retries)
     acknowledged = await publish(platform, ["m_1"], 10)
     await holding.wait_for(10)
     sleeper.send(signal.SIGSTOP)

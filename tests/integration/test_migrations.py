@@ -210,9 +210,7 @@ async def test_a_migration_gives_way_when_a_table_is_locked_and_leaves_nothing_h
         # As a forgotten session in psql holds it. The table is not the first that is dropped.
         async with connection.transaction():
             await connection.execute("LOCK TABLE events IN ACCESS SHARE MODE")
-            with pytest.raises(
-                ConfigurationError, match=r"gave way.*`postrider migrate` again"
-            ):
+            with pytest.raises(ConfigurationError, match=r"gave way.*`postrider migrate` again"):
                 await _migrate(database_url, down_to="base", lock_timeout_seconds=0.1)
         assert await _schema(connection) == before
         assert await connection.fetchval("SELECT version_num FROM alembic_version") == head()

@@ -24,6 +24,7 @@ from tests.factories import (
     make_event,
     make_webhook_config,
     places,
+    promptly,
     settle,
     settlement,
     states,
@@ -269,7 +270,7 @@ async def test_a_claim_takes_what_another_one_has_not_locked_and_does_not_wait(p
     deliveries = {await make_delivery(pool, webhook_id) for _ in range(6)}
     async with pool.acquire() as first, first.transaction():
         mine = ids_of(await queue.claim(first, 3, 30))
-        theirs = ids_of(await queue.claim(pool, 10, 30))
+        theirs = ids_of(await promptly(queue.claim(pool, 10, 30)))
 
     assert len(mine) == len(theirs) == 3
     assert mine | theirs == deliveries
@@ -376,7 +377,7 @@ async def test_cancelling_does_not_deadlock_with_a_settle_that_waits_for_the_con
         await _delete(connection, webhook_id)
         settling = asyncio.create_task(settle(pool, settlement(delivery)))
         await until_blocked(pool)
-        assert await queue.cancel_webhook(connection, webhook_id) == 1
+        assert await promptly(queue.cancel_webhook(connection, webhook_id)) == 1
 
     assert (await settling).delivery_ids == {delivery.id}
     found = await places(pool)
@@ -499,8 +500,7 @@ async def test_engines_that_let_in_at_once_do_not_overfill_a_config(pool: Any) -
         await make_delivery(pool, webhook_id, state="parked")
     async with pool.acquire() as first, first.transaction():
         await queue.admit(first, [webhook_id], 4)
-        # Does not wait for the first either.
-        assert await queue.admit(pool, [webhook_id], 4) == set()
+        assert await promptly(queue.admit(pool, [webhook_id], 4)) == set()
 
     assert Counter(await states(pool)) == {"ready": 4, "parked": 6}
 
@@ -570,7 +570,7 @@ async def test_engines_that_reclaim_at_once_share_the_work_without_waiting(pool:
     ended = {await make_delivery(pool, webhook_id, state="leased", lease_in=-1) for _ in range(4)}
     async with pool.acquire() as first, first.transaction():
         mine = await queue.reclaim(first, 2)
-        theirs = await queue.reclaim(pool, 10)
+        theirs = await promptly(queue.reclaim(pool, 10))
 
     assert {*mine, *theirs} == ended
     assert len(mine) == len(theirs) == 2
@@ -583,7 +583,7 @@ async def test_a_reclaim_passes_by_a_row_whose_engine_is_just_settling_it(pool: 
     await _expire(pool)
     async with pool.acquire() as connection, connection.transaction():
         await queue.settle(connection, [settlement(delivery)], 10)
-        assert await queue.reclaim(pool, 10) == []
+        assert await promptly(queue.reclaim(pool, 10)) == []
 
     assert await states(pool) == ["delivered"]
 

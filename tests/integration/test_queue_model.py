@@ -8,7 +8,7 @@ database, which orders equal rows as it likes: so a run draws the same ones each
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 
 from core import queue
 from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
-from core.queue import LeasedDelivery
+from core.queue import LeasedDelivery, Settlement
 from tests.factories import (
     attempts,
     failed,
@@ -52,7 +52,7 @@ _TABLES = (
 )
 _IS_DUE = "SELECT id FROM delivery_queue WHERE state <> 'parked' AND due_at <= now()"
 
-RESULTS = {
+RESULTS: dict[str, Callable[[LeasedDelivery], Settlement]] = {
     "delivered": settlement,
     "failed": failed,
     "broken": lambda delivery: failed(delivery, outcome=Outcome.INTERNAL_ERROR),
@@ -400,7 +400,7 @@ def test_the_queue_does_what_its_model_does_whatever_happens(database_url: str) 
     with asyncio.Runner() as runner:
         connection = runner.run(asyncpg.connect(database_url))
         run_state_machine_as_test(
-            lambda: QueueMachine(runner, connection),
+            lambda: QueueMachine(runner, connection),  # type: ignore[arg-type]
             settings=settings(
                 max_examples=120,
                 stateful_step_count=30,

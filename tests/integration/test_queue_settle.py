@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from core import queue
 from core.lifecycle import Outcome
-from core.queue import LeasedDelivery, Settlement
+from core.queue import LeasedDelivery, Settled, Settlement
 from tests.factories import (
     STARTED_AT,
     attempts,
@@ -36,7 +36,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
 
     settled = await settle(pool, settlement(delivery))
 
-    assert (settled.delivery_ids, settled.deactivated_webhook_ids) == ({delivery.id}, ())
+    assert settled == Settled(frozenset({delivery.id}), ())
     assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
     finished = await pool.fetchrow("SELECT * FROM finished_deliveries")
     assert (finished["state"], finished["attempt_count"]) == ("delivered", 1)
@@ -122,7 +122,7 @@ async def test_a_late_settle_changes_nothing_at_all(pool: Any, result: Any, sinc
 
     settled = await settle(pool, result(delivery))
 
-    assert (settled.delivery_ids, settled.deactivated_webhook_ids) == (frozenset(), ())
+    assert settled == Settled(frozenset(), ())
     assert await _everything(pool) == before
 
 

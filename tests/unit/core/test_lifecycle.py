@@ -58,7 +58,7 @@ def _in_proto(prefix: str, words: type[DeliveryState] | type[Outcome]) -> set[st
 
 def _words_of(table: type[Base], constraint: str) -> set[str]:
     [check] = [c for c in table.__table__.constraints if c.name == constraint]  # type: ignore[attr-defined]
-    return set(str(check.sqltext).split("'")[1::2])  # type: ignore[attr-defined]
+    return set(str(check.sqltext).split("'")[1::2])
 
 
 def _reachable_from(state: DeliveryState) -> set[DeliveryState]:

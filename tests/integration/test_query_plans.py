@@ -1,0 +1,342 @@
+"""Guards of the plans: every statement of the queue finds its rows by an index.
+
+The statements run for real, in transactions that are rolled back, on a crowded queue: 20,000 rows,
+most of them parked, and a history as long.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from cli.embedded_postgres import EmbeddedPostgres
+from cli.migrate import migrate
+from core import queue
+from core.ids import new_id
+from tests.conftest import database_settings
+from tests.factories import STARTED_AT, make_event
+
+_CROWD = """
+INSERT INTO webhook_configs
+    (id, merchant_id, url, events, secret_ciphertext, secret_key_id, consecutive_failures)
+SELECT new_uuid7(), 'm_' || n / 2, 'https://merchant.example/', '{payment.succeeded}', '', 'k1', 1
+FROM generate_series(1, 4000) n;
+
+INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count)
+SELECT new_uuid7(), 'm_1', 'payment.succeeded', 'application/json', repeat('x', 500)::bytea, 1
+FROM generate_series(1, 20000);
+
+-- Of 20 rows 14 are parked, for few configs; 4 are ready, half of them due; 2 are leased.
+WITH configs AS (
+    SELECT id, row_number() OVER (ORDER BY id) AS n FROM webhook_configs
+), numbered AS (
+    SELECT id AS event_id, row_number() OVER (ORDER BY id) AS n FROM events
+)
+INSERT INTO delivery_queue
+    (id, webhook_id, event_id, merchant_id, event_type, state, due_at, lease_id, lease_until)
+SELECT new_uuid7(), c.id, e.event_id, 'm_' || e.n % 2000, 'payment.succeeded',
+    CASE WHEN e.n % 20 < 14 THEN 'parked' WHEN e.n % 20 < 18 THEN 'ready' ELSE 'leased' END,
+    now() + (e.n % 2 * 2 - 1) * (e.n % 997 + 1) * interval '1 minute',
+    CASE WHEN e.n % 20 >= 18 THEN new_uuid7() END,
+    CASE WHEN e.n % 20 >= 18 THEN now() + (e.n % 40 - 30) * interval '1 minute' END
+FROM numbered e JOIN configs c
+    ON c.n = CASE WHEN e.n % 20 < 14 THEN 1 + e.n % 10 ELSE 1 + e.n % 4000 END;
+
+INSERT INTO finished_deliveries
+    (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
+SELECT new_uuid7(), 'delivered', webhook_id, event_id, merchant_id, event_type, 1, now()
+FROM delivery_queue;
+
+INSERT INTO attempts (delivery_id, number, outcome, detail, started_at, duration_us)
+SELECT id, 1, 'succeeded', '200 OK', now(), 1 FROM finished_deliveries;
+"""
+
+
+@pytest.fixture(scope="module")
+async def crowded(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
+    """A connection to a database with all these rows, analysed."""
+    admin = await asyncpg.connect(postgres.url())
+    await admin.execute("CREATE DATABASE query_plans")
+    url = postgres.url("query_plans")
+    await asyncio.to_thread(migrate, database_settings(url))
+    connection = await asyncpg.connect(url)
+    await connection.execute(_CROWD)
+    await connection.execute("VACUUM ANALYZE")
+    yield connection
+    await connection.close()
+    await admin.execute("DROP DATABASE query_plans")
+    await admin.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One node that reads a table or an index, with what it read in all its loops."""
+
+    kind: str
+    relation: str
+    index: str | None
+    rows: float
+    filtered: float
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    scans: list[Scan]
+    pages: int
+
+    def index_scan(self, index: str) -> Scan:
+        """The one scan of this index; fails when there is none."""
+        found = [scan for scan in self.scans if scan.index == index]
+        assert found, f"{index} is not used, but {[(s.kind, s.relation) for s in self.scans]}"
+        return found[0]
+
+    def assert_nothing_is_walked(self) -> None:
+        """Every table that grows is entered by an index.
+
+        A batch may walk the webhook configs: for these few thousand that is the better plan.
+        """
+        walked = {scan.relation for scan in self.scans if scan.kind == "Seq Scan"}
+        assert walked <= {"webhook_configs"}
+
+
+async def test_a_claim_walks_the_due_index_and_reads_no_more_than_it_takes(crowded: Any) -> None:
+    plan = await _explain(crowded, queue._CLAIM, 100, new_id(), timedelta(seconds=60))
+
+    due = plan.index_scan("delivery_queue_due")
+    assert (due.rows, due.filtered) == (100, 0)
+    assert plan.index_scan("delivery_queue_pkey").rows == 100
+    assert plan.index_scan("events_default_pkey").rows == 100
+    plan.assert_nothing_is_walked()
+
+
+async def test_a_claim_costs_the_same_however_much_is_parked(crowded: Any) -> None:
+    arguments = (100, new_id(), timedelta(seconds=60))
+    before = await _explain(crowded, queue._CLAIM, *arguments)
+    transaction = crowded.transaction()
+    await transaction.start()
+    # All of it due longer than anything that is ready, so a claim that saw it would meet it first.
+    await crowded.execute("""
+        INSERT INTO delivery_queue
+            (id, webhook_id, event_id, merchant_id, event_type, state, due_at)
+        SELECT new_uuid7(), webhook_id, event_id, merchant_id, event_type, 'parked',
+            now() - interval '1 year'
+        FROM delivery_queue, generate_series(1, 2)
+    """)
+    await crowded.execute("ANALYZE delivery_queue")
+    after = await _explain(crowded, queue._CLAIM, *arguments)
+    await transaction.rollback()
+    await crowded.execute("VACUUM ANALYZE delivery_queue")
+
+    fewer, more = before.index_scan("delivery_queue_due"), after.index_scan("delivery_queue_due")
+    assert (more.rows, more.filtered) == (fewer.rows, 0)
+    assert more.pages <= fewer.pages + 2
+
+
+async def test_a_reclaim_walks_the_leases_that_ended(crowded: Any) -> None:
+    plan = await _explain(crowded, queue._RECLAIM, 100)
+
+    lease = plan.index_scan("delivery_queue_lease")
+    ended = await crowded.fetchval("SELECT count(*) FROM delivery_queue WHERE lease_until < now()")
+    assert 100 <= lease.rows <= ended < 2000
+    assert lease.filtered == 0
+    assert plan.index_scan("delivery_queue_pkey").rows == 100
+    plan.assert_nothing_is_walked()
+
+
+async def test_letting_in_counts_and_chooses_by_the_configs_own_indexes(crowded: Any) -> None:
+    backlog = await queue.webhooks_with_backlog(crowded)
+    assert len(backlog) == 10
+
+    plan = await _explain(crowded, queue._ADMIT, backlog, 16)
+
+    assert plan.index_scan("delivery_queue_of_webhook").rows <= 16 * len(backlog)
+    chosen = plan.index_scan("delivery_queue_parked")
+    assert 0 < chosen.rows <= 16 * len(backlog)
+    assert chosen.filtered == 0
+    assert plan.index_scan("webhook_configs_pkey").rows == len(backlog)
+    plan.assert_nothing_is_walked()
+
+
+async def test_the_backlog_scan_probes_once_a_config_however_long_its_backlog(crowded: Any) -> None:
+    plan = await _explain(crowded, queue._WEBHOOKS_WITH_BACKLOG)
+
+    scans = [scan for scan in plan.scans if scan.index == "delivery_queue_parked"]
+    # 14,000 are parked. One probe finds the first config, one the next of each.
+    assert sum(scan.rows for scan in scans) == 10
+    assert plan.pages <= 60
+    plan.assert_nothing_is_walked()
+
+
+async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded: Any) -> None:
+    leased = await crowded.fetch(
+        "SELECT id, lease_id FROM delivery_queue WHERE state = 'leased' LIMIT 100"
+    )
+    states = ["delivered", "failed", None, None] * 25
+
+    plan = await _explain(
+        crowded,
+        queue._SETTLE,
+        [row["id"] for row in leased],
+        [row["lease_id"] for row in leased],
+        ["http_error"] * 100,
+        [500] * 100,
+        ["500"] * 100,
+        [STARTED_AT] * 100,
+        [1] * 100,
+        states,
+        [60.0] * 100,
+        10,
+    )
+
+    by_key = [scan for scan in plan.scans if scan.index == "delivery_queue_pkey"]
+    assert [scan.rows + scan.filtered for scan in by_key] == [50, 50]
+    assert plan.index_scan("webhook_configs_pkey").rows <= 50
+    plan.assert_nothing_is_walked()
+
+
+async def test_enqueueing_finds_the_configs_of_a_merchant_by_their_index(crowded: Any) -> None:
+    events = [make_event(merchant_id=f"m_{n}", idempotency_key=f"k{n}") for n in (10, 20, 30)]
+
+    plan = await _explain(
+        crowded,
+        queue._ENQUEUE,
+        [e.id for e in events],
+        [e.merchant_id for e in events],
+        [e.type for e in events],
+        [e.content_type for e in events],
+        [e.payload for e in events],
+        [e.idempotency_key for e in events],
+        [e.content_hash for e in events],
+    )
+
+    assert plan.index_scan("webhook_configs_of_merchant").rows <= 20
+    plan.assert_nothing_is_walked()
+
+
+@pytest.mark.parametrize("statement", ["_RELEASE", "_PARK_LEASED"])
+async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
+    leased = await crowded.fetch(
+        "SELECT id, lease_id FROM delivery_queue WHERE state = 'leased' LIMIT 50"
+    )
+
+    plan = await _explain(
+        crowded,
+        getattr(queue, statement),
+        [row["id"] for row in leased],
+        [row["lease_id"] for row in leased],
+    )
+
+    assert plan.index_scan("delivery_queue_pkey").rows == 50
+    plan.assert_nothing_is_walked()
+
+
+async def test_parking_a_config_reads_its_ready_part_only(crowded: Any) -> None:
+    [webhook_id, *_] = await queue.webhooks_with_backlog(crowded)
+
+    plan = await _explain(crowded, queue._PARK_WEBHOOKS, [webhook_id])
+
+    ready = plan.index_scan("delivery_queue_of_webhook")
+    assert ready.rows + ready.filtered <= 50
+    plan.assert_nothing_is_walked()
+
+
+async def test_cancelling_a_config_reads_its_own_deliveries_only(crowded: Any) -> None:
+    webhook_id = await _quiet_config(crowded)
+    own = await crowded.fetchval(
+        "SELECT count(*) FROM delivery_queue WHERE webhook_id = $1", webhook_id
+    )
+
+    plan = await _explain(crowded, queue._CANCEL_WEBHOOK, webhook_id)
+
+    of_queue = [scan for scan in plan.scans if scan.relation == "delivery_queue"]
+    assert sum(scan.rows + scan.filtered for scan in of_queue) <= 4 * own
+    plan.assert_nothing_is_walked()
+
+
+async def test_finished_deliveries_and_their_attempts_are_read_by_key(crowded: Any) -> None:
+    ids = await crowded.fetchval(
+        "SELECT array_agg(id) FROM (SELECT id FROM finished_deliveries LIMIT 50) f"
+    )
+
+    finished = await _explain(crowded, "SELECT * FROM finished_deliveries WHERE id = ANY ($1)", ids)
+    attempts = await _explain(
+        crowded, "SELECT * FROM attempts WHERE delivery_id = ANY ($1) ORDER BY number", ids
+    )
+
+    assert finished.index_scan("finished_deliveries_default_pkey").rows == 50
+    assert attempts.index_scan("attempts_default_pkey").rows == 50
+
+
+@pytest.mark.parametrize(
+    ("column", "index"),
+    [
+        ("merchant_id", "finished_deliveries_default_merchant_id_id_idx"),
+        ("webhook_id", "finished_deliveries_default_webhook_id_id_idx"),
+        ("event_id", "finished_deliveries_default_event_id_idx"),
+    ],
+)
+async def test_a_page_of_the_history_is_read_in_the_order_of_an_index(
+    crowded: Any, column: str, index: str
+) -> None:
+    value = await crowded.fetchval(f"SELECT {column} FROM finished_deliveries LIMIT 1")  # noqa: S608
+
+    plan = await _explain(
+        crowded,
+        f"SELECT * FROM finished_deliveries WHERE {column} = $1 ORDER BY id DESC LIMIT 50",  # noqa: S608
+        value,
+    )
+
+    assert plan.index_scan(index).rows <= 50
+
+
+async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:
+    """Run a statement for real and take it back; its plan with what was read."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        text = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) {statement}", *arguments
+        )
+    finally:
+        await transaction.rollback()
+    root = json.loads(text)[0]["Plan"]
+    scans = [
+        Scan(
+            kind=node["Node Type"],
+            relation=node.get("Relation Name", ""),
+            index=node.get("Index Name"),
+            rows=round(node["Actual Rows"] * node["Actual Loops"]),
+            filtered=round(node.get("Rows Removed by Filter", 0) * node["Actual Loops"]),
+            pages=_pages(node),
+        )
+        for node in _nodes(root)
+        if "Scan" in node["Node Type"] and ("Relation Name" in node or "Index Name" in node)
+    ]
+    return Plan(scans, _pages(root))
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", ()):
+        yield from _nodes(child)
+
+
+def _pages(node: dict[str, Any]) -> int:
+    return int(node["Shared Hit Blocks"] + node["Shared Read Blocks"])
+
+
+async def _quiet_config(connection: Any) -> UUID:
+    """A config with a few open deliveries and no backlog."""
+    found = await connection.fetchval("""
+        SELECT webhook_id FROM delivery_queue WHERE state = 'ready' AND webhook_id NOT IN (
+            SELECT webhook_id FROM delivery_queue WHERE state = 'parked'
+        ) LIMIT 1
+    """)
+    return UUID(str(found))
