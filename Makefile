@@ -40,7 +40,7 @@ run: install ## Start everything on this machine and deliver a first webhook
 
 test: install ## Lint, types, import contracts, protos, generated code, and every test
 	@BIN=$(BIN) ./tools/check
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 check: install ## The static half of `make test`
 	@BIN=$(BIN) ./tools/check

@@ -148,6 +148,9 @@ async def test_a_reclaim_walks_the_leases_that_ended(crowded: Any) -> None:
     assert lease.filtered == 0
     assert plan.index_scan("delivery_queue_pkey").rows == 100
     plan.assert_nothing_is_walked()
+    # With a limit above what has ended, the leases that still hold are not looked at either.
+    whole = (await _explain(crowded, queue._RECLAIM, ended + 100)).index_scan(lease.index or "")
+    assert (whole.rows, whole.filtered) == (ended, 0)
 
 
 async def test_letting_in_counts_and_chooses_by_the_configs_own_indexes(crowded: Any) -> None:

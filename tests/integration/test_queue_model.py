@@ -105,7 +105,7 @@ class QueueMachine(RuleBasedStateMachine):
         """Each run may switch off some rules; there is something for the others to work on."""
         self.create_config()
         self.create_config()
-        self.enqueue([None, None, "a", None])
+        self.enqueue([None, None, "a", None, "b", None])
         self.states_follow_the_lifecycle()
         self.claim(5)
 
@@ -167,7 +167,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     # --- the way in
 
-    @precondition(lambda self: self.event_count < 20)
+    @precondition(lambda self: self.event_count < 30)
     @rule(keys=st.lists(st.sampled_from([None, None, "a", "b", "c", "d"]), min_size=1, max_size=4))
     def enqueue(self, keys: list[str | None]) -> None:
         events = [make_event(idempotency_key=key) for key in keys]
@@ -220,10 +220,11 @@ class QueueMachine(RuleBasedStateMachine):
         chosen = {self.pick_lease(index): name for index, name in results.items()}
         self.settle_leases(list(chosen), list(chosen.values()))
 
-    @rule(names=st.lists(RESULT_NAME, min_size=1, max_size=6))
+    @rule(names=st.lists(RESULT_NAME, min_size=1, max_size=3))
     def attempt(self, names: list[str]) -> None:
-        """What an engine does in a quiet hour: claim, then settle all of it."""
+        """What an engine does in a quiet hour: wait, claim, then settle all of it."""
         given_before = len(self.leases)
+        self.let_time_pass()
         self.claim(len(names))
         self.states_follow_the_lifecycle()
         self.settle_leases(self.leases[given_before:], names)
@@ -264,14 +265,15 @@ class QueueMachine(RuleBasedStateMachine):
         async with self.connection.transaction():
             return await queue.settle(self.connection, settlements, LIMIT)
 
-    @rule(index=INDEX, parked=st.booleans())
-    def give_up(self, index: int, parked: bool) -> None:
-        lease = self.pick_lease(index)
+    @rule(indexes=st.sets(INDEX, min_size=1, max_size=5), parked=st.booleans())
+    def give_up(self, indexes: set[int], parked: bool) -> None:
+        leases = [self.pick_lease(index) for index in sorted(indexes)]
         give_up = queue.park_leased if parked else queue.release
-        self.run(give_up(self.connection, [lease]))
-        if self.holds(lease):
-            delivery = self.deliveries[lease.id]
-            delivery.state, delivery.lease_id = PARKED if parked else READY, None
+        self.run(give_up(self.connection, leases))
+        for lease in leases:
+            if self.holds(lease):
+                delivery = self.deliveries[lease.id]
+                delivery.state, delivery.lease_id = PARKED if parked else READY, None
 
     @rule(indexes=st.lists(INDEX, min_size=1, max_size=4), limit=st.integers(1, 4))
     def expire_and_reclaim(self, indexes: list[int], limit: int) -> None:

@@ -69,13 +69,15 @@ async def test_engines_are_told_of_a_reactivation_and_of_an_event(
     def heard(_connection: Any, _pid: int, channel: str, _payload: str) -> None:
         hints.put_nowait(channel)
 
-    async with pool.acquire() as connection, asyncio.timeout(10):
+    async with pool.acquire() as connection:
         await connection.add_listener(CHANNEL, heard)
-        await reactivate(platform, webhook_id)
-        assert await hints.get() == CHANNEL
-        await platform.publish()
-        assert await hints.get() == CHANNEL
-        await connection.remove_listener(CHANNEL, heard)
+        try:
+            await reactivate(platform, webhook_id)
+            assert await asyncio.wait_for(hints.get(), 10) == CHANNEL
+            await platform.publish()
+            assert await asyncio.wait_for(hints.get(), 10) == CHANNEL
+        finally:
+            await connection.remove_listener(CHANNEL, heard)
 
 
 async def test_reactivating_what_is_active_changes_nothing(
