@@ -88,7 +88,7 @@ class Aborted(PostriderError):
 
 
 class Unavailable(PostriderError):
-    """A dependency is away. Nothing was accepted; repeat after `retry_after_seconds`."""
+    """A dependency is away; repeat after `retry_after_seconds`, with the same idempotency keys."""
 
     def __init__(self, message: str, *, reason: str, retry_after_seconds: float = 1.0):
         super().__init__(message, reason=reason)

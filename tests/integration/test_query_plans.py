@@ -171,8 +171,9 @@ async def test_the_backlog_scan_probes_once_a_config_however_long_its_backlog(cr
     plan = await _explain(crowded, queue._WEBHOOKS_WITH_BACKLOG)
 
     scans = [scan for scan in plan.scans if scan.index == "delivery_queue_parked"]
-    # 14,000 are parked. One probe finds the first config, one the next of each.
-    assert sum(scan.rows for scan in scans) == 10
+    # 14,000 are parked. One probe finds the first config, one the next of each; PostgreSQL before
+    # 18 rounds the last probe, which finds nothing, up to a row.
+    assert 10 <= sum(scan.rows for scan in scans) <= 11
     assert plan.pages <= 60
     plan.assert_nothing_is_walked()
 

@@ -64,7 +64,8 @@ class EventServiceServicer:
 
     def PublishEvents(self, request, context):
         """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-        not stop the others; when the call itself fails, none was accepted.
+        not stop the others. After an error of the call itself, send all of it again: with idempotency
+        keys nothing is doubled, even if a commit had gone through that the answer was lost of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

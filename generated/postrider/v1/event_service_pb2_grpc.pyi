@@ -23,7 +23,8 @@ class EventServiceStub:
     """Accepts one event."""
     PublishEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventsRequest, _event_service_pb2.PublishEventsResponse]
     """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-    not stop the others; when the call itself fails, none was accepted.
+    not stop the others. After an error of the call itself, send all of it again: with idempotency
+    keys nothing is doubled, even if a commit had gone through that the answer was lost of.
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -47,7 +48,8 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_event_service_pb2.PublishEventsRequest, _abc.Awaitable[_event_service_pb2.PublishEventsResponse]],
     ) -> _abc.Awaitable[_event_service_pb2.PublishEventsResponse]:
         """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-        not stop the others; when the call itself fails, none was accepted.
+        not stop the others. After an error of the call itself, send all of it again: with idempotency
+        keys nothing is doubled, even if a commit had gone through that the answer was lost of.
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _aio.Server) -> None: ...
