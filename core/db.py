@@ -46,6 +46,9 @@ def connect_arguments(settings: DatabaseSettings, application_name: str) -> dict
             "synchronous_commit": "on",
             # Every statement here is short; compiling one costs more than it saves.
             "jit": "off",
+            # Every one has its index. Statistics of a table that was empty then (a new day's
+            # partition) would talk the planner out of it, and a cached plan would stay so.
+            "enable_seqscan": "off",
         },
     }
 

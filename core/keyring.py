@@ -5,7 +5,6 @@ associated data: a ciphertext copied into another row does not decrypt.
 """
 
 import base64
-import binascii
 import os
 import re
 import secrets
@@ -75,9 +74,12 @@ def load_keyring(settings: EncryptionSettings) -> KeyRing:
     else:
         source = "WEBHOOK_ENCRYPTION_KEYS"
         text = settings.encryption_keys.get_secret_value() if settings.encryption_keys else ""
-    keys = dict(_parse_pair(pair, source) for pair in text.replace("\n", ",").split(",") if pair)
-    if not keys:
+    pairs = [_parse_pair(pair, source) for pair in text.replace("\n", ",").split(",") if pair]
+    if not pairs:
         raise ConfigurationError(f"{source} is empty; `postrider encryption-key` prints a new key")
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        raise ConfigurationError(f"{source} has two keys with the same id; each needs its own")
     return KeyRing(keys)
 
 
@@ -85,7 +87,7 @@ def _parse_pair(pair: str, source: str) -> tuple[str, bytes]:
     key_id, _, encoded = pair.strip().partition(":")
     try:
         key = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
+    except ValueError:
         key = b""
     if not _KEY_ID.fullmatch(key_id) or len(key) != 32:
         # The pair itself stays out of the message: half of it is a secret.

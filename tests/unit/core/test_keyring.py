@@ -169,3 +169,15 @@ def _holds_no_part_of(text: str, message: str) -> None:
     for pair in text.split(","):
         key = pair.rpartition(":")[2]
         assert not any(key[i : i + 6] in message for i in range(max(1, len(key) - 5)))
+
+
+def test_two_keys_with_one_id_are_refused() -> None:
+    pair = new_key()
+
+    with pytest.raises(ConfigurationError, match="same id"):
+        load_keyring(EncryptionSettings(encryption_keys=SecretStr(f"{pair},{pair}")))
+
+
+def test_a_key_that_is_not_ascii_is_refused_like_any_other_bad_key() -> None:
+    with pytest.raises(ConfigurationError, match="prints a valid pair"):
+        load_keyring(EncryptionSettings(encryption_keys=SecretStr("k1:ключ")))
