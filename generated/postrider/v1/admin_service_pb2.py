@@ -22,24 +22,55 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from postrider.v1 import webhook_config_pb2 as postrider_dot_v1_dot_webhook__config__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postrider/v1/admin_service.proto\x12\x0cpostrider.v1\x1a!postrider/v1/webhook_config.proto\"0\n\x1eReactivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"e\n\x1fReactivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"P\n\x16\x43reateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"Q\n\x17\x43reateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType2\xe6\x01\n\x0c\x41\x64minService\x12v\n\x17ReactivateWebhookConfig\x12,.postrider.v1.ReactivateWebhookConfigRequest\x1a-.postrider.v1.ReactivateWebhookConfigResponse\x12^\n\x0f\x43reateEventType\x12$.postrider.v1.CreateEventTypeRequest\x1a%.postrider.v1.CreateEventTypeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postrider/v1/admin_service.proto\x12\x0cpostrider.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!postrider/v1/webhook_config.proto\"0\n\x1eReactivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"e\n\x1fReactivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"P\n\x16\x43reateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"Q\n\x17\x43reateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"H\n\x1e\x44\x65\x61\x63tivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"e\n\x1f\x44\x65\x61\x63tivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"\xa0\x01\n\x1cListAllWebhookConfigsRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12#\n\rinactive_only\x18\x02 \x01(\x08R\x0cinactiveOnly\x12\x1b\n\tpage_size\x18\x03 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x04 \x01(\tR\tpageToken\"\x8d\x01\n\x1dListAllWebhookConfigsResponse\x12\x44\n\x0fwebhook_configs\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.WebhookConfigR\x0ewebhookConfigs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x8d\x01\n\x16UpdateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"Q\n\x17UpdateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"H\n\x15GetQueueStatusRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x10\n\x03top\x18\x02 \x01(\x05R\x03top\"\x80\x01\n\x16GetQueueStatusResponse\x12/\n\x05total\x18\x01 \x01(\x0b\x32\x19.postrider.v1.QueueStatusR\x05total\x12\x35\n\x08webhooks\x18\x02 \x03(\x0b\x32\x19.postrider.v1.QueueStatusR\x08webhooks\"\xd4\x01\n\x0bQueueStatus\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x14\n\x05ready\x18\x03 \x01(\x03R\x05ready\x12\x16\n\x06parked\x18\x04 \x01(\x03R\x06parked\x12\x16\n\x06leased\x18\x05 \x01(\x03R\x06leased\x12?\n\x0eoldest_due_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0coldestDueAge\"\xac\x02\n\nAuditEntry\x12;\n\x0b\x63reate_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x14\n\x05\x61\x63tor\x18\x02 \x01(\tR\x05\x61\x63tor\x12\x16\n\x06\x61\x63tion\x18\x03 \x01(\tR\x06\x61\x63tion\x12\x1a\n\x08resource\x18\x04 \x01(\tR\x08resource\x12\x1f\n\x0bmerchant_id\x18\x05 \x01(\tR\nmerchantId\x12\x16\n\x06result\x18\x06 \x01(\tR\x06result\x12%\n\x0e\x63hanged_fields\x18\x07 \x03(\tR\rchangedFields\x12\x18\n\x07\x63omment\x18\x08 \x01(\tR\x07\x63omment\x12\x1d\n\nrequest_id\x18\t \x01(\tR\trequestId\"\xf9\x01\n\x17ListAuditEntriesRequest\x12\x14\n\x05\x61\x63tor\x18\x01 \x01(\tR\x05\x61\x63tor\x12\x1a\n\x08resource\x18\x02 \x01(\tR\x08resource\x12\x39\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1b\n\tpage_size\x18\x05 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x06 \x01(\tR\tpageToken\"\x81\x01\n\x18ListAuditEntriesResponse\x12=\n\raudit_entries\x18\x01 \x03(\x0b\x32\x18.postrider.v1.AuditEntryR\x0c\x61uditEntries\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"7\n\x14\x45raseMerchantRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\"t\n\x15\x45raseMerchantResponse\x12\x36\n\x17\x64\x65leted_webhook_configs\x18\x01 \x01(\x05R\x15\x64\x65letedWebhookConfigs\x12#\n\rerased_events\x18\x02 \x01(\x03R\x0c\x65rasedEvents2\xca\x06\n\x0c\x41\x64minService\x12v\n\x17ReactivateWebhookConfig\x12,.postrider.v1.ReactivateWebhookConfigRequest\x1a-.postrider.v1.ReactivateWebhookConfigResponse\x12v\n\x17\x44\x65\x61\x63tivateWebhookConfig\x12,.postrider.v1.DeactivateWebhookConfigRequest\x1a-.postrider.v1.DeactivateWebhookConfigResponse\x12p\n\x15ListAllWebhookConfigs\x12*.postrider.v1.ListAllWebhookConfigsRequest\x1a+.postrider.v1.ListAllWebhookConfigsResponse\x12^\n\x0f\x43reateEventType\x12$.postrider.v1.CreateEventTypeRequest\x1a%.postrider.v1.CreateEventTypeResponse\x12^\n\x0fUpdateEventType\x12$.postrider.v1.UpdateEventTypeRequest\x1a%.postrider.v1.UpdateEventTypeResponse\x12[\n\x0eGetQueueStatus\x12#.postrider.v1.GetQueueStatusRequest\x1a$.postrider.v1.GetQueueStatusResponse\x12\x61\n\x10ListAuditEntries\x12%.postrider.v1.ListAuditEntriesRequest\x1a&.postrider.v1.ListAuditEntriesResponse\x12X\n\rEraseMerchant\x12\".postrider.v1.EraseMerchantRequest\x1a#.postrider.v1.EraseMerchantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=85
-  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=133
-  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=135
-  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=236
-  _globals['_CREATEEVENTTYPEREQUEST']._serialized_start=238
-  _globals['_CREATEEVENTTYPEREQUEST']._serialized_end=318
-  _globals['_CREATEEVENTTYPERESPONSE']._serialized_start=320
-  _globals['_CREATEEVENTTYPERESPONSE']._serialized_end=401
-  _globals['_ADMINSERVICE']._serialized_start=404
-  _globals['_ADMINSERVICE']._serialized_end=634
+  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=184
+  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=232
+  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=234
+  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=335
+  _globals['_CREATEEVENTTYPEREQUEST']._serialized_start=337
+  _globals['_CREATEEVENTTYPEREQUEST']._serialized_end=417
+  _globals['_CREATEEVENTTYPERESPONSE']._serialized_start=419
+  _globals['_CREATEEVENTTYPERESPONSE']._serialized_end=500
+  _globals['_DEACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=502
+  _globals['_DEACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=574
+  _globals['_DEACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=576
+  _globals['_DEACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=677
+  _globals['_LISTALLWEBHOOKCONFIGSREQUEST']._serialized_start=680
+  _globals['_LISTALLWEBHOOKCONFIGSREQUEST']._serialized_end=840
+  _globals['_LISTALLWEBHOOKCONFIGSRESPONSE']._serialized_start=843
+  _globals['_LISTALLWEBHOOKCONFIGSRESPONSE']._serialized_end=984
+  _globals['_UPDATEEVENTTYPEREQUEST']._serialized_start=987
+  _globals['_UPDATEEVENTTYPEREQUEST']._serialized_end=1128
+  _globals['_UPDATEEVENTTYPERESPONSE']._serialized_start=1130
+  _globals['_UPDATEEVENTTYPERESPONSE']._serialized_end=1211
+  _globals['_GETQUEUESTATUSREQUEST']._serialized_start=1213
+  _globals['_GETQUEUESTATUSREQUEST']._serialized_end=1285
+  _globals['_GETQUEUESTATUSRESPONSE']._serialized_start=1288
+  _globals['_GETQUEUESTATUSRESPONSE']._serialized_end=1416
+  _globals['_QUEUESTATUS']._serialized_start=1419
+  _globals['_QUEUESTATUS']._serialized_end=1631
+  _globals['_AUDITENTRY']._serialized_start=1634
+  _globals['_AUDITENTRY']._serialized_end=1934
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=1937
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=2186
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=2189
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=2318
+  _globals['_ERASEMERCHANTREQUEST']._serialized_start=2320
+  _globals['_ERASEMERCHANTREQUEST']._serialized_end=2375
+  _globals['_ERASEMERCHANTRESPONSE']._serialized_start=2377
+  _globals['_ERASEMERCHANTRESPONSE']._serialized_end=2493
+  _globals['_ADMINSERVICE']._serialized_start=2496
+  _globals['_ADMINSERVICE']._serialized_end=3338
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,13 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from postrider.v1 import webhook_config_pb2 as _webhook_config_pb2
 import builtins as _builtins
 import sys
@@ -72,7 +77,7 @@ class CreateEventTypeRequest(_message.Message):
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event_type(self) -> _webhook_config_pb2.EventType:
-        """The event type: name and description."""
+        """The event type: a name, and whatever else of it is known."""
 
     def __init__(
         self,
@@ -110,3 +115,449 @@ class CreateEventTypeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateEventTypeResponse: _TypeAlias = CreateEventTypeResponse  # noqa: Y015
+
+@_typing.final
+class DeactivateWebhookConfigRequest(_message.Message):
+    """Request of DeactivateWebhookConfig."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the webhook config, of any merchant."""
+    reason: _builtins.str
+    """Why, for the audit log; 1 to 500 printable characters."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeactivateWebhookConfigRequest: _TypeAlias = DeactivateWebhookConfigRequest  # noqa: Y015
+
+@_typing.final
+class DeactivateWebhookConfigResponse(_message.Message):
+    """Response of DeactivateWebhookConfig."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
+        """The webhook config as it is now."""
+
+    def __init__(
+        self,
+        *,
+        webhook_config: _webhook_config_pb2.WebhookConfig | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["webhook_config", b"webhook_config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["webhook_config", b"webhook_config"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeactivateWebhookConfigResponse: _TypeAlias = DeactivateWebhookConfigResponse  # noqa: Y015
+
+@_typing.final
+class ListAllWebhookConfigsRequest(_message.Message):
+    """Request of ListAllWebhookConfigs. The filters are combined by "and"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MERCHANT_ID_FIELD_NUMBER: _builtins.int
+    INACTIVE_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    merchant_id: _builtins.str
+    """Only those of this merchant; empty: of all."""
+    inactive_only: _builtins.bool
+    """Only those that are not active."""
+    page_size: _builtins.int
+    """At most this many, 1 to 100; 0 means 50."""
+    page_token: _builtins.str
+    """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    def __init__(
+        self,
+        *,
+        merchant_id: _builtins.str = ...,
+        inactive_only: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inactive_only", b"inactive_only", "merchant_id", b"merchant_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAllWebhookConfigsRequest: _TypeAlias = ListAllWebhookConfigsRequest  # noqa: Y015
+
+@_typing.final
+class ListAllWebhookConfigsResponse(_message.Message):
+    """Response of ListAllWebhookConfigs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEBHOOK_CONFIGS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty at the end."""
+    @_builtins.property
+    def webhook_configs(self) -> _containers.RepeatedCompositeFieldContainer[_webhook_config_pb2.WebhookConfig]:
+        """The webhook configs of this page."""
+
+    def __init__(
+        self,
+        *,
+        webhook_configs: _abc.Iterable[_webhook_config_pb2.WebhookConfig] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "webhook_configs", b"webhook_configs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAllWebhookConfigsResponse: _TypeAlias = ListAllWebhookConfigsResponse  # noqa: Y015
+
+@_typing.final
+class UpdateEventTypeRequest(_message.Message):
+    """Request of UpdateEventType."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_TYPE_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event_type(self) -> _webhook_config_pb2.EventType:
+        """The new values, with the name."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields to change: description, json_schema, enforce_schema, example, deprecated. Required."""
+
+    def __init__(
+        self,
+        *,
+        event_type: _webhook_config_pb2.EventType | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event_type", b"event_type", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_type", b"event_type", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEventTypeRequest: _TypeAlias = UpdateEventTypeRequest  # noqa: Y015
+
+@_typing.final
+class UpdateEventTypeResponse(_message.Message):
+    """Response of UpdateEventType."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_TYPE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event_type(self) -> _webhook_config_pb2.EventType:
+        """The event type as it is now."""
+
+    def __init__(
+        self,
+        *,
+        event_type: _webhook_config_pb2.EventType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event_type", b"event_type"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_type", b"event_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateEventTypeResponse: _TypeAlias = UpdateEventTypeResponse  # noqa: Y015
+
+@_typing.final
+class GetQueueStatusRequest(_message.Message):
+    """Request of GetQueueStatus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEBHOOK_ID_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    webhook_id: _builtins.str
+    """Only this webhook config; empty: all of them."""
+    top: _builtins.int
+    """For how many webhook configs to tell, 1 to 100; 0 means 20."""
+    def __init__(
+        self,
+        *,
+        webhook_id: _builtins.str = ...,
+        top: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["top", b"top", "webhook_id", b"webhook_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQueueStatusRequest: _TypeAlias = GetQueueStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetQueueStatusResponse(_message.Message):
+    """Response of GetQueueStatus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    WEBHOOKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def total(self) -> Global___QueueStatus:
+        """All that was asked for together."""
+
+    @_builtins.property
+    def webhooks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueStatus]:
+        """One for each webhook config, most open deliveries first."""
+
+    def __init__(
+        self,
+        *,
+        total: Global___QueueStatus | None = ...,
+        webhooks: _abc.Iterable[Global___QueueStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["total", b"total", "webhooks", b"webhooks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQueueStatusResponse: _TypeAlias = GetQueueStatusResponse  # noqa: Y015
+
+@_typing.final
+class QueueStatus(_message.Message):
+    """How a part of the queue stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEBHOOK_ID_FIELD_NUMBER: _builtins.int
+    MERCHANT_ID_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    PARKED_FIELD_NUMBER: _builtins.int
+    LEASED_FIELD_NUMBER: _builtins.int
+    OLDEST_DUE_AGE_FIELD_NUMBER: _builtins.int
+    webhook_id: _builtins.str
+    """The webhook config; empty for the total."""
+    merchant_id: _builtins.str
+    """Its merchant; empty for the total."""
+    ready: _builtins.int
+    """Deliveries that are due or wait for their due time."""
+    parked: _builtins.int
+    """Deliveries in the backlogs of their webhook configs."""
+    leased: _builtins.int
+    """Deliveries that an engine is attempting."""
+    @_builtins.property
+    def oldest_due_age(self) -> _duration_pb2.Duration:
+        """How long the longest due delivery has been waiting; 0 when none is due."""
+
+    def __init__(
+        self,
+        *,
+        webhook_id: _builtins.str = ...,
+        merchant_id: _builtins.str = ...,
+        ready: _builtins.int = ...,
+        parked: _builtins.int = ...,
+        leased: _builtins.int = ...,
+        oldest_due_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_due_age", b"oldest_due_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leased", b"leased", "merchant_id", b"merchant_id", "oldest_due_age", b"oldest_due_age", "parked", b"parked", "ready", b"ready", "webhook_id", b"webhook_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
+
+@_typing.final
+class AuditEntry(_message.Message):
+    """One change, as the audit log has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    RESOURCE_FIELD_NUMBER: _builtins.int
+    MERCHANT_ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    CHANGED_FIELDS_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    actor: _builtins.str
+    """The `sub` claim of the caller's token."""
+    action: _builtins.str
+    """The RPC, such as UpdateWebhookConfig."""
+    resource: _builtins.str
+    """Id or name of what was changed."""
+    merchant_id: _builtins.str
+    """Whose resource; empty: nobody's."""
+    result: _builtins.str
+    """OK, or the reason of the refusal."""
+    comment: _builtins.str
+    """The reason the caller gave, where the call asks for one."""
+    request_id: _builtins.str
+    """The same as in the log line of the call."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def changed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the fields that changed."""
+
+    def __init__(
+        self,
+        *,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+        action: _builtins.str = ...,
+        resource: _builtins.str = ...,
+        merchant_id: _builtins.str = ...,
+        result: _builtins.str = ...,
+        changed_fields: _abc.Iterable[_builtins.str] | None = ...,
+        comment: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "changed_fields", b"changed_fields", "comment", b"comment", "create_time", b"create_time", "merchant_id", b"merchant_id", "request_id", b"request_id", "resource", b"resource", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditEntry: _TypeAlias = AuditEntry  # noqa: Y015
+
+@_typing.final
+class ListAuditEntriesRequest(_message.Message):
+    """Request of ListAuditEntries. The filters are combined by "and"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTOR_FIELD_NUMBER: _builtins.int
+    RESOURCE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    actor: _builtins.str
+    """Only changes by this actor; empty: by all."""
+    resource: _builtins.str
+    """Only changes of this resource; empty: of all."""
+    page_size: _builtins.int
+    """At most this many, 1 to 100; 0 means 50."""
+    page_token: _builtins.str
+    """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only changes at or after this time; unset: from the oldest."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only changes before this time; unset: to the newest."""
+
+    def __init__(
+        self,
+        *,
+        actor: _builtins.str = ...,
+        resource: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "end_time", b"end_time", "page_size", b"page_size", "page_token", b"page_token", "resource", b"resource", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditEntriesRequest: _TypeAlias = ListAuditEntriesRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditEntriesResponse(_message.Message):
+    """Response of ListAuditEntries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUDIT_ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty at the end."""
+    @_builtins.property
+    def audit_entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
+        """The entries of this page."""
+
+    def __init__(
+        self,
+        *,
+        audit_entries: _abc.Iterable[Global___AuditEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_entries", b"audit_entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditEntriesResponse: _TypeAlias = ListAuditEntriesResponse  # noqa: Y015
+
+@_typing.final
+class EraseMerchantRequest(_message.Message):
+    """Request of EraseMerchant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MERCHANT_ID_FIELD_NUMBER: _builtins.int
+    merchant_id: _builtins.str
+    """The merchant to erase."""
+    def __init__(
+        self,
+        *,
+        merchant_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["merchant_id", b"merchant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseMerchantRequest: _TypeAlias = EraseMerchantRequest  # noqa: Y015
+
+@_typing.final
+class EraseMerchantResponse(_message.Message):
+    """Response of EraseMerchant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_WEBHOOK_CONFIGS_FIELD_NUMBER: _builtins.int
+    ERASED_EVENTS_FIELD_NUMBER: _builtins.int
+    deleted_webhook_configs: _builtins.int
+    """Webhook configs that were deleted."""
+    erased_events: _builtins.int
+    """Events whose payloads are gone."""
+    def __init__(
+        self,
+        *,
+        deleted_webhook_configs: _builtins.int = ...,
+        erased_events: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_webhook_configs", b"deleted_webhook_configs", "erased_events", b"erased_events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseMerchantResponse: _TypeAlias = EraseMerchantResponse  # noqa: Y015

@@ -40,10 +40,40 @@ class AdminServiceStub:
                 request_serializer=postrider_dot_v1_dot_admin__service__pb2.ReactivateWebhookConfigRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_admin__service__pb2.ReactivateWebhookConfigResponse.FromString,
                 _registered_method=True)
+        self.DeactivateWebhookConfig = channel.unary_unary(
+                '/postrider.v1.AdminService/DeactivateWebhookConfig',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.DeactivateWebhookConfigRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.DeactivateWebhookConfigResponse.FromString,
+                _registered_method=True)
+        self.ListAllWebhookConfigs = channel.unary_unary(
+                '/postrider.v1.AdminService/ListAllWebhookConfigs',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsResponse.FromString,
+                _registered_method=True)
         self.CreateEventType = channel.unary_unary(
                 '/postrider.v1.AdminService/CreateEventType',
                 request_serializer=postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeResponse.FromString,
+                _registered_method=True)
+        self.UpdateEventType = channel.unary_unary(
+                '/postrider.v1.AdminService/UpdateEventType',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.UpdateEventTypeRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.UpdateEventTypeResponse.FromString,
+                _registered_method=True)
+        self.GetQueueStatus = channel.unary_unary(
+                '/postrider.v1.AdminService/GetQueueStatus',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusResponse.FromString,
+                _registered_method=True)
+        self.ListAuditEntries = channel.unary_unary(
+                '/postrider.v1.AdminService/ListAuditEntries',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesResponse.FromString,
+                _registered_method=True)
+        self.EraseMerchant = channel.unary_unary(
+                '/postrider.v1.AdminService/EraseMerchant',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.EraseMerchantRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.EraseMerchantResponse.FromString,
                 _registered_method=True)
 
 
@@ -59,8 +89,52 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeactivateWebhookConfig(self, request, context):
+        """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
+        only Reactivate brings it back. Already deactivated by an operator: nothing changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAllWebhookConfigs(self, request, context):
+        """Lists webhook configs across merchants, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateEventType(self, request, context):
         """Registers an event type that producers may publish and merchants may subscribe to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateEventType(self, request, context):
+        """Changes description, JSON Schema, enforcement, example or deprecation of an event type.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetQueueStatus(self, request, context):
+        """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAuditEntries(self, request, context):
+        """Lists audit entries, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseMerchant(self, request, context):
+        """Deletes a merchant's webhook configs with their secrets, and the payloads of its events. Its
+        deliveries are cancelled; what remains says that something was delivered, not what. Final.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,10 +148,40 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=postrider_dot_v1_dot_admin__service__pb2.ReactivateWebhookConfigRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_admin__service__pb2.ReactivateWebhookConfigResponse.SerializeToString,
             ),
+            'DeactivateWebhookConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeactivateWebhookConfig,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.DeactivateWebhookConfigRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.DeactivateWebhookConfigResponse.SerializeToString,
+            ),
+            'ListAllWebhookConfigs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAllWebhookConfigs,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsResponse.SerializeToString,
+            ),
             'CreateEventType': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateEventType,
                     request_deserializer=postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeResponse.SerializeToString,
+            ),
+            'UpdateEventType': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateEventType,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.UpdateEventTypeRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.UpdateEventTypeResponse.SerializeToString,
+            ),
+            'GetQueueStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQueueStatus,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusResponse.SerializeToString,
+            ),
+            'ListAuditEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditEntries,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesResponse.SerializeToString,
+            ),
+            'EraseMerchant': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseMerchant,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.EraseMerchantRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.EraseMerchantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -119,6 +223,60 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
+    def DeactivateWebhookConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/DeactivateWebhookConfig',
+            postrider_dot_v1_dot_admin__service__pb2.DeactivateWebhookConfigRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.DeactivateWebhookConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAllWebhookConfigs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/ListAllWebhookConfigs',
+            postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CreateEventType(request,
             target,
             options=(),
@@ -135,6 +293,114 @@ class AdminService:
             '/postrider.v1.AdminService/CreateEventType',
             postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeRequest.SerializeToString,
             postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateEventType(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/UpdateEventType',
+            postrider_dot_v1_dot_admin__service__pb2.UpdateEventTypeRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.UpdateEventTypeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQueueStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/GetQueueStatus',
+            postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/ListAuditEntries',
+            postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseMerchant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/EraseMerchant',
+            postrider_dot_v1_dot_admin__service__pb2.EraseMerchantRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.EraseMerchantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,8 +20,24 @@ class AdminServiceStub:
     """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
     anew and its parked deliveries are let back in. Already active: nothing changes.
     """
+    DeactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]
+    """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
+    only Reactivate brings it back. Already deactivated by an operator: nothing changes.
+    """
+    ListAllWebhookConfigs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]
+    """Lists webhook configs across merchants, newest first."""
     CreateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]
     """Registers an event type that producers may publish and merchants may subscribe to."""
+    UpdateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]
+    """Changes description, JSON Schema, enforcement, example or deprecation of an event type."""
+    GetQueueStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]
+    """Tells how the queue stands, in all and for the webhook configs with the most open deliveries."""
+    ListAuditEntries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
+    """Lists audit entries, newest first."""
+    EraseMerchant: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]
+    """Deletes a merchant's webhook configs with their secrets, and the payloads of its events. Its
+    deliveries are cancelled; what remains says that something was delivered, not what. Final.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`."""
@@ -37,11 +53,63 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def DeactivateWebhookConfig(
+        self,
+        request: _admin_service_pb2.DeactivateWebhookConfigRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.DeactivateWebhookConfigRequest, _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]:
+        """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
+        only Reactivate brings it back. Already deactivated by an operator: nothing changes.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAllWebhookConfigs(
+        self,
+        request: _admin_service_pb2.ListAllWebhookConfigsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListAllWebhookConfigsRequest, _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]:
+        """Lists webhook configs across merchants, newest first."""
+
+    @_abc_1.abstractmethod
     def CreateEventType(
         self,
         request: _admin_service_pb2.CreateEventTypeRequest,
         context: _aio.ServicerContext[_admin_service_pb2.CreateEventTypeRequest, _abc.Awaitable[_admin_service_pb2.CreateEventTypeResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.CreateEventTypeResponse]:
         """Registers an event type that producers may publish and merchants may subscribe to."""
+
+    @_abc_1.abstractmethod
+    def UpdateEventType(
+        self,
+        request: _admin_service_pb2.UpdateEventTypeRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.UpdateEventTypeRequest, _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]:
+        """Changes description, JSON Schema, enforcement, example or deprecation of an event type."""
+
+    @_abc_1.abstractmethod
+    def GetQueueStatus(
+        self,
+        request: _admin_service_pb2.GetQueueStatusRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.GetQueueStatusRequest, _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]:
+        """Tells how the queue stands, in all and for the webhook configs with the most open deliveries."""
+
+    @_abc_1.abstractmethod
+    def ListAuditEntries(
+        self,
+        request: _admin_service_pb2.ListAuditEntriesRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListAuditEntriesRequest, _abc.Awaitable[_admin_service_pb2.ListAuditEntriesResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListAuditEntriesResponse]:
+        """Lists audit entries, newest first."""
+
+    @_abc_1.abstractmethod
+    def EraseMerchant(
+        self,
+        request: _admin_service_pb2.EraseMerchantRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.EraseMerchantRequest, _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]:
+        """Deletes a merchant's webhook configs with their secrets, and the payloads of its events. Its
+        deliveries are cancelled; what remains says that something was delivered, not what. Final.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

@@ -129,6 +129,7 @@ class Delivery(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     FINISH_TIME_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    REDELIVERY_OF_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the server, `dlv_` and 32 hexadecimal digits."""
     webhook_id: _builtins.str
@@ -141,6 +142,8 @@ class Delivery(_message.Message):
     """Where it stands."""
     attempt_count: _builtins.int
     """Attempts made so far."""
+    redelivery_of: _builtins.str
+    """The delivery this one repeats at somebody's request; empty when it came of the event itself."""
     @_builtins.property
     def next_attempt_time(self) -> _timestamp_pb2.Timestamp:
         """When the next attempt is due; unset when the delivery is finished or parked."""
@@ -170,10 +173,11 @@ class Delivery(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         finish_time: _timestamp_pb2.Timestamp | None = ...,
         attempts: _abc.Iterable[Global___Attempt] | None = ...,
+        redelivery_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_time", b"finish_time", "next_attempt_time", b"next_attempt_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "attempts", b"attempts", "create_time", b"create_time", "event_id", b"event_id", "event_type", b"event_type", "finish_time", b"finish_time", "id", b"id", "next_attempt_time", b"next_attempt_time", "state", b"state", "webhook_id", b"webhook_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "attempts", b"attempts", "create_time", b"create_time", "event_id", b"event_id", "event_type", b"event_type", "finish_time", b"finish_time", "id", b"id", "next_attempt_time", b"next_attempt_time", "redelivery_of", b"redelivery_of", "state", b"state", "webhook_id", b"webhook_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,6 +195,11 @@ class Attempt(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    DNS_DURATION_FIELD_NUMBER: _builtins.int
+    CONNECT_DURATION_FIELD_NUMBER: _builtins.int
+    FIRST_BYTE_DURATION_FIELD_NUMBER: _builtins.int
+    REMOTE_ADDRESS_FIELD_NUMBER: _builtins.int
+    RESPONSE_EXCERPT_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1 for the first attempt of the delivery."""
     outcome: Global___Outcome.ValueType
@@ -199,6 +208,10 @@ class Attempt(_message.Message):
     """The HTTP status, 0 when there was no answer."""
     detail: _builtins.str
     """The same in words, for people."""
+    remote_address: _builtins.str
+    """The address that was dialled; empty when none was."""
+    response_excerpt: _builtins.str
+    """The first 1 KiB of the answer's body, control characters escaped; empty when there was none."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it began."""
@@ -206,6 +219,18 @@ class Attempt(_message.Message):
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """From its beginning to the status line, or to the failure."""
+
+    @_builtins.property
+    def dns_duration(self) -> _duration_pb2.Duration:
+        """Of it, the look-up of the host name; unset when a connection was there already."""
+
+    @_builtins.property
+    def connect_duration(self) -> _duration_pb2.Duration:
+        """Of it, the TCP connection and the TLS handshake; unset when a connection was there already."""
+
+    @_builtins.property
+    def first_byte_duration(self) -> _duration_pb2.Duration:
+        """Of it, the wait from the request sent to the status line; unset when none came."""
 
     def __init__(
         self,
@@ -216,10 +241,15 @@ class Attempt(_message.Message):
         detail: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         duration: _duration_pb2.Duration | None = ...,
+        dns_duration: _duration_pb2.Duration | None = ...,
+        connect_duration: _duration_pb2.Duration | None = ...,
+        first_byte_duration: _duration_pb2.Duration | None = ...,
+        remote_address: _builtins.str = ...,
+        response_excerpt: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connect_duration", b"connect_duration", "dns_duration", b"dns_duration", "duration", b"duration", "first_byte_duration", b"first_byte_duration", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "duration", b"duration", "number", b"number", "outcome", b"outcome", "start_time", b"start_time", "status_code", b"status_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_duration", b"connect_duration", "detail", b"detail", "dns_duration", b"dns_duration", "duration", b"duration", "first_byte_duration", b"first_byte_duration", "number", b"number", "outcome", b"outcome", "remote_address", b"remote_address", "response_excerpt", b"response_excerpt", "start_time", b"start_time", "status_code", b"status_code"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DeliveryServiceStub:
-    """Reading of a merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
+    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
     the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
@@ -46,10 +46,20 @@ class DeliveryServiceStub:
                 request_serializer=postrider_dot_v1_dot_delivery__service__pb2.ListDeliveriesRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_delivery__service__pb2.ListDeliveriesResponse.FromString,
                 _registered_method=True)
+        self.RedeliverDelivery = channel.unary_unary(
+                '/postrider.v1.DeliveryService/RedeliverDelivery',
+                request_serializer=postrider_dot_v1_dot_delivery__service__pb2.RedeliverDeliveryRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_delivery__service__pb2.RedeliverDeliveryResponse.FromString,
+                _registered_method=True)
+        self.WatchDeliveries = channel.unary_stream(
+                '/postrider.v1.DeliveryService/WatchDeliveries',
+                request_serializer=postrider_dot_v1_dot_delivery__service__pb2.WatchDeliveriesRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_delivery__service__pb2.WatchDeliveriesResponse.FromString,
+                _registered_method=True)
 
 
 class DeliveryServiceServicer:
-    """Reading of a merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
+    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
     the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
@@ -62,6 +72,22 @@ class DeliveryServiceServicer:
 
     def ListDeliveries(self, request, context):
         """Lists deliveries with their attempts, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedeliverDelivery(self, request, context):
+        """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
+        schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchDeliveries(self, request, context):
+        """Streams attempts as they are recorded, until the caller hangs up. A caller that reads too slowly
+        is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +106,16 @@ def add_DeliveryServiceServicer_to_server(servicer, server):
                     request_deserializer=postrider_dot_v1_dot_delivery__service__pb2.ListDeliveriesRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_delivery__service__pb2.ListDeliveriesResponse.SerializeToString,
             ),
+            'RedeliverDelivery': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedeliverDelivery,
+                    request_deserializer=postrider_dot_v1_dot_delivery__service__pb2.RedeliverDeliveryRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_delivery__service__pb2.RedeliverDeliveryResponse.SerializeToString,
+            ),
+            'WatchDeliveries': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchDeliveries,
+                    request_deserializer=postrider_dot_v1_dot_delivery__service__pb2.WatchDeliveriesRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_delivery__service__pb2.WatchDeliveriesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'postrider.v1.DeliveryService', rpc_method_handlers)
@@ -89,7 +125,7 @@ def add_DeliveryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DeliveryService:
-    """Reading of a merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
+    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
     the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
@@ -137,6 +173,60 @@ class DeliveryService:
             '/postrider.v1.DeliveryService/ListDeliveries',
             postrider_dot_v1_dot_delivery__service__pb2.ListDeliveriesRequest.SerializeToString,
             postrider_dot_v1_dot_delivery__service__pb2.ListDeliveriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedeliverDelivery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.DeliveryService/RedeliverDelivery',
+            postrider_dot_v1_dot_delivery__service__pb2.RedeliverDeliveryRequest.SerializeToString,
+            postrider_dot_v1_dot_delivery__service__pb2.RedeliverDeliveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchDeliveries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/postrider.v1.DeliveryService/WatchDeliveries',
+            postrider_dot_v1_dot_delivery__service__pb2.WatchDeliveriesRequest.SerializeToString,
+            postrider_dot_v1_dot_delivery__service__pb2.WatchDeliveriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

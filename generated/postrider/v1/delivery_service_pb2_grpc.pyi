@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DeliveryServiceStub:
-    """Reading of a merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
+    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
     the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
@@ -22,9 +22,17 @@ class DeliveryServiceStub:
     """Returns one delivery with its attempts."""
     ListDeliveries: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.ListDeliveriesRequest, _delivery_service_pb2.ListDeliveriesResponse]
     """Lists deliveries with their attempts, newest first."""
+    RedeliverDelivery: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.RedeliverDeliveryRequest, _delivery_service_pb2.RedeliverDeliveryResponse]
+    """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
+    schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+    """
+    WatchDeliveries: _aio.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]
+    """Streams attempts as they are recorded, until the caller hangs up. A caller that reads too slowly
+    is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+    """
 
 class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reading of a merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
+    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
     the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
@@ -43,5 +51,25 @@ class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_delivery_service_pb2.ListDeliveriesRequest, _abc.Awaitable[_delivery_service_pb2.ListDeliveriesResponse]],
     ) -> _abc.Awaitable[_delivery_service_pb2.ListDeliveriesResponse]:
         """Lists deliveries with their attempts, newest first."""
+
+    @_abc_1.abstractmethod
+    def RedeliverDelivery(
+        self,
+        request: _delivery_service_pb2.RedeliverDeliveryRequest,
+        context: _aio.ServicerContext[_delivery_service_pb2.RedeliverDeliveryRequest, _abc.Awaitable[_delivery_service_pb2.RedeliverDeliveryResponse]],
+    ) -> _abc.Awaitable[_delivery_service_pb2.RedeliverDeliveryResponse]:
+        """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
+        schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchDeliveries(
+        self,
+        request: _delivery_service_pb2.WatchDeliveriesRequest,
+        context: _aio.ServicerContext[_delivery_service_pb2.WatchDeliveriesRequest, _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]],
+    ) -> _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]:
+        """Streams attempts as they are recorded, until the caller hangs up. A caller that reads too slowly
+        is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+        """
 
 def add_DeliveryServiceServicer_to_server(servicer: DeliveryServiceServicer, server: _aio.Server) -> None: ...

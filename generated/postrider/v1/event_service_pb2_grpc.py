@@ -47,6 +47,21 @@ class EventServiceStub:
                 request_serializer=postrider_dot_v1_dot_event__service__pb2.PublishEventsRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_event__service__pb2.PublishEventsResponse.FromString,
                 _registered_method=True)
+        self.StreamEvents = channel.stream_stream(
+                '/postrider.v1.EventService/StreamEvents',
+                request_serializer=postrider_dot_v1_dot_event__service__pb2.StreamEventsRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_event__service__pb2.StreamEventsResponse.FromString,
+                _registered_method=True)
+        self.GetEvent = channel.unary_unary(
+                '/postrider.v1.EventService/GetEvent',
+                request_serializer=postrider_dot_v1_dot_event__service__pb2.GetEventRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_event__service__pb2.GetEventResponse.FromString,
+                _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/postrider.v1.EventService/ListEvents',
+                request_serializer=postrider_dot_v1_dot_event__service__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_event__service__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
 
 
 class EventServiceServicer:
@@ -71,6 +86,30 @@ class EventServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamEvents(self, request_iterator, context):
+        """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
+        order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
+        server reads no further until one is. When the stream breaks, send what was not acknowledged
+        again: with idempotency keys nothing is lost or doubled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetEvent(self, request, context):
+        """Returns an event, without its payload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvents(self, request, context):
+        """Lists the events of a merchant, newest first, without their payloads.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +122,21 @@ def add_EventServiceServicer_to_server(servicer, server):
                     servicer.PublishEvents,
                     request_deserializer=postrider_dot_v1_dot_event__service__pb2.PublishEventsRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_event__service__pb2.PublishEventsResponse.SerializeToString,
+            ),
+            'StreamEvents': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEvents,
+                    request_deserializer=postrider_dot_v1_dot_event__service__pb2.StreamEventsRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_event__service__pb2.StreamEventsResponse.SerializeToString,
+            ),
+            'GetEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEvent,
+                    request_deserializer=postrider_dot_v1_dot_event__service__pb2.GetEventRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_event__service__pb2.GetEventResponse.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=postrider_dot_v1_dot_event__service__pb2.ListEventsRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_event__service__pb2.ListEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -142,6 +196,87 @@ class EventService:
             '/postrider.v1.EventService/PublishEvents',
             postrider_dot_v1_dot_event__service__pb2.PublishEventsRequest.SerializeToString,
             postrider_dot_v1_dot_event__service__pb2.PublishEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEvents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/postrider.v1.EventService/StreamEvents',
+            postrider_dot_v1_dot_event__service__pb2.StreamEventsRequest.SerializeToString,
+            postrider_dot_v1_dot_event__service__pb2.StreamEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.EventService/GetEvent',
+            postrider_dot_v1_dot_event__service__pb2.GetEventRequest.SerializeToString,
+            postrider_dot_v1_dot_event__service__pb2.GetEventResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.EventService/ListEvents',
+            postrider_dot_v1_dot_event__service__pb2.ListEventsRequest.SerializeToString,
+            postrider_dot_v1_dot_event__service__pb2.ListEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,16 @@ class EventServiceStub:
     not stop the others. After an error of the call itself, send all of it again: with idempotency
     keys nothing is doubled, even if a commit had gone through that the answer was lost of.
     """
+    StreamEvents: _aio.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]
+    """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
+    order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
+    server reads no further until one is. When the stream breaks, send what was not acknowledged
+    again: with idempotency keys nothing is lost or doubled.
+    """
+    GetEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]
+    """Returns an event, without its payload."""
+    ListEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.ListEventsRequest, _event_service_pb2.ListEventsResponse]
+    """Lists the events of a merchant, newest first, without their payloads."""
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
@@ -51,5 +61,33 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         not stop the others. After an error of the call itself, send all of it again: with idempotency
         keys nothing is doubled, even if a commit had gone through that the answer was lost of.
         """
+
+    @_abc_1.abstractmethod
+    def StreamEvents(
+        self,
+        request_iterator: _abc.AsyncIterator[_event_service_pb2.StreamEventsRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_event_service_pb2.StreamEventsRequest], _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]],
+    ) -> _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]:
+        """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
+        order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
+        server reads no further until one is. When the stream breaks, send what was not acknowledged
+        again: with idempotency keys nothing is lost or doubled.
+        """
+
+    @_abc_1.abstractmethod
+    def GetEvent(
+        self,
+        request: _event_service_pb2.GetEventRequest,
+        context: _aio.ServicerContext[_event_service_pb2.GetEventRequest, _abc.Awaitable[_event_service_pb2.GetEventResponse]],
+    ) -> _abc.Awaitable[_event_service_pb2.GetEventResponse]:
+        """Returns an event, without its payload."""
+
+    @_abc_1.abstractmethod
+    def ListEvents(
+        self,
+        request: _event_service_pb2.ListEventsRequest,
+        context: _aio.ServicerContext[_event_service_pb2.ListEventsRequest, _abc.Awaitable[_event_service_pb2.ListEventsResponse]],
+    ) -> _abc.Awaitable[_event_service_pb2.ListEventsResponse]:
+        """Lists the events of a merchant, newest first, without their payloads."""
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _aio.Server) -> None: ...

@@ -26,17 +26,21 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!postrider/v1/webhook_config.proto\x12\x0cpostrider.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8a\x04\n\rWebhookConfig\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x10\n\x03url\x18\x03 \x01(\tR\x03url\x12\x16\n\x06\x65vents\x18\x04 \x03(\tR\x06\x65vents\x12 \n\x0b\x64\x65scription\x18\x05 \x01(\tR\x0b\x64\x65scription\x12\x1b\n\x06\x61\x63tive\x18\x06 \x01(\x08H\x00R\x06\x61\x63tive\x88\x01\x01\x12Q\n\x13\x64\x65\x61\x63tivation_reason\x18\x07 \x01(\x0e\x32 .postrider.v1.DeactivationReasonR\x12\x64\x65\x61\x63tivationReason\x12\x31\n\x14\x63onsecutive_failures\x18\x08 \x01(\x05R\x13\x63onsecutiveFailures\x12@\n\x0eretry_schedule\x18\t \x03(\x0b\x32\x19.google.protobuf.DurationR\rretrySchedule\x12\x12\n\x04\x65tag\x18\n \x01(\tR\x04\x65tag\x12;\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTimeB\t\n\x07_active\"~\n\tEventType\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12 \n\x0b\x64\x65scription\x18\x02 \x01(\tR\x0b\x64\x65scription\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime*{\n\x12\x44\x65\x61\x63tivationReason\x12#\n\x1f\x44\x45\x41\x43TIVATION_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x45\x41\x43TIVATION_REASON_PAUSED\x10\x01\x12 \n\x1c\x44\x45\x41\x43TIVATION_REASON_FAILURES\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!postrider/v1/webhook_config.proto\x12\x0cpostrider.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdd\x06\n\rWebhookConfig\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x10\n\x03url\x18\x03 \x01(\tR\x03url\x12\x16\n\x06\x65vents\x18\x04 \x03(\tR\x06\x65vents\x12 \n\x0b\x64\x65scription\x18\x05 \x01(\tR\x0b\x64\x65scription\x12\x1b\n\x06\x61\x63tive\x18\x06 \x01(\x08H\x00R\x06\x61\x63tive\x88\x01\x01\x12Q\n\x13\x64\x65\x61\x63tivation_reason\x18\x07 \x01(\x0e\x32 .postrider.v1.DeactivationReasonR\x12\x64\x65\x61\x63tivationReason\x12\x31\n\x14\x63onsecutive_failures\x18\x08 \x01(\x05R\x13\x63onsecutiveFailures\x12@\n\x0eretry_schedule\x18\t \x03(\x0b\x32\x19.google.protobuf.DurationR\rretrySchedule\x12\x12\n\x04\x65tag\x18\n \x01(\tR\x04\x65tag\x12;\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x42\n\x07headers\x18\r \x03(\x0b\x32(.postrider.v1.WebhookConfig.HeadersEntryR\x07headers\x12\x33\n\x07timeout\x18\x0e \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\x12\x1d\n\nrate_limit\x18\x0f \x01(\x01R\trateLimit\x12\"\n\rmax_in_flight\x18\x10 \x01(\x05R\x0bmaxInFlight\x12Y\n\x1bprevious_secret_expire_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x18previousSecretExpireTime\x1a:\n\x0cHeadersEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x42\t\n\x07_active\"\x80\x02\n\tEventType\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12 \n\x0b\x64\x65scription\x18\x02 \x01(\tR\x0b\x64\x65scription\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1f\n\x0bjson_schema\x18\x04 \x01(\tR\njsonSchema\x12%\n\x0e\x65nforce_schema\x18\x05 \x01(\x08R\renforceSchema\x12\x18\n\x07\x65xample\x18\x06 \x01(\tR\x07\x65xample\x12\x1e\n\ndeprecated\x18\x07 \x01(\x08R\ndeprecated*\x9a\x01\n\x12\x44\x65\x61\x63tivationReason\x12#\n\x1f\x44\x45\x41\x43TIVATION_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x44\x45\x41\x43TIVATION_REASON_PAUSED\x10\x01\x12 \n\x1c\x44\x45\x41\x43TIVATION_REASON_FAILURES\x10\x02\x12\x1d\n\x19\x44\x45\x41\x43TIVATION_REASON_ADMIN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.webhook_config_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEACTIVATIONREASON']._serialized_start=769
-  _globals['_DEACTIVATIONREASON']._serialized_end=892
+  _globals['_WEBHOOKCONFIG_HEADERSENTRY']._loaded_options = None
+  _globals['_WEBHOOKCONFIG_HEADERSENTRY']._serialized_options = b'8\001'
+  _globals['_DEACTIVATIONREASON']._serialized_start=1240
+  _globals['_DEACTIVATIONREASON']._serialized_end=1394
   _globals['_WEBHOOKCONFIG']._serialized_start=117
-  _globals['_WEBHOOKCONFIG']._serialized_end=639
-  _globals['_EVENTTYPE']._serialized_start=641
-  _globals['_EVENTTYPE']._serialized_end=767
+  _globals['_WEBHOOKCONFIG']._serialized_end=978
+  _globals['_WEBHOOKCONFIG_HEADERSENTRY']._serialized_start=909
+  _globals['_WEBHOOKCONFIG_HEADERSENTRY']._serialized_end=967
+  _globals['_EVENTTYPE']._serialized_start=981
+  _globals['_EVENTTYPE']._serialized_end=1237
 # @@protoc_insertion_point(module_scope)

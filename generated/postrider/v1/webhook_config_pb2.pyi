@@ -33,6 +33,8 @@ class _DeactivationReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_De
     """The merchant paused it."""
     DEACTIVATION_REASON_FAILURES: _DeactivationReason.ValueType  # 2
     """Too many consecutive deliveries failed."""
+    DEACTIVATION_REASON_ADMIN: _DeactivationReason.ValueType  # 3
+    """An operator deactivated it."""
 
 class DeactivationReason(_DeactivationReason, metaclass=_DeactivationReasonEnumTypeWrapper):
     """Why a webhook config is not active."""
@@ -43,6 +45,8 @@ DEACTIVATION_REASON_PAUSED: DeactivationReason.ValueType  # 1
 """The merchant paused it."""
 DEACTIVATION_REASON_FAILURES: DeactivationReason.ValueType  # 2
 """Too many consecutive deliveries failed."""
+DEACTIVATION_REASON_ADMIN: DeactivationReason.ValueType  # 3
+"""An operator deactivated it."""
 Global___DeactivationReason: _TypeAlias = DeactivationReason  # noqa: Y015
 
 @_typing.final
@@ -52,6 +56,26 @@ class WebhookConfig(_message.Message):
     """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HeadersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ID_FIELD_NUMBER: _builtins.int
     MERCHANT_ID_FIELD_NUMBER: _builtins.int
@@ -65,6 +89,11 @@ class WebhookConfig(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
+    MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SECRET_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the server, `wh_` and 32 hexadecimal digits. Read-only."""
     merchant_id: _builtins.str
@@ -84,9 +113,15 @@ class WebhookConfig(_message.Message):
     """Deliveries that failed, with all retries spent, since the last one that succeeded. Read-only."""
     etag: _builtins.str
     """Changes with every change; send it back in an update to be sure nobody else changed it first."""
+    rate_limit: _builtins.float
+    """Webhooks a second at the most, averaged over a few seconds; what exceeds it waits. 0: no limit."""
+    max_in_flight: _builtins.int
+    """Requests open at once at the most, in each engine process. 0: the operator's cap, and never more."""
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The event types it receives, 1 to 100 known names (see ListEventTypes)."""
+        """The event types it receives, 1 to 100: known names (see ListEventTypes), or prefixes of them
+        that end in `.*`, such as `payment.*`, which also match types that are registered later.
+        """
 
     @_builtins.property
     def retry_schedule(self) -> _containers.RepeatedCompositeFieldContainer[_duration_pb2.Duration]:
@@ -101,6 +136,20 @@ class WebhookConfig(_message.Message):
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it last changed. Read-only."""
+
+    @_builtins.property
+    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Headers sent with every webhook beside Postrider's own: at most 20, names as RFC 9110 tokens,
+        values in printable ASCII. Names that frame the request or that Postrider sends are refused.
+        """
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long one attempt may take, 1 s to 30 s. Unset: the operator's timeout."""
+
+    @_builtins.property
+    def previous_secret_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when the secret before the present one signs, too; unset when it does not. Read-only."""
 
     def __init__(
         self,
@@ -117,10 +166,15 @@ class WebhookConfig(_message.Message):
         etag: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        headers: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+        rate_limit: _builtins.float = ...,
+        max_in_flight: _builtins.int = ...,
+        previous_secret_expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "previous_secret_expire_time", b"previous_secret_expire_time", "timeout", b"timeout", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "consecutive_failures", b"consecutive_failures", "create_time", b"create_time", "deactivation_reason", b"deactivation_reason", "description", b"description", "etag", b"etag", "events", b"events", "id", b"id", "merchant_id", b"merchant_id", "retry_schedule", b"retry_schedule", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "consecutive_failures", b"consecutive_failures", "create_time", b"create_time", "deactivation_reason", b"deactivation_reason", "description", b"description", "etag", b"etag", "events", b"events", "headers", b"headers", "id", b"id", "max_in_flight", b"max_in_flight", "merchant_id", b"merchant_id", "previous_secret_expire_time", b"previous_secret_expire_time", "rate_limit", b"rate_limit", "retry_schedule", b"retry_schedule", "timeout", b"timeout", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015
@@ -137,13 +191,25 @@ class EventType(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    ENFORCE_SCHEMA_FIELD_NUMBER: _builtins.int
+    EXAMPLE_FIELD_NUMBER: _builtins.int
+    DEPRECATED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Dotted lower-case name, such as `payment.succeeded`."""
     description: _builtins.str
     """What it means, for merchants."""
+    json_schema: _builtins.str
+    """JSON Schema (draft 2020-12) of its payloads, as JSON text; empty: none."""
+    enforce_schema: _builtins.bool
+    """Whether payloads that do not match the schema are refused at publish; else it is for readers."""
+    example: _builtins.str
+    """An example payload, as JSON text that matches the schema; empty: none."""
+    deprecated: _builtins.bool
+    """Whether it is to be used no longer: merchants cannot newly subscribe, producers still publish."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was registered."""
+        """When it was registered. Read-only."""
 
     def __init__(
         self,
@@ -151,10 +217,14 @@ class EventType(_message.Message):
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        json_schema: _builtins.str = ...,
+        enforce_schema: _builtins.bool = ...,
+        example: _builtins.str = ...,
+        deprecated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "description", b"description", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deprecated", b"deprecated", "description", b"description", "enforce_schema", b"enforce_schema", "example", b"example", "json_schema", b"json_schema", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

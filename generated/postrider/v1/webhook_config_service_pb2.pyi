@@ -191,7 +191,9 @@ class UpdateWebhookConfigRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change: url, events, description, active, retry_schedule. Required."""
+        """Which fields to change: url, events, description, active, retry_schedule, headers, timeout,
+        rate_limit, max_in_flight. Required.
+        """
 
     def __init__(
         self,
@@ -274,6 +276,66 @@ class DeleteWebhookConfigResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteWebhookConfigResponse: _TypeAlias = DeleteWebhookConfigResponse  # noqa: Y015
+
+@_typing.final
+class RotateSecretRequest(_message.Message):
+    """Request of RotateSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Id of the webhook config."""
+    @_builtins.property
+    def overlap(self) -> _duration_pb2.Duration:
+        """How long the present secret keeps signing, 0 s to 7 days. Unset: 24 hours."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        overlap: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "overlap", b"overlap"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateSecretRequest: _TypeAlias = RotateSecretRequest  # noqa: Y015
+
+@_typing.final
+class RotateSecretResponse(_message.Message):
+    """Response of RotateSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    STANDARD_WEBHOOKS_SECRET_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """The new secret, 64 hexadecimal digits. It is shown here and never again: store it now."""
+    standard_webhooks_secret: _builtins.str
+    """The same secret as Standard Webhooks libraries take it (`whsec_…`)."""
+    @_builtins.property
+    def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
+        """The webhook config as it is now."""
+
+    def __init__(
+        self,
+        *,
+        webhook_config: _webhook_config_pb2.WebhookConfig | None = ...,
+        secret: _builtins.str = ...,
+        standard_webhooks_secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["webhook_config", b"webhook_config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret", "standard_webhooks_secret", b"standard_webhooks_secret", "webhook_config", b"webhook_config"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateSecretResponse: _TypeAlias = RotateSecretResponse  # noqa: Y015
 
 @_typing.final
 class PingWebhookConfigRequest(_message.Message):

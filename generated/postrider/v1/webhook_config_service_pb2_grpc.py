@@ -61,6 +61,11 @@ class WebhookConfigServiceStub:
                 request_serializer=postrider_dot_v1_dot_webhook__config__service__pb2.DeleteWebhookConfigRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_webhook__config__service__pb2.DeleteWebhookConfigResponse.FromString,
                 _registered_method=True)
+        self.RotateSecret = channel.unary_unary(
+                '/postrider.v1.WebhookConfigService/RotateSecret',
+                request_serializer=postrider_dot_v1_dot_webhook__config__service__pb2.RotateSecretRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_webhook__config__service__pb2.RotateSecretResponse.FromString,
+                _registered_method=True)
         self.PingWebhookConfig = channel.unary_unary(
                 '/postrider.v1.WebhookConfigService/PingWebhookConfig',
                 request_serializer=postrider_dot_v1_dot_webhook__config__service__pb2.PingWebhookConfigRequest.SerializeToString,
@@ -114,6 +119,14 @@ class WebhookConfigServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateSecret(self, request, context):
+        """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
+        merchant can change over without a gap.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PingWebhookConfig(self, request, context):
         """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried.
         """
@@ -155,6 +168,11 @@ def add_WebhookConfigServiceServicer_to_server(servicer, server):
                     servicer.DeleteWebhookConfig,
                     request_deserializer=postrider_dot_v1_dot_webhook__config__service__pb2.DeleteWebhookConfigRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_webhook__config__service__pb2.DeleteWebhookConfigResponse.SerializeToString,
+            ),
+            'RotateSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateSecret,
+                    request_deserializer=postrider_dot_v1_dot_webhook__config__service__pb2.RotateSecretRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_webhook__config__service__pb2.RotateSecretResponse.SerializeToString,
             ),
             'PingWebhookConfig': grpc.unary_unary_rpc_method_handler(
                     servicer.PingWebhookConfig,
@@ -304,6 +322,33 @@ class WebhookConfigService:
             '/postrider.v1.WebhookConfigService/DeleteWebhookConfig',
             postrider_dot_v1_dot_webhook__config__service__pb2.DeleteWebhookConfigRequest.SerializeToString,
             postrider_dot_v1_dot_webhook__config__service__pb2.DeleteWebhookConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.WebhookConfigService/RotateSecret',
+            postrider_dot_v1_dot_webhook__config__service__pb2.RotateSecretRequest.SerializeToString,
+            postrider_dot_v1_dot_webhook__config__service__pb2.RotateSecretResponse.FromString,
             options,
             channel_credentials,
             insecure,

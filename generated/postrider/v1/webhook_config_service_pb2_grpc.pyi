@@ -30,6 +30,10 @@ class WebhookConfigServiceStub:
     """Changes the fields that the mask names. A new URL is pinged like at creation."""
     DeleteWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]
     """Removes a webhook config. Its open deliveries are cancelled; its history stays readable."""
+    RotateSecret: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]
+    """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
+    merchant can change over without a gap.
+    """
     PingWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]
     """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried."""
     ListEventTypes: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]
@@ -81,6 +85,16 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]],
     ) -> _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]:
         """Removes a webhook config. Its open deliveries are cancelled; its history stays readable."""
+
+    @_abc_1.abstractmethod
+    def RotateSecret(
+        self,
+        request: _webhook_config_service_pb2.RotateSecretRequest,
+        context: _aio.ServicerContext[_webhook_config_service_pb2.RotateSecretRequest, _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]],
+    ) -> _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]:
+        """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
+        merchant can change over without a gap.
+        """
 
     @_abc_1.abstractmethod
     def PingWebhookConfig(
