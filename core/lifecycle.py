@@ -59,6 +59,7 @@ class DeactivationReason(StrEnum):
 
     PAUSED = "paused"
     FAILURES = "failures"
+    ADMIN = "admin"
 
 
 @dataclass(frozen=True, slots=True)

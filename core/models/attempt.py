@@ -32,3 +32,10 @@ class Attempt(Base):
     detail: Mapped[str] = mapped_column(comment="The outcome in words, for people")
     started_at: Mapped[datetime] = mapped_column()
     duration_us: Mapped[int] = mapped_column(comment="To the status line or the failure")
+    dns_us: Mapped[int | None] = mapped_column(comment="Null: the connection was there already")
+    connect_us: Mapped[int | None] = mapped_column(comment="TCP and TLS; null: as for dns_us")
+    first_byte_us: Mapped[int | None] = mapped_column(comment="From request sent to status line")
+    remote_address: Mapped[str | None] = mapped_column(comment="What was dialled")
+    response_excerpt: Mapped[str] = mapped_column(
+        server_default="", comment="The first 1 KiB of the body, escaped"
+    )

@@ -28,3 +28,6 @@ class AuditEntry(Base):
     )
     request_id: Mapped[str] = mapped_column(comment="The same as in the log line of the RPC")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    comment: Mapped[str] = mapped_column(
+        server_default="", comment="The reason the caller gave, where one is asked for"
+    )

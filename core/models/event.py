@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import LargeBinary, func
+from sqlalchemy import Index, LargeBinary, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.models.base import Base
@@ -14,6 +14,7 @@ class Event(Base):
 
     __tablename__ = "events"
     __table_args__ = (
+        Index("events_of_merchant", "merchant_id", "id"),
         {
             "comment": "Published events; append-only",
             "postgresql_partition_by": "RANGE (id)",
@@ -27,3 +28,6 @@ class Event(Base):
     payload: Mapped[bytes] = mapped_column(LargeBinary, comment="Sent byte for byte")
     delivery_count: Mapped[int] = mapped_column(comment="Webhook configs that wanted it")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    not_before: Mapped[datetime | None] = mapped_column(
+        comment="Delivered no earlier; null: at once"
+    )

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import CheckConstraint, func
+from sqlalchemy import CheckConstraint, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.models.base import Base
@@ -20,3 +20,13 @@ class EventType(Base):
     name: Mapped[str] = mapped_column(primary_key=True, comment="Dotted lower-case name")
     description: Mapped[str] = mapped_column(server_default="")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    json_schema: Mapped[str] = mapped_column(
+        server_default="", comment="JSON Schema of its payloads; empty: none"
+    )
+    enforce_schema: Mapped[bool] = mapped_column(
+        server_default=text("false"), comment="Whether publish refuses what does not match"
+    )
+    example: Mapped[str] = mapped_column(server_default="", comment="A payload; empty: none")
+    deprecated: Mapped[bool] = mapped_column(
+        server_default=text("false"), comment="No new subscriptions"
+    )

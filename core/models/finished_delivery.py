@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, Index, func
+from sqlalchemy import CheckConstraint, Index, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.models.base import Base
@@ -16,6 +16,14 @@ class FinishedDelivery(Base):
         Index("finished_deliveries_of_merchant", "merchant_id", "id"),
         Index("finished_deliveries_of_webhook", "webhook_id", "id"),
         Index("finished_deliveries_of_event", "event_id"),
+        Index("finished_deliveries_of_type", "merchant_id", "event_type", "id"),
+        # What went wrong is rare among what went well, and what people look for.
+        Index(
+            "finished_deliveries_undelivered",
+            "merchant_id",
+            "id",
+            postgresql_where=text("state <> 'delivered'"),
+        ),
         {
             "comment": "Deliveries in a final state; append-only",
             "postgresql_partition_by": "RANGE (id)",
@@ -31,3 +39,6 @@ class FinishedDelivery(Base):
     attempt_count: Mapped[int] = mapped_column()
     created_at: Mapped[datetime] = mapped_column()
     finished_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    redelivery_of: Mapped[UUID | None] = mapped_column(
+        comment="The delivery it repeats at somebody's request"
+    )

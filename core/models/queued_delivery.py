@@ -69,3 +69,6 @@ class QueuedDelivery(Base):
         server_default=text("0"), comment="Leases that ended without a result"
     )
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    redelivery_of: Mapped[UUID | None] = mapped_column(
+        comment="The delivery it repeats at somebody's request"
+    )

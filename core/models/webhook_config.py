@@ -4,6 +4,7 @@ from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import ARRAY, CheckConstraint, Double, Index, LargeBinary, Text, func, text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.models.base import Base
@@ -19,10 +20,18 @@ class WebhookConfig(Base):
         CheckConstraint("cardinality(events) BETWEEN 1 AND 100", name="events_count"),
         CheckConstraint("active = (deactivation_reason IS NULL)", name="inactive_has_reason"),
         CheckConstraint(
-            "deactivation_reason IN ('paused', 'failures')", name="deactivation_reason_known"
+            "deactivation_reason IN ('paused', 'failures', 'admin')",
+            name="deactivation_reason_known",
         ),
         CheckConstraint("consecutive_failures >= 0", name="consecutive_failures_counted"),
         CheckConstraint("cardinality(retry_schedule_seconds) <= 20", name="retry_schedule_bounded"),
+        CheckConstraint("timeout_seconds BETWEEN 1 AND 30", name="timeout_bounded"),
+        CheckConstraint("rate_limit >= 0 AND max_in_flight >= 0", name="limits_counted"),
+        CheckConstraint(
+            "(previous_secret_ciphertext IS NULL) = (previous_secret_key_id IS NULL)"
+            " AND (previous_secret_key_id IS NULL) = (previous_secret_expires_at IS NULL)",
+            name="previous_secret_whole",
+        ),
         Index(
             "webhook_configs_of_merchant",
             "merchant_id",
@@ -57,3 +66,20 @@ class WebhookConfig(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
     deleted_at: Mapped[datetime | None] = mapped_column()
+    headers: Mapped[dict[str, str]] = mapped_column(
+        JSONB, server_default=text("'{}'"), comment="Sent with every webhook beside our own"
+    )
+    timeout_seconds: Mapped[float | None] = mapped_column(
+        comment="Of one attempt; null: the operator's timeout"
+    )
+    rate_limit: Mapped[float] = mapped_column(
+        server_default=text("0"), comment="Webhooks a second; 0: no limit"
+    )
+    max_in_flight: Mapped[int] = mapped_column(
+        server_default=text("0"), comment="Per engine process; 0: the operator's cap"
+    )
+    previous_secret_ciphertext: Mapped[bytes | None] = mapped_column(
+        LargeBinary, comment="Signs too until previous_secret_expires_at"
+    )
+    previous_secret_key_id: Mapped[str | None] = mapped_column()
+    previous_secret_expires_at: Mapped[datetime | None] = mapped_column()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -15,6 +16,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
+import migrations
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import head, migrate, require_schema
 from core.config import DatabaseSettings
@@ -66,6 +68,10 @@ _SCHEMA = {
 }
 
 
+# Oldest first; a file's name begins with its date.
+REVISIONS = sorted(path.stem for path in Path(migrations.__path__[0], "versions").glob("2*.py"))
+
+
 @pytest.fixture
 async def empty_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     """A database with nothing in it."""
@@ -77,12 +83,12 @@ async def test_up_from_nothing_down_to_nothing_and_up_again(empty_url: str) -> N
     async with _connected(empty_url) as connection:
         announced: list[str] = []
         await _migrate(empty_url, announce=announced.append)
-        assert announced == [f"applied {head()}"]
+        assert announced == [f"applied {revision}" for revision in REVISIONS]
         first = await _schema(connection)
 
         announced.clear()
         await _migrate(empty_url, down_to="base", announce=announced.append)
-        assert announced == [f"undid {head()}"]
+        assert announced == [f"undid {revision}" for revision in reversed(REVISIONS)]
         left = {row[0] for row in await connection.fetch(_RELATIONS)}
         assert left == {"alembic_version", "alembic_version_pkc"}
         assert await connection.fetch("SELECT * FROM alembic_version") == []
@@ -183,7 +189,8 @@ async def test_concurrent_migrators_apply_each_step_once(empty_url: str) -> None
     outputs = [await migrator.communicate() for migrator in migrators]
 
     assert [migrator.returncode for migrator in migrators] == [0, 0, 0]
-    assert sorted(out.decode() for out, _ in outputs) == ["", "", f"applied {head()}\n"]
+    applied = "".join(f"applied {revision}\n" for revision in REVISIONS)
+    assert sorted(out.decode() for out, _ in outputs) == ["", "", applied]
 
 
 async def test_a_migrator_waits_for_another_one_as_long_as_that_takes(empty_url: str) -> None:
