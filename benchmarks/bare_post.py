@@ -19,7 +19,7 @@ from core.signing import signature_headers
 async def _post_all(url: str, ca_file: str, count: int, concurrency: int) -> None:
     tls = ssl.create_default_context(cafile=ca_file)
     headers = {"Content-Type": "application/json", "User-Agent": "bare"}
-    headers |= signature_headers("00" * 32, "evt_" + "0" * 32, 1, PAYLOAD)
+    headers |= signature_headers(["00" * 32], "evt_" + "0" * 32, 1, PAYLOAD)
     left = iter(range(count))
     connector = aiohttp.TCPConnector(limit=0, ssl=tls)
     async with aiohttp.ClientSession(connector=connector) as session:

@@ -13,9 +13,11 @@ log = structlog.get_logger()
 async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
     """ConfigurationError when secrets in the database need a key that the ring lacks."""
     rows = await pool.fetch(
-        "SELECT DISTINCT secret_key_id FROM webhook_configs WHERE deleted_at IS NULL"
+        "SELECT secret_key_id AS key_id FROM webhook_configs WHERE deleted_at IS NULL UNION "
+        "SELECT previous_secret_key_id FROM webhook_configs "
+        "WHERE previous_secret_expires_at > now()"
     )
-    missing = keyring.missing({row["secret_key_id"] for row in rows})
+    missing = keyring.missing({row["key_id"] for row in rows})
     if missing:
         raise ConfigurationError(
             f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, "

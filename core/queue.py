@@ -6,7 +6,7 @@ that was frozen and wakes late changes nothing. Each function takes the caller's
 in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -95,11 +95,19 @@ WITH input AS (
 ), accepted AS (
     SELECT id, merchant_id, type, content_type, payload FROM input
     WHERE idempotency_key IS NULL OR id IN (SELECT event_id FROM new_keys)
+), filters AS (
+    -- What may stand for a type in a config's events: its name, or a part of it and a star.
+    SELECT type, type || ARRAY(
+        SELECT array_to_string(parts[:n], '.') || '.*'
+        FROM generate_series(1, cardinality(parts) - 1) n
+    ) AS names
+    FROM (SELECT DISTINCT type, string_to_array(type, '.') AS parts FROM accepted) t
 ), matched AS (
     SELECT a.id AS event_id, a.merchant_id, a.type, c.id AS webhook_id, c.active
     FROM accepted a
+    JOIN filters f ON f.type = a.type
     JOIN webhook_configs c
-        ON c.merchant_id = a.merchant_id AND c.deleted_at IS NULL AND a.type = ANY (c.events)
+        ON c.merchant_id = a.merchant_id AND c.deleted_at IS NULL AND c.events && f.names
 ), queued AS (
     INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state)
     SELECT new_uuid7(), webhook_id, event_id, merchant_id, type,
@@ -254,27 +262,36 @@ WITH RECURSIVE backlog AS (
 SELECT webhook_id FROM backlog WHERE webhook_id IS NOT NULL
 """
 
+# How many webhooks a config's rate leaves now: what came back since it was used up, at most a
+# second's and one. A rate is kept in one column, for all engines together.
+_TOKENS = """
+    least(c.rate_limit + 1, c.rate_limit * extract(epoch FROM now() - c.rate_used_until)::float8)
+"""
+
 # Fills a config's ready part from its own backlog once it is half empty: one by one would cost an
 # index update per settle. Let in "now", not at the old due time, so nobody else's turn is taken.
 # What a deleted config still has parked (accepted while it was deleted) is let in too: its claim
-# cancels it.
-_ADMIT = """
+# cancels it. A rate lets in as many as it leaves beside those that are already waiting for it.
+_ADMIT = f"""
 WITH room AS (
-    SELECT c.id, $2 - (
-        SELECT count(*) FROM (
-            SELECT 1 FROM delivery_queue q
-            WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT $2
-        ) taken
-    ) AS free
+    SELECT c.id, p.places, p.places - t.taken AS free,
+        CASE WHEN c.rate_limit > 0 THEN floor({_TOKENS})::bigint - t.ready END AS tokens
     FROM webhook_configs c
+    CROSS JOIN LATERAL (SELECT least($2, nullif(c.max_in_flight, 0)) AS places) p
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS taken, count(*) FILTER (WHERE state = 'ready') AS ready FROM (
+            SELECT q.state FROM delivery_queue q
+            WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT p.places
+        ) due
+    ) t
     WHERE c.id = ANY ($1) AND (c.active OR c.deleted_at IS NOT NULL)
 ), chosen AS (
     SELECT p.id FROM room r CROSS JOIN LATERAL (
         SELECT q.id FROM delivery_queue q
         WHERE q.webhook_id = r.id AND q.state = 'parked'
-        ORDER BY q.id LIMIT r.free
+        ORDER BY q.id LIMIT greatest(least(r.free, r.tokens), 0)
     ) p
-    WHERE r.free >= ($2 + 1) / 2
+    WHERE r.free >= (r.places + 1) / 2
 ), locked AS (
     -- Chosen before locked: engines that do this at once choose the same rows, and the second finds
     -- them taken instead of letting in as many again.
@@ -285,7 +302,23 @@ WITH room AS (
 UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
 FROM locked WHERE q.id = locked.id
 RETURNING q.webhook_id
-"""
+"""  # noqa: S608 - of constants
+
+# Passes by a config that somebody else has locked: its deliveries are parked, and ask again.
+_SPEND_RATE = f"""
+WITH wanting AS (
+    SELECT c.id, c.rate_limit, a.wanted, {_TOKENS} AS tokens
+    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, wanted) ON a.id = c.id
+    WHERE c.rate_limit > 0
+    FOR NO KEY UPDATE OF c SKIP LOCKED
+), granted AS (
+    SELECT *, greatest(least(floor(tokens), wanted), 0) AS granted FROM wanting
+)
+UPDATE webhook_configs c
+SET rate_used_until = now() - (g.tokens - g.granted) / g.rate_limit * interval '1 second'
+FROM granted g WHERE c.id = g.id
+RETURNING c.id, g.granted::int, greatest(1 - g.tokens + g.granted, 0) / g.rate_limit AS next_in
+"""  # noqa: S608 - of constants
 
 # The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
 _RECLAIM = """
@@ -391,9 +424,19 @@ async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
 async def admit(connection: Connection, webhook_ids: Sequence[UUID], places: int) -> set[UUID]:
     """Let parked deliveries in, not those of inactive configs; returns the configs that had some.
 
-    Each config has at most `places` due or leased deliveries in the ready part afterwards.
+    Each config has at most `places` due or leased deliveries in the ready part afterwards, or as
+    many as its own cap allows, and no more due ones than its rate leaves.
     """
     return {row["webhook_id"] for row in await connection.fetch(_ADMIT, webhook_ids, places)}
+
+
+async def spend_rate(
+    connection: Connection, wanted: Mapping[UUID, int]
+) -> dict[UUID, tuple[int, float]]:
+    """How many webhooks each of these configs may be sent now, by its rate limit, counted as sent;
+    and the seconds until one more may be. A config missing from it can be sent none at present."""
+    rows = await connection.fetch(_SPEND_RATE, list(wanted), list(wanted.values()))
+    return {row["id"]: (row["granted"], row["next_in"]) for row in rows}
 
 
 async def reclaim(connection: Connection, limit: int) -> list[UUID]:

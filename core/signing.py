@@ -3,13 +3,15 @@
 The key is the secret's 64 ASCII characters. What is signed is `webhook-id "." timestamp "." body`
 (Standard Webhooks 1.0.0), the body being exactly the bytes that are sent. `webhook-signature` holds
 the code in base64 as `v1,…`; `X-Webhook-Signature` holds the same code in hexadecimal, in the
-`t=…,v1=…` form merchants know from other senders.
+`t=…,v1=…` form merchants know from other senders. While a secret is changed over, both headers hold
+a signature for each of the two, the new one first.
 """
 
 import base64
 import hashlib
 import hmac
 import secrets
+from collections.abc import Sequence
 
 ID_HEADER = "webhook-id"
 TIMESTAMP_HEADER = "webhook-timestamp"
@@ -27,14 +29,21 @@ def standard_secret(secret: str) -> str:
     return "whsec_" + base64.b64encode(secret.encode()).decode()
 
 
-def signature_headers(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The four headers that identify and sign one request; timestamp in Unix seconds."""
-    code = _code(secret, message_id, timestamp, body)
+def signature_headers(
+    secrets: Sequence[str], message_id: str, timestamp: int, body: bytes
+) -> dict[str, str]:
+    """The four headers that identify and sign one request; timestamp in Unix seconds.
+
+    One signature for each secret, in their order: the present one first, then a retired one.
+    """
+    codes = [_code(secret, message_id, timestamp, body) for secret in secrets]
     return {
         ID_HEADER: message_id,
         TIMESTAMP_HEADER: str(timestamp),
-        STANDARD_SIGNATURE_HEADER: "v1," + base64.b64encode(code).decode(),
-        SIGNATURE_HEADER: f"t={timestamp},v1={code.hex()}",
+        STANDARD_SIGNATURE_HEADER: " ".join(
+            "v1," + base64.b64encode(code).decode() for code in codes
+        ),
+        SIGNATURE_HEADER: ",".join([f"t={timestamp}", *(f"v1={code.hex()}" for code in codes)]),
     }
 
 
@@ -47,13 +56,18 @@ def verify(
     now: float,
     tolerance_seconds: float = 300,
 ) -> bool:
-    """Whether `signature`, an `X-Webhook-Signature` value, is ours for this body and recent."""
-    parts = dict(part.partition("=")[::2] for part in signature.split(","))
-    timestamp, received = parts.get("t", ""), parts.get("v1", "")
+    """Whether `signature`, an `X-Webhook-Signature` value, is ours for this body and recent.
+
+    Any of its signatures will do: while a secret is changed over there are two.
+    """
+    parts = [part.partition("=")[::2] for part in signature.split(",")]
+    timestamp = next((value for key, value in parts if key == "t"), "")
     if not (timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= 12):
         return False
-    expected = _code(secret, message_id, int(timestamp), body).hex()
-    genuine = hmac.compare_digest(expected.encode(), received.encode())
+    expected = _code(secret, message_id, int(timestamp), body).hex().encode()
+    received = [value.encode() for key, value in parts if key == "v1"]
+    # All of them, so that the time it takes says nothing.
+    genuine = sum(hmac.compare_digest(expected, code) for code in received) > 0
     return genuine and abs(now - int(timestamp)) <= tolerance_seconds
 
 

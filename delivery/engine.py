@@ -5,9 +5,10 @@ attempts in flight in all and per webhook config, counted until their result is 
 """
 
 import asyncio
+import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from time import monotonic
@@ -27,14 +28,16 @@ from delivery.claim import claim
 from delivery.config import DeliverySettings
 from delivery.listen import Listener
 from delivery.outcome import final_state
+from delivery.rate_limit import RateLimits
 from delivery.reclaim import admit_backlogs, reclaim
 from delivery.record import Recorder
 from delivery.send import send
 from delivery.sign import sign
-from delivery.webhooks import Webhook, WebhookCache
+from delivery.webhooks import Webhook, WebhookCache, forget_expired_secrets
 
 _DATABASE_RETRY_SECONDS = 0.5
 _SWEEP_SECONDS = 1.0
+_SWEEPS_BETWEEN_CLEANING = 60
 #: How long to wait for more free places before a claim for few.
 _GATHER_SECONDS = 0.01
 #: Results on their way into the database that do not hold back new attempts.
@@ -69,6 +72,7 @@ class Engine:
         self._backlogged: set[UUID] = set()
         self._backlog_seen: set[UUID] = set()
         self._room_grew = asyncio.Event()
+        self._rate_limits = RateLimits(pool, self._listener.expect_retry)
 
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
@@ -129,37 +133,67 @@ class Engine:
 
     async def _admit_own_backlogs(self) -> None:
         """Refill the configs that wait for us to have room, well before the sweep comes round."""
-        half = self._settings.max_in_flight_per_webhook // 2
-        hungry = [w for w in self._backlogged if self._open[w] <= half]
+        hungry = [
+            w
+            for w in self._backlogged
+            if self._open[w] <= self._places(self._webhooks.cached(w)) // 2
+            and not self._rate_limits.is_held(w)
+        ]
         if hungry:
             # One that is not fed may lack room instead of a backlog, so it is asked for again.
             self._backlog_seen |= await queue.admit(
                 self._pool, hungry, self._settings.max_in_flight_per_webhook
             )
 
+    def _places(self, webhook: Webhook | None) -> int:
+        """Attempts that one config may have open here: its own cap, and never above ours."""
+        own = webhook.max_in_flight if webhook else 0
+        most = self._settings.max_in_flight_per_webhook
+        return min(own, most) if own else most
+
     async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> None:
-        """Begin an attempt for each delivery whose config has a free place; park the others."""
+        """Begin an attempt for each delivery whose config can take it now; park the others."""
         if not deliveries:
             return
         claimed_at = monotonic()
         webhooks = await self._webhooks.for_deliveries(deliveries)
+        granted = await self._rate_limits.grant(self._wanted(deliveries, webhooks))
         excess = []
         for delivery in deliveries:
-            if self._open[delivery.webhook_id] >= self._settings.max_in_flight_per_webhook:
+            webhook = webhooks[delivery.webhook_id]
+            within_rate = granted.get(webhook.id, 0) > 0 or not webhook.rate_limit
+            if self._open[webhook.id] >= self._places(webhook) or not within_rate:
                 excess.append(delivery)
                 continue
-            self._open[delivery.webhook_id] += 1
-            self._in_flight += 1
-            task = asyncio.create_task(
-                self._attempt(delivery, webhooks[delivery.webhook_id], claimed_at)
-            )
-            self._attempts[task] = delivery
-            task.add_done_callback(self._on_attempt_done)
+            granted[webhook.id] -= 1
+            self._begin(delivery, webhook, claimed_at)
         if excess:
             webhook_ids = {delivery.webhook_id for delivery in excess}
             self._backlogged |= webhook_ids
             self._backlog_seen |= webhook_ids
             await queue.park_leased(self._pool, excess)
+
+    def _wanted(
+        self, deliveries: Sequence[LeasedDelivery], webhooks: Mapping[UUID, Webhook]
+    ) -> dict[UUID, int]:
+        """What to ask of the rates: no more than there are places for, nothing while held."""
+        claimed = Counter(
+            d.webhook_id
+            for d in deliveries
+            if webhooks[d.webhook_id].rate_limit and not self._rate_limits.is_held(d.webhook_id)
+        )
+        wanted = {
+            webhook_id: min(count, self._places(webhooks[webhook_id]) - self._open[webhook_id])
+            for webhook_id, count in claimed.items()
+        }
+        return {webhook_id: count for webhook_id, count in wanted.items() if count > 0}
+
+    def _begin(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
+        self._open[webhook.id] += 1
+        self._in_flight += 1
+        task = asyncio.create_task(self._attempt(delivery, webhook, claimed_at))
+        self._attempts[task] = delivery
+        task.add_done_callback(self._on_attempt_done)
 
     async def _attempt(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
         # The database's time, carried on by our monotonic clock: one clock for all engines.
@@ -183,8 +217,12 @@ class Engine:
         if webhook.secret is None:
             detail = "Postrider could not read the signing secret"
             return AttemptResult(Outcome.INTERNAL_ERROR, None, detail)
-        headers = sign(delivery, webhook.secret, int(started_at.timestamp()))
-        timeout = self._settings.delivery_timeout_seconds
+        # By the database's time at the claim: what one engine signs with, every other does.
+        secrets = webhook.signing_secrets(delivery.claimed_at)
+        headers = sign(delivery, secrets, webhook.headers, int(started_at.timestamp()))
+        timeout = webhook.timeout_seconds or self._settings.delivery_timeout_seconds
+        # Our lease is not the merchant's to outlive: one that ends meanwhile sends twice.
+        timeout = min(timeout, self._settings.lease_seconds / 2)
         return await send(self._session, webhook.url, delivery.payload, headers, timeout)
 
     def _judge(
@@ -249,8 +287,10 @@ class Engine:
 
     async def _sweep_forever(self) -> None:
         """What every engine does for all, so that no engine's death strands anything."""
-        while True:
+        for sweep in itertools.count():
             try:
+                if sweep % _SWEEPS_BETWEEN_CLEANING == 0:
+                    await forget_expired_secrets(self._pool)
                 reclaimed = await reclaim(self._pool)
                 admitted = await admit_backlogs(
                     self._pool, self._settings.max_in_flight_per_webhook

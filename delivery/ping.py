@@ -1,6 +1,6 @@
 """A signed ping through the same dialler, headers and deadline as every delivery."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 from uuid import UUID
 
@@ -20,17 +20,19 @@ async def ping(
     *,
     url: str,
     webhook_id: UUID,
-    secret: str,
+    secrets: Sequence[str],
+    headers: Mapping[str, str],
     clock: Callable[[], float] = time,
 ) -> AttemptResult:
     """POST a `webhook.ping` and say what came back; nothing is stored."""
     body = orjson.dumps({"type": "webhook.ping", "webhook_id": format_id("wh", webhook_id)})
-    headers = request_headers(
+    all_headers = request_headers(
         content_type="application/json",
         event_type="webhook.ping",
         message_id=format_id("evt", new_id()),
-        secret=secret,
+        secrets=secrets,
+        custom=headers,
         timestamp=int(clock()),
         body=body,
     )
-    return await send(session, URL(url, encoded=True), body, headers, timeout_seconds)
+    return await send(session, URL(url, encoded=True), body, all_headers, timeout_seconds)

@@ -4,10 +4,13 @@ A claim names the version of each config at that moment, so a change is honoured
 without any invalidation message.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 from uuid import UUID
 
+import orjson
 import structlog
 from yarl import URL
 
@@ -16,8 +19,21 @@ from core.keyring import KeyRing, UndecryptableSecret
 from core.queue import LeasedDelivery
 
 _LOAD = """
-SELECT id, version, url, secret_ciphertext, secret_key_id, retry_schedule_seconds
+SELECT id, version, url, secret_ciphertext, secret_key_id, previous_secret_ciphertext,
+    previous_secret_key_id, previous_secret_expires_at, retry_schedule_seconds, headers,
+    timeout_seconds, rate_limit, max_in_flight
 FROM webhook_configs WHERE id = ANY ($1)
+"""
+
+_FORGET_EXPIRED_SECRETS = """
+UPDATE webhook_configs c
+SET previous_secret_ciphertext = NULL, previous_secret_key_id = NULL,
+    previous_secret_expires_at = NULL
+FROM (
+    SELECT id FROM webhook_configs WHERE previous_secret_expires_at <= now()
+    FOR NO KEY UPDATE SKIP LOCKED
+) expired
+WHERE c.id = expired.id
 """
 
 #: Configs kept in memory; past this the cache starts anew, which costs one query per claim.
@@ -34,7 +50,21 @@ class Webhook:
     version: int
     url: URL
     secret: str | None = field(repr=False)
+    #: The secret before, which signs beside it until then; it may be gone or past.
+    previous_secret: str | None = field(repr=False)
+    previous_secret_expires_at: datetime | None
     retry_schedule_seconds: Sequence[float]
+    headers: Mapping[str, str] = field(repr=False)
+    #: None and 0: as the operator set it; a rate of 0: as fast as it can take.
+    timeout_seconds: float | None
+    rate_limit: float
+    max_in_flight: int
+
+    def signing_secrets(self, at: datetime) -> list[str]:
+        """What signs an attempt at that time of the database, the present secret first."""
+        expires_at = self.previous_secret_expires_at
+        overlaps = expires_at is not None and at < expires_at
+        return [s for s in (self.secret, self.previous_secret if overlaps else None) if s]
 
 
 class WebhookCache:
@@ -52,14 +82,30 @@ class WebhookCache:
             if len(self._webhooks) > _CACHE_SIZE:
                 self._webhooks.clear()
             for row in await self._pool.fetch(_LOAD, list(missing)):
-                self._webhooks[row["id"]] = Webhook(
-                    id=row["id"],
-                    version=row["version"],
-                    url=URL(row["url"], encoded=True),
-                    secret=self._decrypt(row["id"], row["secret_key_id"], row["secret_ciphertext"]),
-                    retry_schedule_seconds=row["retry_schedule_seconds"],
-                )
+                self._webhooks[row["id"]] = self._webhook(row)
         return {d.webhook_id: self._webhooks[d.webhook_id] for d in deliveries}
+
+    def cached(self, webhook_id: UUID) -> Webhook | None:
+        """What was loaded of it last, if anything: good for estimates, not for sending."""
+        return self._webhooks.get(webhook_id)
+
+    def _webhook(self, row: Any) -> Webhook:
+        previous = row["previous_secret_ciphertext"]
+        return Webhook(
+            id=row["id"],
+            version=row["version"],
+            url=URL(row["url"], encoded=True),
+            secret=self._decrypt(row["id"], row["secret_key_id"], row["secret_ciphertext"]),
+            previous_secret=None
+            if previous is None
+            else self._decrypt(row["id"], row["previous_secret_key_id"], previous),
+            previous_secret_expires_at=row["previous_secret_expires_at"],
+            retry_schedule_seconds=row["retry_schedule_seconds"],
+            headers=orjson.loads(row["headers"]),
+            timeout_seconds=row["timeout_seconds"],
+            rate_limit=row["rate_limit"],
+            max_in_flight=row["max_in_flight"],
+        )
 
     def _is_cached(self, delivery: LeasedDelivery) -> bool:
         cached = self._webhooks.get(delivery.webhook_id)
@@ -71,3 +117,8 @@ class WebhookCache:
         except UndecryptableSecret as error:
             log.error("secret_unreadable", webhook_id=str(webhook_id), reason=str(error))
             return None
+
+
+async def forget_expired_secrets(pool: Pool) -> None:
+    """Erase retired secrets that sign no more: what is not needed is not kept, even encrypted."""
+    await pool.execute(_FORGET_EXPIRED_SECRETS)

@@ -4,7 +4,7 @@ Columns are `*_at`, message fields `*_time`; ids get their prefixes here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -56,11 +56,21 @@ def webhook_draft(message: webhook_config_pb2.WebhookConfig) -> WebhookDraft:
         events=list(message.events),
         description=message.description,
         active=message.active if message.HasField("active") else True,
-        retry_schedule_seconds=[d.seconds + d.nanos / 1e9 for d in message.retry_schedule],
+        retry_schedule_seconds=[_seconds(duration) for duration in message.retry_schedule],
+        headers=dict(message.headers),
+        timeout_seconds=_seconds(message.timeout) if message.HasField("timeout") else None,
+        rate_limit=message.rate_limit,
+        max_in_flight=message.max_in_flight,
     )
 
 
+def overlap_seconds(request: webhook_config_service_pb2.RotateSecretRequest) -> float:
+    """How long the present secret keeps signing; a day when the caller does not say."""
+    return _seconds(request.overlap) if request.HasField("overlap") else 86_400.0
+
+
 def webhook_config_message(row: WebhookConfig) -> webhook_config_pb2.WebhookConfig:
+    timeout, expires_at = row.timeout_seconds, row.previous_secret_expires_at
     reason = f"DEACTIVATION_REASON_{(row.deactivation_reason or 'unspecified').upper()}"
     return webhook_config_pb2.WebhookConfig(
         id=format_id("wh", row.id),
@@ -75,6 +85,14 @@ def webhook_config_message(row: WebhookConfig) -> webhook_config_pb2.WebhookConf
         etag=etag_of(row),
         create_time=_timestamp(row.created_at),
         update_time=_timestamp(row.updated_at),
+        headers=row.headers,
+        timeout=None if timeout is None else _duration(timeout),
+        rate_limit=row.rate_limit,
+        max_in_flight=row.max_in_flight,
+        # The row keeps it for a moment longer than it signs.
+        previous_secret_expire_time=_timestamp(expires_at)
+        if expires_at and expires_at > datetime.now(UTC)
+        else None,
     )
 
 
@@ -178,6 +196,10 @@ def _timestamp(moment: datetime | None) -> Any:
     message = Timestamp()
     message.FromDatetime(moment)
     return message
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
 
 
 def _duration(seconds: float) -> Duration:

@@ -4,6 +4,7 @@ A ping at registration proves that deliveries could arrive. The merchant cannot 
 yet, so an answer that refuses it (401, 400) proves as much as a 200.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -17,7 +18,9 @@ _NOBODY_THERE = frozenset({404, 410})
 class Pinger(Protocol):
     """Sends one signed `webhook.ping`; what the receiver does is a value, never an exception."""
 
-    async def __call__(self, *, url: str, webhook_id: UUID, secret: str) -> AttemptResult: ...
+    async def __call__(
+        self, *, url: str, webhook_id: UUID, secrets: Sequence[str], headers: Mapping[str, str]
+    ) -> AttemptResult: ...
 
 
 def is_reachable(result: AttemptResult) -> bool:

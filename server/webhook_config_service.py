@@ -1,39 +1,42 @@
 """WebhookConfigService: a merchant's webhook configs.
 
-No transaction is open while a URL is pinged; each change is one transaction with its audit entry.
+The rules of the fields are in registration, the transactions in webhook_changes; no transaction is
+open while a URL is pinged.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import grpc
-from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import select
 
-from core import queue
-from core.errors import Aborted, FailedPrecondition, QuotaExceeded
-from core.ids import format_id, new_id
+from core.ids import new_id
 from core.keyring import KeyRing
-from core.lifecycle import DeactivationReason
 from core.models import EventType, WebhookConfig
 from core.signing import new_secret, standard_secret
 from core.urls import UrlPolicy
 from postrider.v1 import (
-    webhook_config_pb2,
     webhook_config_service_pb2,
     webhook_config_service_pb2_grpc,
 )
 from server import convert
-from server.audit import record_change
 from server.authentication import principal
-from server.database import Sessions, driver_connection
-from server.event_types import EventTypes, event_type_name
+from server.database import Sessions
+from server.event_types import EventTypes, event_type_name, is_event_type_prefix
 from server.pagination import page_size, page_token, parse_page_token
 from server.ping import Pinger, require_reachable
 from server.principal import Scope
-from server.registration import UPDATABLE_FIELDS, WebhookDraft, check_draft, check_mask
+from server.registration import (
+    UPDATABLE_FIELDS,
+    WebhookDraft,
+    check_draft,
+    check_mask,
+    check_overlap,
+)
+from server.webhook_changes import WebhookChanges, check_etag, load
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = webhook_config_service_pb2
@@ -52,11 +55,11 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         max_webhooks_per_merchant: int,
     ):
         self._sessions = sessions
+        self._changes = WebhookChanges(sessions, keyring, max_webhooks_per_merchant)
         self._event_types = event_types
         self._keyring = keyring
         self._pinger = pinger
         self._url_policy = url_policy
-        self._max_webhooks = max_webhooks_per_merchant
 
     async def CreateWebhookConfig(
         self, request: pb.CreateWebhookConfigRequest, context: Context
@@ -64,11 +67,10 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         merchant_id = _merchant()
         draft = convert.webhook_draft(request.webhook_config)
         url = await self._checked_url(draft, UPDATABLE_FIELDS)
-        async with self._sessions() as session:
-            await self._require_room(session, merchant_id)
+        await self._changes.require_room(merchant_id)
         webhook_id, secret = new_id(), new_secret()
-        require_reachable(await self._pinger(url=url, webhook_id=webhook_id, secret=secret))
-        row = await _finish(self._insert(webhook_id, merchant_id, url, draft, secret))
+        await self._require_reachable(webhook_id, url, [secret], draft.headers)
+        row = await _finish(self._changes.insert(webhook_id, merchant_id, url, draft, secret))
         return pb.CreateWebhookConfigResponse(
             webhook_config=convert.webhook_config_message(row),
             secret=secret,
@@ -80,7 +82,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
     ) -> pb.GetWebhookConfigResponse:
         merchant_id = _merchant()
         async with self._sessions() as session:
-            row = await _load(session, merchant_id, request.id)
+            row = await load(session, merchant_id, request.id)
         return pb.GetWebhookConfigResponse(webhook_config=convert.webhook_config_message(row))
 
     async def ListWebhookConfigs(
@@ -111,32 +113,55 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         fields = set(request.update_mask.paths)
         check_mask(fields)
         async with self._sessions() as session:
-            current = await _load(session, merchant_id, request.webhook_config.id)
-        _check_etag(current, request.webhook_config.etag)
+            current = await load(session, merchant_id, request.webhook_config.id)
+        check_etag(current, request.webhook_config.etag)
         draft = convert.webhook_draft(request.webhook_config)
-        url = await self._checked_url(draft, fields)
+        url = await self._checked_url(draft, fields, current.events)
         if "url" in fields and url != current.url:
-            secret = self._secret(current)
-            require_reachable(await self._pinger(url=url, webhook_id=current.id, secret=secret))
-        row = await _finish(self._update(merchant_id, request.webhook_config, url, draft, fields))
+            headers = draft.headers if "headers" in fields else current.headers
+            await self._require_reachable(current.id, url, self._secrets(current), headers)
+        row = await _finish(
+            self._changes.update(
+                merchant_id,
+                request.webhook_config.id,
+                url,
+                draft,
+                fields=fields,
+                etag=request.webhook_config.etag,
+            )
+        )
         return pb.UpdateWebhookConfigResponse(webhook_config=convert.webhook_config_message(row))
 
     async def DeleteWebhookConfig(
         self, request: pb.DeleteWebhookConfigRequest, context: Context
     ) -> pb.DeleteWebhookConfigResponse:
-        cancelled = await _finish(self._delete(_merchant(), request.id))
+        cancelled = await _finish(self._changes.delete(_merchant(), request.id))
         return pb.DeleteWebhookConfigResponse(cancelled_deliveries=cancelled)
+
+    async def RotateSecret(
+        self, request: pb.RotateSecretRequest, context: Context
+    ) -> pb.RotateSecretResponse:
+        merchant_id = _merchant()
+        overlap = convert.overlap_seconds(request)
+        check_overlap(overlap)
+        secret = new_secret()
+        row = await _finish(self._changes.rotate(merchant_id, request.id, secret, overlap))
+        return pb.RotateSecretResponse(
+            webhook_config=convert.webhook_config_message(row),
+            secret=secret,
+            standard_webhooks_secret=standard_secret(secret),
+        )
 
     async def PingWebhookConfig(
         self, request: pb.PingWebhookConfigRequest, context: Context
     ) -> pb.PingWebhookConfigResponse:
         merchant_id = _merchant()
         async with self._sessions() as session:
-            row = await _load(session, merchant_id, request.id)
-        secret = self._secret(row)
-        return convert.ping_message(
-            await self._pinger(url=row.url, webhook_id=row.id, secret=secret)
+            row = await load(session, merchant_id, request.id)
+        result = await self._pinger(
+            url=row.url, webhook_id=row.id, secrets=self._secrets(row), headers=row.headers
         )
+        return convert.ping_message(result)
 
     async def ListEventTypes(
         self, request: pb.ListEventTypesRequest, context: Context
@@ -155,160 +180,37 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
             next_page_token=page_token(rows[size - 1].name, "event_types") if more else "",
         )
 
-    async def _checked_url(self, draft: WebhookDraft, fields: Any) -> str:
-        unknown = await self._event_types.unknown(draft.events) if "events" in fields else set()
-        return check_draft(draft, fields, self._url_policy, unknown)
+    async def _checked_url(
+        self, draft: WebhookDraft, fields: Collection[str], subscribed: Collection[str] = ()
+    ) -> str:
+        unknown, deprecated = set[str](), set[str]()
+        if "events" in fields:
+            names = {name for name in draft.events if not is_event_type_prefix(name)}
+            unknown = await self._event_types.unknown(names)
+            deprecated = await self._event_types.deprecated(names.difference(subscribed))
+        return check_draft(draft, fields, self._url_policy, unknown, deprecated)
 
-    async def _require_room(self, session: AsyncSession, merchant_id: str) -> None:
-        count = await session.scalar(
-            select(func.count())
-            .select_from(WebhookConfig)
-            .where(WebhookConfig.merchant_id == merchant_id, WebhookConfig.deleted_at.is_(None))
+    async def _require_reachable(
+        self, webhook_id: UUID, url: str, secrets: Sequence[str], headers: Mapping[str, str]
+    ) -> None:
+        result = await self._pinger(
+            url=url, webhook_id=webhook_id, secrets=secrets, headers=headers
         )
-        if (count or 0) >= self._max_webhooks:
-            raise QuotaExceeded(
-                f"this merchant has {count} webhook configs, the most there can be: delete one, or "
-                "add event types to an existing one",
-                reason="WEBHOOK_CONFIG_LIMIT",
-                subject=f"merchant:{merchant_id}",
-            )
+        require_reachable(result)
 
-    async def _insert(
-        self, webhook_id: UUID, merchant_id: str, url: str, draft: WebhookDraft, secret: str
-    ) -> WebhookConfig:
-        key_id, ciphertext = self._keyring.encrypt(secret, webhook_id)
-        async with self._sessions.begin() as session:
-            # One create of a merchant at a time from here on, in any process: the count holds.
-            await session.execute(
-                select(func.pg_advisory_xact_lock(func.hashtextextended(merchant_id, 0)))
-            )
-            await self._require_room(session, merchant_id)
-            row = WebhookConfig(
-                id=webhook_id,
-                merchant_id=merchant_id,
-                url=url,
-                events=list(draft.events),
-                description=draft.description,
-                secret_ciphertext=ciphertext,
-                secret_key_id=key_id,
-                active=draft.active,
-                deactivation_reason=None if draft.active else DeactivationReason.PAUSED,
-                retry_schedule_seconds=list(draft.retry_schedule_seconds),
-            )
-            session.add(row)
-            record_change(
-                session,
-                action="CreateWebhookConfig",
-                resource=format_id("wh", webhook_id),
-                merchant_id=merchant_id,
-                changed_fields=UPDATABLE_FIELDS,
-            )
-            await session.flush()
-            await session.refresh(row)
-        return row
-
-    async def _update(
-        self,
-        merchant_id: str,
-        message: webhook_config_pb2.WebhookConfig,
-        url: str,
-        draft: WebhookDraft,
-        fields: set[str],
-    ) -> WebhookConfig:
-        async with self._sessions.begin() as session:
-            row = await _load(session, merchant_id, message.id, lock=True)
-            _check_etag(row, message.etag)
-            changed = _changes(row, url, draft, fields)
-            for column, value in changed.items():
-                setattr(row, column, value)
-            if not changed:
-                return row
-            row.version += 1
-            row.updated_at = func.now()
-            record_change(
-                session,
-                action="UpdateWebhookConfig",
-                resource=format_id("wh", row.id),
-                merchant_id=merchant_id,
-                # The one column that is not named like its field.
-                changed_fields=(column.removesuffix("_seconds") for column in changed),
-            )
-            await session.flush()
-            if changed.get("active") is False:
-                await queue.park_webhooks(await driver_connection(session), [row.id])
-            await session.refresh(row)
-        return row
-
-    async def _delete(self, merchant_id: str, text: str) -> int:
-        async with self._sessions.begin() as session:
-            row = await _load(session, merchant_id, text, lock=True)
-            row.deleted_at = func.now()
-            row.version += 1
-            # Nothing will be signed for it again.
-            row.secret_ciphertext = b""
-            record_change(
-                session,
-                action="DeleteWebhookConfig",
-                resource=format_id("wh", row.id),
-                merchant_id=merchant_id,
-            )
-            await session.flush()
-            return await queue.cancel_webhook(await driver_connection(session), row.id)
-
-    def _secret(self, row: WebhookConfig) -> str:
-        return self._keyring.decrypt(row.secret_key_id, row.secret_ciphertext, row.id)
+    def _secrets(self, row: WebhookConfig) -> list[str]:
+        """What signs a ping: the present secret, and during an overlap the one before."""
+        records = [(row.secret_key_id, row.secret_ciphertext)]
+        retired, expires_at = row.previous_secret_ciphertext, row.previous_secret_expires_at
+        if retired is not None and expires_at is not None and expires_at > datetime.now(UTC):
+            records.append((str(row.previous_secret_key_id), retired))
+        return [self._keyring.decrypt(*record, row.id) for record in records]
 
 
 def _merchant() -> str:
     caller = principal()
     caller.require(Scope.MANAGE)
     return caller.merchant()
-
-
-async def _load(
-    session: AsyncSession, merchant_id: str, text: str, *, lock: bool = False
-) -> WebhookConfig:
-    query = select(WebhookConfig).where(
-        WebhookConfig.id == convert.id_of("wh", text),
-        WebhookConfig.merchant_id == merchant_id,
-        WebhookConfig.deleted_at.is_(None),
-    )
-    row = await session.scalar(query.with_for_update() if lock else query)
-    if row is None:
-        raise convert.not_found("wh", text)
-    return row
-
-
-def _check_etag(row: WebhookConfig, etag: str) -> None:
-    if etag and etag != convert.etag_of(row):
-        raise Aborted(
-            "the webhook config has changed since it was read: get it again and repeat the change "
-            "with its new etag",
-            reason="ETAG_MISMATCH",
-        )
-
-
-def _changes(row: WebhookConfig, url: str, draft: WebhookDraft, fields: set[str]) -> dict[str, Any]:
-    """New column values, only where they differ; FailedPrecondition where the merchant may not."""
-    wanted: dict[str, Any] = {}
-    if "url" in fields:
-        wanted["url"] = url
-    if "events" in fields:
-        wanted["events"] = list(draft.events)
-    if "description" in fields:
-        wanted["description"] = draft.description
-    if "retry_schedule" in fields:
-        wanted["retry_schedule_seconds"] = list(draft.retry_schedule_seconds)
-    if "active" in fields and draft.active != row.active:
-        if row.deactivation_reason == DeactivationReason.FAILURES:
-            raise FailedPrecondition(
-                "this webhook config went inactive after consecutive failed deliveries; mend the "
-                "receiver, then ask the platform's operators to reactivate it",
-                reason="WEBHOOK_CONFIG_DEACTIVATED",
-            )
-        wanted["active"] = draft.active
-        wanted["deactivation_reason"] = None if draft.active else DeactivationReason.PAUSED
-    return {column: value for column, value in wanted.items() if getattr(row, column) != value}
 
 
 async def _finish[T](change: Coroutine[Any, Any, T]) -> T:

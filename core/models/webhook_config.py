@@ -38,6 +38,11 @@ class WebhookConfig(Base):
             "id",
             postgresql_where=text("deleted_at IS NULL"),
         ),
+        Index(
+            "webhook_configs_retired_secret",
+            "previous_secret_expires_at",
+            postgresql_where=text("previous_secret_expires_at IS NOT NULL"),
+        ),
         {"comment": "Registered URLs with their secrets and event filters"},
     )
 
@@ -74,6 +79,9 @@ class WebhookConfig(Base):
     )
     rate_limit: Mapped[float] = mapped_column(
         server_default=text("0"), comment="Webhooks a second; 0: no limit"
+    )
+    rate_used_until: Mapped[datetime | None] = mapped_column(
+        comment="Webhooks up to now have used up the rate until then"
     )
     max_in_flight: Mapped[int] = mapped_column(
         server_default=text("0"), comment="Per engine process; 0: the operator's cap"

@@ -17,6 +17,7 @@ ALTER TABLE webhook_configs
     ADD COLUMN headers JSONB DEFAULT '{}' NOT NULL,
     ADD COLUMN timeout_seconds DOUBLE PRECISION,
     ADD COLUMN rate_limit DOUBLE PRECISION DEFAULT 0 NOT NULL,
+    ADD COLUMN rate_used_until TIMESTAMP WITH TIME ZONE,
     ADD COLUMN max_in_flight INTEGER DEFAULT 0 NOT NULL,
     ADD COLUMN previous_secret_ciphertext BYTEA,
     ADD COLUMN previous_secret_key_id TEXT,
@@ -32,8 +33,11 @@ ALTER TABLE webhook_configs
 COMMENT ON COLUMN webhook_configs.headers IS 'Sent with every webhook beside our own';
 COMMENT ON COLUMN webhook_configs.timeout_seconds IS 'Of one attempt; null: the operator''s timeout';
 COMMENT ON COLUMN webhook_configs.rate_limit IS 'Webhooks a second; 0: no limit';
+COMMENT ON COLUMN webhook_configs.rate_used_until IS 'Webhooks up to now have used up the rate until then';
 COMMENT ON COLUMN webhook_configs.max_in_flight IS 'Per engine process; 0: the operator''s cap';
 COMMENT ON COLUMN webhook_configs.previous_secret_ciphertext IS 'Signs too until previous_secret_expires_at';
+CREATE INDEX webhook_configs_retired_secret ON webhook_configs (previous_secret_expires_at)
+    WHERE previous_secret_expires_at IS NOT NULL;
 ALTER TABLE event_types
     ADD COLUMN json_schema TEXT DEFAULT '' NOT NULL,
     ADD COLUMN enforce_schema BOOLEAN DEFAULT false NOT NULL,
@@ -81,6 +85,7 @@ ALTER TABLE events DROP COLUMN not_before;
 ALTER TABLE event_types
     DROP COLUMN json_schema, DROP COLUMN enforce_schema, DROP COLUMN example,
     DROP COLUMN deprecated;
+DROP INDEX webhook_configs_retired_secret;
 UPDATE webhook_configs SET deactivation_reason = 'failures' WHERE deactivation_reason = 'admin';
 ALTER TABLE webhook_configs
     DROP CONSTRAINT webhook_configs_deactivation_reason_known,
@@ -90,7 +95,7 @@ ALTER TABLE webhook_configs
     DROP CONSTRAINT webhook_configs_limits_counted,
     DROP CONSTRAINT webhook_configs_previous_secret_whole,
     DROP COLUMN headers, DROP COLUMN timeout_seconds, DROP COLUMN rate_limit,
-    DROP COLUMN max_in_flight, DROP COLUMN previous_secret_ciphertext,
+    DROP COLUMN rate_used_until, DROP COLUMN max_in_flight, DROP COLUMN previous_secret_ciphertext,
     DROP COLUMN previous_secret_key_id, DROP COLUMN previous_secret_expires_at
 """
 

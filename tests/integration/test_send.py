@@ -564,7 +564,7 @@ async def test_the_bytes_of_a_payload_arrive_as_they_are_and_verify(
 
         async def round_trip(body: bytes) -> None:
             delivery = leased(body)
-            headers = sign(delivery, secret, int(time()))
+            headers = sign(delivery, [secret], {}, int(time()))
             result = await send(session, url, body, headers, AMPLE)
             assert result.outcome is Outcome.SUCCEEDED
             request = received.pop()
@@ -601,7 +601,7 @@ async def test_the_headers_of_an_attempt_are_exactly_these(
 ) -> None:
     delivery, secret, now = leased(b"{}", attempt_count=2), new_secret(), int(time())
     async with start(ok) as receiver:
-        await send(session, receiver.url, b"{}", sign(delivery, secret, now), AMPLE)
+        await send(session, receiver.url, b"{}", sign(delivery, [secret], {}, now), AMPLE)
         [request] = receiver.requests
     head = request.partition(b"\r\n\r\n")[0].decode()
     sent = dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
@@ -626,7 +626,9 @@ async def test_a_ping_is_signed_like_a_delivery(
     session: aiohttp.ClientSession, receiver: Receiver
 ) -> None:
     secret, webhook_id = new_secret(), UUID(int=1)
-    result = await ping(session, AMPLE, url=receiver.url, webhook_id=webhook_id, secret=secret)
+    result = await ping(
+        session, AMPLE, url=receiver.url, webhook_id=webhook_id, secrets=[secret], headers={}
+    )
     assert result.outcome is Outcome.SUCCEEDED
     [request] = receiver.requests
     assert request.is_ping

@@ -114,9 +114,13 @@ class WebhookConfig(_message.Message):
     etag: _builtins.str
     """Changes with every change; send it back in an update to be sure nobody else changed it first."""
     rate_limit: _builtins.float
-    """Webhooks a second at the most, averaged over a few seconds; what exceeds it waits. 0: no limit."""
+    """Webhooks a second at the most, 0.001 to 10,000, by all engines together; retries count. After
+    a pause, those of one second and one more may come at once. What exceeds it waits. 0: no limit.
+    """
     max_in_flight: _builtins.int
-    """Requests open at once at the most, in each engine process. 0: the operator's cap, and never more."""
+    """Requests open at once at the most, up to 1,000, in each engine process, and never more than the
+    operator's cap. 0: the operator's cap.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The event types it receives, 1 to 100: known names (see ListEventTypes), or prefixes of them
@@ -139,13 +143,16 @@ class WebhookConfig(_message.Message):
 
     @_builtins.property
     def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Headers sent with every webhook beside Postrider's own: at most 20, names as RFC 9110 tokens,
-        values in printable ASCII. Names that frame the request or that Postrider sends are refused.
+        """Headers sent with every webhook and ping beside Postrider's own: at most 20 and 16 KiB, names as
+        RFC 9110 tokens, values in printable ASCII of at most 4 KiB. Names that frame the request or
+        that Postrider sends are refused. They are shown to whoever may read the config.
         """
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """How long one attempt may take, 1 s to 30 s. Unset: the operator's timeout."""
+        """How long one attempt may take, 1 s to 30 s, and at most half of the operator's lease. Unset: the
+        operator's timeout.
+        """
 
     @_builtins.property
     def previous_secret_expire_time(self) -> _timestamp_pb2.Timestamp:

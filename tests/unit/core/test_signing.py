@@ -18,7 +18,7 @@ SECRET = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
 MESSAGE_ID = "evt_01890a5dac96774bbcceb302099a8057"
 TIMESTAMP = 1_767_323_045
 BODY = b'{"amount": 1}'
-SIGNATURE = signature_headers(SECRET, MESSAGE_ID, TIMESTAMP, BODY)["X-Webhook-Signature"]
+SIGNATURE = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, BODY)["X-Webhook-Signature"]
 
 BODIES = st.binary(max_size=200)
 
@@ -27,7 +27,7 @@ def test_the_four_headers_are_as_computed_by_hand() -> None:
     signed = b"evt_01890a5dac96774bbcceb302099a8057" + b".1767323045." + b'{"amount": 1}'
     code = hmac.new(SECRET.encode("ascii"), signed, hashlib.sha256)
 
-    assert signature_headers(SECRET, MESSAGE_ID, TIMESTAMP, BODY) == {
+    assert signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, BODY) == {
         "webhook-id": "evt_01890a5dac96774bbcceb302099a8057",
         "webhook-timestamp": "1767323045",
         "webhook-signature": "v1," + base64.b64encode(code.digest()).decode(),
@@ -54,7 +54,7 @@ def test_the_standard_webhooks_library_verifies_whatever_text_we_sign(body: str)
     secret, message_id = new_secret(), format_id("evt", new_id())
     now = int(datetime.now(UTC).timestamp())
 
-    headers = signature_headers(secret, message_id, now, body.encode())
+    headers = signature_headers([secret], message_id, now, body.encode())
 
     Webhook(standard_secret(secret)).verify(body.encode(), headers, json_parse=False)
 
@@ -62,7 +62,7 @@ def test_the_standard_webhooks_library_verifies_whatever_text_we_sign(body: str)
 def test_the_standard_webhooks_library_refuses_what_is_tampered_with_or_old() -> None:
     now = int(datetime.now(UTC).timestamp())
     library = Webhook(standard_secret(SECRET))
-    headers = signature_headers(SECRET, MESSAGE_ID, now, BODY)
+    headers = signature_headers([SECRET], MESSAGE_ID, now, BODY)
     assert library.verify(BODY, headers) == {"amount": 1}
 
     with pytest.raises(WebhookVerificationError):
@@ -74,19 +74,19 @@ def test_the_standard_webhooks_library_refuses_what_is_tampered_with_or_old() ->
     with pytest.raises(WebhookVerificationError):
         Webhook(standard_secret(new_secret())).verify(BODY, headers)
     with pytest.raises(WebhookVerificationError):
-        library.verify(BODY, signature_headers(SECRET, MESSAGE_ID, now - 360, BODY))
+        library.verify(BODY, signature_headers([SECRET], MESSAGE_ID, now - 360, BODY))
 
 
 @given(body=BODIES, timestamp=st.integers(0, 10**11))
 def test_what_is_signed_verifies_whatever_the_bytes(body: bytes, timestamp: int) -> None:
-    signature = signature_headers(SECRET, MESSAGE_ID, timestamp, body)["X-Webhook-Signature"]
+    signature = signature_headers([SECRET], MESSAGE_ID, timestamp, body)["X-Webhook-Signature"]
 
     assert verify(SECRET, MESSAGE_ID, body, signature, now=timestamp)
 
 
 @given(body=BODIES, other=BODIES)
 def test_a_signature_fits_one_body_only(body: bytes, other: bytes) -> None:
-    signature = signature_headers(SECRET, MESSAGE_ID, TIMESTAMP, body)["X-Webhook-Signature"]
+    signature = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, body)["X-Webhook-Signature"]
 
     assert verify(SECRET, MESSAGE_ID, other, signature, now=TIMESTAMP) == (body == other)
 

@@ -1,0 +1,62 @@
+"""The rules for headers that a merchant adds to webhooks (pure).
+
+No name may frame the request, or be one that Postrider or its HTTP client sends: a merchant can add
+to a request, and never change what it says of itself.
+"""
+
+import re
+from collections.abc import Mapping
+
+from core.errors import FieldViolation
+
+_COUNT_MAX = 20
+_VALUE_BYTES_MAX = 4 * 1024
+_TOTAL_BYTES_MAX = 16 * 1024
+_SHOWN_MAX = 64
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+_DENIED = frozenset(
+    {
+        *("host", "content-length", "transfer-encoding", "te", "trailer", "connection"),
+        *("keep-alive", "upgrade", "expect", "content-encoding", "content-type", "cookie"),
+        *("accept-encoding", "user-agent"),
+    }
+)
+_DENIED_PREFIXES = ("proxy-", "webhook-", "x-webhook-")
+
+
+def header_violations(field: str, headers: Mapping[str, str]) -> list[FieldViolation]:
+    """Every rule that these headers break; a value is never repeated, since it may be a secret."""
+    if len(headers) > _COUNT_MAX:
+        text = f"must be at most {_COUNT_MAX} headers"
+        return [FieldViolation(field, text, "HEADERS_COUNT")]
+    if sum(len(name) + len(value) for name, value in headers.items()) > _TOTAL_BYTES_MAX:
+        text = f"must be at most {_TOTAL_BYTES_MAX} bytes in all, names and values"
+        return [FieldViolation(field, text, "HEADERS_TOO_LONG")]
+    violations, seen = [], set[str]()
+    for name, value in sorted(headers.items()):
+        broken = _name_broken(name, seen) or _value_broken(value)
+        if broken:
+            violations.append(FieldViolation(f"{field}[{name[:_SHOWN_MAX]!r}]", *broken))
+        seen.add(name.lower())
+    return violations
+
+
+def _name_broken(name: str, seen: set[str]) -> tuple[str, str] | None:
+    lower = name.lower()
+    if not _TOKEN.fullmatch(name):
+        text = "a header name is 1 to 128 letters, digits and !#$%&'*+-.^_`|~"
+        return text, "HEADER_NAME_INVALID"
+    if lower in _DENIED or lower.startswith(_DENIED_PREFIXES):
+        return "frames the request or is sent by Postrider: choose another name", "HEADER_DENIED"
+    if lower in seen:
+        return "is there in another spelling: header names ignore case", "HEADER_REPEATED"
+    return None
+
+
+def _value_broken(value: str) -> tuple[str, str] | None:
+    if len(value) > _VALUE_BYTES_MAX:
+        return f"must have a value of at most {_VALUE_BYTES_MAX} bytes", "HEADER_VALUE_TOO_LONG"
+    if not (value.isascii() and value.isprintable()) or value != value.strip(" "):
+        text = "must have a value in printable ASCII, without spaces around it"
+        return text, "HEADER_VALUE_INVALID"
+    return None
