@@ -86,7 +86,7 @@ async def serve(
                 max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
             ),
             events=EventService(
-                Ingest(pool, event_types, hints, settings.server.max_payload_bytes)
+                Ingest(pool, event_types, hints, settings.server.max_payload_bytes), pool
             ),
             deliveries=DeliveryService(pool),
             admin=AdminService(sessions, hints),

@@ -33,6 +33,7 @@ class NewEvent:
     payload: bytes
     idempotency_key: str | None
     content_hash: bytes
+    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ class Settled:
 _ENQUEUE = """
 WITH input AS (
     SELECT * FROM unnest(
-        $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[]
+        $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[],
+        $8::timestamptz[]
     ) WITH ORDINALITY AS t(id, merchant_id, type, content_type, payload, idempotency_key,
-        content_hash, position)
+        content_hash, not_before, position)
 ), new_keys AS (
     INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id)
     SELECT merchant_id, idempotency_key, content_hash, id FROM input
@@ -93,7 +95,7 @@ WITH input AS (
     ON CONFLICT DO NOTHING
     RETURNING event_id
 ), accepted AS (
-    SELECT id, merchant_id, type, content_type, payload FROM input
+    SELECT id, merchant_id, type, content_type, payload, not_before FROM input
     WHERE idempotency_key IS NULL OR id IN (SELECT event_id FROM new_keys)
 ), filters AS (
     -- What may stand for a type in a config's events: its name, or a part of it and a star.
@@ -103,21 +105,22 @@ WITH input AS (
     ) AS names
     FROM (SELECT DISTINCT type, string_to_array(type, '.') AS parts FROM accepted) t
 ), matched AS (
-    SELECT a.id AS event_id, a.merchant_id, a.type, c.id AS webhook_id, c.active
+    SELECT a.id AS event_id, a.merchant_id, a.type, a.not_before, c.id AS webhook_id, c.active
     FROM accepted a
     JOIN filters f ON f.type = a.type
     JOIN webhook_configs c
         ON c.merchant_id = a.merchant_id AND c.deleted_at IS NULL AND c.events && f.names
 ), queued AS (
-    INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state)
+    INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at)
     SELECT new_uuid7(), webhook_id, event_id, merchant_id, type,
-        CASE WHEN active THEN 'ready' ELSE 'parked' END
+        CASE WHEN active THEN 'ready' ELSE 'parked' END, greatest(now(), not_before)
     FROM matched
 ), counts AS (
     SELECT event_id, count(*) AS deliveries FROM matched GROUP BY event_id
 )
-INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count)
-SELECT a.id, a.merchant_id, a.type, a.content_type, a.payload, coalesce(n.deliveries, 0)
+INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count, not_before)
+SELECT a.id, a.merchant_id, a.type, a.content_type, a.payload, coalesce(n.deliveries, 0),
+    a.not_before
 FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
 RETURNING id, delivery_count, created_at
 """
@@ -354,6 +357,7 @@ async def enqueue(
         [e.payload for e in events],
         [e.idempotency_key for e in events],
         [e.content_hash for e in events],
+        [e.not_before for e in events],
     )
     return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
 

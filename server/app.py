@@ -63,6 +63,7 @@ class App:
         admin: AdminService,
     ):
         self._settings = settings
+        self._events = events
         public = _HEALTH_METHODS | (_REFLECTION_METHODS if settings.reflection else frozenset())
         self._server = grpc.aio.server(
             # The first is the outermost: it turns what the second raises into a status.
@@ -106,4 +107,5 @@ class App:
     async def stop(self) -> None:
         """Tell the probes first, then let running calls finish."""
         await self._health.enter_graceful_shutdown()
+        self._events.drain()
         await self._server.stop(self._settings.server_drain_seconds)

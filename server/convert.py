@@ -15,7 +15,14 @@ from core.errors import InvalidArgument, NotFound
 from core.ids import IdKind, format_id, parse_id
 from core.lifecycle import AttemptResult, DeliveryState
 from core.models import EventType, WebhookConfig
-from postrider.v1 import delivery_pb2, event_pb2, webhook_config_pb2, webhook_config_service_pb2
+from postrider.v1 import (
+    delivery_pb2,
+    event_pb2,
+    event_service_pb2,
+    webhook_config_pb2,
+    webhook_config_service_pb2,
+)
+from server.event_history import EventRow
 from server.history import AttemptRow, DeliveryRow
 from server.ingest import EventDraft, PublishedEvent
 from server.ping import is_reachable
@@ -129,16 +136,40 @@ def event_draft(message: event_pb2.EventInput) -> EventDraft:
         content_type=message.content_type,
         payload=payload,
         idempotency_key=message.idempotency_key,
+        not_before=_not_before(message),
     )
 
 
-def event_message(event: PublishedEvent) -> event_pb2.Event:
+def _not_before(message: event_pb2.EventInput) -> datetime | None:
+    if not message.HasField("not_before"):
+        return None
+    try:
+        return message.not_before.ToDatetime(UTC)
+    except ValueError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
+def time_filter(request: event_service_pb2.ListEventsRequest, field: str) -> datetime | None:
+    """The time in a filter; None when it is unset, InvalidArgument when it is no time."""
+    if not request.HasField(field):  # type: ignore[arg-type]
+        return None
+    message: Timestamp = getattr(request, field)
+    try:
+        return message.ToDatetime(UTC)
+    except ValueError:
+        raise InvalidArgument.of(
+            field, "is not a time between the years 1 and 9999", reason="TIME_INVALID"
+        ) from None
+
+
+def event_message(event: PublishedEvent | EventRow) -> event_pb2.Event:
     return event_pb2.Event(
         id=format_id("evt", event.id),
         merchant_id=event.merchant_id,
         type=event.type,
         create_time=_timestamp(event.created_at),
         delivery_count=event.delivery_count,
+        not_before=_timestamp(event.not_before),
     )
 
 

@@ -1,27 +1,59 @@
-"""EventService: thin over ingest; who may publish for whom is decided here."""
+"""EventService: thin over ingest and history; who may publish for whom is decided here."""
 
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any
+from uuid import UUID
 
 import grpc
 
-from core.errors import InvalidArgument, PermissionDenied, PostriderError
+from core.db import Pool
+from core.errors import (
+    InvalidArgument,
+    PermissionDenied,
+    PostriderError,
+    Unauthenticated,
+    Unavailable,
+)
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server import convert
 from server.authentication import principal
-from server.ingest import Ingest, PublishedEvent
+from server.event_history import EventFilter, find_event, list_events
+from server.event_types import is_event_type_name, unknown_event_type
+from server.ingest import (
+    EventDraft,
+    Ingest,
+    PublishedEvent,
+    is_merchant_id,
+    wrong_merchant_id,
+)
+from server.ordered_commits import OrderedCommits
+from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Principal, Scope
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = event_service_pb2
 
 BATCH_MAX = 1000
+UNACKNOWLEDGED_BATCHES_MAX = 16
 
 
 class EventService(event_service_pb2_grpc.EventServiceServicer):
     """OK is answered only after the commit."""
 
-    def __init__(self, ingest: Ingest):
+    def __init__(self, ingest: Ingest, pool: Pool):
         self._ingest = ingest
+        self._pool = pool
+        self._streams: set[OrderedCommits[pb.StreamEventsRequest, pb.StreamEventsResponse]] = set()
+        self._draining = False
+
+    def drain(self) -> None:
+        """End every stream as soon as what it has taken is acknowledged."""
+        self._draining = True
+        for stream in self._streams:
+            stream.end(_stopping())
 
     async def PublishEvent(
         self, request: pb.PublishEventRequest, context: Context
@@ -38,24 +70,97 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     async def PublishEvents(
         self, request: pb.PublishEventsRequest, context: Context
     ) -> pb.PublishEventsResponse:
-        caller = _publisher()
-        if not 1 <= len(request.events) <= BATCH_MAX:
-            raise InvalidArgument.of(
-                "events",
-                f"must hold 1 to {BATCH_MAX} events, not {len(request.events)}",
-                reason="BATCH_SIZE",
-            )
-        for event in request.events:
-            _require_own_merchant(caller, event)
-        drafts = [convert.event_draft(event) for event in request.events]
+        drafts = _drafts(_publisher(), request.events)
         results = await self._ingest.publish(drafts, "events[{}]")
         return pb.PublishEventsResponse(results=[_result(result) for result in results])
+
+    async def StreamEvents(
+        self, request_iterator: AsyncIterator[pb.StreamEventsRequest], context: Context
+    ) -> AsyncIterator[pb.StreamEventsResponse]:
+        caller = _publisher()
+        last: int | None = None
+
+        def commit(
+            request: pb.StreamEventsRequest,
+        ) -> Coroutine[Any, Any, pb.StreamEventsResponse]:
+            nonlocal last
+            if last is not None and request.sequence <= last:
+                raise _not_ascending(request.sequence, last)
+            last = request.sequence
+            return self._commit(request.sequence, _drafts(caller, request.events))
+
+        stream = OrderedCommits(commit, UNACKNOWLEDGED_BATCHES_MAX)
+        expiry = asyncio.get_running_loop().call_later(
+            caller.expires_at - time.time(), stream.end, _expired()
+        )
+        self._streams.add(stream)
+        if self._draining:
+            stream.end(_stopping())
+        try:
+            async with aclosing(stream.acknowledge(request_iterator)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            expiry.cancel()
+            self._streams.discard(stream)
+
+    async def GetEvent(self, request: pb.GetEventRequest, context: Context) -> pb.GetEventResponse:
+        caller = _publisher()
+        event_id = convert.id_of("evt", request.id)
+        row = await find_event(self._pool, caller.merchant_id, event_id)
+        if row is None:
+            raise convert.not_found("evt", request.id)
+        return pb.GetEventResponse(event=convert.event_message(row))
+
+    async def ListEvents(
+        self, request: pb.ListEventsRequest, context: Context
+    ) -> pb.ListEventsResponse:
+        caller = _publisher()
+        merchant_id = request.merchant_id or caller.merchant_id or ""
+        if not is_merchant_id(merchant_id):
+            raise InvalidArgument(wrong_merchant_id("merchant_id"))
+        if request.type and not is_event_type_name(request.type):
+            raise InvalidArgument(unknown_event_type("type", request.type))
+        size = page_size(request.page_size, default=50, maximum=100)
+        start = convert.time_filter(request, "start_time")
+        end = convert.time_filter(request, "end_time")
+        identity = ("events", merchant_id, request.type, start, end)
+        before = parse_page_token(request.page_token, UUID, *identity)
+        if caller.merchant_id not in (None, merchant_id):
+            # As of a merchant that has none.
+            return pb.ListEventsResponse()
+        wanted = EventFilter(request.type or None, start, end, before)
+        rows = await list_events(self._pool, merchant_id, wanted, size + 1)
+        return pb.ListEventsResponse(
+            events=[convert.event_message(row) for row in rows[:size]],
+            next_page_token=page_token(rows[size - 1].id.hex, *identity)
+            if len(rows) > size
+            else "",
+        )
+
+    async def _commit(self, sequence: int, drafts: Sequence[EventDraft]) -> pb.StreamEventsResponse:
+        results = await self._ingest.publish(drafts, "events[{}]")
+        return pb.StreamEventsResponse(
+            sequence=sequence, results=[_result(result) for result in results]
+        )
 
 
 def _publisher() -> Principal:
     caller = principal()
     caller.require(Scope.PUBLISH)
     return caller
+
+
+def _drafts(caller: Principal, events: Sequence[event_pb2.EventInput]) -> list[EventDraft]:
+    if not 1 <= len(events) <= BATCH_MAX:
+        raise InvalidArgument.of(
+            "events",
+            f"must hold 1 to {BATCH_MAX} events, not {len(events)}",
+            reason="BATCH_SIZE",
+        )
+    for event in events:
+        _require_own_merchant(caller, event)
+    return [convert.event_draft(event) for event in events]
 
 
 def _require_own_merchant(caller: Principal, event: event_pb2.EventInput) -> None:
@@ -73,3 +178,27 @@ def _result(result: PublishedEvent | PostriderError) -> pb.PublishResult:
         )
     status = pb.PUBLISH_STATUS_DUPLICATE if result.duplicate else pb.PUBLISH_STATUS_ACCEPTED
     return pb.PublishResult(status=status, event=convert.event_message(result))
+
+
+def _not_ascending(sequence: int, last: int) -> InvalidArgument:
+    return InvalidArgument.of(
+        "sequence",
+        f"is {sequence} after {last}: give each batch of a stream a greater number than the one "
+        "before",
+        reason="SEQUENCE_NOT_ASCENDING",
+    )
+
+
+def _expired() -> Unauthenticated:
+    return Unauthenticated(
+        "the token of this stream has expired: open another with a new token, and send again what "
+        "was not acknowledged",
+        reason="TOKEN_EXPIRED",
+    )
+
+
+def _stopping() -> Unavailable:
+    return Unavailable(
+        "this server is stopping: open the stream again, and send again what was not acknowledged",
+        reason="SERVER_STOPPING",
+    )

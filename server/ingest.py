@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import orjson
@@ -29,13 +29,24 @@ _ANY_CASE = re.ASCII | re.IGNORECASE
 _CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[a-z0-9-]+)?", _ANY_CASE)
 _JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", _ANY_CASE)
 DEFAULT_CONTENT_TYPE = "application/json"
+_NOT_BEFORE_MAX = timedelta(days=30)
 
 _PREVIOUS = """
-SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at
+SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at, e.not_before
 FROM unnest($1::text[], $2::text[]) AS t(merchant_id, key)
 JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
 JOIN events e ON e.id = k.event_id
 """
+
+
+def is_merchant_id(text: str) -> bool:
+    """Whether a merchant can be called so."""
+    return _MERCHANT_ID.fullmatch(text) is not None
+
+
+def wrong_merchant_id(field: str) -> FieldViolation:
+    """The violation for a text that is no merchant's id."""
+    return FieldViolation(field, "must be 1 to 64 of A-Z a-z 0-9 _ -", "MERCHANT_ID_INVALID")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,8 @@ class EventDraft:
     content_type: str
     payload: bytes | None
     idempotency_key: str
+    #: `datetime.max` stands for a time that is none.
+    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +71,7 @@ class PublishedEvent:
     type: str
     created_at: datetime
     delivery_count: int
+    not_before: datetime | None
     duplicate: bool
 
 
@@ -100,6 +114,7 @@ class Ingest:
                 type=event.type,
                 created_at=accepted[event.id][1],
                 delivery_count=accepted[event.id][0],
+                not_before=event.not_before,
                 duplicate=False,
             )
             for event in events
@@ -123,7 +138,7 @@ class Ingest:
             if row["content_hash"] != event.content_hash:
                 results[event.id] = AlreadyExists(
                     "this idempotency key was used for another event: use a new key for a new "
-                    "event, and the same type, content type and payload to repeat one",
+                    "event, and the same type, content type, payload and not_before to repeat one",
                     reason="IDEMPOTENCY_KEY_REUSED",
                 )
             else:
@@ -133,6 +148,7 @@ class Ingest:
                     type=event.type,
                     created_at=row["created_at"],
                     delivery_count=row["delivery_count"],
+                    not_before=row["not_before"],
                     duplicate=True,
                 )
         return results
@@ -141,14 +157,8 @@ class Ingest:
         self, draft: EventDraft, path: str, unknown_types: set[str]
     ) -> list[FieldViolation]:
         found = []
-        if not _MERCHANT_ID.fullmatch(draft.merchant_id):
-            found.append(
-                FieldViolation(
-                    f"{path}.merchant_id",
-                    "must be 1 to 64 of A-Z a-z 0-9 _ -",
-                    "MERCHANT_ID_INVALID",
-                )
-            )
+        if not is_merchant_id(draft.merchant_id):
+            found.append(wrong_merchant_id(f"{path}.merchant_id"))
         if draft.type in unknown_types:
             found.append(unknown_event_type(f"{path}.type", draft.type))
         if draft.idempotency_key and not _IDEMPOTENCY_KEY.fullmatch(draft.idempotency_key):
@@ -157,6 +167,14 @@ class Ingest:
                     f"{path}.idempotency_key",
                     "must be at most 128 printable ASCII characters",
                     "IDEMPOTENCY_KEY_INVALID",
+                )
+            )
+        if draft.not_before and draft.not_before > datetime.now(UTC) + _NOT_BEFORE_MAX:
+            found.append(
+                FieldViolation(
+                    f"{path}.not_before",
+                    "must be a time at most 30 days ahead, or unset to deliver at once",
+                    "NOT_BEFORE_INVALID",
                 )
             )
         found += self._payload_violations(draft, path)
@@ -194,6 +212,9 @@ def _new_event(draft: EventDraft) -> NewEvent:
     content_type = draft.content_type or DEFAULT_CONTENT_TYPE
     payload = draft.payload or b""
     content = b"\0".join((draft.type.encode(), content_type.encode(), payload))
+    if draft.not_before is not None:
+        # Begins as no content without it does, and leaves the hashes of those as they were.
+        content = b"\0".join((b"", draft.not_before.isoformat().encode(), content))
     return NewEvent(
         id=new_id(),
         merchant_id=draft.merchant_id,
@@ -202,4 +223,5 @@ def _new_event(draft: EventDraft) -> NewEvent:
         payload=payload,
         idempotency_key=draft.idempotency_key or None,
         content_hash=hashlib.sha256(content).digest(),
+        not_before=draft.not_before,
     )

@@ -44,6 +44,8 @@ class Platform:
     settings: ServeSettings
     channel: grpc.aio.Channel
     tokens: dict[tuple[object, ...], str] = field(default_factory=dict)
+    #: Set, it stops the server as a SIGTERM does.
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.webhooks = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(self.channel)
@@ -153,7 +155,7 @@ async def running_platform(
         await _until_ready(ready, task)
         address = f"127.0.0.1:{ports[0]}"
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Platform(address, key, settings, channel)
+            yield Platform(address, key, settings, channel, stop=stop)
     finally:
         stop.set()
         await task
