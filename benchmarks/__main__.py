@@ -4,7 +4,7 @@ import argparse
 import json
 from importlib import import_module
 
-NAMES = ("deliver",)
+NAMES = ("deliver", "ingest")
 
 
 def main() -> None:

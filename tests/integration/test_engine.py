@@ -5,7 +5,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -279,6 +279,38 @@ async def test_a_change_of_url_is_honoured_by_the_next_attempt(
     assert received.message_id == published.event.id
     assert received.headers["X-Webhook-Attempt"] == "2"
     assert len(receiver.webhooks) == 1
+
+
+# A time for delivery.
+
+
+async def test_an_event_is_not_sent_before_its_time_and_then_without_being_asked_for(
+    platform: Platform, receiver: Receiver
+) -> None:
+    await platform.register(receiver.url)
+    not_before = datetime.now(UTC) + timedelta(seconds=2)
+    async with platform.engine():
+        later = (await platform.publish(not_before=not_before)).event.id
+        now = [(await platform.publish()).event.id for _ in range(3)]
+        assert [r.message_id for r in await receiver.wait_for(3)] == now
+        assert [r.message_id for r in await receiver.wait_for(4)] == [*now, later]
+    [delivery] = [d for d in await deliveries(platform) if d.event_id == later]
+    assert not_before <= delivery.attempts[0].start_time.ToDatetime(UTC)
+    assert delivery.attempts[0].start_time.ToDatetime(UTC) < not_before + timedelta(seconds=2)
+
+
+async def test_what_was_parked_keeps_its_time_for_delivery(
+    platform: Platform, receiver: Receiver
+) -> None:
+    created = await platform.register(receiver.url, active=False)
+    not_before = datetime.now(UTC) + timedelta(seconds=3)
+    later = (await platform.publish(not_before=not_before)).event.id
+    now = (await platform.publish()).event.id
+    async with platform.engine():
+        await update(platform, created.webhook_config.id, active=True)
+        assert [r.message_id for r in await receiver.wait_for(2)] == [now, later]
+    [delivery] = [d for d in await deliveries(platform) if d.event_id == later]
+    assert not_before <= delivery.attempts[0].start_time.ToDatetime(UTC)
 
 
 # Configs that go inactive, and come back.

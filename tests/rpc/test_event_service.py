@@ -1,10 +1,13 @@
 """EventService: durable when OK, safe to repeat, and particular about what it takes."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
 from postrider.v1 import event_service_pb2 as pb
@@ -314,3 +317,62 @@ async def test_a_batch_of_rejected_events_only_is_an_answer(platform: Platform, 
     results = await publish_batch(platform, [event(type="no.such")] * 1000)
     assert {result.reason for result in results} == {"EVENT_TYPE_UNKNOWN"}
     assert await count(pool, "events") == 0
+
+
+async def test_a_time_for_delivery_is_kept_with_the_event_and_its_deliveries(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    tomorrow = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+    accepted = await publish(platform, event(not_before=tomorrow))
+    assert accepted.event.not_before.ToDatetime(UTC) == tomorrow
+    assert await pool.fetchval("SELECT not_before FROM events") == tomorrow
+    assert await pool.fetchval("SELECT due_at FROM delivery_queue") == tomorrow
+
+
+async def test_a_time_for_delivery_that_is_past_means_at_once(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    await publish(platform, event(not_before=datetime.now(UTC) - timedelta(days=400)))
+    assert await pool.fetchval("SELECT due_at = created_at FROM delivery_queue")
+
+
+async def test_a_time_for_delivery_is_at_most_30_days_ahead(platform: Platform, pool: Any) -> None:
+    await publish(platform, event(not_before=datetime.now(UTC) + timedelta(days=29, hours=23)))
+    for wrong in (
+        datetime.now(UTC) + timedelta(days=30, minutes=1),
+        Timestamp(seconds=10**15),
+        Timestamp(seconds=-(10**15)),
+        Timestamp(nanos=-1),
+    ):
+        async with refused(StatusCode.INVALID_ARGUMENT, "NOT_BEFORE_INVALID") as error:
+            await publish(platform, event(not_before=wrong))
+        assert error.violations == {"event.not_before": "NOT_BEFORE_INVALID"}
+    [result, _] = await publish_batch(platform, [event(not_before=wrong), event()])
+    assert result.reason == "NOT_BEFORE_INVALID"
+    assert await count(pool, "events") == 2
+
+
+async def test_a_key_stands_for_its_time_of_delivery_too(platform: Platform, pool: Any) -> None:
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    timed = event(idempotency_key="timed", not_before=tomorrow)
+    first, again = await publish(platform, timed), await publish(platform, timed)
+    assert again.duplicate
+    assert again.event == first.event
+    for other in (
+        event(idempotency_key="timed"),
+        event(idempotency_key="timed", not_before=tomorrow + timedelta(seconds=1)),
+    ):
+        async with refused(StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"):
+            await publish(platform, other)
+    assert await count(pool, "events") == 1
+
+
+async def test_keys_from_before_there_were_times_of_delivery_keep_their_meaning(
+    platform: Platform, pool: Any
+) -> None:
+    await publish(platform, event(idempotency_key="old"))
+    content = b"payment.succeeded\0application/json\0{}"
+    stored = await pool.fetchval("SELECT content_hash FROM idempotency_keys")
+    assert stored == hashlib.sha256(content).digest()

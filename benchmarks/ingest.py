@@ -1,0 +1,137 @@
+"""`ingest`: one server process on PostgreSQL with real fsync, beside an empty grpc.aio handler.
+
+Unary calls alternate with the empty handler in rounds, the same client with the same concurrency,
+and the ratio is the median of the rounds' ratios: a machine that gets slower meanwhile does so for
+both. Every event is for one webhook config, hence a delivery; no engine runs.
+"""
+
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.history import history_figures
+from benchmarks.publisher import BATCH, MERCHANTS
+from benchmarks.stack import (
+    Stack,
+    cpu_seconds,
+    cpu_seconds_of_postgres,
+    insert_webhooks,
+    running_stack,
+    wait_until_listening,
+)
+
+_ROUNDS = 3
+_UNARY_CALLS = 64
+_BATCH_CALLS = 8
+
+type Figures = dict[str, float]
+
+
+def measure(seconds: float) -> dict[str, Any]:
+    with running_stack() as stack:
+        return asyncio.run(_measure(stack, seconds))
+
+
+async def _measure(stack: Stack, seconds: float) -> dict[str, Any]:
+    merchants = [f"m_{n}" for n in range(MERCHANTS)]
+    await insert_webhooks(stack, "https://127.0.0.1:1/never-called", merchants)
+    with _empty_server(stack) as empty, _server(stack) as ours:
+        await wait_until_listening(empty[1])
+        await wait_until_listening(ours[1])
+        pairs = [
+            (
+                await _publish(stack, empty, "unary", seconds, _UNARY_CALLS),
+                await _publish(stack, ours, "unary", seconds, _UNARY_CALLS),
+            )
+            for _ in range(_ROUNDS)
+        ]
+        batch = [
+            await _publish(stack, ours, "batch", seconds, _BATCH_CALLS) for _ in range(_ROUNDS)
+        ]
+        stream = [await _publish(stack, ours, "stream", seconds, 1) for _ in range(_ROUNDS)]
+        lists = await history_figures(stack, ours[1])
+    unary = [pair[1] for pair in pairs]
+    return {
+        "unary_ratio": round(statistics.median(o["rate"] / e["rate"] for e, o in pairs), 3),
+        "batch_events_per_s": round(_median(batch, "rate")),
+        "stream_events_per_s": round(_median(stream, "rate")),
+        "list_p95_ms": lists["p95_ms"],
+        "unary_ratios": [round(o["rate"] / e["rate"], 3) for e, o in pairs],
+        "unary_events_per_s": round(_median(unary, "rate")),
+        "empty_calls_per_s": round(_median([pair[0] for pair in pairs], "rate")),
+        "empty_server_cpu_us": round(_median([pair[0] for pair in pairs], "server_cpu_us")),
+        **_cpu("unary", unary),
+        **_cpu("batch", batch),
+        **_cpu("stream", stream),
+        "list_p50_ms": lists["p50_ms"],
+        "list_p95_ms_by_filter": lists["by_filter"],
+        "history_deliveries": lists["deliveries"],
+        "batch_size": BATCH,
+        "unary_calls_at_once": _UNARY_CALLS,
+        "batch_calls_at_once": _BATCH_CALLS,
+    }
+
+
+def _median(rounds: list[Figures], name: str) -> float:
+    return statistics.median(figures[name] for figures in rounds)
+
+
+def _cpu(kind: str, rounds: list[Figures]) -> dict[str, int]:
+    names = ("server_cpu_us", "postgres_cpu_us", "client_cpu_us")
+    return {f"{kind}_{name}": round(_median(rounds, name)) for name in names}
+
+
+@contextmanager
+def _server(stack: Stack) -> Iterator[tuple[int, int]]:
+    port = _free_port()
+    with stack.process("server", WEBHOOK_LISTEN_ADDRESS=f"127.0.0.1:{port}") as process:
+        yield process.pid, port
+
+
+@contextmanager
+def _empty_server(stack: Stack) -> Iterator[tuple[int, int]]:
+    port = _free_port()
+    with stack.process("benchmarks.empty_server", str(port)) as process:
+        yield process.pid, port
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def _publish(
+    stack: Stack, server: tuple[int, int], kind: str, seconds: float, concurrency: int
+) -> Figures:
+    """Events a second, and microseconds of CPU per event."""
+    pid, port = server
+    arguments = (kind, str(port), stack.token("events:publish"), str(seconds), str(concurrency))
+    with stack.process("benchmarks.publisher", *arguments) as process:
+        await _line(process)
+        before = cpu_seconds(pid), cpu_seconds_of_postgres(stack.postgres.process.pid)
+        published = json.loads(await _line(process))
+        after = cpu_seconds(pid), cpu_seconds_of_postgres(stack.postgres.process.pid)
+        # Before the signal that ends it, so that the calls under way end as well.
+        await asyncio.to_thread(process.wait, 30)
+    accepted = published["accepted"]
+    return {
+        "rate": accepted / published["seconds"],
+        "server_cpu_us": (after[0] - before[0]) / accepted * 1e6,
+        "postgres_cpu_us": (after[1] - before[1]) / accepted * 1e6,
+        "client_cpu_us": published["cpu"] / accepted * 1e6,
+    }
+
+
+async def _line(process: "subprocess.Popen[bytes]") -> bytes:
+    assert process.stdout
+    line = await asyncio.to_thread(process.stdout.readline)
+    if not line:
+        raise RuntimeError("the publisher ended early; what it said is above")
+    return line
