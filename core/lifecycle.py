@@ -66,10 +66,16 @@ class DeactivationReason(StrEnum):
 class AttemptResult:
     """What came of one request; `duration_us` runs to the status line or to the failure.
 
-    `detail` is for the merchant: it says what their side did, and nothing of our network.
+    `detail` is for the merchant: it says what their side did, and nothing of our network. Of the
+    phases, None is one that did not take place.
     """
 
     outcome: Outcome
     status_code: int | None
     detail: str
     duration_us: int = 0
+    dns_us: int | None = None
+    connect_us: int | None = None
+    first_byte_us: int | None = None
+    remote_address: str | None = None
+    response_excerpt: str = ""

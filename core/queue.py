@@ -68,6 +68,11 @@ class Settlement:
     duration_us: int
     final_state: DeliveryState | None
     retry_after_seconds: float
+    dns_us: int | None = None
+    connect_us: int | None = None
+    first_byte_us: int | None = None
+    remote_address: str | None = None
+    response_excerpt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,18 +157,20 @@ _SETTLE = """
 WITH input AS (
     SELECT * FROM unnest(
         $1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::timestamptz[], $7::int[],
-        $8::text[], $9::float8[]
+        $8::text[], $9::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[]
     ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
-        duration_us, final_state, retry_after, position)
+        duration_us, final_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
+        response_excerpt, position)
 ), finished AS (
     DELETE FROM delivery_queue q USING input i
     WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
     RETURNING q.*, i.final_state, i.outcome, i.position
 ), history AS (
     INSERT INTO finished_deliveries
-        (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
+        (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
+        redelivery_of)
     SELECT id, final_state, webhook_id, event_id, merchant_id, event_type, attempt_count + 1,
-        created_at
+        created_at, redelivery_of
     FROM finished
 ), rescheduled AS (
     UPDATE delivery_queue q
@@ -179,8 +186,10 @@ WITH input AS (
 ), recorded AS (
     -- By position: the batch may hold a delivery twice, once under a lease that is lost.
     INSERT INTO attempts
-        (delivery_id, number, outcome, status_code, detail, started_at, duration_us)
-    SELECT s.id, s.number, i.outcome, i.status_code, i.detail, i.started_at, i.duration_us
+        (delivery_id, number, outcome, status_code, detail, started_at, duration_us, dns_us,
+        connect_us, first_byte_us, remote_address, response_excerpt)
+    SELECT s.id, s.number, i.outcome, i.status_code, i.detail, i.started_at, i.duration_us,
+        i.dns_us, i.connect_us, i.first_byte_us, i.remote_address, i.response_excerpt
     FROM settled s JOIN input i ON i.position = s.position
 ), tally AS (
     SELECT webhook_id, last_delivered IS NOT NULL AS delivered,
@@ -246,8 +255,10 @@ WITH free AS (
     DELETE FROM delivery_queue q USING free WHERE q.id = free.id RETURNING q.*
 )
 INSERT INTO finished_deliveries
-    (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
-SELECT id, 'cancelled', webhook_id, event_id, merchant_id, event_type, attempt_count, created_at
+    (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
+    redelivery_of)
+SELECT id, 'cancelled', webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
+    redelivery_of
 FROM cancelled
 """
 
@@ -389,6 +400,11 @@ async def settle(
         [s.final_state for s in settlements],
         [s.retry_after_seconds for s in settlements],
         max_consecutive_failures,
+        [s.dns_us for s in settlements],
+        [s.connect_us for s in settlements],
+        [s.first_byte_us for s in settlements],
+        [s.remote_address for s in settlements],
+        [s.response_excerpt for s in settlements],
     )
     deactivated = tuple(row["id"] for row in rows if row["deactivated"])
     if deactivated:

@@ -8,17 +8,21 @@ Redirects and deadlines belong to each request, and so to the sender.
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 
 from core.addresses import AddressClass, AddressPolicy
 from core.errors import ConfigurationError
@@ -185,9 +189,37 @@ class _GuardedConnector(aiohttp.TCPConnector):
         self._policy = policy
         self._closes_with_us = resolver
 
+    async def connect(self, *request: Any, **options: Any) -> Connection:
+        connection = await super().connect(*request, **options)
+        dialling = _dialling.get()
+        dialling.connected_at = perf_counter()
+        if connection.protocol is not None:
+            # Of a pooled connection, too, what was dialled when it was made.
+            dialling.remote_address = connection.protocol.remote_address  # type: ignore[attr-defined]
+        return connection
+
     async def close(self, *, abort_ssl: bool = False) -> None:
         await super().close(abort_ssl=abort_ssl)
         await self._closes_with_us.close()
+
+    async def _create_connection(self, *request: Any, **options: Any) -> ResponseHandler:
+        """Take the time of a new connection, also of one that fails or is given up."""
+        began = perf_counter()
+        dialling = _dialling.get()
+        dialling.dns_us = dialling.connect_us = None
+        try:
+            return await super()._create_connection(*request, **options)
+        finally:
+            if dialling.opened:
+                elapsed = int((perf_counter() - began) * 1_000_000)
+                dialling.connect_us = elapsed - (dialling.dns_us or 0)
+
+    async def _resolve_host(self, *host: Any, **options: Any) -> list[ResolveResult]:
+        began = perf_counter()
+        try:
+            return await super()._resolve_host(*host, **options)
+        finally:
+            _dialling.get().dns_us = int((perf_counter() - began) * 1_000_000)
 
     def _open_socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, sockaddr = addr_info
@@ -198,6 +230,7 @@ class _GuardedConnector(aiohttp.TCPConnector):
             dialling.refusals.append(refusal)
             raise
         dialling.opened = True
+        dialling.remote_address = str(sockaddr[0])
         return socket.socket(family, kind, protocol)
 
 
@@ -208,6 +241,13 @@ class _HeadFirst(ResponseHandler):
     status line that was fine.
     """
 
+    remote_address: str | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self.remote_address = peer[0] if peer else None
+
     def data_received(self, data: bytes) -> None:
         head, end, rest = data.partition(b"\r\n\r\n")
         super().data_received(head + end)
@@ -216,16 +256,34 @@ class _HeadFirst(ResponseHandler):
 
 
 @dataclass(slots=True)
-class _Dialling:
-    """What dialling came to for one request; neither, when a pooled connection was used."""
+class Dialling:
+    """What dialling came to for one request; without `opened`, a pooled connection was used."""
 
     opened: bool = False
     refusals: list[AddressRefused] = field(default_factory=list)
+    #: The look-up, and TCP with TLS; None for what was not begun.
+    dns_us: int | None = None
+    connect_us: int | None = None
+    #: When there was a connection to send on, by perf_counter(); and what it leads to.
+    connected_at: float | None = None
+    #: Never one that was refused: that is nobody's business.
+    remote_address: str | None = None
 
 
 # Of the request at hand. Connecting races the addresses in tasks of their own, which copy the
 # context and so share what it holds.
-_dialling: ContextVar[_Dialling] = ContextVar("dialling")
+_dialling: ContextVar[Dialling] = ContextVar("dialling")
+
+
+@contextmanager
+def record_dialling() -> Iterator[Dialling]:
+    """The record of the one request that is made in this block."""
+    dialling = Dialling()
+    token = _dialling.set(dialling)
+    try:
+        yield dialling
+    finally:
+        _dialling.reset(token)
 
 
 async def _surface_refusal(
@@ -236,16 +294,14 @@ async def _surface_refusal(
     With several addresses aiohappyeyeballs drops what is neither OSError nor RuntimeError: in its
     place come a bare IndexError or the error of another address.
     """
-    dialling = _Dialling()
-    token = _dialling.set(dialling)
-    try:
-        return await handler(request)
-    except Exception as error:
-        if dialling.refusals and refusal_of(error) is None:
-            raise dialling.refusals[0] from error
-        raise
-    finally:
-        _dialling.reset(token)
+    recorded = _dialling.get(None)
+    with record_dialling() if recorded is None else nullcontext(recorded) as dialling:
+        try:
+            return await handler(request)
+        except Exception as error:
+            if dialling.refusals and refusal_of(error) is None:
+                raise dialling.refusals[0] from error
+            raise
 
 
 async def _replace_stale_connection(

@@ -251,6 +251,11 @@ class Engine:
             duration_us=result.duration_us,
             final_state=state,
             retry_after_seconds=(backoff or 0) if state is None else 0,
+            dns_us=result.dns_us,
+            connect_us=result.connect_us,
+            first_byte_us=result.first_byte_us,
+            remote_address=result.remote_address,
+            response_excerpt=result.response_excerpt,
         )
 
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:

@@ -11,7 +11,9 @@ from time import perf_counter
 import aiohttp
 from yarl import URL
 
-from core.lifecycle import AttemptResult
+from core.lifecycle import AttemptResult, Outcome
+from delivery.dialler import Dialling, record_dialling
+from delivery.excerpt import EXCERPT_BYTES, excerpt
 from delivery.outcome import outcome_of_error, outcome_of_status
 
 #: An answer's body up to this is read, so that the connection can be used again.
@@ -31,34 +33,72 @@ async def send(
     began = perf_counter()
     response: aiohttp.ClientResponse | None = None
     answered = began
+    beginning = bytearray()
     now = asyncio.get_running_loop().time
     deadline = now() + timeout_seconds
-    try:
-        async with asyncio.timeout_at(deadline) as timer:
-            response = await session.post(url, data=body, headers=headers, allow_redirects=False)
-            answered = perf_counter()
-            timer.reschedule(min(deadline, now() + _BODY_SECONDS_MAX))
-            await _drain(response)
-    except Exception as error:
-        if response is None:
-            verdict = outcome_of_error(error)
-            if verdict is None:
-                raise
-            return AttemptResult(verdict[0], None, verdict[1], _microseconds(began, perf_counter()))
-    finally:
-        if response is not None:
-            # Gives a drained connection back to the pool, and closes one that is not.
-            response.close()
-    outcome, detail = outcome_of_status(response.status)
-    return AttemptResult(outcome, response.status, detail, _microseconds(began, answered))
+    with record_dialling() as dialling:
+        try:
+            async with asyncio.timeout_at(deadline) as timer:
+                response = await session.post(
+                    url, data=body, headers=headers, allow_redirects=False
+                )
+                answered = perf_counter()
+                timer.reschedule(min(deadline, now() + _BODY_SECONDS_MAX))
+                await _drain(response, beginning)
+        except Exception as error:
+            if response is None:
+                verdict = outcome_of_error(error)
+                if verdict is None:
+                    raise
+                return _result(verdict, None, began, perf_counter(), dialling=dialling)
+        finally:
+            if response is not None:
+                # Gives a drained connection back to the pool, and closes one that is not.
+                response.close()
+    verdict = outcome_of_status(response.status)
+    return _result(
+        verdict,
+        response.status,
+        began,
+        answered,
+        dialling=dialling,
+        response_excerpt=excerpt(bytes(beginning)),
+    )
 
 
-async def _drain(response: aiohttp.ClientResponse) -> None:
+async def _drain(response: aiohttp.ClientResponse, beginning: bytearray) -> None:
+    """Read the body, at most so much of it, and keep its beginning, also when reading fails."""
     size = 0
     async for chunk in response.content.iter_any():
+        if size <= EXCERPT_BYTES:
+            # One byte more than is shown tells that it was cut.
+            beginning += chunk[: EXCERPT_BYTES + 1 - size]
         size += len(chunk)
         if size > _BODY_BYTES_MAX:
             return
+
+
+def _result(
+    verdict: tuple[Outcome, str],
+    status: int | None,
+    began: float,
+    ended: float,
+    *,
+    dialling: Dialling,
+    response_excerpt: str = "",
+) -> AttemptResult:
+    sent_at = dialling.connected_at
+    return AttemptResult(
+        outcome=verdict[0],
+        status_code=status,
+        detail=verdict[1],
+        duration_us=_microseconds(began, ended),
+        dns_us=dialling.dns_us,
+        connect_us=dialling.connect_us,
+        first_byte_us=None if status is None or sent_at is None else _microseconds(sent_at, ended),
+        remote_address=dialling.remote_address,
+        response_excerpt=response_excerpt,
+    )
 
 
 def _microseconds(began: float, ended: float) -> int:

@@ -218,7 +218,16 @@ def _attempt_message(row: AttemptRow) -> delivery_pb2.Attempt:
         detail=row.detail,
         start_time=_timestamp(row.started_at),
         duration=_duration(row.duration_us / 1e6),
+        dns_duration=_phase(row.dns_us),
+        connect_duration=_phase(row.connect_us),
+        first_byte_duration=_phase(row.first_byte_us),
+        remote_address=row.remote_address or "",
+        response_excerpt=row.response_excerpt,
     )
+
+
+def _phase(microseconds: int | None) -> Duration | None:
+    return None if microseconds is None else _duration(microseconds / 1e6)
 
 
 def _timestamp(moment: datetime | None) -> Any:

@@ -197,6 +197,11 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
         states,
         [60.0] * 100,
         10,
+        [None] * 100,
+        [None] * 100,
+        [1] * 100,
+        ["192.0.2.1"] * 100,
+        ["ok"] * 100,
     )
 
     by_key = [scan for scan in plan.scans if scan.index == "delivery_queue_pkey"]

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core import queue
+from core.ids import new_id
 from core.lifecycle import Outcome
 from core.queue import LeasedDelivery, Settled, Settlement
 from tests.factories import (
@@ -31,18 +32,26 @@ from tests.factories import (
 
 async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
-    delivery = await lease_one(pool, webhook_id)
+    delivery = await lease_one(pool, webhook_id, redelivery_of=new_id())
     queued = await pool.fetchrow("SELECT * FROM delivery_queue")
+    details = {
+        "dns_us": 1,
+        "connect_us": 2,
+        "first_byte_us": 3,
+        "remote_address": "192.0.2.1",
+        "response_excerpt": "thanks",
+    }
 
-    settled = await settle(pool, settlement(delivery))
+    settled = await settle(pool, settlement(delivery, **details))
 
     assert settled == Settled(frozenset({delivery.id}), ())
     assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
     finished = await pool.fetchrow("SELECT * FROM finished_deliveries")
     assert (finished["state"], finished["attempt_count"]) == ("delivered", 1)
-    for column in ("id", "webhook_id", "event_id", "merchant_id", "event_type", "created_at"):
+    for column in queued.keys() & finished.keys() - {"state", "attempt_count"}:
         assert finished[column] == queued[column]
-    assert dict(await pool.fetchrow("SELECT * FROM attempts")) == {
+    attempt = dict(await pool.fetchrow("SELECT * FROM attempts"))
+    assert attempt == {
         "delivery_id": delivery.id,
         "number": 1,
         "outcome": "succeeded",
@@ -50,6 +59,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
         "detail": "200 OK",
         "started_at": STARTED_AT,
         "duration_us": 1500,
+        **details,
     }
 
 
