@@ -88,7 +88,7 @@ async def serve(
             events=EventService(
                 Ingest(pool, event_types, hints, settings.server.max_payload_bytes), pool
             ),
-            deliveries=DeliveryService(pool),
+            deliveries=DeliveryService(pool, sessions, hints),
             admin=AdminService(sessions, hints),
         )
         await app.start()

@@ -262,6 +262,18 @@ SELECT id, 'cancelled', webhook_id, event_id, merchant_id, event_type, attempt_c
 FROM cancelled
 """
 
+# Joined with its event, since a delivery without one could be claimed and never sent.
+_REDELIVER = """
+INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
+SELECT new_uuid7(), f.webhook_id, f.event_id, f.merchant_id, f.event_type,
+    CASE WHEN c.active THEN 'ready' ELSE 'parked' END, f.id
+FROM finished_deliveries f
+JOIN webhook_configs c ON c.id = f.webhook_id AND c.deleted_at IS NULL
+JOIN events e ON e.id = f.event_id
+WHERE f.id = $2 AND f.merchant_id = $1
+RETURNING id
+"""
+
 # A loose index scan: one probe per config that has a backlog, however long the backlogs are.
 _WEBHOOKS_WITH_BACKLOG = """
 WITH RECURSIVE backlog AS (
@@ -434,6 +446,16 @@ async def cancel_webhook(connection: Connection, webhook_id: UUID) -> int:
     """
     tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id)
     return int(tag.rpartition(" ")[2])
+
+
+async def redeliver(connection: Connection, merchant_id: str, delivery_id: UUID) -> UUID | None:
+    """Make a new delivery of a finished one's event, with a retry schedule of its own.
+
+    None, and nothing made, when the merchant has no such finished delivery, its config is deleted
+    or its event is no longer stored.
+    """
+    made: UUID | None = await connection.fetchval(_REDELIVER, merchant_id, delivery_id)
+    return made
 
 
 async def webhooks_with_backlog(connection: Connection) -> list[UUID]:

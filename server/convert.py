@@ -17,18 +17,23 @@ from core.lifecycle import AttemptResult, DeliveryState
 from core.models import EventType, WebhookConfig
 from postrider.v1 import (
     delivery_pb2,
+    delivery_service_pb2,
     event_pb2,
     event_service_pb2,
     webhook_config_pb2,
     webhook_config_service_pb2,
 )
 from server.event_history import EventRow
+from server.event_types import is_event_type_name
 from server.history import AttemptRow, DeliveryRow
 from server.ingest import EventDraft, PublishedEvent
 from server.ping import is_reachable
 from server.registration import WebhookDraft
 
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 
 def id_of(kind: IdKind, text: str) -> UUID:
@@ -188,6 +193,44 @@ def delivery_state_filter(
     return DeliveryState(name.removeprefix("DELIVERY_STATE_").lower())
 
 
+def event_type_filter(text: str) -> str | None:
+    """The event type to filter by; None for all."""
+    if text and not is_event_type_name(text):
+        raise InvalidArgument.of(
+            "event_type",
+            "is not the name of an event type, such as payment.succeeded",
+            reason="EVENT_TYPE_NAME_INVALID",
+        )
+    return text or None
+
+
+def time_range(
+    request: delivery_service_pb2.ListDeliveriesRequest,
+) -> tuple[datetime | None, datetime | None]:
+    """start_time and end_time, each None when unset; refused when nothing can lie between them."""
+    start_at = _time(request, "start_time")
+    end_at = _time(request, "end_time")
+    if start_at is not None and end_at is not None and start_at >= end_at:
+        raise InvalidArgument.of(
+            "end_time", "must be later than start_time", reason="TIME_RANGE_EMPTY"
+        )
+    return start_at, end_at
+
+
+def _time(request: delivery_service_pb2.ListDeliveriesRequest, field: str) -> datetime | None:
+    if not request.HasField(field):  # type: ignore[arg-type]
+        return None
+    try:
+        moment: datetime = getattr(request, field).ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        moment = _BEFORE_ALL
+    if moment < _EPOCH:
+        raise InvalidArgument.of(
+            field, "must be a time between 1970 and 9999", reason="TIME_INVALID"
+        )
+    return moment
+
+
 def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delivery_pb2.Delivery:
     waits = row.state in (DeliveryState.READY, DeliveryState.LEASED)
     return delivery_pb2.Delivery(
@@ -201,6 +244,7 @@ def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delive
         create_time=_timestamp(row.created_at),
         finish_time=_timestamp(row.finished_at),
         attempts=[_attempt_message(attempt) for attempt in attempts],
+        redelivery_of=format_id("dlv", row.redelivery_of) if row.redelivery_of else "",
     )
 
 

@@ -1,15 +1,29 @@
-"""DeliveryService: a merchant's deliveries and their attempts, read only."""
+"""DeliveryService: a merchant's deliveries and their attempts; the only change is to repeat one."""
 
+import asyncio
 from typing import Any
 from uuid import UUID
 
 import grpc
 
+from core import queue
 from core.db import Pool
+from core.errors import FailedPrecondition
+from core.ids import format_id
+from core.lifecycle import OPEN_STATES
 from postrider.v1 import delivery_service_pb2, delivery_service_pb2_grpc
 from server import convert
+from server.audit import record_change
 from server.authentication import principal
-from server.history import DeliveryFilter, attempts_of, find_delivery, list_deliveries
+from server.database import Sessions, driver_connection
+from server.hint import Hints
+from server.history import (
+    DeliveryFilter,
+    DeliveryRow,
+    attempts_of,
+    find_delivery,
+    list_deliveries,
+)
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Scope
 
@@ -18,19 +32,18 @@ pb = delivery_service_pb2
 
 
 class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
-    """Every read carries the merchant; a foreign id is an unknown id."""
+    """Every statement carries the merchant; a foreign id is an unknown id."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool, sessions: Sessions, hints: Hints):
         self._pool = pool
+        self._sessions = sessions
+        self._hints = hints
 
     async def GetDelivery(
         self, request: pb.GetDeliveryRequest, context: Context
     ) -> pb.GetDeliveryResponse:
         merchant_id = _merchant()
-        delivery_id = convert.id_of("dlv", request.id)
-        row = await find_delivery(self._pool, merchant_id, delivery_id)
-        if row is None:
-            raise convert.not_found("dlv", request.id)
+        row = await self._find(merchant_id, request.id)
         attempts = await attempts_of(self._pool, [row.id])
         [delivery] = convert.delivery_messages([row], attempts)
         return pb.GetDeliveryResponse(delivery=delivery)
@@ -40,12 +53,25 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
     ) -> pb.ListDeliveriesResponse:
         merchant_id = _merchant()
         size = page_size(request.page_size, default=50, maximum=100)
-        identity = ("deliveries", merchant_id, request.webhook_id, request.event_id, request.state)
+        start_at, end_at = convert.time_range(request)
+        identity = (
+            "deliveries",
+            merchant_id,
+            request.webhook_id,
+            request.event_id,
+            request.state,
+            request.event_type,
+            start_at,
+            end_at,
+        )
         before = parse_page_token(request.page_token, UUID, *identity)
         wanted = DeliveryFilter(
             webhook_id=convert.optional_id_of("wh", request.webhook_id, "webhook_id"),
             event_id=convert.optional_id_of("evt", request.event_id, "event_id"),
             state=convert.delivery_state_filter(request.state),
+            event_type=convert.event_type_filter(request.event_type),
+            start_at=start_at,
+            end_at=end_at,
             before=before,
         )
         rows = await list_deliveries(self._pool, merchant_id, wanted, size + 1)
@@ -55,6 +81,48 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             deliveries=convert.delivery_messages(page, attempts),
             next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
         )
+
+    async def RedeliverDelivery(
+        self, request: pb.RedeliverDeliveryRequest, context: Context
+    ) -> pb.RedeliverDeliveryResponse:
+        merchant_id = _merchant()
+        row = await self._find(merchant_id, request.id)
+        if row.state in OPEN_STATES:
+            raise FailedPrecondition(
+                f"this delivery is {row.state} and will be attempted without a redelivery; wait "
+                "until it is finished",
+                reason="DELIVERY_OPEN",
+            )
+        # To its end even when the caller hangs up: else nobody knows whether it will be sent.
+        made = await asyncio.shield(asyncio.create_task(self._redeliver(merchant_id, row.id)))
+        self._hints.give()
+        return pb.RedeliverDeliveryResponse(delivery=convert.delivery_message(made, ()))
+
+    async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
+        row = await find_delivery(self._pool, merchant_id, convert.id_of("dlv", text))
+        if row is None:
+            raise convert.not_found("dlv", text)
+        return row
+
+    async def _redeliver(self, merchant_id: str, delivery_id: UUID) -> DeliveryRow:
+        async with self._sessions.begin() as session:
+            record_change(
+                session,
+                action="RedeliverDelivery",
+                resource=format_id("dlv", delivery_id),
+                merchant_id=merchant_id,
+            )
+            await session.flush()
+            connection = await driver_connection(session)
+            made = await queue.redeliver(connection, merchant_id, delivery_id)
+            row = await find_delivery(connection, merchant_id, made) if made else None
+            if row is None:
+                raise FailedPrecondition(
+                    "this delivery cannot be repeated: its webhook config is deleted, or its event "
+                    "is no longer stored; publish the event anew",
+                    reason="REDELIVERY_IMPOSSIBLE",
+                )
+        return row
 
 
 def _merchant() -> str:

@@ -6,6 +6,7 @@ from datetime import datetime
 from uuid import UUID
 
 from core.db import Pool
+from core.ids import first_id_at
 from core.lifecycle import OPEN_STATES, DeliveryState
 
 _NEWEST = UUID(int=(1 << 128) - 1)
@@ -24,6 +25,7 @@ class DeliveryRow:
     created_at: datetime
     due_at: datetime | None
     finished_at: datetime | None
+    redelivery_of: UUID | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,17 @@ class AttemptRow:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryFilter:
-    """What to list; None does not filter. `before` is the id where the page before ended."""
+    """What to list; None does not filter. `before` is the id where the page before ended.
+
+    The times are of the deliveries' ids, to the millisecond: `start_at` is included, `end_at` not.
+    """
 
     webhook_id: UUID | None = None
     event_id: UUID | None = None
     state: DeliveryState | None = None
+    event_type: str | None = None
+    start_at: datetime | None = None
+    end_at: datetime | None = None
     before: UUID | None = None
 
 
@@ -58,7 +66,7 @@ class DeliveryFilter:
 # branch has an index of its own, which is why the two parts of the queue are not read as one.
 _OPEN = """(
     SELECT q.id, q.state, q.webhook_id, q.event_id, q.event_type, q.attempt_count, q.created_at,
-        q.due_at, NULL::timestamptz AS finished_at
+        q.due_at, NULL::timestamptz AS finished_at, q.redelivery_of
     FROM webhook_configs c CROSS JOIN LATERAL (
         SELECT * FROM delivery_queue d
         WHERE d.webhook_id = c.id AND d.state {part} AND d.id < $2{filters}
@@ -68,7 +76,7 @@ _OPEN = """(
 )"""
 _FINISHED = """(
     SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
-        NULL::timestamptz AS due_at, d.finished_at
+        NULL::timestamptz AS due_at, d.finished_at, d.redelivery_of
     FROM finished_deliveries d
     WHERE d.merchant_id = $1 AND d.id < $2{filters}
     ORDER BY d.id DESC LIMIT $3
@@ -76,11 +84,11 @@ _FINISHED = """(
 
 _ONE = """
 SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at, due_at,
-    NULL::timestamptz AS finished_at
+    NULL::timestamptz AS finished_at, redelivery_of
 FROM delivery_queue WHERE id = $2 AND merchant_id = $1
 UNION ALL
 SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at,
-    NULL::timestamptz, finished_at
+    NULL::timestamptz, finished_at, redelivery_of
 FROM finished_deliveries WHERE id = $2 AND merchant_id = $1
 """
 
@@ -101,16 +109,27 @@ async def list_deliveries(
     pool: Pool, merchant_id: str, wanted: DeliveryFilter, limit: int
 ) -> list[DeliveryRow]:
     """At most `limit` deliveries of a merchant, newest first."""
-    arguments: list[object] = [merchant_id, wanted.before or _NEWEST, limit]
+    statement, arguments = _page(merchant_id, wanted, limit)
+    return [DeliveryRow(**row) for row in await pool.fetch(statement, *arguments)]
+
+
+def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, list[object]]:
+    """The statement of a page, with its arguments."""
+    bounds = [_NEWEST, wanted.before, first_id_at(wanted.end_at) if wanted.end_at else None]
+    arguments: list[object] = [merchant_id, min(bound for bound in bounds if bound), limit]
     filters = ""
-    for column, value in (
-        ("webhook_id", wanted.webhook_id),
-        ("event_id", wanted.event_id),
-        ("state", wanted.state),
+    for condition, value in (
+        ("webhook_id =", wanted.webhook_id),
+        ("event_id =", wanted.event_id),
+        ("event_type =", wanted.event_type),
+        ("id >=", first_id_at(wanted.start_at) if wanted.start_at else None),
     ):
         if value is not None:
             arguments.append(value)
-            filters += f" AND d.{column} = ${len(arguments)}"
+            filters += f" AND d.{condition} ${len(arguments)}"
+    if wanted.state is not None:
+        # Not an argument: only of a constant does the planner know whether a partial index has it.
+        filters += f" AND d.state = '{wanted.state.value}'"
     branches = []
     if wanted.state is None or wanted.state in OPEN_STATES:
         branches += [
@@ -121,7 +140,7 @@ async def list_deliveries(
     # As a subquery: a single branch would have two ORDER BY.
     whole = " UNION ALL ".join(branches)
     statement = f"SELECT * FROM ({whole}) d ORDER BY id DESC LIMIT $3"  # noqa: S608 - of our own parts
-    return [DeliveryRow(**row) for row in await pool.fetch(statement, *arguments)]
+    return statement, arguments
 
 
 async def attempts_of(pool: Pool, delivery_ids: Sequence[UUID]) -> dict[UUID, list[AttemptRow]]:

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from core import queue
-from core.ids import new_id
+from core.ids import format_id, new_id
 from core.lifecycle import DeliveryState, Outcome
 from core.queue import LeasedDelivery, NewEvent, Settled, Settlement
 
@@ -148,6 +148,21 @@ def failed(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
 def rescheduled(delivery: LeasedDelivery, seconds: float = 60.0, **overrides: Any) -> Settlement:
     """A 500 with another attempt to come."""
     return failed(delivery, final_state=None, retry_after_seconds=seconds, **overrides)
+
+
+async def fail_open_delivery(pool: Any) -> str:
+    """Finish one open delivery as failed, whatever its state; its prefixed id."""
+    row = await pool.fetchrow("""
+        WITH finished AS (
+            DELETE FROM delivery_queue WHERE id IN (SELECT id FROM delivery_queue LIMIT 1)
+            RETURNING *
+        )
+        INSERT INTO finished_deliveries
+            (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)
+        SELECT id, 'failed', webhook_id, event_id, merchant_id, event_type, 1, created_at
+        FROM finished RETURNING id
+    """)
+    return format_id("dlv", row["id"])
 
 
 async def settle(pool: Any, *settlements: Settlement, limit: int = 10) -> Settled:

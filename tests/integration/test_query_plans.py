@@ -286,7 +286,6 @@ async def test_finished_deliveries_and_their_attempts_are_read_by_key(crowded: A
 @pytest.mark.parametrize(
     ("column", "index"),
     [
-        ("merchant_id", "finished_deliveries_default_merchant_id_id_idx"),
         ("webhook_id", "finished_deliveries_default_webhook_id_id_idx"),
         ("event_id", "finished_deliveries_default_event_id_idx"),
     ],

@@ -48,7 +48,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
     assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
     finished = await pool.fetchrow("SELECT * FROM finished_deliveries")
     assert (finished["state"], finished["attempt_count"]) == ("delivered", 1)
-    for column in queued.keys() & finished.keys() - {"state", "attempt_count"}:
+    for column in set(queued.keys()) & set(finished.keys()) - {"state", "attempt_count"}:
         assert finished[column] == queued[column]
     attempt = dict(await pool.fetchrow("SELECT * FROM attempts"))
     assert attempt == {

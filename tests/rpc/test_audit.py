@@ -7,8 +7,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from postrider.v1 import admin_service_pb2, webhook_config_service_pb2
+from postrider.v1.delivery_service_pb2 import RedeliverDeliveryRequest
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
 from tests.errors import refusal_of
+from tests.factories import fail_open_delivery
 from tests.fakes.receiver import Receiver
 from tests.platform import Metadata, Platform, bearer
 from tests.rpcs import methods
@@ -22,8 +24,9 @@ CHANGING = {
     "DeleteWebhookConfig",
     "ReactivateWebhookConfig",
     "CreateEventType",
+    "RedeliverDelivery",
 }
-READING = ("Get", "List", "Ping", "Publish")
+READING = ("Get", "List", "Ping", "Publish", "Watch")
 
 
 async def entries(pool: Any) -> list[dict[str, Any]]:
@@ -38,6 +41,12 @@ def merchant(platform: Platform) -> Metadata:
 
 def operator(platform: Platform) -> Metadata:
     return bearer(platform.token("webhooks:admin", subject="operator-7"))
+
+
+async def finished_delivery(pool: Any, platform: Platform) -> str:
+    """The id of a delivery that was published now and failed at once."""
+    await platform.publish()
+    return await fail_open_delivery(pool)
 
 
 def updating(config: WebhookConfig, *paths: str) -> pb.UpdateWebhookConfigRequest:
@@ -66,6 +75,10 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
     await platform.admin.ReactivateWebhookConfig(
         admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id), metadata=op
     )
+    delivery_id = await finished_delivery(pool, platform)
+    await platform.deliveries.RedeliverDelivery(
+        RedeliverDeliveryRequest(id=delivery_id), metadata=me
+    )
     await platform.webhooks.DeleteWebhookConfig(
         pb.DeleteWebhookConfigRequest(id=webhook_id), metadata=me
     )
@@ -91,6 +104,7 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
             ["active", "deactivation_reason", "description", "retry_schedule"],
         ),
         ("operator-7", "m_1", "ReactivateWebhookConfig", webhook_id, reactivated),
+        ("gateway", "m_1", "RedeliverDelivery", delivery_id, []),
         ("gateway", "m_1", "DeleteWebhookConfig", webhook_id, []),
         ("operator-7", None, "CreateEventType", "invoice.sent", ["description", "name"]),
     ]
@@ -160,6 +174,7 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
     config = (await platform.register(receiver.url)).webhook_config
     paused = (await platform.register(receiver.url, active=False)).webhook_config
     before = await pool.fetch("SELECT * FROM webhook_configs ORDER BY id")
+    delivery_id = await finished_delivery(pool, platform)
     await platform.publish()
     await pool.execute("ALTER TABLE audit_entries ADD CHECK (false) NOT VALID")
     me, op = platform.merchant(), platform.operator()
@@ -176,6 +191,9 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
         platform.admin.CreateEventType(
             admin_service_pb2.CreateEventTypeRequest(event_type=EventType(name="invoice.sent")),
             metadata=op,
+        ),
+        platform.deliveries.RedeliverDelivery(
+            RedeliverDeliveryRequest(id=delivery_id), metadata=me
         ),
     )
     assert len(calls) == len(CHANGING)

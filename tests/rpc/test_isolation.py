@@ -37,6 +37,9 @@ REQUESTS: dict[tuple[str, str], Callable[[str], Message]] = {
         id=text
     ),
     ("DeliveryService.GetDelivery", "id"): lambda text: deliveries.GetDeliveryRequest(id=text),
+    ("DeliveryService.RedeliverDelivery", "id"): lambda text: deliveries.RedeliverDeliveryRequest(
+        id=text
+    ),
     ("DeliveryService.ListDeliveries", "webhook_id"): lambda text: deliveries.ListDeliveriesRequest(
         webhook_id=text
     ),

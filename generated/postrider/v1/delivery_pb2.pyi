@@ -150,7 +150,7 @@ class Delivery(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the event was accepted."""
+        """When the event was accepted, or the redelivery was asked for."""
 
     @_builtins.property
     def finish_time(self) -> _timestamp_pb2.Timestamp:

@@ -94,11 +94,13 @@ class ListDeliveriesRequest(_message.Message):
     """Only those of events of this type; empty: of all."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those of events accepted at or after this time; unset: from the oldest."""
+        """Only those made at or after this time, to the millisecond: when the event was accepted, or the
+        redelivery was asked for. Unset: from the oldest.
+        """
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those of events accepted before this time; unset: to the newest."""
+        """Only those made before this time; unset: to the newest."""
 
     def __init__(
         self,
