@@ -89,7 +89,7 @@ async def serve(
                 Ingest(pool, event_types, hints, settings.server.max_payload_bytes), pool
             ),
             deliveries=DeliveryService(pool, sessions, hints),
-            admin=AdminService(sessions, hints),
+            admin=AdminService(sessions, pool, hints, event_types),
         )
         await app.start()
         log.info("serving", address=settings.server.listen_address, port=app.port)

@@ -250,6 +250,7 @@ WITH free AS (
     -- Says nothing, but lets the two indexes be used, each of which has one part of the queue.
     SELECT id FROM delivery_queue
     WHERE webhook_id = $1 AND (state = 'parked' OR state <> 'parked')
+    LIMIT $2
     FOR UPDATE SKIP LOCKED
 ), cancelled AS (
     DELETE FROM delivery_queue q USING free WHERE q.id = free.id RETURNING q.*
@@ -439,12 +440,13 @@ async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) 
     await connection.execute(_RELEASE, *_fences(deliveries))
 
 
-async def cancel_webhook(connection: Connection, webhook_id: UUID) -> int:
+async def cancel_webhook(connection: Connection, webhook_id: UUID, limit: int | None = None) -> int:
     """Finish the open deliveries of a deleted config as cancelled; returns how many.
 
-    The few that other statements hold right now are left to the next claim, which cancels them.
+    At most `limit` of them, where one is given. The few that other statements hold right now are
+    left to the next claim, which cancels them.
     """
-    tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id)
+    tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id, limit)
     return int(tag.rpartition(" ")[2])
 
 

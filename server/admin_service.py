@@ -1,23 +1,27 @@
-"""AdminService: what operators change, across merchants."""
+"""AdminService: what operators see and change, across merchants; a module for each duty."""
 
 from typing import Any
+from uuid import UUID
 
 import grpc
-from sqlalchemy import func, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import select
 
-from core.errors import AlreadyExists, InvalidArgument
-from core.ids import format_id
-from core.models import EventType, WebhookConfig
+from core.db import Pool
+from core.errors import InvalidArgument
+from core.models import WebhookConfig
 from postrider.v1 import admin_service_pb2, admin_service_pb2_grpc
-from server import convert
-from server.audit import record_change
+from server import activation, convert
+from server.audit_log import AuditFilter, list_audit_entries
 from server.authentication import principal
 from server.database import Sessions
-from server.event_types import is_event_type_name
+from server.erasure import erase_merchant
+from server.event_type_register import EventTypeRegister
+from server.event_types import EventTypes
 from server.hint import Hints
+from server.ingest import is_merchant_id
+from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Scope
-from server.registration import description_violations
+from server.queue_status import queue_status
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = admin_service_pb2
@@ -26,72 +30,121 @@ pb = admin_service_pb2
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     """Every method needs the scope `webhooks:admin` and no merchant."""
 
-    def __init__(self, sessions: Sessions, hints: Hints):
+    def __init__(self, sessions: Sessions, pool: Pool, hints: Hints, event_types: EventTypes):
         self._sessions = sessions
+        self._pool = pool
         self._hints = hints
+        self._register = EventTypeRegister(sessions, event_types)
 
     async def ReactivateWebhookConfig(
         self, request: pb.ReactivateWebhookConfigRequest, context: Context
     ) -> pb.ReactivateWebhookConfigResponse:
-        principal().require(Scope.ADMIN)
-        webhook_id = convert.id_of("wh", request.id)
-        async with self._sessions.begin() as session:
-            row = await session.scalar(
-                select(WebhookConfig)
-                .where(WebhookConfig.id == webhook_id, WebhookConfig.deleted_at.is_(None))
-                .with_for_update()
-            )
-            if row is None:
-                raise convert.not_found("wh", request.id)
-            if not row.active:
-                row.active = True
-                row.deactivation_reason = None
-                row.consecutive_failures = 0
-                row.version += 1
-                row.updated_at = func.now()
-                record_change(
-                    session,
-                    action="ReactivateWebhookConfig",
-                    resource=format_id("wh", row.id),
-                    merchant_id=row.merchant_id,
-                    changed_fields=("active", "consecutive_failures", "deactivation_reason"),
-                )
-                await session.flush()
-                await session.refresh(row)
+        _require_admin()
+        row = await activation.reactivate(self._sessions, convert.id_of("wh", request.id))
+        if row is None:
+            raise convert.not_found("wh", request.id)
         self._hints.give()
         return pb.ReactivateWebhookConfigResponse(
             webhook_config=convert.webhook_config_message(row)
         )
 
+    async def DeactivateWebhookConfig(
+        self, request: pb.DeactivateWebhookConfigRequest, context: Context
+    ) -> pb.DeactivateWebhookConfigResponse:
+        _require_admin()
+        webhook_id = convert.id_of("wh", request.id)
+        activation.check_reason(request.reason)
+        row = await activation.deactivate(self._sessions, webhook_id, request.reason)
+        if row is None:
+            raise convert.not_found("wh", request.id)
+        return pb.DeactivateWebhookConfigResponse(
+            webhook_config=convert.webhook_config_message(row)
+        )
+
+    async def ListAllWebhookConfigs(
+        self, request: pb.ListAllWebhookConfigsRequest, context: Context
+    ) -> pb.ListAllWebhookConfigsResponse:
+        _require_admin()
+        size = page_size(request.page_size, default=50, maximum=100)
+        identity = ("all_webhooks", request.merchant_id, request.inactive_only)
+        before = parse_page_token(request.page_token, UUID, *identity)
+        query = select(WebhookConfig).where(WebhookConfig.deleted_at.is_(None))
+        if request.merchant_id:
+            _check_merchant_id(request.merchant_id)
+            query = query.where(WebhookConfig.merchant_id == request.merchant_id)
+        if request.inactive_only:
+            query = query.where(~WebhookConfig.active)
+        if before is not None:
+            query = query.where(WebhookConfig.id < before)
+        async with self._sessions() as session:
+            found = await session.scalars(query.order_by(WebhookConfig.id.desc()).limit(size + 1))
+            rows = found.all()
+        page = rows[:size]
+        return pb.ListAllWebhookConfigsResponse(
+            webhook_configs=[convert.webhook_config_message(row) for row in page],
+            next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
+        )
+
     async def CreateEventType(
         self, request: pb.CreateEventTypeRequest, context: Context
     ) -> pb.CreateEventTypeResponse:
-        principal().require(Scope.ADMIN)
-        name, description = request.event_type.name, request.event_type.description
-        if not is_event_type_name(name):
-            raise InvalidArgument.of(
-                "event_type.name",
-                "must be words of a-z 0-9 _ joined by dots, such as payment.succeeded, at most 128 "
-                "characters",
-                reason="EVENT_TYPE_NAME_INVALID",
-            )
-        if violations := description_violations("event_type.description", description):
-            raise InvalidArgument(*violations)
-        row = EventType(name=name, description=description)
-        try:
-            async with self._sessions.begin() as session:
-                session.add(row)
-                record_change(
-                    session,
-                    action="CreateEventType",
-                    resource=name,
-                    merchant_id=None,
-                    changed_fields=("name", "description"),
-                )
-                await session.flush()
-                await session.refresh(row)
-        except IntegrityError:
-            raise AlreadyExists(
-                f"the event type {name} is registered already", reason="EVENT_TYPE_EXISTS"
-            ) from None
+        _require_admin()
+        row = await self._register.create(convert.event_type_draft(request.event_type))
         return pb.CreateEventTypeResponse(event_type=convert.event_type_message(row))
+
+    async def UpdateEventType(
+        self, request: pb.UpdateEventTypeRequest, context: Context
+    ) -> pb.UpdateEventTypeResponse:
+        _require_admin()
+        draft = convert.event_type_draft(request.event_type)
+        row = await self._register.update(draft, set(request.update_mask.paths))
+        return pb.UpdateEventTypeResponse(event_type=convert.event_type_message(row))
+
+    async def GetQueueStatus(
+        self, request: pb.GetQueueStatusRequest, context: Context
+    ) -> pb.GetQueueStatusResponse:
+        _require_admin()
+        webhook_id = convert.optional_id_of("wh", request.webhook_id, "webhook_id")
+        total, webhooks = await queue_status(self._sessions, webhook_id, request.top)
+        return pb.GetQueueStatusResponse(
+            total=convert.queue_status_message(total),
+            webhooks=[convert.queue_status_message(standing) for standing in webhooks],
+        )
+
+    async def ListAuditEntries(
+        self, request: pb.ListAuditEntriesRequest, context: Context
+    ) -> pb.ListAuditEntriesResponse:
+        _require_admin()
+        size = page_size(request.page_size, default=50, maximum=100)
+        start = convert.time_filter(request, "start_time")
+        end = convert.time_filter(request, "end_time")
+        identity = ("audit_entries", request.actor, request.resource, str(start), str(end))
+        before = parse_page_token(request.page_token, UUID, *identity)
+        wanted = AuditFilter(request.actor, request.resource, start, end, before)
+        rows = await list_audit_entries(self._sessions, wanted, size + 1)
+        page = rows[:size]
+        return pb.ListAuditEntriesResponse(
+            audit_entries=[convert.audit_entry_message(row) for row in page],
+            next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
+        )
+
+    async def EraseMerchant(
+        self, request: pb.EraseMerchantRequest, context: Context
+    ) -> pb.EraseMerchantResponse:
+        _require_admin()
+        _check_merchant_id(request.merchant_id)
+        erased = await erase_merchant(self._sessions, self._pool, request.merchant_id)
+        return pb.EraseMerchantResponse(
+            deleted_webhook_configs=erased.webhook_configs, erased_events=erased.events
+        )
+
+
+def _require_admin() -> None:
+    principal().require(Scope.ADMIN)
+
+
+def _check_merchant_id(merchant_id: str) -> None:
+    if not is_merchant_id(merchant_id):
+        raise InvalidArgument.of(
+            "merchant_id", "must be 1 to 64 of A-Z a-z 0-9 _ -", reason="MERCHANT_ID_INVALID"
+        )

@@ -17,6 +17,7 @@ def record_change(
     resource: str,
     merchant_id: str | None,
     changed_fields: Iterable[str] = (),
+    comment: str = "",
 ) -> None:
     """Add the entry to the caller's transaction: neither is there without the other."""
     session.add(
@@ -28,6 +29,7 @@ def record_change(
             resource=resource,
             result="OK",
             changed_fields=sorted(changed_fields),
+            comment=comment,
             request_id=current_request_id.get(),
         )
     )

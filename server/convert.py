@@ -9,25 +9,28 @@ from typing import Any
 from uuid import UUID
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from core.errors import InvalidArgument, NotFound
 from core.ids import IdKind, format_id, parse_id
 from core.lifecycle import AttemptResult, DeliveryState
-from core.models import EventType, WebhookConfig
+from core.models import AuditEntry, EventType, WebhookConfig
 from postrider.v1 import (
+    admin_service_pb2,
     delivery_pb2,
     delivery_service_pb2,
     event_pb2,
-    event_service_pb2,
     webhook_config_pb2,
     webhook_config_service_pb2,
 )
 from server.event_history import EventRow
+from server.event_type_register import EventTypeDraft
 from server.event_types import is_event_type_name
 from server.history import AttemptRow, DeliveryRow
 from server.ingest import EventDraft, PublishedEvent
 from server.ping import is_reachable
+from server.queue_status import Standing
 from server.registration import WebhookDraft
 
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
@@ -114,7 +117,49 @@ def etag_of(row: WebhookConfig) -> str:
 
 def event_type_message(row: EventType) -> webhook_config_pb2.EventType:
     return webhook_config_pb2.EventType(
-        name=row.name, description=row.description, create_time=_timestamp(row.created_at)
+        name=row.name,
+        description=row.description,
+        create_time=_timestamp(row.created_at),
+        json_schema=row.json_schema,
+        enforce_schema=row.enforce_schema,
+        example=row.example,
+        deprecated=row.deprecated,
+    )
+
+
+def event_type_draft(message: webhook_config_pb2.EventType) -> EventTypeDraft:
+    return EventTypeDraft(
+        name=message.name,
+        description=message.description,
+        json_schema=message.json_schema,
+        enforce_schema=message.enforce_schema,
+        example=message.example,
+        deprecated=message.deprecated,
+    )
+
+
+def audit_entry_message(row: AuditEntry) -> admin_service_pb2.AuditEntry:
+    return admin_service_pb2.AuditEntry(
+        create_time=_timestamp(row.created_at),
+        actor=row.actor,
+        action=row.action,
+        resource=row.resource,
+        merchant_id=row.merchant_id or "",
+        result=row.result,
+        changed_fields=row.changed_fields,
+        comment=row.comment,
+        request_id=row.request_id,
+    )
+
+
+def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:
+    return admin_service_pb2.QueueStatus(
+        webhook_id=format_id("wh", standing.webhook_id) if standing.webhook_id else "",
+        merchant_id=standing.merchant_id or "",
+        ready=standing.ready,
+        parked=standing.parked,
+        leased=standing.leased,
+        oldest_due_age=_duration(standing.oldest_due_age_seconds),
     )
 
 
@@ -152,19 +197,6 @@ def _not_before(message: event_pb2.EventInput) -> datetime | None:
         return message.not_before.ToDatetime(UTC)
     except ValueError:
         return datetime.max.replace(tzinfo=UTC)
-
-
-def time_filter(request: event_service_pb2.ListEventsRequest, field: str) -> datetime | None:
-    """The time in a filter; None when it is unset, InvalidArgument when it is no time."""
-    if not request.HasField(field):  # type: ignore[arg-type]
-        return None
-    message: Timestamp = getattr(request, field)
-    try:
-        return message.ToDatetime(UTC)
-    except ValueError:
-        raise InvalidArgument.of(
-            field, "is not a time between the years 1 and 9999", reason="TIME_INVALID"
-        ) from None
 
 
 def event_message(event: PublishedEvent | EventRow) -> event_pb2.Event:
@@ -208,27 +240,13 @@ def time_range(
     request: delivery_service_pb2.ListDeliveriesRequest,
 ) -> tuple[datetime | None, datetime | None]:
     """start_time and end_time, each None when unset; refused when nothing can lie between them."""
-    start_at = _time(request, "start_time")
-    end_at = _time(request, "end_time")
+    start_at = time_filter(request, "start_time")
+    end_at = time_filter(request, "end_time")
     if start_at is not None and end_at is not None and start_at >= end_at:
         raise InvalidArgument.of(
             "end_time", "must be later than start_time", reason="TIME_RANGE_EMPTY"
         )
     return start_at, end_at
-
-
-def _time(request: delivery_service_pb2.ListDeliveriesRequest, field: str) -> datetime | None:
-    if not request.HasField(field):  # type: ignore[arg-type]
-        return None
-    try:
-        moment: datetime = getattr(request, field).ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        moment = _BEFORE_ALL
-    if moment < _EPOCH:
-        raise InvalidArgument.of(
-            field, "must be a time between 1970 and 9999", reason="TIME_INVALID"
-        )
-    return moment
 
 
 def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delivery_pb2.Delivery:
@@ -272,6 +290,21 @@ def _attempt_message(row: AttemptRow) -> delivery_pb2.Attempt:
 
 def _phase(microseconds: int | None) -> Duration | None:
     return None if microseconds is None else _duration(microseconds / 1e6)
+
+
+def time_filter(request: Message, field: str) -> datetime | None:
+    """The time in a filter; None when it is unset, InvalidArgument when no id can be of it."""
+    if not request.HasField(field):
+        return None
+    try:
+        moment: datetime = getattr(request, field).ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        moment = _BEFORE_ALL
+    if moment < _EPOCH:
+        raise InvalidArgument.of(
+            field, "must be a time between 1970 and 9999", reason="TIME_INVALID"
+        )
+    return moment
 
 
 def _timestamp(moment: datetime | None) -> Any:

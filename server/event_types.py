@@ -1,14 +1,46 @@
-"""The registered event types, remembered once seen: they are added to and never removed."""
+"""The registered event types as they were at most a second ago, in any process.
 
+They are added to and changed, never removed. What is remembered is read again by the first call
+after that second: publishing does not ask the database, and a change needs no message.
+"""
+
+import asyncio
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import structlog
 
 from core.db import Pool
 from core.errors import FieldViolation
+from server.payload_schema import PayloadSchema, SchemaRefused
+
+#: A change is honoured by every call that begins this long after its commit.
+MAX_AGE_SECONDS = 1.0
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _PREFIX = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*\.\*")
 _NAME_LENGTH_MAX = 128
+
+# xmin is the transaction that wrote a row: it tells a changed row without reading its schema.
+_ALL = "SELECT name, xmin::text AS revision, enforce_schema FROM event_types"
+_SOME = f"{_ALL} WHERE name = ANY ($1)"
+_SCHEMAS = """
+SELECT name, xmin::text AS revision, enforce_schema, json_schema
+FROM event_types WHERE name = ANY ($1)
+"""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class KnownType:
+    """An event type as last read; `schema` only while it is enforced."""
+
+    revision: str
+    schema: PayloadSchema | None
 
 
 def is_event_type_name(name: str) -> bool:
@@ -29,23 +61,40 @@ def event_type_name(text: str) -> str:
 
 
 class EventTypes:
-    """Answers which names are registered, asking the database only about new ones."""
+    """Answers which names are registered, and which schemas are enforced."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool, clock: Callable[[], float] = monotonic):
         self._pool = pool
-        self._known: set[str] = set()
+        self._clock = clock
+        self._known: dict[str, KnownType] = {}
+        self._read_at = float("-inf")
+        self._forgotten = 0
+        # One reader at a time: an older answer never replaces a newer one.
+        self._reading = asyncio.Lock()
+
+    def forget(self) -> None:
+        """Read anew at the next call: this process has just changed a type."""
+        self._read_at = float("-inf")
+        self._forgotten += 1
 
     async def unknown(self, names: Collection[str]) -> set[str]:
-        """Those of `names` that nobody has registered."""
-        missing = set(names) - self._known
+        """Those of `names` that nobody has registered. The others may then be asked about."""
+        await self._refresh()
+        missing = set(names) - self._known.keys()
         askable = [name for name in missing if is_event_type_name(name)]
         if askable:
-            rows = await self._pool.fetch(
-                "SELECT name FROM event_types WHERE name = ANY ($1)", askable
-            )
-            self._known.update(row["name"] for row in rows)
-            missing -= self._known
-        return missing
+            async with self._reading:
+                await self._learn(await self._pool.fetch(_SOME, askable))
+        return missing - self._known.keys()
+
+    def payload_fault(self, name: str, document: object) -> str | None:
+        """What a parsed payload breaks of the schema this type enforces; None when nothing."""
+        schema = self._known[name].schema
+        return schema.fault(document) if schema else None
+
+    def enforces_schema(self, name: str) -> bool:
+        """Whether payloads of this type, which unknown() has met, must match a schema."""
+        return self._known[name].schema is not None
 
     async def deprecated(self, names: Collection[str]) -> set[str]:
         """Those of `names` that nobody may newly subscribe to; asked anew, since it changes."""
@@ -54,6 +103,46 @@ class EventTypes:
             [name for name in names if is_event_type_name(name)],
         )
         return {row["name"] for row in rows}
+
+    async def _refresh(self) -> None:
+        if self._is_fresh():
+            return
+        async with self._reading:
+            if self._is_fresh():
+                return
+            # Before the query: what is committed after it began may not be in the answer.
+            began, forgotten = self._clock(), self._forgotten
+            await self._learn(await self._pool.fetch(_ALL))
+            if forgotten == self._forgotten:
+                self._read_at = began
+
+    def _is_fresh(self) -> bool:
+        return self._clock() - self._read_at < MAX_AGE_SECONDS
+
+    async def _learn(self, rows: Collection[Any]) -> None:
+        changed = [
+            row
+            for row in rows
+            if row["name"] not in self._known
+            or self._known[row["name"]].revision != row["revision"]
+        ]
+        enforced = [row["name"] for row in changed if row["enforce_schema"]]
+        schemas = await self._pool.fetch(_SCHEMAS, enforced) if enforced else []
+        for row in (*(row for row in changed if not row["enforce_schema"]), *schemas):
+            self._known[row["name"]] = KnownType(
+                revision=row["revision"],
+                # By now it may be enforced no longer.
+                schema=_compiled(row) if row["enforce_schema"] else None,
+            )
+
+
+def _compiled(row: Any) -> PayloadSchema | None:
+    try:
+        return PayloadSchema(row["json_schema"])
+    except SchemaRefused as refused:
+        # It was accepted once, by an older release: publishing goes on, somebody has to look.
+        log.error("schema_unusable", event_type=row["name"], reason=str(refused))
+        return None
 
 
 def unknown_event_type(field: str, name: str) -> FieldViolation:

@@ -159,7 +159,8 @@ class Ingest:
         found = []
         if not is_merchant_id(draft.merchant_id):
             found.append(wrong_merchant_id(f"{path}.merchant_id"))
-        if draft.type in unknown_types:
+        is_known = draft.type not in unknown_types
+        if not is_known:
             found.append(unknown_event_type(f"{path}.type", draft.type))
         if draft.idempotency_key and not _IDEMPOTENCY_KEY.fullmatch(draft.idempotency_key):
             found.append(
@@ -177,10 +178,12 @@ class Ingest:
                     "NOT_BEFORE_INVALID",
                 )
             )
-        found += self._payload_violations(draft, path)
+        found += self._payload_violations(draft, path, is_known)
         return found
 
-    def _payload_violations(self, draft: EventDraft, path: str) -> list[FieldViolation]:
+    def _payload_violations(
+        self, draft: EventDraft, path: str, is_known: bool
+    ) -> list[FieldViolation]:
         content_type = draft.content_type or DEFAULT_CONTENT_TYPE
         if len(content_type) > 128 or not _CONTENT_TYPE.fullmatch(content_type):
             description = "must be a media type such as application/json, or empty for that"
@@ -194,18 +197,23 @@ class Ingest:
                 "send a smaller payload that says where the rest is"
             )
             return [FieldViolation(f"{path}.payload", description, "PAYLOAD_TOO_LARGE")]
-        if _JSON_TYPE.match(content_type) and not _is_json(draft.payload):
-            description = f"is not JSON, which its content type {content_type} says it is"
-            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_NOT_JSON")]
-        return []
-
-
-def _is_json(payload: bytes) -> bool:
-    try:
-        orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        return False
-    return True
+        is_json, document = _JSON_TYPE.match(content_type) is not None, None
+        if is_json:
+            try:
+                document = orjson.loads(draft.payload)
+            except orjson.JSONDecodeError:
+                description = f"is not JSON, which its content type {content_type} says it is"
+                return [FieldViolation(f"{path}.payload", description, "PAYLOAD_NOT_JSON")]
+        fault = None
+        if is_known and self._event_types.enforces_schema(draft.type):
+            # A schema says nothing of what is not JSON, so that does not pass it.
+            fault = f"it is {content_type}, not JSON"
+            if is_json:
+                fault = self._event_types.payload_fault(draft.type, document)
+        if fault is None:
+            return []
+        description = f"does not match the schema of {draft.type}: {fault}"
+        return [FieldViolation(f"{path}.payload", description, "PAYLOAD_SCHEMA")]
 
 
 def _new_event(draft: EventDraft) -> NewEvent:

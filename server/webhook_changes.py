@@ -207,6 +207,12 @@ def _changes(
     """New column values, only where they differ; FailedPrecondition where the merchant may not."""
     wanted = _values(url, draft, fields)
     if "active" in fields and draft.active != row.active:
+        if row.deactivation_reason == DeactivationReason.ADMIN:
+            raise FailedPrecondition(
+                "the platform's operators deactivated this webhook config; ask them why, and to "
+                "reactivate it",
+                reason="WEBHOOK_CONFIG_DEACTIVATED",
+            )
         if row.deactivation_reason == DeactivationReason.FAILURES:
             raise FailedPrecondition(
                 "this webhook config went inactive after consecutive failed deliveries; mend the "

@@ -43,6 +43,12 @@ class WebhookConfig(Base):
             "previous_secret_expires_at",
             postgresql_where=text("previous_secret_expires_at IS NOT NULL"),
         ),
+        # Few among many, and what operators look for.
+        Index(
+            "webhook_configs_inactive",
+            "id",
+            postgresql_where=text("NOT active AND deleted_at IS NULL"),
+        ),
         {"comment": "Registered URLs with their secrets and event filters"},
     )
 

@@ -30,6 +30,7 @@ ALTER TABLE webhook_configs
     ADD CONSTRAINT webhook_configs_previous_secret_whole CHECK (
         (previous_secret_ciphertext IS NULL) = (previous_secret_key_id IS NULL)
         AND (previous_secret_key_id IS NULL) = (previous_secret_expires_at IS NULL));
+CREATE INDEX webhook_configs_inactive ON webhook_configs (id) WHERE NOT active AND deleted_at IS NULL;
 COMMENT ON COLUMN webhook_configs.headers IS 'Sent with every webhook beside our own';
 COMMENT ON COLUMN webhook_configs.timeout_seconds IS 'Of one attempt; null: the operator''s timeout';
 COMMENT ON COLUMN webhook_configs.rate_limit IS 'Webhooks a second; 0: no limit';
@@ -86,6 +87,7 @@ ALTER TABLE event_types
     DROP COLUMN json_schema, DROP COLUMN enforce_schema, DROP COLUMN example,
     DROP COLUMN deprecated;
 DROP INDEX webhook_configs_retired_secret;
+DROP INDEX webhook_configs_inactive;
 UPDATE webhook_configs SET deactivation_reason = 'failures' WHERE deactivation_reason = 'admin';
 ALTER TABLE webhook_configs
     DROP CONSTRAINT webhook_configs_deactivation_reason_known,

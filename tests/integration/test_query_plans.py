@@ -262,7 +262,7 @@ async def test_cancelling_a_config_reads_its_own_deliveries_only(crowded: Any) -
         "SELECT count(*) FROM delivery_queue WHERE webhook_id = $1", webhook_id
     )
 
-    plan = await _explain(crowded, queue._CANCEL_WEBHOOK, webhook_id)
+    plan = await _explain(crowded, queue._CANCEL_WEBHOOK, webhook_id, None)
 
     of_queue = [scan for scan in plan.scans if scan.relation == "delivery_queue"]
     assert sum(scan.rows + scan.filtered for scan in of_queue) <= 4 * own

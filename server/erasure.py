@@ -1,0 +1,121 @@
+"""Erases a merchant: first what lets anything be sent, then what was said, in bounded chunks.
+
+Every step finds by itself what is left of it, so an erasure that broke off is ended by a second.
+The ids, types, times and outcomes of events and deliveries stay: that something was delivered, not
+what. An erased event has no content type, which no other event lacks.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import func, select, text
+
+from core import queue
+from core.db import Pool
+from core.ids import format_id
+from core.models import WebhookConfig
+from server.audit import record_change
+from server.database import Sessions
+
+#: Rows of one statement: tens of milliseconds, so that nobody waits long for what it locks.
+_CHUNK = 500
+_FIRST = UUID(int=0)
+
+# Of configs that were deleted before, too; their rows stay, so that the history keeps its ids.
+_ERASE_CONFIGS = text("""
+UPDATE webhook_configs
+SET url = 'https://erased.invalid/', description = '', headers = '{}', secret_ciphertext = '',
+    previous_secret_ciphertext = NULL, previous_secret_key_id = NULL,
+    previous_secret_expires_at = NULL, deleted_at = coalesce(deleted_at, now()),
+    version = version + 1, updated_at = now()
+WHERE id = ANY (:ids) AND (deleted_at IS NULL OR url <> 'https://erased.invalid/')
+""")
+
+_ERASE_COMMENTS = text("""
+UPDATE audit_entries SET comment = '' WHERE resource = ANY (:resources) AND comment <> ''
+""")
+
+_ERASE_KEYS = """
+DELETE FROM idempotency_keys WHERE merchant_id = $1 AND key = ANY (ARRAY(
+    SELECT key FROM idempotency_keys WHERE merchant_id = $1 LIMIT $2
+))
+"""
+
+_ERASE_EVENTS = """
+WITH chunk AS (
+    SELECT id, content_type <> '' AS whole FROM events
+    WHERE merchant_id = $1 AND id > $2 ORDER BY id LIMIT $3
+), erased AS (
+    UPDATE events e SET payload = '', content_type = '' FROM chunk c WHERE e.id = c.id AND c.whole
+)
+SELECT count(*) FILTER (WHERE whole) AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id
+FROM chunk
+"""
+
+# What a receiver answered, and where it was, is as personal as what it was sent.
+_ERASE_ATTEMPTS = """
+WITH chunk AS (
+    SELECT id FROM finished_deliveries
+    WHERE merchant_id = $1 AND id > $2 ORDER BY id LIMIT $3
+), erased AS (
+    UPDATE attempts a SET detail = 'erased', response_excerpt = '', remote_address = NULL
+    FROM chunk c WHERE a.delivery_id = c.id AND a.detail <> 'erased'
+)
+SELECT 0 AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id FROM chunk
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What this erasure found and erased; what an earlier one did is not counted again."""
+
+    webhook_configs: int
+    events: int
+
+
+async def erase_merchant(sessions: Sessions, pool: Pool, merchant_id: str) -> Erased:
+    """Nothing is sent for the merchant once this returns, but what is on the wire already."""
+    configs = await _erase_configs(sessions, merchant_id)
+    for webhook_id in configs:
+        while await queue.cancel_webhook(pool, webhook_id, _CHUNK) == _CHUNK:
+            pass
+    while await pool.execute(_ERASE_KEYS, merchant_id, _CHUNK) == f"DELETE {_CHUNK}":
+        pass
+    events = await _erase_in_chunks(pool, _ERASE_EVENTS, merchant_id)
+    await _erase_in_chunks(pool, _ERASE_ATTEMPTS, merchant_id)
+    return Erased(sum(deleted_at is None for deleted_at in configs.values()), events)
+
+
+async def _erase_configs(sessions: Sessions, merchant_id: str) -> dict[UUID, datetime | None]:
+    """All configs there ever were, with the time at which they had been deleted before."""
+    async with sessions.begin() as session:
+        # The lock that creates take: none slips in behind us.
+        await session.execute(
+            select(func.pg_advisory_xact_lock(func.hashtextextended(merchant_id, 0)))
+        )
+        rows = await session.execute(
+            select(WebhookConfig.id, WebhookConfig.deleted_at)
+            .where(WebhookConfig.merchant_id == merchant_id)
+            # In the order in which engines lock them.
+            .order_by(WebhookConfig.id)
+            .with_for_update()
+        )
+        configs: dict[UUID, datetime | None] = {row.id: row.deleted_at for row in rows}
+        await session.execute(_ERASE_CONFIGS, {"ids": list(configs)})
+        resources = [format_id("wh", webhook_id) for webhook_id in configs]
+        await session.execute(_ERASE_COMMENTS, {"resources": resources})
+        record_change(
+            session, action="EraseMerchant", resource=merchant_id, merchant_id=merchant_id
+        )
+    return configs
+
+
+async def _erase_in_chunks(pool: Pool, statement: str, merchant_id: str) -> int:
+    erased, last_id = 0, _FIRST
+    while True:
+        row = await pool.fetchrow(statement, merchant_id, last_id, _CHUNK)
+        if row["last_id"] is None:
+            return erased
+        erased += row["erased"]
+        last_id = row["last_id"]

@@ -1,0 +1,166 @@
+"""JSON Schema (draft 2020-12) of payloads: what is accepted, and what a payload breaks (pure).
+
+What holds, whatever a schema says: nothing is fetched, no pattern backtracks, and a payload costs
+at most as many checks as the schema has parts (1,000) times its own values, some 10 ns each.
+"""
+
+from itertools import islice
+from typing import Any
+
+import jsonschema_rs
+import orjson
+
+SCHEMA_BYTES_MAX = 64 * 1024
+#: Subschemas, each counted as often as it is referred to.
+_PARTS_MAX = 1000
+_PATTERN_BYTES_MAX = 256 * 1024
+_PATH_CHARACTERS_MAX = 200
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+_DYNAMIC = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor")
+#: These look at what the schemas beside them matched, by matching them once more.
+_LOOKING_TWICE = ("unevaluatedProperties", "unevaluatedItems")
+
+
+class SchemaRefused(Exception):  # noqa: N818 - named for what happened
+    """The text is not a schema we accept; the message says why, and ends without a full stop."""
+
+
+class PayloadSchema:
+    """A compiled schema."""
+
+    def __init__(self, text: str):
+        """SchemaRefused unless the text is a schema whose cost is bounded."""
+        if len(text.encode()) > SCHEMA_BYTES_MAX:
+            raise SchemaRefused(f"has more than {SCHEMA_BYTES_MAX} bytes")
+        try:
+            schema = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise SchemaRefused(f"is not JSON: {error}") from None
+        if not isinstance(schema, (dict, bool)):
+            raise SchemaRefused("must be a JSON object")
+        if isinstance(schema, dict) and schema.get("$schema", _DRAFT) != _DRAFT:
+            raise SchemaRefused(f"must have {_DRAFT} as $schema, or none")
+        _Parts(schema).require_bounded()
+        try:
+            self._validator = jsonschema_rs.Draft202012Validator(
+                schema,
+                retriever=_refuse_to_fetch,
+                pattern_options=jsonschema_rs.RegexOptions(size_limit=_PATTERN_BYTES_MAX),
+            )
+        except jsonschema_rs.ValidationError as error:
+            raise SchemaRefused(_why_not_a_schema(error)) from None
+        except ValueError:
+            raise SchemaRefused("is nested too deeply") from None
+
+    def fault(self, document: object) -> str | None:
+        """Where a parsed payload breaks which rule first; None when it matches.
+
+        Says nothing of the payload's values, which may be personal and end up in a producer's log.
+        """
+        try:
+            if self._validator.is_valid(document):
+                return None
+            [error] = islice(self._validator.iter_errors(document), 1)
+        except ValueError:
+            return "it is nested too deeply"
+        rule = _shortened("#" + "".join(f"/{_escaped(step)}" for step in error.schema_path))
+        missing = getattr(error.kind, "property", None) if rule.endswith("/required") else None
+        lacking = f", {_shortened(str(missing))!r} is missing" if missing else ""
+        return f"at {_path_of(error.instance_path)} by the rule {rule}{lacking}"
+
+
+class _Parts:
+    """Counts the objects of a schema, following its references.
+
+    Every object counts, also one that is data (in `enum`, say): too careful, and never wrong.
+    """
+
+    def __init__(self, schema: Any):
+        self._schema = schema
+        self._counted: dict[str, int] = {}
+        self._following: set[str] = set()
+
+    def require_bounded(self) -> None:
+        """SchemaRefused when references leave the schema or go in circles, or it is too large."""
+        try:
+            parts = self._count(self._schema, is_root=True)
+        except RecursionError:
+            raise SchemaRefused("is nested too deeply") from None
+        if parts > _PARTS_MAX:
+            raise SchemaRefused(
+                f"has {min(parts, 10**9)} subschemas, each counted as often as it is referred to "
+                f"and doubled inside of unevaluated…; at most {_PARTS_MAX} are accepted"
+            )
+
+    def _count(self, value: Any, *, is_root: bool = False) -> int:
+        if isinstance(value, list):
+            return sum(map(self._count, value))
+        if not isinstance(value, dict):
+            return 0
+        for keyword in _DYNAMIC if is_root else (*_DYNAMIC, "$id", "$schema"):
+            if isinstance(value.get(keyword), (str, bool)):
+                where = "" if is_root else " below its top"
+                raise SchemaRefused(f"uses {keyword}{where}, which is not accepted")
+        parts = 1 + sum(map(self._count, value.values()))
+        reference = value.get("$ref")
+        if isinstance(reference, str):
+            parts += self._count_reference(reference)
+        return parts * 2 if any(keyword in value for keyword in _LOOKING_TWICE) else parts
+
+    def _count_reference(self, reference: str) -> int:
+        shown = _shortened(reference)
+        if reference != "#" and not reference.startswith("#/"):
+            raise SchemaRefused(f"refers to {shown!r}: only #/… within the schema is accepted")
+        if reference in self._following or reference == "#":
+            raise SchemaRefused(f"refers to {shown!r} from within itself, which is not accepted")
+        if reference not in self._counted:
+            self._following.add(reference)
+            self._counted[reference] = self._count(self._resolve(reference))
+            self._following.remove(reference)
+        return self._counted[reference]
+
+    def _resolve(self, reference: str) -> Any:
+        if "%" in reference:
+            raise SchemaRefused(f"refers to {_shortened(reference)!r}: write it without %-escapes")
+        value = self._schema
+        for step in reference[2:].split("/"):
+            key = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(value, dict) and key in value:
+                value = value[key]
+            elif (
+                isinstance(value, list)
+                and key.isascii()
+                and key.isdigit()
+                and int(key) < len(value)
+            ):
+                value = value[int(key)]
+            else:
+                raise SchemaRefused(f"refers to {_shortened(reference)!r}, which is not in it")
+        return value
+
+
+def _refuse_to_fetch(uri: str) -> Any:
+    raise ValueError(f"{uri} is not fetched")
+
+
+def _why_not_a_schema(error: jsonschema_rs.ValidationError) -> str:
+    if error.instance_path and error.instance_path[-1] in {"pattern", "patternProperties"}:
+        return (
+            f"has a pattern at {_path_of(error.instance_path)} that is not a regular expression "
+            "without look-around and back-references, or is too large"
+        )
+    return f"is not a JSON Schema: {_shortened(error.message)} at {_path_of(error.instance_path)}"
+
+
+def _path_of(steps: list[str | int]) -> str:
+    parts = [f"[{s}]" if isinstance(s, int) else f".{_escaped(s)}" for s in steps]
+    return _shortened("$" + "".join(parts))
+
+
+def _escaped(step: str | int) -> str:
+    return "".join(c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in str(step))
+
+
+def _shortened(text: str) -> str:
+    text = _escaped(text)
+    return text if len(text) <= _PATH_CHARACTERS_MAX else text[:_PATH_CHARACTERS_MAX] + "…"
