@@ -2,7 +2,8 @@
 
 Every step finds by itself what is left of it, so an erasure that broke off is ended by a second.
 The ids, types, times and outcomes of events and deliveries stay: that something was delivered, not
-what. An erased event has no content type, which no other event lacks.
+what. An erased event has no content type, which no other event lacks. What is accepted after an
+erasure began is a new beginning, and stays.
 """
 
 from dataclasses import dataclass
@@ -38,14 +39,14 @@ UPDATE audit_entries SET comment = '' WHERE resource = ANY (:resources) AND comm
 
 _ERASE_KEYS = """
 DELETE FROM idempotency_keys WHERE merchant_id = $1 AND key = ANY (ARRAY(
-    SELECT key FROM idempotency_keys WHERE merchant_id = $1 LIMIT $2
+    SELECT key FROM idempotency_keys WHERE merchant_id = $1 AND created_at <= $3 LIMIT $2
 ))
 """
 
 _ERASE_EVENTS = """
 WITH chunk AS (
     SELECT id, content_type <> '' AS whole FROM events
-    WHERE merchant_id = $1 AND id > $2 ORDER BY id LIMIT $3
+    WHERE merchant_id = $1 AND id > $2 AND created_at <= $4 ORDER BY id LIMIT $3
 ), erased AS (
     UPDATE events e SET payload = '', content_type = '' FROM chunk c WHERE e.id = c.id AND c.whole
 )
@@ -57,7 +58,7 @@ FROM chunk
 _ERASE_ATTEMPTS = """
 WITH chunk AS (
     SELECT id FROM finished_deliveries
-    WHERE merchant_id = $1 AND id > $2 ORDER BY id LIMIT $3
+    WHERE merchant_id = $1 AND id > $2 AND created_at <= $4 ORDER BY id LIMIT $3
 ), erased AS (
     UPDATE attempts a SET detail = 'erased', response_excerpt = '', remote_address = NULL
     FROM chunk c WHERE a.delivery_id = c.id AND a.detail <> 'erased'
@@ -76,19 +77,21 @@ class Erased:
 
 async def erase_merchant(sessions: Sessions, pool: Pool, merchant_id: str) -> Erased:
     """Nothing is sent for the merchant once this returns, but what is on the wire already."""
-    configs = await _erase_configs(sessions, merchant_id)
+    configs, began_at = await _erase_configs(sessions, merchant_id)
     for webhook_id in configs:
         while await queue.cancel_webhook(pool, webhook_id, _CHUNK) == _CHUNK:
             pass
-    while await pool.execute(_ERASE_KEYS, merchant_id, _CHUNK) == f"DELETE {_CHUNK}":
+    while await pool.execute(_ERASE_KEYS, merchant_id, _CHUNK, began_at) == f"DELETE {_CHUNK}":
         pass
-    events = await _erase_in_chunks(pool, _ERASE_EVENTS, merchant_id)
-    await _erase_in_chunks(pool, _ERASE_ATTEMPTS, merchant_id)
+    events = await _erase_in_chunks(pool, _ERASE_EVENTS, merchant_id, began_at)
+    await _erase_in_chunks(pool, _ERASE_ATTEMPTS, merchant_id, began_at)
     return Erased(sum(deleted_at is None for deleted_at in configs.values()), events)
 
 
-async def _erase_configs(sessions: Sessions, merchant_id: str) -> dict[UUID, datetime | None]:
-    """All configs there ever were, with the time at which they had been deleted before."""
+async def _erase_configs(
+    sessions: Sessions, merchant_id: str
+) -> tuple[dict[UUID, datetime | None], datetime]:
+    """All configs there ever were, with when they had been deleted before; and the time it is."""
     async with sessions.begin() as session:
         # The lock that creates take: none slips in behind us.
         await session.execute(
@@ -108,13 +111,14 @@ async def _erase_configs(sessions: Sessions, merchant_id: str) -> dict[UUID, dat
         record_change(
             session, action="EraseMerchant", resource=merchant_id, merchant_id=merchant_id
         )
-    return configs
+        began_at = (await session.execute(select(func.now()))).scalar_one()
+    return configs, began_at
 
 
-async def _erase_in_chunks(pool: Pool, statement: str, merchant_id: str) -> int:
+async def _erase_in_chunks(pool: Pool, statement: str, merchant_id: str, began_at: datetime) -> int:
     erased, last_id = 0, _FIRST
     while True:
-        row = await pool.fetchrow(statement, merchant_id, last_id, _CHUNK)
+        row = await pool.fetchrow(statement, merchant_id, last_id, _CHUNK, began_at)
         if row["last_id"] is None:
             return erased
         erased += row["erased"]

@@ -291,7 +291,7 @@ class GetQueueStatusRequest(_message.Message):
     WEBHOOK_ID_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
-    """Only this webhook config; empty: all of them."""
+    """Only this webhook config, also a deleted one; empty: all of them."""
     top: _builtins.int
     """For how many webhook configs to tell, 1 to 100; 0 means 20."""
     def __init__(
@@ -322,7 +322,7 @@ class GetQueueStatusResponse(_message.Message):
 
     @_builtins.property
     def webhooks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueStatus]:
-        """One for each webhook config, most open deliveries first."""
+        """One for each webhook config that has open deliveries, most of them first."""
 
     def __init__(
         self,
@@ -362,7 +362,9 @@ class QueueStatus(_message.Message):
     """Deliveries that an engine is attempting."""
     @_builtins.property
     def oldest_due_age(self) -> _duration_pb2.Duration:
-        """How long the longest due delivery has been waiting; 0 when none is due."""
+        """How long the ready delivery that is due longest has been waiting; 0 when none is due. A backlog
+        waits for its webhook config, so what is parked does not count.
+        """
 
     def __init__(
         self,
@@ -545,9 +547,9 @@ class EraseMerchantResponse(_message.Message):
     DELETED_WEBHOOK_CONFIGS_FIELD_NUMBER: _builtins.int
     ERASED_EVENTS_FIELD_NUMBER: _builtins.int
     deleted_webhook_configs: _builtins.int
-    """Webhook configs that were deleted."""
+    """Webhook configs that this call deleted."""
     erased_events: _builtins.int
-    """Events whose payloads are gone."""
+    """Events whose payloads this call erased."""
     def __init__(
         self,
         *,

@@ -91,7 +91,8 @@ class AdminServiceServicer:
 
     def DeactivateWebhookConfig(self, request, context):
         """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-        only Reactivate brings it back. Already deactivated by an operator: nothing changes.
+        only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
+        operator: nothing changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +113,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateEventType(self, request, context):
-        """Changes description, JSON Schema, enforcement, example or deprecation of an event type.
+        """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
+        server process honours the change in calls that begin a second later, or sooner.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,6 +122,8 @@ class AdminServiceServicer:
 
     def GetQueueStatus(self, request, context):
         """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
+        The numbers are exact and of one moment; counting a million open deliveries takes about half
+        a second, so ask for all of them at most every few seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,8 +137,10 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EraseMerchant(self, request, context):
-        """Deletes a merchant's webhook configs with their secrets, and the payloads of its events. Its
-        deliveries are cancelled; what remains says that something was delivered, not what. Final.
+        """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
+        events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
+        is sent but what is on the wire. What remains says that something was delivered, not what. Works
+        in small transactions: when the call breaks off, another one ends it. Final.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

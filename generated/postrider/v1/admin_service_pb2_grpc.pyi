@@ -22,21 +22,29 @@ class AdminServiceStub:
     """
     DeactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]
     """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-    only Reactivate brings it back. Already deactivated by an operator: nothing changes.
+    only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
+    operator: nothing changes.
     """
     ListAllWebhookConfigs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]
     """Lists webhook configs across merchants, newest first."""
     CreateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]
     """Registers an event type that producers may publish and merchants may subscribe to."""
     UpdateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]
-    """Changes description, JSON Schema, enforcement, example or deprecation of an event type."""
+    """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
+    server process honours the change in calls that begin a second later, or sooner.
+    """
     GetQueueStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]
-    """Tells how the queue stands, in all and for the webhook configs with the most open deliveries."""
+    """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
+    The numbers are exact and of one moment; counting a million open deliveries takes about half
+    a second, so ask for all of them at most every few seconds.
+    """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
     """Lists audit entries, newest first."""
     EraseMerchant: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]
-    """Deletes a merchant's webhook configs with their secrets, and the payloads of its events. Its
-    deliveries are cancelled; what remains says that something was delivered, not what. Final.
+    """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
+    events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
+    is sent but what is on the wire. What remains says that something was delivered, not what. Works
+    in small transactions: when the call breaks off, another one ends it. Final.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,7 +67,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.DeactivateWebhookConfigRequest, _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]:
         """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-        only Reactivate brings it back. Already deactivated by an operator: nothing changes.
+        only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
+        operator: nothing changes.
         """
 
     @_abc_1.abstractmethod
@@ -84,7 +93,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.UpdateEventTypeRequest,
         context: _aio.ServicerContext[_admin_service_pb2.UpdateEventTypeRequest, _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]:
-        """Changes description, JSON Schema, enforcement, example or deprecation of an event type."""
+        """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
+        server process honours the change in calls that begin a second later, or sooner.
+        """
 
     @_abc_1.abstractmethod
     def GetQueueStatus(
@@ -92,7 +103,10 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetQueueStatusRequest,
         context: _aio.ServicerContext[_admin_service_pb2.GetQueueStatusRequest, _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]:
-        """Tells how the queue stands, in all and for the webhook configs with the most open deliveries."""
+        """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
+        The numbers are exact and of one moment; counting a million open deliveries takes about half
+        a second, so ask for all of them at most every few seconds.
+        """
 
     @_abc_1.abstractmethod
     def ListAuditEntries(
@@ -108,8 +122,10 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.EraseMerchantRequest,
         context: _aio.ServicerContext[_admin_service_pb2.EraseMerchantRequest, _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]:
-        """Deletes a merchant's webhook configs with their secrets, and the payloads of its events. Its
-        deliveries are cancelled; what remains says that something was delivered, not what. Final.
+        """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
+        events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
+        is sent but what is on the wire. What remains says that something was delivered, not what. Works
+        in small transactions: when the call breaks off, another one ends it. Final.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

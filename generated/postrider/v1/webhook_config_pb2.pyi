@@ -105,7 +105,7 @@ class WebhookConfig(_message.Message):
     active: _builtins.bool
     """Whether webhooks are sent. A merchant may pause (false) and resume (true). While it is
     false, deliveries are parked, not lost. A config that was deactivated after consecutive
-    failures comes back only by AdminService.ReactivateWebhookConfig.
+    failures, or by an operator, comes back only by AdminService.ReactivateWebhookConfig.
     """
     deactivation_reason: Global___DeactivationReason.ValueType
     """Why it is not active; unspecified while it is. Read-only."""
@@ -207,13 +207,20 @@ class EventType(_message.Message):
     description: _builtins.str
     """What it means, for merchants."""
     json_schema: _builtins.str
-    """JSON Schema (draft 2020-12) of its payloads, as JSON text; empty: none."""
+    """JSON Schema (draft 2020-12) of its payloads, as JSON text; empty: none. At most 64 KiB and 1,000
+    subschemas, each counted as often as it is referred to; `$ref` only as `#/…` and never in a
+    circle, no `$dynamicRef`, and patterns without look-around and back-references.
+    """
     enforce_schema: _builtins.bool
-    """Whether payloads that do not match the schema are refused at publish; else it is for readers."""
+    """Whether payloads that do not match the schema are refused at publish, with PAYLOAD_SCHEMA; what
+    is not JSON does not match. Else the schema is for readers. Needs a schema.
+    """
     example: _builtins.str
     """An example payload, as JSON text that matches the schema; empty: none."""
     deprecated: _builtins.bool
-    """Whether it is to be used no longer: merchants cannot newly subscribe, producers still publish."""
+    """Whether it is to be used no longer: merchants cannot newly subscribe to its name, subscriptions
+    there are stay (also by a prefix), and producers still publish.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was registered. Read-only."""
