@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format generate lock clean
+.PHONY: help install run test check format generate release-contract lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ UV := $(shell command -v uv 2>/dev/null || echo $(UV_HOME)/bin/uv)
 STAMP := $(VENV)/.installed
 
 help: ## Show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Set up .venv with everything, so that .venv/bin/postrider runs
 
@@ -50,9 +50,13 @@ format: install ## Format Python and protobuf sources
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/buf format --write
 
-generate: install ## Regenerate generated/ from protos/, and the lists of settings
+generate: install ## Regenerate generated/, the descriptor set, docs/openapi.yaml, the lists of settings
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate 2>/dev/null
+	@BUF=$(BIN)/buf ./tools/descriptor_set deploy/envoy/postrider.binpb
 	@$(BIN)/python -m tools.settings_table
+
+release-contract: install ## At a release: make the present protos what `buf breaking` compares with
+	@$(BIN)/buf build protos --exclude-source-info --output protos/released.binpb
 
 lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml
 	@$(UV) pip compile --quiet --universal --python-version 3.12 --all-extras --group dev \

@@ -22,33 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from postrider.v1 import delivery_pb2 as postrider_dot_v1_dot_delivery__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#postrider/v1/delivery_service.proto\x12\x0cpostrider.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bpostrider/v1/delivery.proto\"$\n\x12GetDeliveryRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"I\n\x13GetDeliveryResponse\x12\x32\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x16.postrider.v1.DeliveryR\x08\x64\x65livery\"\xd1\x02\n\x15ListDeliveriesRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x19\n\x08\x65vent_id\x18\x02 \x01(\tR\x07\x65ventId\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\x1b.postrider.v1.DeliveryStateR\x05state\x12\x1b\n\tpage_size\x18\x04 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x05 \x01(\tR\tpageToken\x12\x1d\n\nevent_type\x18\x06 \x01(\tR\teventType\x12\x39\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\"x\n\x16ListDeliveriesResponse\x12\x36\n\ndeliveries\x18\x01 \x03(\x0b\x32\x16.postrider.v1.DeliveryR\ndeliveries\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"*\n\x18RedeliverDeliveryRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"O\n\x19RedeliverDeliveryResponse\x12\x32\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x16.postrider.v1.DeliveryR\x08\x64\x65livery\"y\n\x16WatchDeliveriesRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x1d\n\nevent_type\x18\x02 \x01(\tR\teventType\x12!\n\x0cresume_token\x18\x03 \x01(\tR\x0bresumeToken\"p\n\x17WatchDeliveriesResponse\x12\x32\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x16.postrider.v1.DeliveryR\x08\x64\x65livery\x12!\n\x0cresume_token\x18\x02 \x01(\tR\x0bresumeToken2\x8a\x03\n\x0f\x44\x65liveryService\x12R\n\x0bGetDelivery\x12 .postrider.v1.GetDeliveryRequest\x1a!.postrider.v1.GetDeliveryResponse\x12[\n\x0eListDeliveries\x12#.postrider.v1.ListDeliveriesRequest\x1a$.postrider.v1.ListDeliveriesResponse\x12\x64\n\x11RedeliverDelivery\x12&.postrider.v1.RedeliverDeliveryRequest\x1a\'.postrider.v1.RedeliverDeliveryResponse\x12`\n\x0fWatchDeliveries\x12$.postrider.v1.WatchDeliveriesRequest\x1a%.postrider.v1.WatchDeliveriesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#postrider/v1/delivery_service.proto\x12\x0cpostrider.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bpostrider/v1/delivery.proto\"$\n\x12GetDeliveryRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"I\n\x13GetDeliveryResponse\x12\x32\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x16.postrider.v1.DeliveryR\x08\x64\x65livery\"\xd1\x02\n\x15ListDeliveriesRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x19\n\x08\x65vent_id\x18\x02 \x01(\tR\x07\x65ventId\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\x1b.postrider.v1.DeliveryStateR\x05state\x12\x1b\n\tpage_size\x18\x04 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x05 \x01(\tR\tpageToken\x12\x1d\n\nevent_type\x18\x06 \x01(\tR\teventType\x12\x39\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\"x\n\x16ListDeliveriesResponse\x12\x36\n\ndeliveries\x18\x01 \x03(\x0b\x32\x16.postrider.v1.DeliveryR\ndeliveries\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"*\n\x18RedeliverDeliveryRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"O\n\x19RedeliverDeliveryResponse\x12\x32\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x16.postrider.v1.DeliveryR\x08\x64\x65livery\"y\n\x16WatchDeliveriesRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x1d\n\nevent_type\x18\x02 \x01(\tR\teventType\x12!\n\x0cresume_token\x18\x03 \x01(\tR\x0bresumeToken\"p\n\x17WatchDeliveriesResponse\x12\x32\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x16.postrider.v1.DeliveryR\x08\x64\x65livery\x12!\n\x0cresume_token\x18\x02 \x01(\tR\x0bresumeToken2\x88\x04\n\x0f\x44\x65liveryService\x12o\n\x0bGetDelivery\x12 .postrider.v1.GetDeliveryRequest\x1a!.postrider.v1.GetDeliveryResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/v1/deliveries/{id}\x12s\n\x0eListDeliveries\x12#.postrider.v1.ListDeliveriesRequest\x1a$.postrider.v1.ListDeliveriesResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/deliveries\x12\x8e\x01\n\x11RedeliverDelivery\x12&.postrider.v1.RedeliverDeliveryRequest\x1a\'.postrider.v1.RedeliverDeliveryResponse\"(\x82\xd3\xe4\x93\x02\"\"\x1d/v1/deliveries/{id}:redeliver:\x01*\x12~\n\x0fWatchDeliveries\x12$.postrider.v1.WatchDeliveriesRequest\x1a%.postrider.v1.WatchDeliveriesResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/deliveries:watch0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.delivery_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETDELIVERYREQUEST']._serialized_start=115
-  _globals['_GETDELIVERYREQUEST']._serialized_end=151
-  _globals['_GETDELIVERYRESPONSE']._serialized_start=153
-  _globals['_GETDELIVERYRESPONSE']._serialized_end=226
-  _globals['_LISTDELIVERIESREQUEST']._serialized_start=229
-  _globals['_LISTDELIVERIESREQUEST']._serialized_end=566
-  _globals['_LISTDELIVERIESRESPONSE']._serialized_start=568
-  _globals['_LISTDELIVERIESRESPONSE']._serialized_end=688
-  _globals['_REDELIVERDELIVERYREQUEST']._serialized_start=690
-  _globals['_REDELIVERDELIVERYREQUEST']._serialized_end=732
-  _globals['_REDELIVERDELIVERYRESPONSE']._serialized_start=734
-  _globals['_REDELIVERDELIVERYRESPONSE']._serialized_end=813
-  _globals['_WATCHDELIVERIESREQUEST']._serialized_start=815
-  _globals['_WATCHDELIVERIESREQUEST']._serialized_end=936
-  _globals['_WATCHDELIVERIESRESPONSE']._serialized_start=938
-  _globals['_WATCHDELIVERIESRESPONSE']._serialized_end=1050
-  _globals['_DELIVERYSERVICE']._serialized_start=1053
-  _globals['_DELIVERYSERVICE']._serialized_end=1447
+  _globals['_DELIVERYSERVICE'].methods_by_name['GetDelivery']._loaded_options = None
+  _globals['_DELIVERYSERVICE'].methods_by_name['GetDelivery']._serialized_options = b'\202\323\344\223\002\025\022\023/v1/deliveries/{id}'
+  _globals['_DELIVERYSERVICE'].methods_by_name['ListDeliveries']._loaded_options = None
+  _globals['_DELIVERYSERVICE'].methods_by_name['ListDeliveries']._serialized_options = b'\202\323\344\223\002\020\022\016/v1/deliveries'
+  _globals['_DELIVERYSERVICE'].methods_by_name['RedeliverDelivery']._loaded_options = None
+  _globals['_DELIVERYSERVICE'].methods_by_name['RedeliverDelivery']._serialized_options = b'\202\323\344\223\002\"\"\035/v1/deliveries/{id}:redeliver:\001*'
+  _globals['_DELIVERYSERVICE'].methods_by_name['WatchDeliveries']._loaded_options = None
+  _globals['_DELIVERYSERVICE'].methods_by_name['WatchDeliveries']._serialized_options = b'\202\323\344\223\002\026\022\024/v1/deliveries:watch'
+  _globals['_GETDELIVERYREQUEST']._serialized_start=145
+  _globals['_GETDELIVERYREQUEST']._serialized_end=181
+  _globals['_GETDELIVERYRESPONSE']._serialized_start=183
+  _globals['_GETDELIVERYRESPONSE']._serialized_end=256
+  _globals['_LISTDELIVERIESREQUEST']._serialized_start=259
+  _globals['_LISTDELIVERIESREQUEST']._serialized_end=596
+  _globals['_LISTDELIVERIESRESPONSE']._serialized_start=598
+  _globals['_LISTDELIVERIESRESPONSE']._serialized_end=718
+  _globals['_REDELIVERDELIVERYREQUEST']._serialized_start=720
+  _globals['_REDELIVERDELIVERYREQUEST']._serialized_end=762
+  _globals['_REDELIVERDELIVERYRESPONSE']._serialized_start=764
+  _globals['_REDELIVERDELIVERYRESPONSE']._serialized_end=843
+  _globals['_WATCHDELIVERIESREQUEST']._serialized_start=845
+  _globals['_WATCHDELIVERIESREQUEST']._serialized_end=966
+  _globals['_WATCHDELIVERIESRESPONSE']._serialized_start=968
+  _globals['_WATCHDELIVERIESRESPONSE']._serialized_end=1080
+  _globals['_DELIVERYSERVICE']._serialized_start=1083
+  _globals['_DELIVERYSERVICE']._serialized_end=1603
 # @@protoc_insertion_point(module_scope)

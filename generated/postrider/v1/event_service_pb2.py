@@ -22,41 +22,50 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from postrider.v1 import event_pb2 as postrider_dot_v1_dot_event__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postrider/v1/event_service.proto\x12\x0cpostrider.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18postrider/v1/event.proto\"E\n\x13PublishEventRequest\x12.\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x18.postrider.v1.EventInputR\x05\x65vent\"_\n\x14PublishEventResponse\x12)\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.postrider.v1.EventR\x05\x65vent\x12\x1c\n\tduplicate\x18\x02 \x01(\x08R\tduplicate\"H\n\x14PublishEventsRequest\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.postrider.v1.EventInputR\x06\x65vents\"N\n\x15PublishEventsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.PublishResultR\x07results\"c\n\x13StreamEventsRequest\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12\x30\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.postrider.v1.EventInputR\x06\x65vents\"i\n\x14StreamEventsResponse\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12\x35\n\x07results\x18\x02 \x03(\x0b\x32\x1b.postrider.v1.PublishResultR\x07results\"!\n\x0fGetEventRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"=\n\x10GetEventResponse\x12)\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.postrider.v1.EventR\x05\x65vent\"\xf6\x01\n\x11ListEventsRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12\x12\n\x04type\x18\x02 \x01(\tR\x04type\x12\x39\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1b\n\tpage_size\x18\x05 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x06 \x01(\tR\tpageToken\"i\n\x12ListEventsResponse\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.postrider.v1.EventR\x06\x65vents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xa1\x01\n\rPublishResult\x12\x33\n\x06status\x18\x01 \x01(\x0e\x32\x1b.postrider.v1.PublishStatusR\x06status\x12)\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.postrider.v1.EventR\x05\x65vent\x12\x16\n\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x04 \x01(\tR\x07message*\x87\x01\n\rPublishStatus\x12\x1e\n\x1aPUBLISH_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17PUBLISH_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18PUBLISH_STATUS_DUPLICATE\x10\x02\x12\x1b\n\x17PUBLISH_STATUS_REJECTED\x10\x03\x32\xb6\x03\n\x0c\x45ventService\x12U\n\x0cPublishEvent\x12!.postrider.v1.PublishEventRequest\x1a\".postrider.v1.PublishEventResponse\x12X\n\rPublishEvents\x12\".postrider.v1.PublishEventsRequest\x1a#.postrider.v1.PublishEventsResponse\x12Y\n\x0cStreamEvents\x12!.postrider.v1.StreamEventsRequest\x1a\".postrider.v1.StreamEventsResponse(\x01\x30\x01\x12I\n\x08GetEvent\x12\x1d.postrider.v1.GetEventRequest\x1a\x1e.postrider.v1.GetEventResponse\x12O\n\nListEvents\x12\x1f.postrider.v1.ListEventsRequest\x1a .postrider.v1.ListEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postrider/v1/event_service.proto\x12\x0cpostrider.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18postrider/v1/event.proto\"E\n\x13PublishEventRequest\x12.\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x18.postrider.v1.EventInputR\x05\x65vent\"_\n\x14PublishEventResponse\x12)\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.postrider.v1.EventR\x05\x65vent\x12\x1c\n\tduplicate\x18\x02 \x01(\x08R\tduplicate\"H\n\x14PublishEventsRequest\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.postrider.v1.EventInputR\x06\x65vents\"N\n\x15PublishEventsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.PublishResultR\x07results\"c\n\x13StreamEventsRequest\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12\x30\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.postrider.v1.EventInputR\x06\x65vents\"i\n\x14StreamEventsResponse\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12\x35\n\x07results\x18\x02 \x03(\x0b\x32\x1b.postrider.v1.PublishResultR\x07results\"!\n\x0fGetEventRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"=\n\x10GetEventResponse\x12)\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x13.postrider.v1.EventR\x05\x65vent\"\xf6\x01\n\x11ListEventsRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12\x12\n\x04type\x18\x02 \x01(\tR\x04type\x12\x39\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1b\n\tpage_size\x18\x05 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x06 \x01(\tR\tpageToken\"i\n\x12ListEventsResponse\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.postrider.v1.EventR\x06\x65vents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xa1\x01\n\rPublishResult\x12\x33\n\x06status\x18\x01 \x01(\x0e\x32\x1b.postrider.v1.PublishStatusR\x06status\x12)\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.postrider.v1.EventR\x05\x65vent\x12\x16\n\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x04 \x01(\tR\x07message*\x87\x01\n\rPublishStatus\x12\x1e\n\x1aPUBLISH_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17PUBLISH_STATUS_ACCEPTED\x10\x01\x12\x1c\n\x18PUBLISH_STATUS_DUPLICATE\x10\x02\x12\x1b\n\x17PUBLISH_STATUS_REJECTED\x10\x03\x32\x9b\x04\n\x0c\x45ventService\x12p\n\x0cPublishEvent\x12!.postrider.v1.PublishEventRequest\x1a\".postrider.v1.PublishEventResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\n/v1/events:\x05\x65vent\x12u\n\rPublishEvents\x12\".postrider.v1.PublishEventsRequest\x1a#.postrider.v1.PublishEventsResponse\"\x1b\x82\xd3\xe4\x93\x02\x15\"\x10/v1/events:batch:\x01*\x12Y\n\x0cStreamEvents\x12!.postrider.v1.StreamEventsRequest\x1a\".postrider.v1.StreamEventsResponse(\x01\x30\x01\x12\x62\n\x08GetEvent\x12\x1d.postrider.v1.GetEventRequest\x1a\x1e.postrider.v1.GetEventResponse\"\x17\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/events/{id}\x12\x63\n\nListEvents\x12\x1f.postrider.v1.ListEventsRequest\x1a .postrider.v1.ListEventsResponse\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/eventsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.event_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUBLISHSTATUS']._serialized_start=1258
-  _globals['_PUBLISHSTATUS']._serialized_end=1393
-  _globals['_PUBLISHEVENTREQUEST']._serialized_start=109
-  _globals['_PUBLISHEVENTREQUEST']._serialized_end=178
-  _globals['_PUBLISHEVENTRESPONSE']._serialized_start=180
-  _globals['_PUBLISHEVENTRESPONSE']._serialized_end=275
-  _globals['_PUBLISHEVENTSREQUEST']._serialized_start=277
-  _globals['_PUBLISHEVENTSREQUEST']._serialized_end=349
-  _globals['_PUBLISHEVENTSRESPONSE']._serialized_start=351
-  _globals['_PUBLISHEVENTSRESPONSE']._serialized_end=429
-  _globals['_STREAMEVENTSREQUEST']._serialized_start=431
-  _globals['_STREAMEVENTSREQUEST']._serialized_end=530
-  _globals['_STREAMEVENTSRESPONSE']._serialized_start=532
-  _globals['_STREAMEVENTSRESPONSE']._serialized_end=637
-  _globals['_GETEVENTREQUEST']._serialized_start=639
-  _globals['_GETEVENTREQUEST']._serialized_end=672
-  _globals['_GETEVENTRESPONSE']._serialized_start=674
-  _globals['_GETEVENTRESPONSE']._serialized_end=735
-  _globals['_LISTEVENTSREQUEST']._serialized_start=738
-  _globals['_LISTEVENTSREQUEST']._serialized_end=984
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=986
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1091
-  _globals['_PUBLISHRESULT']._serialized_start=1094
-  _globals['_PUBLISHRESULT']._serialized_end=1255
-  _globals['_EVENTSERVICE']._serialized_start=1396
-  _globals['_EVENTSERVICE']._serialized_end=1834
+  _globals['_EVENTSERVICE'].methods_by_name['PublishEvent']._loaded_options = None
+  _globals['_EVENTSERVICE'].methods_by_name['PublishEvent']._serialized_options = b'\202\323\344\223\002\023\"\n/v1/events:\005event'
+  _globals['_EVENTSERVICE'].methods_by_name['PublishEvents']._loaded_options = None
+  _globals['_EVENTSERVICE'].methods_by_name['PublishEvents']._serialized_options = b'\202\323\344\223\002\025\"\020/v1/events:batch:\001*'
+  _globals['_EVENTSERVICE'].methods_by_name['GetEvent']._loaded_options = None
+  _globals['_EVENTSERVICE'].methods_by_name['GetEvent']._serialized_options = b'\202\323\344\223\002\021\022\017/v1/events/{id}'
+  _globals['_EVENTSERVICE'].methods_by_name['ListEvents']._loaded_options = None
+  _globals['_EVENTSERVICE'].methods_by_name['ListEvents']._serialized_options = b'\202\323\344\223\002\014\022\n/v1/events'
+  _globals['_PUBLISHSTATUS']._serialized_start=1288
+  _globals['_PUBLISHSTATUS']._serialized_end=1423
+  _globals['_PUBLISHEVENTREQUEST']._serialized_start=139
+  _globals['_PUBLISHEVENTREQUEST']._serialized_end=208
+  _globals['_PUBLISHEVENTRESPONSE']._serialized_start=210
+  _globals['_PUBLISHEVENTRESPONSE']._serialized_end=305
+  _globals['_PUBLISHEVENTSREQUEST']._serialized_start=307
+  _globals['_PUBLISHEVENTSREQUEST']._serialized_end=379
+  _globals['_PUBLISHEVENTSRESPONSE']._serialized_start=381
+  _globals['_PUBLISHEVENTSRESPONSE']._serialized_end=459
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=461
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=560
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=562
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=667
+  _globals['_GETEVENTREQUEST']._serialized_start=669
+  _globals['_GETEVENTREQUEST']._serialized_end=702
+  _globals['_GETEVENTRESPONSE']._serialized_start=704
+  _globals['_GETEVENTRESPONSE']._serialized_end=765
+  _globals['_LISTEVENTSREQUEST']._serialized_start=768
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1014
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1016
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1121
+  _globals['_PUBLISHRESULT']._serialized_start=1124
+  _globals['_PUBLISHRESULT']._serialized_end=1285
+  _globals['_EVENTSERVICE']._serialized_start=1426
+  _globals['_EVENTSERVICE']._serialized_end=1965
 # @@protoc_insertion_point(module_scope)

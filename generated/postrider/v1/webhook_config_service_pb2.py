@@ -22,50 +22,67 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from postrider.v1 import webhook_config_pb2 as postrider_dot_v1_dot_webhook__config__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)postrider/v1/webhook_config_service.proto\x12\x0cpostrider.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!postrider/v1/webhook_config.proto\"`\n\x1a\x43reateWebhookConfigRequest\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"\xb3\x01\n\x1b\x43reateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\x12\x38\n\x18standard_webhooks_secret\x18\x03 \x01(\tR\x16standardWebhooksSecret\")\n\x17GetWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"^\n\x18GetWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"W\n\x19ListWebhookConfigsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"\x8a\x01\n\x1aListWebhookConfigsResponse\x12\x44\n\x0fwebhook_configs\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.WebhookConfigR\x0ewebhookConfigs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x9d\x01\n\x1aUpdateWebhookConfigRequest\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"a\n\x1bUpdateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\",\n\x1a\x44\x65leteWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"P\n\x1b\x44\x65leteWebhookConfigResponse\x12\x31\n\x14\x63\x61ncelled_deliveries\x18\x01 \x01(\x05R\x13\x63\x61ncelledDeliveries\"Z\n\x13RotateSecretRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x33\n\x07overlap\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07overlap\"\xac\x01\n\x14RotateSecretResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\x12\x38\n\x18standard_webhooks_secret\x18\x03 \x01(\tR\x16standardWebhooksSecret\"*\n\x18PingWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"\xa9\x01\n\x19PingWebhookConfigResponse\x12\x1c\n\treachable\x18\x01 \x01(\x08R\treachable\x12\x1f\n\x0bstatus_code\x18\x02 \x01(\x05R\nstatusCode\x12\x16\n\x06\x64\x65tail\x18\x03 \x01(\tR\x06\x64\x65tail\x12\x35\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\"S\n\x15ListEventTypesRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"z\n\x16ListEventTypesResponse\x12\x38\n\x0b\x65vent_types\x18\x01 \x03(\x0b\x32\x17.postrider.v1.EventTypeR\neventTypes\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\xc0\x06\n\x14WebhookConfigService\x12j\n\x13\x43reateWebhookConfig\x12(.postrider.v1.CreateWebhookConfigRequest\x1a).postrider.v1.CreateWebhookConfigResponse\x12\x61\n\x10GetWebhookConfig\x12%.postrider.v1.GetWebhookConfigRequest\x1a&.postrider.v1.GetWebhookConfigResponse\x12g\n\x12ListWebhookConfigs\x12\'.postrider.v1.ListWebhookConfigsRequest\x1a(.postrider.v1.ListWebhookConfigsResponse\x12j\n\x13UpdateWebhookConfig\x12(.postrider.v1.UpdateWebhookConfigRequest\x1a).postrider.v1.UpdateWebhookConfigResponse\x12j\n\x13\x44\x65leteWebhookConfig\x12(.postrider.v1.DeleteWebhookConfigRequest\x1a).postrider.v1.DeleteWebhookConfigResponse\x12U\n\x0cRotateSecret\x12!.postrider.v1.RotateSecretRequest\x1a\".postrider.v1.RotateSecretResponse\x12\x64\n\x11PingWebhookConfig\x12&.postrider.v1.PingWebhookConfigRequest\x1a\'.postrider.v1.PingWebhookConfigResponse\x12[\n\x0eListEventTypes\x12#.postrider.v1.ListEventTypesRequest\x1a$.postrider.v1.ListEventTypesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)postrider/v1/webhook_config_service.proto\x12\x0cpostrider.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!postrider/v1/webhook_config.proto\"`\n\x1a\x43reateWebhookConfigRequest\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"\xb3\x01\n\x1b\x43reateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\x12\x38\n\x18standard_webhooks_secret\x18\x03 \x01(\tR\x16standardWebhooksSecret\")\n\x17GetWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"^\n\x18GetWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"W\n\x19ListWebhookConfigsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"\x8a\x01\n\x1aListWebhookConfigsResponse\x12\x44\n\x0fwebhook_configs\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.WebhookConfigR\x0ewebhookConfigs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x9d\x01\n\x1aUpdateWebhookConfigRequest\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"a\n\x1bUpdateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\",\n\x1a\x44\x65leteWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"P\n\x1b\x44\x65leteWebhookConfigResponse\x12\x31\n\x14\x63\x61ncelled_deliveries\x18\x01 \x01(\x05R\x13\x63\x61ncelledDeliveries\"Z\n\x13RotateSecretRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x33\n\x07overlap\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07overlap\"\xac\x01\n\x14RotateSecretResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\x12\x16\n\x06secret\x18\x02 \x01(\tR\x06secret\x12\x38\n\x18standard_webhooks_secret\x18\x03 \x01(\tR\x16standardWebhooksSecret\"*\n\x18PingWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"\xa9\x01\n\x19PingWebhookConfigResponse\x12\x1c\n\treachable\x18\x01 \x01(\x08R\treachable\x12\x1f\n\x0bstatus_code\x18\x02 \x01(\x05R\nstatusCode\x12\x16\n\x06\x64\x65tail\x18\x03 \x01(\tR\x06\x64\x65tail\x12\x35\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\"S\n\x15ListEventTypesRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\"z\n\x16ListEventTypesResponse\x12\x38\n\x0b\x65vent_types\x18\x01 \x03(\x0b\x32\x17.postrider.v1.EventTypeR\neventTypes\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\x83\t\n\x14WebhookConfigService\x12\x96\x01\n\x13\x43reateWebhookConfig\x12(.postrider.v1.CreateWebhookConfigRequest\x1a).postrider.v1.CreateWebhookConfigResponse\"*\x82\xd3\xe4\x93\x02$\"\x12/v1/webhookConfigs:\x0ewebhook_config\x12\x82\x01\n\x10GetWebhookConfig\x12%.postrider.v1.GetWebhookConfigRequest\x1a&.postrider.v1.GetWebhookConfigResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\x12\x17/v1/webhookConfigs/{id}\x12\x83\x01\n\x12ListWebhookConfigs\x12\'.postrider.v1.ListWebhookConfigsRequest\x1a(.postrider.v1.ListWebhookConfigsResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/webhookConfigs\x12\xaa\x01\n\x13UpdateWebhookConfig\x12(.postrider.v1.UpdateWebhookConfigRequest\x1a).postrider.v1.UpdateWebhookConfigResponse\">\x82\xd3\xe4\x93\x02\x38\x32&/v1/webhookConfigs/{webhook_config.id}:\x0ewebhook_config\x12\x8b\x01\n\x13\x44\x65leteWebhookConfig\x12(.postrider.v1.DeleteWebhookConfigRequest\x1a).postrider.v1.DeleteWebhookConfigResponse\"\x1f\x82\xd3\xe4\x93\x02\x19*\x17/v1/webhookConfigs/{id}\x12\x86\x01\n\x0cRotateSecret\x12!.postrider.v1.RotateSecretRequest\x1a\".postrider.v1.RotateSecretResponse\"/\x82\xd3\xe4\x93\x02)\"$/v1/webhookConfigs/{id}:rotateSecret:\x01*\x12\x8d\x01\n\x11PingWebhookConfig\x12&.postrider.v1.PingWebhookConfigRequest\x1a\'.postrider.v1.PingWebhookConfigResponse\"\'\x82\xd3\xe4\x93\x02!\"\x1c/v1/webhookConfigs/{id}:ping:\x01*\x12s\n\x0eListEventTypes\x12#.postrider.v1.ListEventTypesRequest\x1a$.postrider.v1.ListEventTypesResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/eventTypesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.webhook_config_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATEWEBHOOKCONFIGREQUEST']._serialized_start=160
-  _globals['_CREATEWEBHOOKCONFIGREQUEST']._serialized_end=256
-  _globals['_CREATEWEBHOOKCONFIGRESPONSE']._serialized_start=259
-  _globals['_CREATEWEBHOOKCONFIGRESPONSE']._serialized_end=438
-  _globals['_GETWEBHOOKCONFIGREQUEST']._serialized_start=440
-  _globals['_GETWEBHOOKCONFIGREQUEST']._serialized_end=481
-  _globals['_GETWEBHOOKCONFIGRESPONSE']._serialized_start=483
-  _globals['_GETWEBHOOKCONFIGRESPONSE']._serialized_end=577
-  _globals['_LISTWEBHOOKCONFIGSREQUEST']._serialized_start=579
-  _globals['_LISTWEBHOOKCONFIGSREQUEST']._serialized_end=666
-  _globals['_LISTWEBHOOKCONFIGSRESPONSE']._serialized_start=669
-  _globals['_LISTWEBHOOKCONFIGSRESPONSE']._serialized_end=807
-  _globals['_UPDATEWEBHOOKCONFIGREQUEST']._serialized_start=810
-  _globals['_UPDATEWEBHOOKCONFIGREQUEST']._serialized_end=967
-  _globals['_UPDATEWEBHOOKCONFIGRESPONSE']._serialized_start=969
-  _globals['_UPDATEWEBHOOKCONFIGRESPONSE']._serialized_end=1066
-  _globals['_DELETEWEBHOOKCONFIGREQUEST']._serialized_start=1068
-  _globals['_DELETEWEBHOOKCONFIGREQUEST']._serialized_end=1112
-  _globals['_DELETEWEBHOOKCONFIGRESPONSE']._serialized_start=1114
-  _globals['_DELETEWEBHOOKCONFIGRESPONSE']._serialized_end=1194
-  _globals['_ROTATESECRETREQUEST']._serialized_start=1196
-  _globals['_ROTATESECRETREQUEST']._serialized_end=1286
-  _globals['_ROTATESECRETRESPONSE']._serialized_start=1289
-  _globals['_ROTATESECRETRESPONSE']._serialized_end=1461
-  _globals['_PINGWEBHOOKCONFIGREQUEST']._serialized_start=1463
-  _globals['_PINGWEBHOOKCONFIGREQUEST']._serialized_end=1505
-  _globals['_PINGWEBHOOKCONFIGRESPONSE']._serialized_start=1508
-  _globals['_PINGWEBHOOKCONFIGRESPONSE']._serialized_end=1677
-  _globals['_LISTEVENTTYPESREQUEST']._serialized_start=1679
-  _globals['_LISTEVENTTYPESREQUEST']._serialized_end=1762
-  _globals['_LISTEVENTTYPESRESPONSE']._serialized_start=1764
-  _globals['_LISTEVENTTYPESRESPONSE']._serialized_end=1886
-  _globals['_WEBHOOKCONFIGSERVICE']._serialized_start=1889
-  _globals['_WEBHOOKCONFIGSERVICE']._serialized_end=2721
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['CreateWebhookConfig']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['CreateWebhookConfig']._serialized_options = b'\202\323\344\223\002$\"\022/v1/webhookConfigs:\016webhook_config'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['GetWebhookConfig']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['GetWebhookConfig']._serialized_options = b'\202\323\344\223\002\031\022\027/v1/webhookConfigs/{id}'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['ListWebhookConfigs']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['ListWebhookConfigs']._serialized_options = b'\202\323\344\223\002\024\022\022/v1/webhookConfigs'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['UpdateWebhookConfig']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['UpdateWebhookConfig']._serialized_options = b'\202\323\344\223\00282&/v1/webhookConfigs/{webhook_config.id}:\016webhook_config'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['DeleteWebhookConfig']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['DeleteWebhookConfig']._serialized_options = b'\202\323\344\223\002\031*\027/v1/webhookConfigs/{id}'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['RotateSecret']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['RotateSecret']._serialized_options = b'\202\323\344\223\002)\"$/v1/webhookConfigs/{id}:rotateSecret:\001*'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['PingWebhookConfig']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['PingWebhookConfig']._serialized_options = b'\202\323\344\223\002!\"\034/v1/webhookConfigs/{id}:ping:\001*'
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['ListEventTypes']._loaded_options = None
+  _globals['_WEBHOOKCONFIGSERVICE'].methods_by_name['ListEventTypes']._serialized_options = b'\202\323\344\223\002\020\022\016/v1/eventTypes'
+  _globals['_CREATEWEBHOOKCONFIGREQUEST']._serialized_start=190
+  _globals['_CREATEWEBHOOKCONFIGREQUEST']._serialized_end=286
+  _globals['_CREATEWEBHOOKCONFIGRESPONSE']._serialized_start=289
+  _globals['_CREATEWEBHOOKCONFIGRESPONSE']._serialized_end=468
+  _globals['_GETWEBHOOKCONFIGREQUEST']._serialized_start=470
+  _globals['_GETWEBHOOKCONFIGREQUEST']._serialized_end=511
+  _globals['_GETWEBHOOKCONFIGRESPONSE']._serialized_start=513
+  _globals['_GETWEBHOOKCONFIGRESPONSE']._serialized_end=607
+  _globals['_LISTWEBHOOKCONFIGSREQUEST']._serialized_start=609
+  _globals['_LISTWEBHOOKCONFIGSREQUEST']._serialized_end=696
+  _globals['_LISTWEBHOOKCONFIGSRESPONSE']._serialized_start=699
+  _globals['_LISTWEBHOOKCONFIGSRESPONSE']._serialized_end=837
+  _globals['_UPDATEWEBHOOKCONFIGREQUEST']._serialized_start=840
+  _globals['_UPDATEWEBHOOKCONFIGREQUEST']._serialized_end=997
+  _globals['_UPDATEWEBHOOKCONFIGRESPONSE']._serialized_start=999
+  _globals['_UPDATEWEBHOOKCONFIGRESPONSE']._serialized_end=1096
+  _globals['_DELETEWEBHOOKCONFIGREQUEST']._serialized_start=1098
+  _globals['_DELETEWEBHOOKCONFIGREQUEST']._serialized_end=1142
+  _globals['_DELETEWEBHOOKCONFIGRESPONSE']._serialized_start=1144
+  _globals['_DELETEWEBHOOKCONFIGRESPONSE']._serialized_end=1224
+  _globals['_ROTATESECRETREQUEST']._serialized_start=1226
+  _globals['_ROTATESECRETREQUEST']._serialized_end=1316
+  _globals['_ROTATESECRETRESPONSE']._serialized_start=1319
+  _globals['_ROTATESECRETRESPONSE']._serialized_end=1491
+  _globals['_PINGWEBHOOKCONFIGREQUEST']._serialized_start=1493
+  _globals['_PINGWEBHOOKCONFIGREQUEST']._serialized_end=1535
+  _globals['_PINGWEBHOOKCONFIGRESPONSE']._serialized_start=1538
+  _globals['_PINGWEBHOOKCONFIGRESPONSE']._serialized_end=1707
+  _globals['_LISTEVENTTYPESREQUEST']._serialized_start=1709
+  _globals['_LISTEVENTTYPESREQUEST']._serialized_end=1792
+  _globals['_LISTEVENTTYPESRESPONSE']._serialized_start=1794
+  _globals['_LISTEVENTTYPESRESPONSE']._serialized_end=1916
+  _globals['_WEBHOOKCONFIGSERVICE']._serialized_start=1919
+  _globals['_WEBHOOKCONFIGSERVICE']._serialized_end=3074
 # @@protoc_insertion_point(module_scope)
