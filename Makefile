@@ -53,6 +53,7 @@ format: install ## Format Python and protobuf sources
 generate: install ## Regenerate generated/, the descriptor set, docs/openapi.yaml, the lists of settings
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate 2>/dev/null
 	@BUF=$(BIN)/buf ./tools/descriptor_set deploy/envoy/postrider.binpb
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate --template tools/openapi.gen.yaml
 	@$(BIN)/python -m tools.settings_table
 
 release-contract: install ## At a release: make the present protos what `buf breaking` compares with

@@ -11,6 +11,7 @@ import pytest
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.webhook_config_service import WebhookConfigService
+from tests.contract import assert_conforms
 from tests.fakes.receiver import Receiver
 from tests.gateway import Gateway, running_gateway
 from tests.platform import Platform
@@ -49,6 +50,7 @@ async def test_rest_manages_a_webhook_config(
     deleted = await gateway.call("DELETE", path, merchant)
     gone = await gateway.call("GET", path, merchant)
 
+    assert_conforms(created.body, "CreateWebhookConfigResponse")
     assert len(created.body["secret"]) == 64
     assert config["retrySchedule"] == ["2.500s"]
     assert config["active"] is True
@@ -109,6 +111,8 @@ async def test_rest_publishes_and_lists_deliveries(
     assert statuses == ["PUBLISH_STATUS_ACCEPTED", "PUBLISH_STATUS_REJECTED"]
     assert len(deliveries.body["deliveries"]) == 2
     assert delivery.body == {"delivery": newest}
+    assert_conforms(batch.body, "PublishEventsResponse")
+    assert_conforms(deliveries.body, "ListDeliveriesResponse")
 
 
 @pytest.mark.skipif("ListEvents" not in vars(EventService), reason="not served yet")
@@ -178,6 +182,7 @@ async def test_an_error_has_its_code_message_and_typed_details_in_json(
     assert (anonymous.status, anonymous.body["code"]) == (401, 16)
     assert anonymous.reason == "TOKEN_INVALID"
     assert (foreign.status, foreign.reason) == (403, "SCOPE_MISSING")
+    assert_conforms(refused.body, "Error")
 
 
 async def test_an_unknown_path_or_method_is_a_typed_404(
@@ -194,6 +199,7 @@ async def test_an_unknown_path_or_method_is_a_typed_404(
 
         assert (answer.status, answer.body["code"]) == (404, 5), path
         assert answer.reason == "PATH_UNKNOWN"
+        assert_conforms(answer.body, "Error")
 
 
 async def test_admin_and_other_services_are_not_reachable_by_native_grpc_either(
