@@ -79,6 +79,7 @@ async def running_platform(
     listen_address: str,
     receiver_port: int,
     ca_file: Path,
+    admin_listener: bool = True,
 ) -> AsyncIterator[LocalPlatform]:
     """Server and engine until the end of the context."""
     key = ensure_development_key(directory / "keys")
@@ -89,6 +90,7 @@ async def running_platform(
     )
     server = load(ServerSettings, reflection=True).model_copy(
         update={"listen_address": listen_address}
+        | ({} if admin_listener else {"admin_address": None})
     )
     delivery = load(DeliverySettings)
     stop_serving, stop_delivering = asyncio.Event(), asyncio.Event()

@@ -22,6 +22,7 @@ from server.admin_service import AdminService
 from server.app import App
 from server.config import AuthSettings, ServerSettings
 from server.database import open_sessions
+from server.database_watch import DatabaseWatch
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.event_types import EventTypes
@@ -91,13 +92,21 @@ async def serve(
             deliveries=DeliveryService(pool, sessions, hints),
             admin=AdminService(sessions, pool, hints, event_types),
         )
+        watch = DatabaseWatch(
+            settings.database,
+            app.set_serving,
+            interval_seconds=settings.server.health_interval_seconds,
+        )
         await app.start()
         log.info("serving", address=settings.server.listen_address, port=app.port)
         async with asyncio.TaskGroup() as background:
             hinting = background.create_task(hints.run())
+            watching = background.create_task(watch.run())
             ready(app.port)
             await stop.wait()
             log.info("stopping")
+            # First, or a database that comes back now would have the last word on health.
+            watching.cancel()
             await app.stop()
             hinting.cancel()
 

@@ -16,12 +16,14 @@ from postrider.v1 import (
     webhook_config_service_pb2,
     webhook_config_service_pb2_grpc,
 )
+from server.admin_listener import AdminListener
 from server.admin_service import AdminService
 from server.authentication import AuthenticationInterceptor
 from server.config import ServerSettings
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.interceptors import CallInterceptor
+from server.limits import channel_options
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
 
@@ -45,8 +47,8 @@ _REFLECTION_METHODS = frozenset(
     for version in ("v1", "v1alpha")
 )
 
-#: A batch of full payloads would be 250 MiB; this is what one message may really hold.
-_MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+#: Says only that the process lives, for a probe that restarts it: no restart mends the database.
+LIVENESS = "liveness"
 
 
 class App:
@@ -69,14 +71,7 @@ class App:
             # The first is the outermost: it turns what the second raises into a status.
             interceptors=[CallInterceptor(), AuthenticationInterceptor(verifier, public)],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
-            options=[
-                ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
-                # Two servers on one port would share its calls without anybody noticing.
-                ("grpc.so_reuseport", 0),
-                # A token in the metadata may have 4 KiB; the default refuses at random above 8.
-                ("grpc.max_metadata_size", 16 * 1024),
-                ("grpc.absolute_max_metadata_size", 32 * 1024),
-            ],
+            options=channel_options(settings),
         )
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -89,7 +84,13 @@ class App:
         if settings.reflection:
             names = (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+        self._admin = AdminListener(settings, self._health, SERVICE_NAMES)
         self.port = 0
+
+    @property
+    def admin_port(self) -> int:
+        """Port of the operator's listener, 0 when it is off."""
+        return self._admin.port
 
     async def start(self) -> None:
         """Listen and serve; ConfigurationError when the address cannot be had."""
@@ -100,12 +101,20 @@ class App:
             raise ConfigurationError(
                 f"cannot listen on {address}: stop what uses it, or set WEBHOOK_LISTEN_ADDRESS"
             ) from None
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_serving(True)
+        await self._admin.start()
         await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the probes hear of every service, until stop() has the last word."""
+        status = health_pb2.HealthCheckResponse
         for name in ("", *SERVICE_NAMES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self) -> None:
         """Tell the probes first, then let running calls finish."""
         await self._health.enter_graceful_shutdown()
         self._events.drain()
         await self._server.stop(self._settings.server_drain_seconds)
+        await self._admin.stop()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from core.config import Block, Seconds
 
@@ -13,6 +13,11 @@ class ServerSettings(Block):
     listen_address: str = Field(
         "127.0.0.1:50051",
         description="host:port of the gRPC listener; [::]:50051 for all interfaces",
+    )
+    admin_address: str | None = Field(
+        "127.0.0.1:50052",
+        description="host:port where operators' tools find health, reflection and channelz without "
+        "a token, so keep it on loopback; `off` for none",
     )
     reflection: bool = Field(
         False, description="serve gRPC reflection without a token, for grpcurl in development"
@@ -26,12 +31,52 @@ class ServerSettings(Block):
     max_concurrent_rpcs: int = Field(
         1000, ge=1, description="RPCs served at once; one more is refused with RESOURCE_EXHAUSTED"
     )
+    max_message_bytes: int = Field(
+        16_777_216,
+        ge=1_310_720,
+        le=134_217_728,
+        description="largest message of a call, such as one batch of events, in bytes",
+    )
+    max_streams_per_connection: int = Field(
+        500, ge=1, description="RPCs one connection may have open; further ones wait at the client"
+    )
+    max_connection_age_seconds: Seconds = Field(
+        1800.0,
+        description="age at which a connection is asked to close, so that clients find new servers",
+    )
+    max_connection_grace_seconds: Seconds = Field(
+        60.0, description="how long RPCs on a connection that became too old may go on"
+    )
+    max_connection_idle_seconds: Seconds = Field(
+        600.0, description="after which a connection without RPCs is closed"
+    )
+    keepalive_seconds: Seconds = Field(
+        60.0, description="silence after which a peer is asked whether it is still there"
+    )
+    keepalive_timeout_seconds: Seconds = Field(
+        20.0, description="how long it may take to answer before its connection is closed"
+    )
+    min_ping_interval_seconds: Seconds = Field(
+        20.0, description="shortest time between the HTTP/2 pings of a client that sends nothing"
+    )
+    max_ping_strikes: int = Field(
+        2, ge=1, description="pings too many before such a client is cut off (ENHANCE_YOUR_CALM)"
+    )
+    health_interval_seconds: Seconds = Field(
+        2.0, description="time between the looks at the database that the health service reports"
+    )
     ping_timeout_seconds: Seconds = Field(
         10.0, description="how long a receiver may take to answer the ping at registration"
     )
     server_drain_seconds: Seconds = Field(
         15.0, description="how long running RPCs may finish after SIGTERM"
     )
+
+    @field_validator("admin_address")
+    @classmethod
+    def _off(cls, value: str | None) -> str | None:
+        # An empty variable counts as not set, here as everywhere.
+        return value if value and value.lower() != "off" else None
 
 
 class AuthSettings(Block):

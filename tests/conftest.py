@@ -20,6 +20,7 @@ from cli.migrate import migrate
 from core.config import DatabaseSettings
 from core.keyring import KeyRing
 from tests.fakes.receiver import Receiver, receiving
+from tests.own_postgres import OwnPostgres
 from tests.platform import Platform, running_platform
 
 _TEMPLATE = "postrider_template"
@@ -53,6 +54,19 @@ def postgres() -> Iterator[EmbeddedPostgres]:
             asyncio.run(_execute(server.url(), f"CREATE DATABASE {_TEMPLATE}"))
             migrate(database_settings(server.url(_TEMPLATE)))
             yield server
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[OwnPostgres]:
+    """A migrated server that the module's tests may stop, start and freeze."""
+    with tempfile.TemporaryDirectory(prefix="postrider-tests-") as directory:
+        Path(directory).chmod(0o711)
+        own = OwnPostgres(Path(directory, "data"))
+        migrate(database_settings(own.start()))
+        try:
+            yield own
+        finally:
+            own.stop()
 
 
 @pytest.fixture

@@ -140,7 +140,9 @@ async def running_platform(
             allowed_ports="1-65535",
             ca_file=ca_file,
         ),
-        server=ServerSettings(listen_address="127.0.0.1:0", **server_settings),
+        server=ServerSettings(
+            **{"listen_address": "127.0.0.1:0", "admin_address": None, **server_settings}
+        ),
         auth=AuthSettings(jwt_issuer=ISSUER, jwt_public_key_file=key.public_key_file),
     )
     stop, ready = asyncio.Event(), asyncio.Event()

@@ -1,11 +1,7 @@
 """PostgreSQL goes away and comes back: callers hear so in time, and nothing needs a restart."""
 
 import asyncio
-import os
-import signal
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,6 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from grpc import StatusCode
 
-from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from cli.migrate import migrate
 from postrider.v1 import (
     admin_service_pb2,
     delivery_service_pb2,
@@ -25,59 +19,14 @@ from postrider.v1 import (
 )
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
-from tests.conftest import database_settings
 from tests.errors import refused
 from tests.fakes.receiver import Receiver
+from tests.own_postgres import OwnPostgres
 from tests.platform import Platform, bearer, running_platform
 from tests.rpcs import call, methods
 
 SECONDS_UNTIL_TOLD = 10
 configs = webhook_config_service_pb2
-
-
-class OwnPostgres:
-    """A PostgreSQL that a test may stop, start and freeze."""
-
-    def __init__(self, data_dir: Path):
-        self._data_dir = data_dir
-        self._running = ExitStack()
-        self.server: EmbeddedPostgres | None = None
-
-    def start(self) -> str:
-        self.server = self._running.enter_context(
-            embedded_postgres(self._data_dir, announce=lambda _: None)
-        )
-        return self.server.url()
-
-    def stop(self) -> None:
-        self._running.close()
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Alive for the kernel, and silent: as behind a network that drops packets."""
-        assert self.server is not None
-        main = self.server.process.pid
-        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-        pids = [main, *map(int, children)]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
-
-
-@pytest.fixture(scope="module")
-def own_postgres() -> Iterator[OwnPostgres]:
-    with tempfile.TemporaryDirectory(prefix="postrider-tests-") as directory:
-        Path(directory).chmod(0o711)
-        own = OwnPostgres(Path(directory, "data"))
-        migrate(database_settings(own.start()))
-        try:
-            yield own
-        finally:
-            own.stop()
 
 
 @pytest.fixture
