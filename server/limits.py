@@ -21,6 +21,8 @@ def channel_options(settings: ServerSettings) -> list[Option]:
         # Finds peers that vanished without a word, whose streams would else be held for hours.
         ("grpc.keepalive_time_ms", _ms(settings.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", _ms(settings.keepalive_timeout_seconds)),
+        # The longer of the two counts, and this one is a minute by default.
+        ("grpc.http2.ping_timeout_ms", _ms(settings.keepalive_timeout_seconds)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(settings.min_ping_interval_seconds)),
         ("grpc.http2.max_ping_strikes", settings.max_ping_strikes),

@@ -71,52 +71,62 @@ async def test_a_ping_flood_is_told_to_calm_down_and_cut_off(platform: Platform)
 async def test_pings_no_closer_than_the_limit_are_answered(
     start_platform: Callable[..., Any],
 ) -> None:
-    async with start_platform(min_ping_interval_seconds=0.001) as platform:
-        async with connected(platform.address) as connection:
-            loop = asyncio.get_running_loop()
-            for number in range(10):
-                # Waits for the answer, and then for the interval; there is no signal for its end.
-                connection.send(PING, number.to_bytes(8))
-                assert await connection.read_until(PING, acknowledged=True) == number.to_bytes(8)
-                passed = loop.create_future()
-                loop.call_later(0.005, passed.set_result, None)
-                await passed
+    async with (
+        start_platform(min_ping_interval_seconds=0.001) as platform,
+        connected(platform.address) as connection,
+    ):
+        loop = asyncio.get_running_loop()
+        for number in range(10):
+            # Waits for the answer, and then for the interval; there is no signal for its end.
+            connection.send(PING, number.to_bytes(8))
+            assert await connection.read_until(PING, acknowledged=True) == number.to_bytes(8)
+            passed = loop.create_future()
+            loop.call_later(0.005, passed.set_result, None)
+            await passed
 
 
 async def test_a_connection_is_told_how_many_streams_it_may_open(
     start_platform: Callable[..., Any],
 ) -> None:
-    async with start_platform(max_streams_per_connection=7) as platform:
-        async with connected(platform.address) as connection:
-            max_concurrent_streams = 3
-            assert (await settings_of(connection))[max_concurrent_streams] == 7
+    async with (
+        start_platform(max_streams_per_connection=7) as platform,
+        connected(platform.address) as connection,
+    ):
+        max_concurrent_streams = 3
+        assert (await settings_of(connection))[max_concurrent_streams] == 7
 
 
 async def test_a_connection_that_is_too_old_is_asked_to_leave(
     start_platform: Callable[..., Any],
 ) -> None:
-    async with start_platform(max_connection_age_seconds=0.2) as platform:
-        async with connected(platform.address) as connection:
-            goaway = await connection.read_until(GOAWAY)
-            assert int.from_bytes(goaway[4:8]) == NO_ERROR
+    async with (
+        start_platform(max_connection_age_seconds=0.2) as platform,
+        connected(platform.address) as connection,
+    ):
+        goaway = await connection.read_until(GOAWAY)
+        assert int.from_bytes(goaway[4:8]) == NO_ERROR
 
 
 async def test_an_idle_connection_is_asked_to_leave(start_platform: Callable[..., Any]) -> None:
-    async with start_platform(max_connection_idle_seconds=0.2) as platform:
-        async with connected(platform.address) as connection:
-            goaway = await connection.read_until(GOAWAY)
-            assert int.from_bytes(goaway[4:8]) == NO_ERROR
+    async with (
+        start_platform(max_connection_idle_seconds=0.2) as platform,
+        connected(platform.address) as connection,
+    ):
+        goaway = await connection.read_until(GOAWAY)
+        assert goaway[8:] == b"connection idle"
 
 
 async def test_a_silent_peer_is_asked_whether_it_is_there(
     start_platform: Callable[..., Any],
 ) -> None:
-    async with start_platform(keepalive_seconds=0.1, keepalive_timeout_seconds=0.1) as platform:
-        async with connected(platform.address) as connection:
-            assert await connection.read_until(PING)
-            # It never answers, so the connection ends.
-            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-                await connection.read_until(GOAWAY + 100)
+    async with (
+        start_platform(keepalive_seconds=0.1, keepalive_timeout_seconds=0.1) as platform,
+        connected(platform.address) as connection,
+    ):
+        assert await connection.read_until(PING)
+        # It never answers, so the connection ends.
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await connection.read_until(GOAWAY + 100)
 
 
 async def test_a_message_that_is_too_big_is_refused(start_platform: Callable[..., Any]) -> None:
