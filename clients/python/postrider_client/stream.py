@@ -1,0 +1,194 @@
+"""Batches over one StreamEvents call, several on their way, acknowledged in order.
+
+A batch stays here until it is acknowledged; when the stream breaks, what was not is sent again on
+the next one, in the same order and under the same numbers. A stream that the server refuses says
+nothing of which batch it was about, so each of them then goes by PublishEvents and is told its own.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from postrider.v1 import event_service_pb2, event_service_pb2_grpc
+from postrider_client.calls import CallPolicy, is_passing
+from postrider_client.errors import PostriderClientError
+from postrider_client.transport import Batch, Results, UnaryTransport
+
+#: The contract's own bound; the server reads no further.
+_UNACKNOWLEDGED_MAX = 16
+
+
+@dataclass(slots=True)
+class _Sent:
+    batch: Batch
+    acked: asyncio.Future[Results]
+
+
+class _StreamRefused(Exception):
+    """The batch has to go by itself."""
+
+
+class StreamTransport:
+    """Keeps a stream open while there is something to send; reconnects with backoff."""
+
+    def __init__(
+        self,
+        stub: event_service_pb2_grpc.EventServiceStub,
+        unary: UnaryTransport,
+        policy: CallPolicy,
+        delivery_seconds: float,
+    ):
+        self._stub = stub
+        self._unary = unary
+        self._policy = policy
+        self._delivery_seconds = delivery_seconds
+        self._window = asyncio.Semaphore(_UNACKNOWLEDGED_MAX)
+        self._unacked: dict[int, _Sent] = {}
+        self._sequence = 0
+        self._acked_count = 0
+        self._grown = asyncio.Event()
+        self._unsupported = False
+        self._last_error: Exception | None = None
+        self._runner: asyncio.Task[None] | None = None
+        self._call: (
+            grpc.aio.StreamStreamCall[
+                event_service_pb2.StreamEventsRequest, event_service_pb2.StreamEventsResponse
+            ]
+            | None
+        ) = None
+
+    async def send(self, batch: Batch) -> Results:
+        if not self._unsupported:
+            try:
+                return await self._stream(batch)
+            except _StreamRefused:
+                pass
+        return await self._unary.send(batch)
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+
+    async def _stream(self, batch: Batch) -> Results:
+        async with self._window:
+            self._sequence += 1
+            sequence = self._sequence
+            sent = _Sent(batch, asyncio.get_running_loop().create_future())
+            self._unacked[sequence] = sent
+            self._grown.set()
+            if self._runner is None or self._runner.done():
+                self._runner = asyncio.create_task(self._run())
+            try:
+                async with asyncio.timeout(self._delivery_seconds):
+                    return await sent.acked
+            except TimeoutError:
+                # A stream that stays silent for so long would let the next batches wait as well.
+                if self._call is not None:
+                    self._call.cancel()
+                raise self._last_error or TimeoutError("no acknowledgement in time") from None
+            finally:
+                self._unacked.pop(sequence, None)
+
+    async def _run(self) -> None:
+        attempt = 0
+        try:
+            while not self._unsupported:
+                await self._grown.wait()
+                before = self._acked_count
+                error = await self._stream_once()
+                if self._acked_count > before:
+                    attempt = 0
+                if error is not None and not _is_passing(error):
+                    self._refuse(error)
+                    continue
+                if not self._unacked:
+                    continue
+                await asyncio.sleep(_wait_seconds(self._policy, attempt, error))
+                attempt += 1
+        finally:
+            # Also when this task itself is at fault: nobody else would end their waiting.
+            self._send_singly()
+
+    async def _stream_once(self) -> Exception | None:
+        """Until the stream ends; the error it ended with, None when it just ended."""
+        self._grown = asyncio.Event()
+        call = self._stub.StreamEvents(self._requests(self._grown))
+        self._call = call
+        try:
+            async for ack in call:
+                self._acknowledge(ack)
+        except (grpc.aio.AioRpcError, PostriderClientError) as error:
+            self._last_error = error
+            return error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return None  # It was the call that was cancelled, after a silence.
+        else:
+            return None
+        finally:
+            self._call = None
+            call.cancel()
+            if self._unacked:
+                self._grown.set()
+
+    async def _requests(
+        self, grown: asyncio.Event
+    ) -> AsyncIterator[event_service_pb2.StreamEventsRequest]:
+        """What is not acknowledged, from the oldest, and then what is added."""
+        written = 0
+        while True:
+            for sequence, sent in list(self._unacked.items()):
+                if sequence > written and sequence in self._unacked:
+                    written = sequence
+                    yield event_service_pb2.StreamEventsRequest(
+                        sequence=sequence, events=sent.batch
+                    )
+            if self._unacked and next(reversed(self._unacked)) > written:
+                continue
+            grown.clear()
+            await grown.wait()
+
+    def _acknowledge(self, ack: event_service_pb2.StreamEventsResponse) -> None:
+        oldest = next(iter(self._unacked), None)
+        if oldest is None or ack.sequence < oldest:
+            return  # Of a batch whose sender has given up.
+        sent = self._unacked.get(ack.sequence)
+        if ack.sequence != oldest or sent is None or len(ack.results) != len(sent.batch):
+            raise PostriderClientError(
+                f"the server acknowledged batch {ack.sequence} out of turn or in part"
+            )
+        del self._unacked[ack.sequence]
+        self._acked_count += 1
+        if not sent.acked.done():
+            sent.acked.set_result(ack.results)
+
+    def _refuse(self, error: Exception) -> None:
+        code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+        # A server from before there were streams.
+        self._unsupported = code is grpc.StatusCode.UNIMPLEMENTED
+        self._send_singly()
+
+    def _send_singly(self) -> None:
+        for sent in self._unacked.values():
+            if not sent.acked.done():
+                sent.acked.set_exception(_StreamRefused())
+        self._unacked.clear()
+        self._grown.clear()
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether another stream may succeed. A server that drains may also just cancel."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return True
+    return is_passing(error) or error.code() is grpc.StatusCode.CANCELLED
+
+
+def _wait_seconds(policy: CallPolicy, attempt: int, error: Exception | None) -> float:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return policy.wait_seconds(attempt, error)
+    return min(policy.backoff_seconds * 2**attempt, policy.backoff_max_seconds)
