@@ -47,8 +47,8 @@ def _refuse_foreign_stubs() -> None:
         return
     if server != __version__:
         raise ImportError(
-            f"postrider {server} and postrider-client {__version__} are installed side by side, and "
-            "both bring postrider.v1: uninstall postrider, or install the same version of both"
+            f"postrider {server} and postrider-client {__version__} are installed side by side "
+            "and both bring postrider.v1: uninstall postrider, or install the same version of both"
         )
 
 

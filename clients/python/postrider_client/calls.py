@@ -7,7 +7,7 @@ is sent once, since a call that was answered UNAVAILABLE may have been carried o
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -40,14 +40,14 @@ class CallPolicy:
 
     def wait_seconds(self, attempt: int, error: grpc.aio.AioRpcError) -> float:
         """Before the next attempt: never less than the server asked for, and never in step."""
-        backoff = min(self.backoff_seconds * 2**attempt, self.backoff_max_seconds)
+        backoff = min(self.backoff_seconds * 2.0**attempt, self.backoff_max_seconds)
         asked = retry_delay(error)
         if asked is not None and asked >= backoff:
             return asked * random.uniform(1.0, 1.2)  # noqa: S311 - spreads load, hides nothing
         return max(asked or 0.0, backoff * random.uniform(0.5, 1.0))  # noqa: S311
 
 
-class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor[Any, Any]):
+class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
     """Token, deadline and repeats for calls with one request and one answer."""
 
     def __init__(self, tokens: TokenCache, policy: CallPolicy):
@@ -72,7 +72,9 @@ class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor[Any, Any]):
             metadata = await _authorized(self._tokens, details.metadata, ends_at - monotonic())
             left = max(ends_at - monotonic(), 0.0)
             timeout = min(left, self._policy.attempt_seconds) if repeatable else left
-            call = await continuation(details._replace(metadata=metadata, timeout=timeout), request)
+            call = await continuation(
+                _changed(details, metadata=metadata, timeout=timeout), request
+            )
             code = await call.code()
             if code is grpc.StatusCode.OK or not repeatable:
                 return call
@@ -84,7 +86,7 @@ class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor[Any, Any]):
             attempt += 1
 
 
-class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor[Any, Any]):
+class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor):
     """A token for streams of answers, which live as long as the caller reads."""
 
     def __init__(self, tokens: TokenCache, policy: CallPolicy):
@@ -96,10 +98,10 @@ class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor[Any, Any]):
     ) -> Any:
         details = client_call_details
         metadata = await _authorized(self._tokens, details.metadata, self._policy.deadline_seconds)
-        return await continuation(details._replace(metadata=metadata), request)
+        return await continuation(_changed(details, metadata=metadata), request)
 
 
-class StreamStreamCalls(grpc.aio.StreamStreamClientInterceptor[Any, Any]):
+class StreamStreamCalls(grpc.aio.StreamStreamClientInterceptor):
     """A token for streams of both; who uses one bounds the waits for its answers."""
 
     def __init__(self, tokens: TokenCache, policy: CallPolicy):
@@ -110,11 +112,11 @@ class StreamStreamCalls(grpc.aio.StreamStreamClientInterceptor[Any, Any]):
         self,
         continuation: Continuation,
         client_call_details: ClientCallDetails,
-        request_iterator: AsyncIterator[Any],
+        request_iterator: AsyncIterable[Any] | Iterable[Any],
     ) -> Any:
         details = client_call_details
         metadata = await _authorized(self._tokens, details.metadata, self._policy.deadline_seconds)
-        return await continuation(details._replace(metadata=metadata), request_iterator)
+        return await continuation(_changed(details, metadata=metadata), request_iterator)
 
 
 def with_keys(request: Any) -> Any:
@@ -157,7 +159,7 @@ def retry_delay(error: grpc.aio.AioRpcError) -> float | None:
         if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             info = error_details_pb2.RetryInfo()
             detail.Unpack(info)
-            return info.retry_delay.ToNanoseconds() / 1e9
+            return float(info.retry_delay.ToNanoseconds()) / 1e9
     return None
 
 
@@ -178,6 +180,12 @@ async def _authorized(tokens: TokenCache, given: Metadata | None, seconds: float
     except TimeoutError as error:
         raise TokenUnavailable("the token source did not answer within the deadline") from error
     return Metadata(*(given or ()), ("authorization", f"Bearer {token}"))
+
+
+def _changed(details: Any, **fields: Any) -> ClientCallDetails:
+    """A copy; gRPC's details are a named tuple, which its types do not say."""
+    changed: ClientCallDetails = details._replace(**fields)
+    return changed
 
 
 def _method_name(details: ClientCallDetails) -> str:

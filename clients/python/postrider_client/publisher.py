@@ -171,8 +171,6 @@ class Publisher:
     async def _send(self, batch: Sequence[_Pending]) -> None:
         try:
             results = await self._transport.send([pending.event for pending in batch])
-            if len(results) != len(batch):
-                raise RuntimeError(f"{len(results)} results for {len(batch)} events")
             self._resolve(batch, results)
         except asyncio.CancelledError as error:
             self._fail_all(batch, error)
@@ -187,6 +185,8 @@ class Publisher:
             self._progress.set()
 
     def _resolve(self, batch: Sequence[_Pending], results: Results) -> None:
+        if len(results) != len(batch):
+            raise RuntimeError(f"{len(results)} results for {len(batch)} events")
         for pending, result in zip(batch, results, strict=True):
             if result.status == event_service_pb2.PUBLISH_STATUS_REJECTED:
                 self._fail(pending, EventRejected(result.reason, result.message))

@@ -191,4 +191,4 @@ def _is_passing(error: Exception) -> bool:
 def _wait_seconds(policy: CallPolicy, attempt: int, error: Exception | None) -> float:
     if isinstance(error, grpc.aio.AioRpcError):
         return policy.wait_seconds(attempt, error)
-    return min(policy.backoff_seconds * 2**attempt, policy.backoff_max_seconds)
+    return min(policy.backoff_seconds * 2.0**attempt, policy.backoff_max_seconds)
