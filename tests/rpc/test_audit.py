@@ -22,6 +22,7 @@ CHANGING = {
     "CreateWebhookConfig",
     "UpdateWebhookConfig",
     "DeleteWebhookConfig",
+    "RotateSecret",
     "ReactivateWebhookConfig",
     "CreateEventType",
     "RedeliverDelivery",

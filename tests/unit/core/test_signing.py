@@ -146,3 +146,22 @@ def test_what_is_no_signature_is_refused_without_an_error(signature: str) -> Non
 @given(signature=st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_is_refused_without_an_error(signature: str) -> None:
     assert not verify(SECRET, MESSAGE_ID, BODY, signature, now=TIMESTAMP)
+
+
+def test_two_secrets_sign_side_by_side_the_first_one_first_and_either_verifies() -> None:
+    new, old = new_secret(), new_secret()
+    now = int(datetime.now(UTC).timestamp())
+
+    headers = signature_headers([new, old], MESSAGE_ID, now, BODY)
+
+    alone = [signature_headers([secret], MESSAGE_ID, now, BODY) for secret in (new, old)]
+    assert headers["webhook-signature"] == " ".join(h["webhook-signature"] for h in alone)
+    codes = [h["X-Webhook-Signature"].partition("v1=")[2] for h in alone]
+    assert headers["X-Webhook-Signature"] == f"t={now},v1={codes[0]},v1={codes[1]}"
+    for secret, genuine in ((new, True), (old, True), (new_secret(), False)):
+        signature = headers["X-Webhook-Signature"]
+        assert verify(secret, MESSAGE_ID, BODY, signature, now=now) is genuine
+    for secret in (new, old):
+        assert Webhook(standard_secret(secret)).verify(BODY, headers) == {"amount": 1}
+    with pytest.raises(WebhookVerificationError):
+        Webhook(standard_secret(new_secret())).verify(BODY, headers)

@@ -1,13 +1,21 @@
 """The rules for the fields of a webhook config."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from core.addresses import AddressPolicy
 from core.errors import InvalidArgument
 from core.urls import UrlPolicy
-from server.registration import UPDATABLE_FIELDS, WebhookDraft, check_draft, check_mask
+from server.event_types import is_event_type_prefix
+from server.registration import (
+    UPDATABLE_FIELDS,
+    WebhookDraft,
+    check_draft,
+    check_mask,
+    check_overlap,
+)
 
 POLICY = UrlPolicy(AddressPolicy(()), ports=((443, 443),))
 VALID = WebhookDraft(
@@ -80,3 +88,57 @@ def test_a_mask_names_at_least_one_field_and_only_known_ones() -> None:
             check_mask(paths)
         assert refused.value.reason == reason
         assert refused.value.violations[0].field == "update_mask"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"timeout_seconds": 1.0}, {}),
+        ({"timeout_seconds": 30.0}, {}),
+        ({"timeout_seconds": 0.999}, {"timeout": "TIMEOUT_INVALID"}),
+        ({"timeout_seconds": 0.0}, {"timeout": "TIMEOUT_INVALID"}),
+        ({"timeout_seconds": 30.001}, {"timeout": "TIMEOUT_INVALID"}),
+        ({"rate_limit": 0.0}, {}),
+        ({"rate_limit": 0.001}, {}),
+        ({"rate_limit": 10_000.0}, {}),
+        ({"rate_limit": 10_000.1}, {"rate_limit": "RATE_LIMIT_INVALID"}),
+        ({"rate_limit": 5e-324}, {"rate_limit": "RATE_LIMIT_INVALID"}),
+        ({"rate_limit": -1.0}, {"rate_limit": "RATE_LIMIT_INVALID"}),
+        ({"rate_limit": float("nan")}, {"rate_limit": "RATE_LIMIT_INVALID"}),
+        ({"rate_limit": float("inf")}, {"rate_limit": "RATE_LIMIT_INVALID"}),
+        ({"max_in_flight": 1000}, {}),
+        ({"max_in_flight": 1001}, {"max_in_flight": "MAX_IN_FLIGHT_INVALID"}),
+        ({"max_in_flight": -1}, {"max_in_flight": "MAX_IN_FLIGHT_INVALID"}),
+        ({"headers": {"Host": "x"}}, {"headers['Host']": "HEADER_DENIED"}),
+    ],
+)
+def test_limits_are_bounded_and_looked_at_only_when_asked_for(
+    change: dict[str, Any], expected: dict[str, str]
+) -> None:
+    draft = replace(VALID, **change)
+    assert reasons(draft) == expected
+    assert reasons(draft, ("url", "events")) == {}
+
+
+def test_the_values_of_headers_do_not_show_when_a_draft_is_printed() -> None:
+    assert "swordfish" not in repr(replace(VALID, headers={"Authorization": "swordfish"}))
+
+
+@pytest.mark.parametrize("text", ["payment.*", "a.b.c.*", "x_1.*", "p" * 126 + ".*"])
+def test_a_prefix_is_segments_and_a_star(text: str) -> None:
+    assert is_event_type_prefix(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["*", ".*", "payment*", "payment.*.x", "a..*", "A.*", "a.**", "a.*\n", "p" * 127 + ".*"]
+)
+def test_nothing_else_is_a_prefix(text: str) -> None:
+    assert not is_event_type_prefix(text)
+
+
+@pytest.mark.parametrize("seconds", [-0.001, 604_800.001, float("nan")])
+def test_an_overlap_is_bounded(seconds: float) -> None:
+    check_overlap(0)
+    check_overlap(604_800)
+    with pytest.raises(InvalidArgument):
+        check_overlap(seconds)
