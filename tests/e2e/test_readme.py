@@ -35,6 +35,10 @@ async def test_readme_publishes_and_verifies_what_arrives(
     assert received.message_id == event_id
     assert is_genuine(created.secret, received.headers, received.body)
     assert not is_genuine(created.secret, received.headers, received.body + b" ")
+    two = f"{received.headers['X-Webhook-Signature']},v1={'0' * 64}"
+    assert is_genuine(
+        created.secret, {**received.headers, "X-Webhook-Signature": two}, received.body
+    )
     verifier = Webhook(created.standard_webhooks_secret)
     assert verifier.verify(received.body, received.headers) == {"amount": 4200}
 

@@ -9,6 +9,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from postrider.v1 import admin_service_pb2, webhook_config_service_pb2
 from postrider.v1.delivery_service_pb2 import RedeliverDeliveryRequest
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
+from server.registration import UPDATABLE_FIELDS
 from tests.errors import refusal_of
 from tests.factories import fail_open_delivery
 from tests.fakes.receiver import Receiver
@@ -80,6 +81,7 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
     await platform.deliveries.RedeliverDelivery(
         RedeliverDeliveryRequest(id=delivery_id), metadata=me
     )
+    await platform.webhooks.RotateSecret(pb.RotateSecretRequest(id=webhook_id), metadata=me)
     await platform.webhooks.DeleteWebhookConfig(
         pb.DeleteWebhookConfigRequest(id=webhook_id), metadata=me
     )
@@ -90,7 +92,7 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
 
     recorded = await entries(pool)
 
-    every = ["active", "description", "events", "retry_schedule", "url"]
+    every = sorted(UPDATABLE_FIELDS)
     reactivated = ["active", "consecutive_failures", "deactivation_reason"]
     assert [
         (e["actor"], e["merchant_id"], e["action"], e["resource"], e["changed_fields"])
@@ -106,6 +108,7 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
         ),
         ("operator-7", "m_1", "ReactivateWebhookConfig", webhook_id, reactivated),
         ("gateway", "m_1", "RedeliverDelivery", delivery_id, []),
+        ("gateway", "m_1", "RotateSecret", webhook_id, ["secret"]),
         ("gateway", "m_1", "DeleteWebhookConfig", webhook_id, []),
         ("operator-7", None, "CreateEventType", "invoice.sent", ["description", "name"]),
     ]
@@ -183,6 +186,7 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
     calls: tuple[Any, ...] = (
         platform.register(receiver.url),
         platform.webhooks.UpdateWebhookConfig(updating(changed, "active"), metadata=me),
+        platform.webhooks.RotateSecret(pb.RotateSecretRequest(id=config.id), metadata=me),
         platform.webhooks.DeleteWebhookConfig(
             pb.DeleteWebhookConfigRequest(id=config.id), metadata=me
         ),
