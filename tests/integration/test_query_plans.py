@@ -229,6 +229,16 @@ async def test_enqueueing_finds_the_configs_of_a_merchant_by_their_index(crowded
     plan.assert_nothing_is_walked()
 
 
+async def test_spending_of_a_rate_finds_the_configs_by_key(crowded: Any) -> None:
+    await crowded.execute("UPDATE webhook_configs SET rate_limit = 5")
+    ids = [row["id"] for row in await crowded.fetch("SELECT id FROM webhook_configs LIMIT 20")]
+
+    plan = await _explain(crowded, queue._SPEND_RATE, ids, [3] * len(ids))
+
+    assert plan.index_scan("webhook_configs_pkey").rows <= len(ids)
+    plan.assert_nothing_is_walked()
+
+
 @pytest.mark.parametrize("statement", ["_RELEASE", "_PARK_LEASED"])
 async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
     leased = await crowded.fetch(

@@ -328,6 +328,10 @@ def test_no_other_message_has_a_field_for_a_secret() -> None:
     assert with_secrets == {
         "CreateWebhookConfigResponse.secret",
         "CreateWebhookConfigResponse.standard_webhooks_secret",
+        "RotateSecretResponse.secret",
+        "RotateSecretResponse.standard_webhooks_secret",
+        # A time.
+        "WebhookConfig.previous_secret_expire_time",
     }
 
 

@@ -33,6 +33,7 @@ REQUESTS: dict[tuple[str, str], Callable[[str], Message]] = {
     ("WebhookConfigService.DeleteWebhookConfig", "id"): lambda text: (
         configs.DeleteWebhookConfigRequest(id=text)
     ),
+    ("WebhookConfigService.RotateSecret", "id"): lambda text: configs.RotateSecretRequest(id=text),
     ("WebhookConfigService.PingWebhookConfig", "id"): lambda text: configs.PingWebhookConfigRequest(
         id=text
     ),
