@@ -1,7 +1,8 @@
 """A producer with as many calls under way as it is told, for a time.
 
-Run as a process: `python -m benchmarks.publisher KIND PORT TOKEN SECONDS CONCURRENCY`, the kind being
-unary, batch or stream; prints JSON. Its requests are made beforehand, so that it is the server that is measured.
+Run as a process: `python -m benchmarks.publisher KIND PORT TOKEN SECONDS CONCURRENCY`; KIND is
+unary, batch or stream. Prints JSON. Its requests are made beforehand, so that it is the server
+that is measured.
 """
 
 import asyncio

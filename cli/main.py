@@ -1,5 +1,6 @@
 """The `postrider` command. Each subcommand reads its settings and says plainly what is wrong."""
 
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -65,6 +66,10 @@ def server() -> None:
     async def run() -> None:
         await serve(settings, stop_on_signals())
 
+    # What is there now stays: without this the collector walks it again and again under load.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     uvloop.run(run())
 
 

@@ -68,8 +68,8 @@ class App:
         self._events = events
         public = _HEALTH_METHODS | (_REFLECTION_METHODS if settings.reflection else frozenset())
         self._server = grpc.aio.server(
-            # The first is the outermost: it turns what the second raises into a status.
-            interceptors=[CallInterceptor(), AuthenticationInterceptor(verifier, public)],
+            # The outer one turns what the inner raises into a status.
+            interceptors=[CallInterceptor(AuthenticationInterceptor(verifier, public))],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=channel_options(settings),
         )

@@ -24,7 +24,13 @@ log = structlog.get_logger()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, also the refusals of interceptors inside this one."""
+    """Wraps every handler, also the refusals of the interceptor inside this one.
+
+    That one is called from here, since each interceptor that gRPC calls has its price in every RPC.
+    """
+
+    def __init__(self, inside: grpc.aio.ServerInterceptor):
+        self._inside = inside
 
     async def intercept_service(
         self,
@@ -33,7 +39,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         began = perf_counter()
         begin_request(handler_call_details.invocation_metadata)
-        handler = await continuation(handler_call_details)
+        handler = await self._inside.intercept_service(continuation, handler_call_details)
         if handler is None:
             return None
         method = handler_call_details.method

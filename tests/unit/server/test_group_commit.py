@@ -113,3 +113,32 @@ async def test_a_cancelled_caller_leaves_its_events_in_the_commit(database: Data
     assert {e.id for batch in database.batches for e in batch} == {given_up.id, other.id}
     with pytest.raises(asyncio.CancelledError):
         await call
+
+
+async def test_callers_that_come_together_again_and_again_share_their_commits(
+    database: Database,
+) -> None:
+    commits = GroupCommit(database.store)
+
+    async def publish() -> None:
+        for _ in range(20):
+            await commits.store([event()])
+
+    await asyncio.gather(*(publish() for _ in range(20)))
+
+    # Without a distance between commits about every second would be for a few callers only.
+    assert len(database.batches) <= 30
+    assert sum(map(len, database.batches)) == 400
+
+
+async def test_a_caller_that_is_alone_never_waits_for_company(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def waits(_: float) -> None:
+        raise AssertionError("it waited")
+
+    commits = GroupCommit(database.store)
+    monkeypatch.setattr("server.group_commit.asyncio.sleep", waits)
+    for _ in range(10):
+        await commits.store([event()])
+    assert len(database.batches) == 10
