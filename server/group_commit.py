@@ -36,6 +36,7 @@ class GroupCommit[Result]:
         self._store = store
         self._waiting: list[_Call[Result]] = []
         self._commits: set[asyncio.Task[None]] = set()
+        self._committing = 0
         self._not_before = 0.0
 
     async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, Result]:
@@ -45,13 +46,21 @@ class GroupCommit[Result]:
         """
         call = _Call(events, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
-        if len(self._commits) < _COMMITS_MAX:
+        if self._committing < _COMMITS_MAX:
+            self._committing += 1
             task = asyncio.create_task(self._commit_waiting())
             self._commits.add(task)
             task.add_done_callback(self._commits.discard)
         return await call.stored
 
     async def _commit_waiting(self) -> None:
+        try:
+            await self._until_nobody_waits()
+        finally:
+            # Here and not when the task is done: a call that comes in between would be left alone.
+            self._committing -= 1
+
+    async def _until_nobody_waits(self) -> None:
         while self._waiting:
             await self._keep_distance()
             if not (calls := self._take()):

@@ -56,6 +56,9 @@ def requests(webhook_id: str, url: str) -> dict[str, Message]:
         "ListEventTypes": configs.ListEventTypesRequest(),
         "PublishEvent": event_service_pb2.PublishEventRequest(event=event),
         "PublishEvents": event_service_pb2.PublishEventsRequest(events=[event]),
+        "StreamEvents": event_service_pb2.StreamEventsRequest(events=[event]),
+        "ListEvents": event_service_pb2.ListEventsRequest(merchant_id="m_1"),
+        "GetEvent": event_service_pb2.GetEventRequest(id="evt_" + "0" * 32),
         "ListDeliveries": delivery_service_pb2.ListDeliveriesRequest(),
         "ReactivateWebhookConfig": admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id),
         "GetDelivery": delivery_service_pb2.GetDeliveryRequest(id="dlv_" + "0" * 32),
@@ -106,7 +109,7 @@ async def test_every_rpc_is_unavailable_while_it_is_stopped_and_works_when_it_is
     assert "sock" not in error.message.lower()
 
     own_postgres.start()
-    once = {"DeleteWebhookConfig", "GetDelivery"}
+    once = {"DeleteWebhookConfig", "GetDelivery", "GetEvent"}
     answers = await codes(on_own, {k: v for k, v in prepared.items() if k not in once})
     assert answers == dict.fromkeys(answers, StatusCode.OK)
 
@@ -141,7 +144,7 @@ async def test_a_connection_that_was_closed_while_idle_is_replaced_unnoticed(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     prepared = requests((await platform.register(receiver.url)).webhook_config.id, receiver.url)
-    del prepared["DeleteWebhookConfig"], prepared["GetDelivery"]
+    del prepared["DeleteWebhookConfig"], prepared["GetDelivery"], prepared["GetEvent"]
     closed = await pool.fetchval(
         "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity "
         "WHERE datname = current_database() AND application_name = 'postrider-server'"
