@@ -62,7 +62,7 @@ class PayloadSchema:
                 return None
             [error] = islice(self._validator.iter_errors(document), 1)
         except ValueError:
-            return "it is nested too deeply"
+            return "it is nested too deeply to tell where"
         rule = _shortened("#" + "".join(f"/{_escaped(step)}" for step in error.schema_path))
         missing = getattr(error.kind, "property", None) if rule.endswith("/required") else None
         lacking = f", {_shortened(str(missing))!r} is missing" if missing else ""
@@ -144,7 +144,7 @@ def _refuse_to_fetch(uri: str) -> Any:
 
 
 def _why_not_a_schema(error: jsonschema_rs.ValidationError) -> str:
-    if error.instance_path and error.instance_path[-1] in {"pattern", "patternProperties"}:
+    if error.message.endswith('is not a "regex"'):
         return (
             f"has a pattern at {_path_of(error.instance_path)} that is not a regular expression "
             "without look-around and back-references, or is too large"

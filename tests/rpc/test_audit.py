@@ -25,8 +25,11 @@ CHANGING = {
     "DeleteWebhookConfig",
     "RotateSecret",
     "ReactivateWebhookConfig",
+    "DeactivateWebhookConfig",
     "CreateEventType",
     "RedeliverDelivery",
+    "UpdateEventType",
+    "EraseMerchant",
 }
 READING = ("Get", "List", "Ping", "Publish", "Watch")
 
@@ -55,6 +58,13 @@ def updating(config: WebhookConfig, *paths: str) -> pb.UpdateWebhookConfigReques
     return pb.UpdateWebhookConfigRequest(webhook_config=config, update_mask=FieldMask(paths=paths))
 
 
+def updating_type(name: str) -> admin_service_pb2.UpdateEventTypeRequest:
+    return admin_service_pb2.UpdateEventTypeRequest(
+        event_type=EventType(name=name, deprecated=True),
+        update_mask=FieldMask(paths=["deprecated"]),
+    )
+
+
 def test_every_rpc_either_only_reads_or_is_tried_here() -> None:
     names = {m.name for m in methods() if not m.name.startswith(READING)}
     assert names == CHANGING
@@ -74,6 +84,10 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
     await platform.webhooks.UpdateWebhookConfig(
         updating(config, "url", "events", "description", "active", "retry_schedule"), metadata=me
     )
+    await platform.admin.DeactivateWebhookConfig(
+        admin_service_pb2.DeactivateWebhookConfigRequest(id=webhook_id, reason="Abuse"),
+        metadata=op,
+    )
     await platform.admin.ReactivateWebhookConfig(
         admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id), metadata=op
     )
@@ -88,6 +102,10 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
     await platform.admin.CreateEventType(
         admin_service_pb2.CreateEventTypeRequest(event_type=EventType(name="invoice.sent")),
         metadata=op,
+    )
+    await platform.admin.UpdateEventType(updating_type("invoice.sent"), metadata=op)
+    await platform.admin.EraseMerchant(
+        admin_service_pb2.EraseMerchantRequest(merchant_id="m_1"), metadata=op
     )
 
     recorded = await entries(pool)
@@ -106,11 +124,14 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
             webhook_id,
             ["active", "deactivation_reason", "description", "retry_schedule"],
         ),
+        ("operator-7", "m_1", "DeactivateWebhookConfig", webhook_id, ["deactivation_reason"]),
         ("operator-7", "m_1", "ReactivateWebhookConfig", webhook_id, reactivated),
         ("gateway", "m_1", "RedeliverDelivery", delivery_id, []),
         ("gateway", "m_1", "RotateSecret", webhook_id, ["secret"]),
         ("gateway", "m_1", "DeleteWebhookConfig", webhook_id, []),
         ("operator-7", None, "CreateEventType", "invoice.sent", ["description", "name"]),
+        ("operator-7", None, "UpdateEventType", "invoice.sent", ["deprecated"]),
+        ("operator-7", "m_1", "EraseMerchant", "m_1", []),
     ]
     assert {entry["action"] for entry in recorded} == CHANGING
     assert {entry["result"] for entry in recorded} == {"OK"}
@@ -199,6 +220,13 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
         ),
         platform.deliveries.RedeliverDelivery(
             RedeliverDeliveryRequest(id=delivery_id), metadata=me
+        platform.admin.DeactivateWebhookConfig(
+            admin_service_pb2.DeactivateWebhookConfigRequest(id=config.id, reason="Abuse"),
+            metadata=op,
+        ),
+        platform.admin.UpdateEventType(updating_type("payment.succeeded"), metadata=op),
+        platform.admin.EraseMerchant(
+            admin_service_pb2.EraseMerchantRequest(merchant_id="m_1"), metadata=op
         ),
     )
     assert len(calls) == len(CHANGING)
@@ -209,6 +237,8 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
     states = await pool.fetch("SELECT state, webhook_id FROM delivery_queue ORDER BY state")
     assert [row["state"] for row in states] == ["parked", "ready"]
     assert not await pool.fetchval("SELECT count(*) FROM event_types WHERE name = 'invoice.sent'")
+    assert not await pool.fetchval("SELECT count(*) FROM event_types WHERE deprecated")
+    assert not await pool.fetchval("SELECT count(*) FROM events WHERE payload = ''")
 
 
 async def test_each_of_many_changes_at_once_is_on_record_under_its_own_caller(

@@ -89,6 +89,8 @@ async def test_a_forged_page_token_is_refused_and_not_an_accident(platform: Plat
     lists: dict[str, tuple[Any, ...]] = {
         "WebhookConfigService.ListWebhookConfigs": ("webhooks", "m_1"),
         "WebhookConfigService.ListEventTypes": ("event_types",),
+        "AdminService.ListAllWebhookConfigs": ("all_webhooks", "", False),
+        "AdminService.ListAuditEntries": ("audit_entries", "", "", "None", "None"),
         "DeliveryService.ListDeliveries": ("deliveries", "m_1", "", "", 0),
     }
     with_pages = {
@@ -110,7 +112,8 @@ async def test_a_forged_page_token_is_refused_and_not_an_accident(platform: Plat
         ):
             request = request_class()
             request.page_token = token  # type: ignore[attr-defined]
-            metadata = bearer(platform.token("webhooks:manage", merchant_id="m_1"))
+            merchant_id = "m_1" if method.containing_service.name in MERCHANTS_OWN else None
+            metadata = bearer(platform.token(scope_of(method), merchant_id=merchant_id))
             async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
                 await call(platform.channel, method, request, metadata)
 
