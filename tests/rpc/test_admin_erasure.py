@@ -1,0 +1,211 @@
+"""A merchant is erased: nothing more is sent, nothing said is left, and nobody else is touched."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from aiohttp import web
+from grpc import StatusCode
+
+from postrider.v1 import admin_service_pb2 as pb
+from postrider.v1 import webhook_config_service_pb2
+from server import erasure
+from tests.errors import refused
+from tests.fakes.receiver import Receiver
+from tests.platform import Platform
+
+#: Words that stand for what is personal; each is put where such a thing can be.
+SECRETS = ("jane-doe", "10.9.8.7", "order-4711")
+
+
+async def erase(platform: Platform, merchant_id: str = "m_1") -> tuple[int, int]:
+    answer = await platform.admin.EraseMerchant(
+        pb.EraseMerchantRequest(merchant_id=merchant_id), metadata=platform.operator()
+    )
+    return answer.deleted_webhook_configs, answer.erased_events
+
+
+async def everything(pool: Any, merchant_id: str) -> str:
+    """All rows of a merchant in every table, as text."""
+    found = []
+    for table in (
+        "webhook_configs",
+        "events",
+        "idempotency_keys",
+        "delivery_queue",
+        "finished_deliveries",
+        "audit_entries",
+    ):
+        found += await pool.fetch(
+            f"SELECT '{table}', t::text FROM {table} t WHERE merchant_id = $1",  # noqa: S608
+            merchant_id,
+        )
+    found += await pool.fetch(
+        "SELECT 'attempts', a::text FROM attempts a JOIN finished_deliveries d"
+        " ON d.id = a.delivery_id WHERE d.merchant_id = $1",
+        merchant_id,
+    )
+    return "\n".join(sorted(" ".join(row) for row in found))
+
+
+async def fill(platform: Platform, receiver: Receiver, pool: Any, merchant_id: str) -> None:
+    """A delivered event, an open one, a deleted config, and words of every kind."""
+    gone = await platform.register(receiver.url + "?jane-doe", merchant_id)
+    await platform.webhooks.DeleteWebhookConfig(
+        webhook_config_service_pb2.DeleteWebhookConfigRequest(id=gone.webhook_config.id),
+        metadata=platform.merchant(merchant_id),
+    )
+    config = await platform.register(
+        receiver.url + "?jane-doe", merchant_id, description="jane-doe's"
+    )
+    delivered = len(receiver.webhooks)
+    async with platform.engine():
+        await platform.publish('"order-4711"', merchant_id, idempotency_key="order-4711")
+        await receiver.wait_for(delivered + 1)
+    await pool.execute(
+        "UPDATE attempts SET response_excerpt = 'jane-doe', remote_address = '10.9.8.7'"
+    )
+    # What signed with two secrets keeps the older one in the database, too.
+    await pool.execute(
+        'UPDATE webhook_configs SET headers = \'{"x-name": "jane-doe"}\','
+        " previous_secret_ciphertext = 'sealed', previous_secret_key_id = 'k1',"
+        " previous_secret_expires_at = now() + interval '1 day' WHERE deleted_at IS NULL"
+    )
+    await platform.admin.DeactivateWebhookConfig(
+        pb.DeactivateWebhookConfigRequest(id=config.webhook_config.id, reason="jane-doe asked"),
+        metadata=platform.operator(),
+    )
+    await platform.publish('"order-4711"', merchant_id)
+
+
+async def test_an_erased_merchant_leaves_that_something_was_delivered_and_not_what(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await fill(platform, receiver, pool, "m_1")
+    await fill(platform, receiver, pool, "m_2")
+    before, other = await everything(pool, "m_1"), await everything(pool, "m_2")
+    assert all(secret in before for secret in SECRETS)
+
+    assert await erase(platform) == (1, 2)
+
+    after = await everything(pool, "m_1")
+    assert not [secret for secret in SECRETS if secret in after]
+    assert "delivery_queue" not in after
+    assert "idempotency_keys" not in after
+    rows = await pool.fetch("SELECT * FROM webhook_configs WHERE merchant_id = 'm_1'")
+    assert len(rows) == 2
+    for row in rows:
+        assert (row["secret_ciphertext"], row["previous_secret_ciphertext"]) == (b"", None)
+        assert row["deleted_at"] is not None
+    events = await pool.fetch("SELECT * FROM events WHERE merchant_id = 'm_1'")
+    assert [(e["payload"], e["content_type"]) for e in events] == [(b"", "")] * 2
+    states = await pool.fetch(
+        "SELECT state FROM finished_deliveries WHERE merchant_id = 'm_1' ORDER BY id"
+    )
+    assert [row["state"] for row in states] == ["delivered", "cancelled"]
+    last = await pool.fetchrow("SELECT * FROM audit_entries ORDER BY id DESC LIMIT 1")
+    assert (last["action"], last["resource"]) == ("EraseMerchant", "m_1")
+    assert await everything(pool, "m_2") == other
+
+
+async def test_a_second_erasure_finds_nothing_and_one_of_nobody_does_no_harm(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await fill(platform, receiver, pool, "m_1")
+    await erase(platform)
+    versions = await pool.fetch("SELECT id, version FROM webhook_configs ORDER BY id")
+    assert await erase(platform) == (0, 0)
+    assert await erase(platform, "m_nobody") == (0, 0)
+    assert await pool.fetch("SELECT id, version FROM webhook_configs ORDER BY id") == versions
+
+
+async def test_an_erasure_that_broke_off_is_ended_by_the_next(
+    platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "_CHUNK", 2)
+    await platform.register(receiver.url)
+    for number in range(5):
+        await platform.publish(f"{number}", idempotency_key=f"{number}")
+    # Refuses the second chunk of events, as a lost database would.
+    await pool.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF OLD.payload = '3' THEN RAISE EXCEPTION 'broken off'; END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON events_default
+            FOR EACH ROW EXECUTE FUNCTION refuse();
+    """)
+    async with refused(StatusCode.INTERNAL, "INTERNAL"):
+        await erase(platform)
+    left = await pool.fetch("SELECT payload FROM events WHERE payload <> '' ORDER BY id")
+    assert [row["payload"] for row in left] == [b"2", b"3", b"4"]
+    assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
+
+    await pool.execute("DROP TRIGGER refuse ON events_default")
+    assert await erase(platform) == (0, 3)
+    assert await pool.fetchval("SELECT count(*) FROM events WHERE payload <> ''") == 0
+
+
+async def test_chunks_together_take_all(
+    platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "_CHUNK", 2)
+    for _ in range(2):
+        await platform.register(receiver.url)
+    for number in range(6):
+        await platform.publish(f"{number}", idempotency_key=f"{number}")
+    assert await erase(platform) == (2, 6)
+    cancelled = "SELECT count(*) FROM finished_deliveries WHERE state = 'cancelled'"
+    assert await pool.fetchval(cancelled) == 12
+    assert await pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0
+
+
+async def test_an_attempt_on_the_wire_is_the_last_one(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    other = await platform.register(receiver.url, "m_2")
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def hold(_: web.Request) -> web.Response:
+        asked.set()
+        await answer.wait()
+        return web.Response(status=500, text="order-4711")
+
+    receiver.script.append(hold)
+    async with platform.engine(max_retries=3, retry_schedule_seconds="0.01"):
+        await platform.publish("1")
+        async with asyncio.timeout(20):
+            await asked.wait()
+        await platform.publish("2")
+        await receiver.wait_for(2)
+        await erase(platform)
+        answer.set()
+        # The engine goes on with another merchant, past where the retry would have been.
+        for number in range(3, 6):
+            await platform.publish(f"{number}", "m_2")
+        await receiver.wait_for(5)
+    mine = [request for request in receiver.webhooks if request.body in {b"1", b"2"}]
+    assert len(mine) == 2
+    assert other.webhook_config.id in await everything(pool, "m_2")
+    assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
+    assert await pool.fetchval("SELECT count(*) FROM attempts WHERE outcome = 'http_error'") == 0
+
+
+async def test_who_comes_back_begins_anew(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await fill(platform, receiver, pool, "m_1")
+    await erase(platform)
+    delivered = len(receiver.webhooks)
+    await platform.register(receiver.url)
+    answer = await platform.publish('"new"', idempotency_key="order-4711")
+    assert (answer.duplicate, answer.event.delivery_count) == (False, 1)
+    async with platform.engine():
+        assert (await receiver.wait_for(delivered + 1))[-1].body == b'"new"'
+
+
+async def test_a_merchant_id_has_its_form(platform: Platform) -> None:
+    for merchant_id in ("", "m 1", "\x00", "x" * 65):
+        async with refused(StatusCode.INVALID_ARGUMENT, "MERCHANT_ID_INVALID"):
+            await erase(platform, merchant_id)
