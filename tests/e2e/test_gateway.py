@@ -250,3 +250,10 @@ async def test_headers_and_bodies_beyond_the_limits_are_refused(
 
     assert (body.status, body.reason) == (413, "REQUEST_TOO_LARGE")
     assert (header.status, header.reason) == (431, "REQUEST_TOO_LARGE")
+
+
+async def test_a_server_that_is_away_is_a_typed_503(tmp_path: Path) -> None:
+    async with running_gateway("127.0.0.1:1", tmp_path) as gateway:
+        answer = await gateway.call("GET", CONFIGS)
+
+    assert (answer.status, answer.body["code"], answer.reason) == (503, 14, "SERVER_UNAVAILABLE")
