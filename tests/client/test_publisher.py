@@ -1,0 +1,231 @@
+"""The publisher: batches, bounds, one result an event, and nothing lost on the way out.
+
+Over both transports, on a server that follows the contract and breaks when told to.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from grpc import StatusCode
+
+from postrider.v1 import event_service_pb2
+from postrider.v1.event_pb2 import Event, EventInput
+from postrider_client import EventRejected, PostriderClient, PublisherClosed, PublishFailed
+from postrider_client.publisher import Publisher
+from tests.fakes.event_service import FakeEventService, Refusal
+
+pb = event_service_pb2
+AWAY = Refusal(StatusCode.UNAVAILABLE)
+
+
+def event(key: str = "", **fields: Any) -> EventInput:
+    fields.setdefault("type", "payment.succeeded")
+    return EventInput(merchant_id="m_1", payload=b"{}", idempotency_key=key, **fields)
+
+
+class HeldTransport:
+    """Keeps every batch until a test lets it go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.changed = asyncio.Condition()
+        self.gate = asyncio.Event()
+        self.closed = False
+
+    async def send(self, batch: Sequence[EventInput]) -> Sequence[pb.PublishResult]:
+        async with self.changed:
+            self.batches.append([event.idempotency_key for event in batch])
+            self.changed.notify_all()
+        await self.gate.wait()
+        accepted = pb.PUBLISH_STATUS_ACCEPTED
+        return [
+            pb.PublishResult(status=accepted, event=Event(id=f"evt_{e.idempotency_key}"))
+            for e in batch
+        ]
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def wait_for(self, batches: int) -> None:
+        async with asyncio.timeout(5), self.changed:
+            await self.changed.wait_for(lambda: len(self.batches) >= batches)
+
+
+@pytest.fixture
+async def held() -> HeldTransport:
+    return HeldTransport()
+
+
+@pytest.fixture(params=["unary", "stream"])
+def streaming(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "stream")
+
+
+async def test_events_that_come_together_go_together(
+    client: PostriderClient, service: FakeEventService, streaming: bool
+) -> None:
+    async with client.publisher(stream=streaming, linger_ms=50, max_batch=100) as publisher:
+        futures = [await publisher.publish(event(f"k{n}")) for n in range(250)]
+        results = await asyncio.gather(*futures)
+    assert [result.id for result in results] == [f"evt_{n}" for n in range(250)]
+    assert sorted(service.batches, reverse=True) == [100, 100, 50]
+    assert ("StreamEvents" in service.calls) is streaming
+    assert ("PublishEvents" in service.calls) is not streaming
+
+
+async def test_an_event_alone_waits_no_longer_than_the_linger(held: HeldTransport) -> None:
+    held.gate.set()
+    publisher = Publisher(held, linger_ms=1)
+    future = await publisher.publish(event("k"))
+    assert (await asyncio.wait_for(future, 5)).id == "evt_k"
+    await publisher.close()
+    assert held.closed
+
+
+async def test_flush_does_not_wait_for_the_linger(held: HeldTransport) -> None:
+    held.gate.set()
+    async with Publisher(held, linger_ms=1_000_000) as publisher:
+        future = await publisher.publish(event("k"))
+        await asyncio.wait_for(publisher.flush(), 5)
+        assert future.done()
+
+
+async def test_no_more_batches_are_on_their_way_than_allowed(held: HeldTransport) -> None:
+    publisher = Publisher(held, linger_ms=0, max_batch=1, max_in_flight=2)
+    for number in range(5):
+        await publisher.publish(event(f"k{number}"))
+    await held.wait_for(2)
+    flushing = asyncio.create_task(publisher.flush())
+    await asyncio.wait({flushing}, timeout=0.05)
+    assert held.batches == [["k0"], ["k1"]]
+    held.gate.set()
+    await flushing
+    assert sorted(held.batches) == [[f"k{number}"] for number in range(5)]
+    await publisher.close()
+
+
+async def test_publish_waits_while_too_much_is_pending(held: HeldTransport) -> None:
+    publisher = Publisher(held, linger_ms=0, max_pending=3)
+    for number in range(3):
+        await publisher.publish(event(f"k{number}"))
+    fourth = asyncio.create_task(publisher.publish(event("k3")))
+    await held.wait_for(1)
+    assert not fourth.done()
+    held.gate.set()
+    await (await fourth)
+    await publisher.close()
+
+
+async def test_the_message_may_be_reused_at_once(held: HeldTransport) -> None:
+    held.gate.set()
+    async with Publisher(held, linger_ms=20) as publisher:
+        message = event()
+        for key in ("a", "b"):
+            message.idempotency_key = key
+            await publisher.publish(message)
+    assert held.batches == [["a", "b"]]
+
+
+async def test_a_big_batch_is_cut_before_the_server_refuses_it(held: HeldTransport) -> None:
+    held.gate.set()
+    async with Publisher(held, linger_ms=20) as publisher:
+        for number in range(10):
+            big = event(f"k{number}")
+            big.payload = bytes(1_000_000)
+            await publisher.publish(big)
+    assert [len(batch) for batch in held.batches] == [4, 4, 2]
+
+
+async def test_a_rejected_event_fails_alone_and_close_tells_of_it(
+    client: PostriderClient, streaming: bool
+) -> None:
+    publisher = client.publisher(stream=streaming)
+    good = await publisher.publish(event())
+    bad = await publisher.publish(event(type="wrong.type"))
+    with pytest.raises(ExceptionGroup, match="1 events were not published") as failed:
+        await publisher.close()
+    assert (await good).id == "evt_0"
+    with pytest.raises(EventRejected, match="EVENT_TYPE") as rejected:
+        await bad
+    assert failed.value.exceptions == (rejected.value,)
+
+
+async def test_a_failure_is_told_once(client: PostriderClient) -> None:
+    async with client.publisher() as publisher:
+        await publisher.publish(event(type="wrong.type"))
+        with pytest.raises(ExceptionGroup):
+            await publisher.flush()
+        await publisher.publish(event())
+        await publisher.flush()
+
+
+async def test_an_outage_is_outlived_and_nothing_is_doubled(
+    client: PostriderClient, service: FakeEventService, streaming: bool
+) -> None:
+    service.refusals.extend([AWAY] * 5)
+    service.stream_refusals.extend([AWAY] * 5)
+    async with client.publisher(stream=streaming, max_batch=10) as publisher:
+        futures = [await publisher.publish(event()) for _ in range(35)]
+    assert len({(await future).id for future in futures}) == 35
+    assert len(service.stored) == 35
+
+
+async def test_an_outage_that_outlasts_the_patience_is_told_with_the_keys(
+    client: PostriderClient, service: FakeEventService, streaming: bool
+) -> None:
+    service.refusals.extend([AWAY] * 100_000)
+    service.stream_refusals.extend([AWAY] * 100_000)
+    publisher = client.publisher(stream=streaming, delivery_seconds=0.3)
+    future = await publisher.publish(event("pay_1"))
+    with pytest.raises(ExceptionGroup):
+        await publisher.close()
+    with pytest.raises(PublishFailed, match="publish it again") as failed:
+        await future
+    assert failed.value.idempotency_key == "pay_1"
+
+
+async def test_a_refused_batch_fails_with_the_refusal_and_not_the_ones_beside_it(
+    client: PostriderClient, service: FakeEventService, streaming: bool
+) -> None:
+    denied = Refusal(StatusCode.PERMISSION_DENIED)
+    service.stream_refusals.append(denied)
+    service.refusals.append(denied)
+    publisher = client.publisher(stream=streaming, max_batch=1, max_in_flight=1)
+    first, second = [await publisher.publish(event()) for _ in range(2)]
+    with pytest.raises(ExceptionGroup, match="1 events"):
+        await publisher.close()
+    with pytest.raises(PublishFailed, match="PERMISSION_DENIED"):
+        await first
+    assert (await second).id
+
+
+async def test_a_caller_who_no_longer_wants_the_result_stops_nothing(
+    client: PostriderClient, service: FakeEventService
+) -> None:
+    async with client.publisher() as publisher:
+        (await publisher.publish(event("k"))).cancel()
+        await publisher.publish(event("l"))
+    assert set(service.stored) == {"k", "l"}
+
+
+async def test_after_close_nothing_is_taken(client: PostriderClient) -> None:
+    publisher = client.publisher()
+    await publisher.close()
+    with pytest.raises(PublisherClosed):
+        await publisher.publish(event())
+
+
+async def test_a_close_that_is_given_up_leaves_no_future_undone(held: HeldTransport) -> None:
+    publisher = Publisher(held, linger_ms=0, max_batch=1, max_in_flight=1)
+    futures = [await publisher.publish(event(f"k{number}")) for number in range(3)]
+    await held.wait_for(1)
+    closing = asyncio.create_task(publisher.close())
+    await asyncio.wait({closing}, timeout=0.01)
+    closing.cancel()
+    await asyncio.wait({closing})
+    for future in futures:
+        with pytest.raises(PublishFailed):
+            await future
+    assert held.closed

@@ -1,0 +1,180 @@
+"""StreamEvents from the client's side: order, breaks and what is sent again."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from postrider.v1 import event_service_pb2, event_service_pb2_grpc
+from postrider.v1.event_pb2 import EventInput
+from postrider_client import PostriderClient
+from tests.client.conftest import QUICK, token
+from tests.fakes.event_service import FakeEventService, Refusal, serving
+
+pb = event_service_pb2
+
+
+def event(key: str = "") -> EventInput:
+    return EventInput(
+        merchant_id="m_1", type="payment.succeeded", payload=b"{}", idempotency_key=key
+    )
+
+
+async def publish(client: PostriderClient, count: int, **options: Any) -> list[str]:
+    """Ids of so many events, a batch each."""
+    async with client.publisher(linger_ms=0, max_batch=1, **options) as publisher:
+        futures = [await publisher.publish(event()) for _ in range(count)]
+        return [(await future).id for future in futures]
+
+
+async def test_batches_go_over_one_stream_under_rising_numbers(
+    client: PostriderClient, service: FakeEventService
+) -> None:
+    await publish(client, 50)
+    assert service.calls == ["StreamEvents"]
+    assert service.sequences == [list(range(1, 51))]
+
+
+async def test_what_was_not_acknowledged_is_sent_again_and_stored_once(
+    client: PostriderClient, service: FakeEventService
+) -> None:
+    # Each of these streams dies with a batch stored and not acknowledged.
+    service.break_after.extend([1, 2, 3, 1])
+    ids = await publish(client, 40)
+    assert len(set(ids)) == 40
+    assert len(service.stored) == 40
+    assert len(service.sequences) == 5
+    for broken, following in zip(service.sequences, service.sequences[1:], strict=False):
+        assert following[0] == broken[-1], "from the oldest that was not acknowledged"
+
+
+async def test_no_more_than_sixteen_batches_are_unacknowledged(
+    client: PostriderClient, service: FakeEventService
+) -> None:
+    seen: list[int] = []
+
+    class Silent(FakeEventService):
+        async def StreamEvents(  # noqa: N802
+            self, request_iterator: AsyncIterator[Any], context: Any
+        ) -> AsyncIterator[Any]:
+            held = []
+            async for request in request_iterator:
+                held.append(request)
+                seen.append(request.sequence)
+                if len(held) == 16:
+                    # A seventeenth would be here by the time an empty round trip is.
+                    await client.events.GetEvent(pb.GetEventRequest(id="evt_1"))
+                    assert len(seen) % 16 == 0
+                    for each in held:
+                        yield pb.StreamEventsResponse(
+                            sequence=each.sequence, results=self._store_all(each.events)
+                        )
+                    held.clear()
+
+    async with (
+        serving(Silent()) as address,
+        PostriderClient(address, token, tls=False, policy=QUICK) as silent,
+    ):
+        await publish(silent, 32, max_in_flight=100)
+    assert seen == list(range(1, 33))
+
+
+async def test_a_server_without_streams_gets_calls_and_is_not_asked_twice(
+    client: PostriderClient, service: FakeEventService
+) -> None:
+    service.stream_refusals.append(Refusal(StatusCode.UNIMPLEMENTED))
+    assert len(set(await publish(client, 30))) == 30
+    assert service.calls.count("StreamEvents") == 1
+    assert service.calls.count("PublishEvents") == 30
+
+
+async def test_after_a_refusal_the_next_batches_try_a_stream_again(
+    client: PostriderClient, service: FakeEventService
+) -> None:
+    service.stream_refusals.append(Refusal(StatusCode.INVALID_ARGUMENT))
+    async with client.publisher() as publisher:
+        await (await publisher.publish(event()))
+        await (await publisher.publish(event()))
+    assert service.calls == ["StreamEvents", "PublishEvents", "StreamEvents"]
+
+
+class Answering(FakeEventService):
+    """Acknowledges with what a test chose, once, and as it should on the next stream."""
+
+    def __init__(self, ends: str) -> None:
+        super().__init__()
+        self.ends: str | None = ends
+
+    async def StreamEvents(  # noqa: N802
+        self, request_iterator: AsyncIterator[Any], context: Any
+    ) -> AsyncIterator[Any]:
+        self.calls.append("StreamEvents")
+        ends, self.ends = self.ends, None
+        async for request in request_iterator:
+            results = self._store_all(request.events)
+            match ends:
+                case "with OK":
+                    return
+                case "with CANCELLED":
+                    await context.abort(StatusCode.CANCELLED, "draining")
+                case "out of turn":
+                    request.sequence += 1
+                case "in part":
+                    results = []
+                case "in silence":
+                    await asyncio.Event().wait()
+            yield pb.StreamEventsResponse(sequence=request.sequence, results=results)
+
+
+@pytest.mark.parametrize("ends", ["with OK", "with CANCELLED", "out of turn", "in part"])
+async def test_a_stream_that_ends_or_answers_wrongly_is_replaced(ends: str) -> None:
+    service = Answering(ends)
+    async with (
+        serving(service) as address,
+        PostriderClient(address, token, tls=False, policy=QUICK) as client,
+    ):
+        assert len(await publish(client, 3)) == 3
+    assert len(service.stored) == 3
+    assert service.calls.count("StreamEvents") == 2
+
+
+async def test_a_stream_that_falls_silent_is_given_up_and_the_next_batch_has_a_new_one() -> None:
+    service = Answering("in silence")
+    async with (
+        serving(service) as address,
+        PostriderClient(address, token, tls=False, policy=QUICK) as client,
+    ):
+        publisher = client.publisher(delivery_seconds=0.3)
+        lost = await publisher.publish(event())
+        with pytest.raises(ExceptionGroup):
+            await publisher.flush()
+        assert lost.exception() is not None
+        assert (await (await publisher.publish(event()))).id
+        await publisher.close()
+    assert service.calls.count("StreamEvents") == 2
+
+
+async def test_a_server_that_restarts_under_load_has_every_event_once() -> None:
+    service = FakeEventService()
+    first = grpc.aio.server()
+    add = event_service_pb2_grpc.add_EventServiceServicer_to_server
+    add(service, first)
+    port = first.add_insecure_port("127.0.0.1:0")
+    await first.start()
+    async with PostriderClient(f"127.0.0.1:{port}", token, tls=False, policy=QUICK) as client:
+        publisher = client.publisher(linger_ms=0, max_batch=10)
+        futures = [await publisher.publish(event()) for _ in range(200)]
+        await futures[0]
+        await first.stop(0)
+        futures += [await publisher.publish(event()) for _ in range(200)]
+        second = grpc.aio.server()
+        add(service, second)
+        second.add_insecure_port(f"127.0.0.1:{port}")
+        await second.start()
+        await publisher.close()
+        assert len({(await future).id for future in futures}) == 400
+        assert len(service.stored) == 400
+    await second.stop(0)
