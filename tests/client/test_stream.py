@@ -58,7 +58,7 @@ async def test_no_more_than_sixteen_batches_are_unacknowledged(
 
     class Silent(FakeEventService):
         async def StreamEvents(  # noqa: N802
-            self, request_iterator: AsyncIterator[Any], context: Any
+            self, request_iterator: AsyncIterator[Any], _context: Any
         ) -> AsyncIterator[Any]:
             held = []
             async for request in request_iterator:

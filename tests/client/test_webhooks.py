@@ -100,7 +100,7 @@ def test_a_missing_header_is_refused(secret: str, missing: str) -> None:
         verify_webhook(secret, headers, BODY, now=NOW)
 
 
-@pytest.mark.parametrize("text", ["\udcff", "é", "\ud800"])
+@pytest.mark.parametrize("text", ["\udcff", "é"])
 def test_headers_that_are_no_text_are_refused_and_not_a_crash(secret: str, text: str) -> None:
     for headers in (
         {**signed(secret), "webhook-id": text},

@@ -18,6 +18,7 @@ from postrider_client.transport import Batch, Results, UnaryTransport
 
 #: The contract's own bound; the server reads no further.
 _UNACKNOWLEDGED_MAX = 16
+_BROKEN_WRITE = "Internal error from Core"
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class StreamTransport:
         self._sequence = 0
         self._acked_count = 0
         self._grown = asyncio.Event()
+        self._proven = False
         self._unsupported = False
         self._last_error: Exception | None = None
         self._runner: asyncio.Task[None] | None = None
@@ -114,8 +116,9 @@ class StreamTransport:
 
     async def _stream_once(self) -> Exception | None:
         """Until the stream ends; the error it ended with, None when it just ended."""
-        self._grown = asyncio.Event()
-        call = self._stub.StreamEvents(self._requests(self._grown))
+        grown = self._grown = asyncio.Event()
+        self._proven = False
+        call = self._stub.StreamEvents(self._requests(grown))
         self._call = call
         try:
             async for ack in call:
@@ -133,27 +136,42 @@ class StreamTransport:
         finally:
             self._call = None
             call.cancel()
+            self._grown = asyncio.Event()
             if self._unacked:
                 self._grown.set()
+            grown.set()  # Ends the requests of this stream.
 
     async def _requests(
         self, grown: asyncio.Event
     ) -> AsyncIterator[event_service_pb2.StreamEventsRequest]:
-        """What is not acknowledged, from the oldest, and then what is added."""
+        """What is not acknowledged, from the oldest, and then what is added.
+
+        The second waits until the first is acknowledged: where a write meets a refusal, gRPC
+        reports the write, and nobody would learn why the stream was refused.
+        """
         written = 0
-        while True:
+        while self._grown is grown:
             for sequence, sent in list(self._unacked.items()):
+                if written and not self._proven:
+                    break
+                if self._grown is not grown:
+                    return
                 if sequence > written and sequence in self._unacked:
                     written = sequence
                     yield event_service_pb2.StreamEventsRequest(
                         sequence=sequence, events=sent.batch
                     )
-            if self._unacked and next(reversed(self._unacked)) > written:
+            may_go_on = self._proven or not written
+            if may_go_on and self._unacked and next(reversed(self._unacked)) > written:
                 continue
             grown.clear()
-            await grown.wait()
+            if self._grown is grown:
+                await grown.wait()
 
     def _acknowledge(self, ack: event_service_pb2.StreamEventsResponse) -> None:
+        if not self._proven:
+            self._proven = True
+            self._grown.set()
         oldest = next(iter(self._unacked), None)
         if oldest is None or ack.sequence < oldest:
             return  # Of a batch whose sender has given up.
@@ -185,7 +203,9 @@ def _is_passing(error: Exception) -> bool:
     """Whether another stream may succeed. A server that drains may also just cancel."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return True
-    return is_passing(error) or error.code() is grpc.StatusCode.CANCELLED
+    # What gRPC says itself when a stream breaks under a write.
+    broken = error.code() is grpc.StatusCode.INTERNAL and error.details() == _BROKEN_WRITE
+    return broken or is_passing(error) or error.code() is grpc.StatusCode.CANCELLED
 
 
 def _wait_seconds(policy: CallPolicy, attempt: int, error: Exception | None) -> float:
