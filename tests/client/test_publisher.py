@@ -69,7 +69,7 @@ async def test_events_that_come_together_go_together(
     async with client.publisher(stream=streaming, linger_ms=50, max_batch=100) as publisher:
         futures = [await publisher.publish(event(f"k{n}")) for n in range(250)]
         results = await asyncio.gather(*futures)
-    assert [result.id for result in results] == [f"evt_{n}" for n in range(250)]
+    assert [result.id for result in results] == [service.stored[f"k{n}"] for n in range(250)]
     assert sorted(service.batches, reverse=True) == [100, 100, 50]
     assert ("StreamEvents" in service.calls) is streaming
     assert ("PublishEvents" in service.calls) is not streaming

@@ -48,7 +48,7 @@ async def test_what_was_not_acknowledged_is_sent_again_and_stored_once(
     assert len(service.stored) == 40
     assert len(service.sequences) == 5
     for broken, following in zip(service.sequences, service.sequences[1:], strict=False):
-        assert following[0] == broken[-1], "from the oldest that was not acknowledged"
+        assert following[0] in broken, "from the oldest that was not acknowledged"
 
 
 async def test_no_more_than_sixteen_batches_are_unacknowledged(
@@ -64,22 +64,24 @@ async def test_no_more_than_sixteen_batches_are_unacknowledged(
             async for request in request_iterator:
                 held.append(request)
                 seen.append(request.sequence)
-                if len(held) == 16:
-                    # A seventeenth would be here by the time an empty round trip is.
-                    await client.events.GetEvent(pb.GetEventRequest(id="evt_1"))
-                    assert len(seen) % 16 == 0
-                    for each in held:
-                        yield pb.StreamEventsResponse(
-                            sequence=each.sequence, results=self._store_all(each.events)
-                        )
-                    held.clear()
+                # The first is answered at once: it shows that the stream is good.
+                if len(held) < 16 and request.sequence > 1:
+                    continue
+                # A seventeenth would be here by the time an empty round trip is.
+                await client.events.GetEvent(pb.GetEventRequest(id="evt_1"))
+                assert (len(seen) - 1) % 16 == 0
+                for each in held:
+                    yield pb.StreamEventsResponse(
+                        sequence=each.sequence, results=self._store_all(each.events)
+                    )
+                held.clear()
 
     async with (
         serving(Silent()) as address,
         PostriderClient(address, token, tls=False, policy=QUICK) as silent,
     ):
-        await publish(silent, 32, max_in_flight=100)
-    assert seen == list(range(1, 33))
+        await publish(silent, 33, max_in_flight=100)
+    assert seen == list(range(1, 34))
 
 
 async def test_a_server_without_streams_gets_calls_and_is_not_asked_twice(

@@ -1,0 +1,66 @@
+"""docs/client.md, run as it stands there, on a real server."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from postrider_client import PostriderClient, Token
+from tests.fakes.receiver import Receiver
+from tests.platform import Platform
+
+PAGE = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def page(**given: Any) -> dict[str, Any]:
+    """Every name that the page's snippets define, run in their order."""
+    names: dict[str, Any] = {"__name__": "client_page", **given}
+    for code in SNIPPETS:
+        exec(compile(code, "docs/client.md", "exec"), names)  # noqa: S102 - what the test is for
+    return names
+
+
+async def test_the_page_publishes_and_verifies_what_arrives(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    names = page(issue_token=lambda: platform.token("events:publish"))
+    created = await platform.register(receiver.url, merchant_id="m_1")
+
+    async with platform.engine():
+        event_id = await names["publish_one"](platform.address)
+        [received] = await receiver.wait_for(1)
+    webhook = names["receive"](created.secret, received.headers, received.body)
+    assert webhook.id == event_id
+    assert webhook.event_type == "payment.succeeded"
+    assert names["receive"](created.secret, received.headers, received.body + b" ") is None
+
+    async with PostriderClient(platform.address, names["fetch_token"], tls=False) as client:
+        payments = [f"pay_{number}" for number in range(1200)]
+        ids = await names["publish_many"](client, payments)
+        assert len(set(ids)) == 1200
+        assert await names["publish_many"](client, payments) == ids
+    assert await pool.fetchval("SELECT count(*) FROM events") == 1201
+
+
+async def test_an_outage_of_the_server_costs_the_publisher_nothing(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    async with start_platform() as first:
+        token = first.token("events:publish")
+
+        async def source() -> Token:
+            return Token(token)
+
+        client = PostriderClient(first.address, source, tls=False)
+        publisher = client.publisher(linger_ms=1, max_batch=20)
+        event = page(issue_token=str)["EventInput"](
+            merchant_id="m_1", type="payment.succeeded", payload=b"{}"
+        )
+        await (await publisher.publish(event))
+        futures = [await publisher.publish(event) for _ in range(300)]
+    async with start_platform(listen_address=first.address):
+        await publisher.close()
+        await client.close()
+    assert len({(await future).id for future in futures}) == 300
+    assert await pool.fetchval("SELECT count(*) FROM events") == 301
