@@ -18,4 +18,4 @@ class StubsHook(BuildHookInterface[Any]):
         included = build_data["force_include"]
         included[str(stubs)] = "postrider"
         if not (stubs / "py.typed").exists():
-            included[str(here / "postrider_client" / "py.typed")] = "postrider/py.typed"
+            included[str(here / "stubs" / "py.typed")] = "postrider/py.typed"

@@ -36,7 +36,7 @@ async def test_the_page_publishes_and_verifies_what_arrives(
     assert names["receive"](created.secret, received.headers, received.body + b" ") is None
 
     async with PostriderClient(platform.address, names["fetch_token"], tls=False) as client:
-        payments = [f"pay_{number}" for number in range(1200)]
+        payments = [f"many_{number}" for number in range(1200)]
         ids = await names["publish_many"](client, payments)
         assert len(set(ids)) == 1200
         assert await names["publish_many"](client, payments) == ids

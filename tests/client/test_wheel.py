@@ -1,6 +1,7 @@
 """The client's wheel: what it holds, what it needs, and what it does beside the server's."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -52,7 +53,8 @@ def test_it_needs_grpc_and_nothing_else(wheel: Path) -> None:
         line.partition(": ")[2].partition(">")[0] for line in lines if "Requires-Dist" in line
     }
     assert needed == {"googleapis-common-protos", "grpcio", "grpcio-status", "protobuf"}
-    assert any(name.endswith("LICENSE") for name in archive.namelist())
+    [licence] = [name for name in archive.namelist() if name.endswith("LICENSE")]
+    assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
 
 
 def run(site: Path, code: str) -> subprocess.CompletedProcess[str]:
