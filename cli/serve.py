@@ -29,6 +29,7 @@ from server.event_types import EventTypes
 from server.hint import Hints
 from server.ingest import Ingest
 from server.keys import JwksKeys, KeySource, PemKeys
+from server.tail import Tail
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
 
@@ -75,6 +76,7 @@ async def serve(
         )
         event_types = EventTypes(pool)
         hints = Hints(pool)
+        tail = Tail(pool)
         app = App(
             settings.server,
             verifier,
@@ -96,6 +98,16 @@ async def serve(
             settings.database,
             app.set_serving,
             interval_seconds=settings.server.health_interval_seconds,
+            deliveries=DeliveryService(
+                pool,
+                sessions,
+                hints,
+                tail=tail,
+                keyring=keyring,
+                watch_keep_alive_seconds=settings.server.watch_keep_alive_seconds,
+                watch_backlog=settings.server.watch_backlog,
+            ),
+            admin=AdminService(sessions, hints),
         )
         await app.start()
         log.info("serving", address=settings.server.listen_address, port=app.port)
@@ -107,8 +119,14 @@ async def serve(
             log.info("stopping")
             # First, or a database that comes back now would have the last word on health.
             watching.cancel()
+            tailing = background.create_task(tail.run())
+            ready(app.port)
+            await stop.wait()
+            log.info("stopping")
+            tail.stop()
             await app.stop()
             hinting.cancel()
+            tailing.cancel()
 
 
 async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:

@@ -68,6 +68,12 @@ class ServerSettings(Block):
     ping_timeout_seconds: Seconds = Field(
         10.0, description="how long a receiver may take to answer the ping at registration"
     )
+    watch_keep_alive_seconds: Seconds = Field(
+        15.0, description="how often WatchDeliveries gives a sign of life when there is no news"
+    )
+    watch_backlog: int = Field(
+        5000, ge=1, description="attempts one watch may leave unread before it is ended"
+    )
     server_drain_seconds: Seconds = Field(
         15.0, description="how long running RPCs may finish after SIGTERM"
     )

@@ -32,6 +32,7 @@ from server.ingest import EventDraft, PublishedEvent
 from server.ping import is_reachable
 from server.queue_status import Standing
 from server.registration import WebhookDraft
+from server.tail import Recorded
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
@@ -264,6 +265,15 @@ def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delive
         finish_time=_timestamp(row.finished_at),
         attempts=[_attempt_message(attempt) for attempt in attempts],
         redelivery_of=format_id("dlv", row.redelivery_of) if row.redelivery_of else "",
+    )
+
+
+def watch_message(
+    recorded: Recorded | None, resume_token: str
+) -> delivery_service_pb2.WatchDeliveriesResponse:
+    return delivery_service_pb2.WatchDeliveriesResponse(
+        delivery=delivery_message(recorded.delivery, [recorded.attempt]) if recorded else None,
+        resume_token=resume_token,
     )
 
 

@@ -1,6 +1,8 @@
-"""DeliveryService: a merchant's deliveries and their attempts; the only change is to repeat one."""
+"""DeliveryService: a merchant's deliveries and their attempts; its one change is to repeat one."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +12,7 @@ from core import queue
 from core.db import Pool
 from core.errors import FailedPrecondition
 from core.ids import format_id
+from core.keyring import KeyRing
 from core.lifecycle import OPEN_STATES
 from postrider.v1 import delivery_service_pb2, delivery_service_pb2_grpc
 from server import convert
@@ -22,10 +25,14 @@ from server.history import (
     DeliveryRow,
     attempts_of,
     find_delivery,
+    has_webhook,
     list_deliveries,
 )
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Scope
+from server.resume_token import ResumeTokens
+from server.tail import Position, Tail, Watcher, take_snapshot
+from server.watch import Watch
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = delivery_service_pb2
@@ -34,10 +41,24 @@ pb = delivery_service_pb2
 class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
     """Every statement carries the merchant; a foreign id is an unknown id."""
 
-    def __init__(self, pool: Pool, sessions: Sessions, hints: Hints):
+    def __init__(
+        self,
+        pool: Pool,
+        sessions: Sessions,
+        hints: Hints,
+        *,
+        tail: Tail,
+        keyring: KeyRing,
+        watch_keep_alive_seconds: float,
+        watch_backlog: int,
+    ):
         self._pool = pool
         self._sessions = sessions
         self._hints = hints
+        self._tail = tail
+        self._keyring = keyring
+        self._watch_keep_alive_seconds = watch_keep_alive_seconds
+        self._watch_backlog = watch_backlog
 
     async def GetDelivery(
         self, request: pb.GetDeliveryRequest, context: Context
@@ -97,6 +118,29 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         made = await asyncio.shield(asyncio.create_task(self._redeliver(merchant_id, row.id)))
         self._hints.give()
         return pb.RedeliverDeliveryResponse(delivery=convert.delivery_message(made, ()))
+
+    async def WatchDeliveries(
+        self, request: pb.WatchDeliveriesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchDeliveriesResponse]:
+        merchant_id = _merchant()
+        webhook_id = convert.optional_id_of("wh", request.webhook_id, "webhook_id")
+        event_type = convert.event_type_filter(request.event_type)
+        tokens = ResumeTokens(self._keyring, merchant_id, webhook_id, event_type)
+        start = tokens.open(request.resume_token) if request.resume_token else None
+        if webhook_id is not None and not await has_webhook(self._pool, merchant_id, webhook_id):
+            raise convert.not_found("wh", request.webhook_id)
+        since = await take_snapshot(self._pool) if start is None else None
+        watch = Watch(
+            self._pool,
+            self._tail,
+            Watcher(merchant_id, webhook_id, event_type, self._watch_backlog),
+            since=since,
+            keep_alive_seconds=self._watch_keep_alive_seconds,
+            expires_at=principal().expires_at,
+        )
+        async with aclosing(watch.follow(start or Position(since.xmin if since else 0))) as told:
+            async for news in told:
+                yield convert.watch_message(news.recorded, tokens.seal(news.position))
 
     async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
         row = await find_delivery(self._pool, merchant_id, convert.id_of("dlv", text))

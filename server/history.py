@@ -105,6 +105,16 @@ async def find_delivery(pool: Pool, merchant_id: str, delivery_id: UUID) -> Deli
     return DeliveryRow(**row) if row else None
 
 
+async def has_webhook(pool: Pool, merchant_id: str, webhook_id: UUID) -> bool:
+    """Whether a webhook config is the merchant's, or was before it was deleted."""
+    found: bool = await pool.fetchval(
+        "SELECT EXISTS (SELECT 1 FROM webhook_configs WHERE id = $2 AND merchant_id = $1)",
+        merchant_id,
+        webhook_id,
+    )
+    return found
+
+
 async def list_deliveries(
     pool: Pool, merchant_id: str, wanted: DeliveryFilter, limit: int
 ) -> list[DeliveryRow]:

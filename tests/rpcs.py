@@ -39,7 +39,7 @@ async def call(
     request: Message | None = None,
     metadata: Metadata | None = None,
 ) -> Any:
-    """Send one request and read to the end; the (last) answer. Also for methods with streams."""
+    """Send one request and read the answer: of many the last, or the first when one was asked for."""
     request_class = GetMessageClass(method.input_type)
     sent = request_class() if request is None else request
     kind = f"{_arity(method.client_streaming)}_{_arity(method.server_streaming)}"
@@ -51,6 +51,12 @@ async def call(
     running = stub(iter([sent]) if method.client_streaming else sent, metadata=metadata, timeout=20)
     if not method.server_streaming:
         return await running
+    if not method.client_streaming:
+        # Some streams end only when the caller hangs up; that they answer is what matters here.
+        async for answer in running:
+            running.cancel()
+            return answer
+        return None
     answers = [answer async for answer in running]
     return answers[-1] if answers else None
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint
+from sqlalchemy import BigInteger, CheckConstraint, Index, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.lifecycle import Outcome
@@ -13,12 +13,14 @@ _OUTCOMES = ", ".join(f"'{outcome}'" for outcome in Outcome)
 
 
 class Attempt(Base):
-    """The delivery comes first in the key: attempts are read by delivery and by nothing else."""
+    """The delivery comes first in the key: attempts are read by delivery."""
 
     __tablename__ = "attempts"
     __table_args__ = (
         CheckConstraint("number >= 1", name="number_counted"),
         CheckConstraint(f"outcome IN ({_OUTCOMES})", name="outcome_known"),
+        # For the live tail, which follows what is committed and not what was begun.
+        Index("attempts_recorded", "recorded_xid"),
         {
             "comment": "HTTP requests made for deliveries; append-only",
             "postgresql_partition_by": "RANGE (delivery_id)",
@@ -38,4 +40,9 @@ class Attempt(Base):
     remote_address: Mapped[str | None] = mapped_column(comment="What was dialled")
     response_excerpt: Mapped[str] = mapped_column(
         server_default="", comment="The first 1 KiB of the body, escaped"
+    )
+    recorded_xid: Mapped[int | None] = mapped_column(
+        BigInteger,
+        server_default=text("pg_current_xact_id()::text::bigint"),
+        comment="Transaction that recorded it; null: before there was this",
     )

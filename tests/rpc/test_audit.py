@@ -197,9 +197,9 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
     config = (await platform.register(receiver.url)).webhook_config
+    delivery_id = await finished_delivery(pool, platform)
     paused = (await platform.register(receiver.url, active=False)).webhook_config
     before = await pool.fetch("SELECT * FROM webhook_configs ORDER BY id")
-    delivery_id = await finished_delivery(pool, platform)
     await platform.publish()
     await pool.execute("ALTER TABLE audit_entries ADD CHECK (false) NOT VALID")
     me, op = platform.merchant(), platform.operator()

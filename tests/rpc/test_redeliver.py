@@ -3,6 +3,7 @@
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
 from postrider.v1 import delivery_pb2, webhook_config_service_pb2
@@ -152,7 +153,7 @@ async def test_to_an_inactive_config_it_waits_parked_until_the_config_is_active(
     await platform.webhooks.UpdateWebhookConfig(
         webhook_config_service_pb2.UpdateWebhookConfigRequest(
             webhook_config=WebhookConfig(id=webhook_id, active=True),
-            update_mask={"paths": ["active"]},
+            update_mask=FieldMask(paths=["active"]),
         ),
         metadata=platform.merchant(),
     )

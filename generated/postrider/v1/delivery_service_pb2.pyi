@@ -238,7 +238,9 @@ class WatchDeliveriesResponse(_message.Message):
     """Goes on after this response."""
     @_builtins.property
     def delivery(self) -> _delivery_pb2.Delivery:
-        """The delivery with its newest attempt; unset in a sign of life, sent every 15 s without news."""
+        """The delivery with the attempt just recorded; unset in a sign of life, which is the first response
+        and comes every 15 s (unless the operator says otherwise) without news.
+        """
 
     def __init__(
         self,

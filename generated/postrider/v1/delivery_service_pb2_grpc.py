@@ -86,7 +86,8 @@ class DeliveryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchDeliveries(self, request, context):
-        """Streams attempts as they are recorded, until the caller hangs up. A caller that reads too slowly
+        """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
+        or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
         is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

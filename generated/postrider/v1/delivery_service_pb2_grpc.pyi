@@ -27,7 +27,8 @@ class DeliveryServiceStub:
     schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
     """
     WatchDeliveries: _aio.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]
-    """Streams attempts as they are recorded, until the caller hangs up. A caller that reads too slowly
+    """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
+    or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
     is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
     """
 
@@ -68,7 +69,8 @@ class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _delivery_service_pb2.WatchDeliveriesRequest,
         context: _aio.ServicerContext[_delivery_service_pb2.WatchDeliveriesRequest, _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]],
     ) -> _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]:
-        """Streams attempts as they are recorded, until the caller hangs up. A caller that reads too slowly
+        """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
+        or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
         is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
         """
 

@@ -1,0 +1,124 @@
+"""One watch: first what was recorded since its resume token, then the live tail, without a gap.
+
+It ends with its token's time, when it reads too slowly, and when the server stops; a caller goes on
+with the last resume token it read.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from time import time
+
+from core.db import Pool
+from core.errors import Unauthenticated
+from server.tail import Position, Recorded, Snapshot, Tail, Watcher, read_recorded
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """An attempt, or None for a sign of life; the watch goes on after `position`."""
+
+    position: Position
+    recorded: Recorded | None
+
+
+class Watch:
+    """Follows for one watcher from a position on."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        tail: Tail,
+        watcher: Watcher,
+        *,
+        since: Snapshot | None,
+        keep_alive_seconds: float,
+        expires_at: float,
+        clock: Callable[[], float] = time,
+    ):
+        self._pool = pool
+        self._tail = tail
+        self._watcher = watcher
+        # What had been recorded when a watch without a resume token began is not news.
+        self._since = since
+        self._keep_alive_seconds = keep_alive_seconds
+        self._expires_at = expires_at
+        self._clock = clock
+        self._position = Position(0)
+
+    async def follow(self, start: Position) -> AsyncGenerator[News]:
+        """Everything recorded after `start`; at first, and when it is quiet, a sign of life."""
+        self._position = start
+        yield News(start, None)
+        full = True
+        while full:
+            told, full = await self._read()
+            for news in told:
+                yield news
+        self._tail.add(self._watcher)
+        try:
+            joined_at = await self._wait_to_join()
+            # What was recorded between our last read and the tail's next.
+            while self._position < joined_at:
+                told, _ = await self._read()
+                for news in told:
+                    yield news
+            async for news in self._live():
+                yield news
+        finally:
+            self._tail.remove(self._watcher)
+
+    async def _read(self) -> tuple[list[News], bool]:
+        """A batch of our own reading, and whether there may be more."""
+        self._check()
+        batch = await read_recorded(self._pool, self._position, [self._watcher.merchant_id])
+        self._position = batch.end
+        wanted = [one for one in batch.recorded if self._watcher.wants(one)]
+        return [News(one.position, one) for one in wanted if self._is_new(one)], batch.full
+
+    def _is_new(self, recorded: Recorded) -> bool:
+        return self._since is None or not self._since.has(recorded.position.xid)
+
+    async def _live(self) -> AsyncGenerator[News]:
+        while True:
+            self._check()
+            pending, self._watcher.pending = self._watcher.pending, []
+            for recorded in pending:
+                # What our own reading has told is not told again.
+                if recorded.position > self._position and self._is_new(recorded):
+                    yield News(recorded.position, recorded)
+                    self._check()
+            self._watcher.news.clear()
+            if self._watcher.pending or self._watcher.ended:
+                continue
+            self._position = max(self._position, self._tail.position or self._position)
+            if not await self._wait():
+                self._check()
+                yield News(self._position, None)
+
+    async def _wait_to_join(self) -> Position:
+        while self._watcher.joined_at is None:
+            self._check()
+            self._watcher.news.clear()
+            await self._wait()
+        return self._watcher.joined_at
+
+    async def _wait(self) -> bool:
+        """Whether there was news within the time, and before the token expires."""
+        remaining = self._expires_at - self._clock()
+        try:
+            async with asyncio.timeout(max(min(self._keep_alive_seconds, remaining), 0)):
+                await self._watcher.news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _check(self) -> None:
+        if self._watcher.ended is not None:
+            raise self._watcher.ended
+        if self._clock() >= self._expires_at:
+            raise Unauthenticated(
+                "the token of this watch has expired: watch again with a new one and the last "
+                "resume_token",
+                reason="TOKEN_EXPIRED",
+            )

@@ -1,0 +1,416 @@
+"""WatchDeliveries: attempts as they are recorded, each once and in order, and how a watch ends."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from cli.development_key import mint_token
+from core import queue
+from core.ids import format_id, new_id
+from core.keyring import KeyRing
+from core.lifecycle import Outcome
+from core.queue import LeasedDelivery
+from postrider.v1 import delivery_pb2, delivery_service_pb2_grpc
+from postrider.v1 import delivery_service_pb2 as pb
+from server.resume_token import ResumeTokens
+from server.tail import _READ, Position, Tail, Watcher, read_recorded, take_snapshot
+from tests.errors import refused
+from tests.factories import (
+    lease_many,
+    lease_one,
+    make_webhook_config,
+    rescheduled,
+    settle,
+    settlement,
+)
+from tests.fakes.receiver import Receiver
+from tests.platform import ISSUER, Platform, bearer
+
+BIG_EXCERPT = "x" * 1000
+
+
+class Watching:
+    """An open watch; a sign of life has come, so that what is recorded from now on is news."""
+
+    def __init__(self, call: Any):
+        self.call = call
+        self.token = ""
+
+    async def read(self) -> pb.WatchDeliveriesResponse:
+        async with asyncio.timeout(20):
+            answer: pb.WatchDeliveriesResponse = await self.call.read()
+        self.token = answer.resume_token
+        return answer
+
+    async def news(self, count: int) -> list[tuple[str, int]]:
+        """The next attempts: delivery and number."""
+        found: list[tuple[str, int]] = []
+        while len(found) < count:
+            answer = await self.read()
+            if answer.HasField("delivery"):
+                [attempt] = answer.delivery.attempts
+                found.append((answer.delivery.id, attempt.number))
+        return found
+
+
+@asynccontextmanager
+async def watching(
+    platform: Platform, merchant_id: str = "m_1", **request: Any
+) -> AsyncIterator[Watching]:
+    call = platform.deliveries.WatchDeliveries(
+        pb.WatchDeliveriesRequest(**request), metadata=platform.merchant(merchant_id)
+    )
+    watch = Watching(call)
+    first = await watch.read()
+    assert not first.HasField("delivery")
+    try:
+        yield watch
+    finally:
+        call.cancel()
+
+
+def named(*deliveries: LeasedDelivery, number: int = 1) -> list[tuple[str, int]]:
+    return [(format_id("dlv", delivery.id), number) for delivery in deliveries]
+
+
+async def record(pool: Any, webhook_id: UUID, **overrides: Any) -> LeasedDelivery:
+    """A delivery whose one attempt is recorded now."""
+    delivery = await lease_one(pool, webhook_id, **overrides)
+    await settle(pool, settlement(delivery))
+    return delivery
+
+
+async def test_an_attempt_is_told_with_its_delivery_as_an_engine_records_it(
+    platform: Platform, receiver: Receiver
+) -> None:
+    created = await platform.register(receiver.url)
+    receiver.default = 503
+    async with watching(platform) as watch, platform.engine(max_retries=0):
+        event = (await platform.publish()).event
+        answer = await watch.read()
+    delivery = answer.delivery
+    assert (delivery.event_id, delivery.webhook_id) == (event.id, created.webhook_config.id)
+    assert (delivery.state, delivery.attempt_count) == (delivery_pb2.DELIVERY_STATE_FAILED, 1)
+    [attempt] = delivery.attempts
+    assert (attempt.number, attempt.status_code) == (1, 503)
+    assert attempt.remote_address == "127.0.0.1"
+    assert answer.resume_token
+
+
+async def test_every_attempt_of_a_delivery_is_told_and_those_from_before_are_not(
+    platform: Platform, pool: Any
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    await record(pool, webhook_id)
+    delivery = await lease_one(pool, webhook_id)
+    async with watching(platform) as watch:
+        await settle(pool, rescheduled(delivery, seconds=0))
+        assert await watch.news(1) == named(delivery)
+        [delivery] = await queue.claim(pool, 10, 60)
+        await settle(pool, settlement(delivery))
+        assert await watch.news(1) == named(delivery, number=2)
+
+
+async def test_only_the_callers_deliveries_that_match_are_told(
+    platform: Platform, pool: Any
+) -> None:
+    mine, other = [await make_webhook_config(pool) for _ in range(2)]
+    theirs = await make_webhook_config(pool, merchant_id="m_2")
+    wanted = format_id("wh", mine)
+    async with (
+        watching(platform) as every,
+        watching(platform, webhook_id=wanted) as of_webhook,
+        watching(platform, event_type="refund.failed") as of_type,
+        watching(platform, webhook_id=wanted, event_type="refund.failed") as of_both,
+        watching(platform, "m_2") as foreign,
+    ):
+        first = await record(pool, other)
+        second = await record(pool, mine)
+        third = await record(pool, theirs, merchant_id="m_2")
+        fourth = await record(pool, other, event_type="refund.failed")
+        fifth = await record(pool, mine, event_type="refund.failed")
+        last = await record(pool, theirs, merchant_id="m_2", event_type="refund.failed")
+        assert await every.news(4) == named(first, second, fourth, fifth)
+        assert await of_webhook.news(2) == named(second, fifth)
+        assert await of_type.news(2) == named(fourth, fifth)
+        assert await of_both.news(1) == named(fifth)
+        assert await foreign.news(2) == named(third, last)
+
+
+async def test_a_watch_goes_on_after_the_last_response_that_was_read(
+    platform: Platform, pool: Any, start_platform: Callable[..., Any]
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    deliveries = await lease_many(pool, webhook_id, 4)
+    async with watching(platform) as watch:
+        # In one transaction: a token may point into the middle of it.
+        await settle(pool, *[settlement(delivery) for delivery in deliveries])
+        told = await watch.news(2)
+    later = await record(pool, webhook_id)
+    # Any server goes on with a token of another.
+    async with (
+        start_platform() as second,
+        watching(second, resume_token=watch.token) as resumed,
+    ):
+        told += await resumed.news(3)
+        latest = await record(pool, webhook_id)
+        told += await resumed.news(1)
+    assert told == [*named(*sorted(deliveries, key=lambda d: d.id)), *named(later, latest)]
+
+
+async def test_a_token_of_a_sign_of_life_loses_nothing(platform: Platform, pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    async with watching(platform) as watch:
+        pass
+    missed = [await record(pool, webhook_id) for _ in range(3)]
+    async with watching(platform, resume_token=watch.token) as resumed:
+        assert await resumed.news(3) == named(*missed)
+
+
+async def test_what_commits_late_is_told_although_a_later_one_was_there_first(
+    platform: Platform, pool: Any
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    slow, quick = await lease_many(pool, webhook_id, 2)
+    before = Position((await take_snapshot(pool)).xmin)
+    async with watching(platform) as watch, pool.acquire() as connection:
+        transaction = connection.transaction()
+        await transaction.start()
+        await queue.settle(connection, [settlement(slow)], 10)
+        await settle(pool, settlement(quick))
+        # The quick one is on record, and yet the order is not known.
+        batch = await read_recorded(pool, before, ["m_1"])
+        assert format_id("dlv", quick.id) not in {
+            format_id("dlv", one.delivery.id) for one in batch.recorded
+        }
+        reading = asyncio.create_task(watch.news(2))
+        await asyncio.wait({reading}, timeout=0.6)
+        assert not reading.done()
+        await transaction.commit()
+        assert await reading == named(slow, quick)
+    after = await read_recorded(pool, batch.end, ["m_1"])
+    assert [one.delivery.id for one in after.recorded] == [slow.id, quick.id]
+
+
+async def test_what_is_rolled_back_is_never_told(platform: Platform, pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    first, second = await lease_many(pool, webhook_id, 2)
+    async with watching(platform) as watch:
+        async with pool.acquire() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            await queue.settle(connection, [settlement(first)], 10)
+            await transaction.rollback()
+        await settle(pool, settlement(second))
+        await settle(pool, settlement(first, outcome=Outcome.SUCCEEDED))
+        assert await watch.news(2) == named(second, first)
+
+
+async def test_a_quiet_watch_gives_signs_of_life_that_can_be_resumed(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    async with start_platform(watch_keep_alive_seconds=0.05) as platform:
+        async with watching(platform) as watch:
+            told = await record(pool, webhook_id)
+            assert await watch.news(1) == named(told)
+            for _ in range(3):
+                assert not (await watch.read()).HasField("delivery")
+        later = await record(pool, webhook_id)
+        async with watching(platform, resume_token=watch.token) as resumed:
+            assert await resumed.news(1) == named(later)
+
+
+async def test_a_watch_that_falls_behind_is_ended_and_its_token_goes_on_without_loss(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    async with start_platform(watch_backlog=100) as platform:
+        token, told, count = "", set(), 1500
+        async with watching(platform) as watch:
+            await _record_many(pool, webhook_id, count)
+            async with refused(StatusCode.RESOURCE_EXHAUSTED, "WATCH_TOO_SLOW") as error:
+                while len(told) < count:
+                    told |= set(await watch.news(1))
+        assert error.quota_subjects == ["merchant:m_1"]
+        assert "resume_token" in error.message
+        assert len(told) < count
+        token = watch.token
+        async with watching(platform, resume_token=token) as resumed:
+            rest = await resumed.news(count - len(told))
+        assert len(told | set(rest)) == count
+
+
+async def test_a_caller_that_reads_nothing_holds_up_nobody(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    async with start_platform(watch_backlog=100) as platform:
+        async with watching(platform), watching(platform, event_type="refund.failed") as quick:
+            # More than the connection buffers for the one that does not read.
+            await _record_many(pool, webhook_id, 1500)
+            delivery = await record(pool, webhook_id, event_type="refund.failed")
+            assert await quick.news(1) == named(delivery)
+
+
+async def _record_many(pool: Any, webhook_id: UUID, count: int) -> None:
+    """So many finished deliveries with an attempt each, in one transaction."""
+    await pool.execute(
+        """
+        WITH finished AS (
+            INSERT INTO finished_deliveries
+                (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count,
+                created_at)
+            SELECT new_uuid7(), 'delivered', $1, new_uuid7(), 'm_1', 'payment.succeeded', 1, now()
+            FROM generate_series(1, $2::int) RETURNING id
+        )
+        INSERT INTO attempts
+            (delivery_id, number, outcome, detail, started_at, duration_us, response_excerpt)
+        SELECT id, 1, 'succeeded', '200 OK', now(), 1, $3 FROM finished
+        """,
+        webhook_id,
+        count,
+        BIG_EXCERPT,
+    )
+
+
+async def test_a_resume_token_is_good_for_its_own_watch_only(platform: Platform, pool: Any) -> None:
+    webhook_id = format_id("wh", await make_webhook_config(pool))
+    async with watching(platform, event_type="refund.failed") as watch:
+        token = watch.token
+    key_id, _, sealed = token.partition(".")
+    for merchant_id, request in (
+        ("m_2", {"event_type": "refund.failed", "resume_token": token}),
+        ("m_1", {"resume_token": token}),
+        ("m_1", {"event_type": "payment.succeeded", "resume_token": token}),
+        ("m_1", {"event_type": "refund.failed", "webhook_id": webhook_id, "resume_token": token}),
+        ("m_1", {"event_type": "refund.failed", "resume_token": "x"}),
+        ("m_1", {"event_type": "refund.failed", "resume_token": "\x00ü."}),
+        ("m_1", {"event_type": "refund.failed", "resume_token": f"k9.{sealed}"}),
+        ("m_1", {"event_type": "refund.failed", "resume_token": f"{key_id}.A{sealed[1:]}AAAA"}),
+    ):
+        async with refused(StatusCode.INVALID_ARGUMENT, "RESUME_TOKEN_INVALID") as error:
+            async with watching(platform, merchant_id, **request):
+                pass
+        assert error.violations == {"resume_token": "RESUME_TOKEN_INVALID"}
+    async with watching(platform, event_type="refund.failed", resume_token=token):
+        pass
+
+
+async def test_a_resume_token_is_good_for_an_hour(platform: Platform, keyring: KeyRing) -> None:
+    def sealed(age: float) -> str:
+        tokens = ResumeTokens(keyring, "m_1", None, None, clock=lambda: time.time() - age)
+        return tokens.seal(Position(1))
+
+    async with watching(platform, resume_token=sealed(3590)):
+        pass
+    async with refused(StatusCode.INVALID_ARGUMENT, "RESUME_TOKEN_INVALID") as error:
+        async with watching(platform, resume_token=sealed(3610)):
+            pass
+    assert "hour" in error.message
+
+
+async def test_filters_that_cannot_match_are_refused(platform: Platform, pool: Any) -> None:
+    theirs = format_id("wh", await make_webhook_config(pool, merchant_id="m_2"))
+    format_id("wh", new_id())
+    for request, code, reason in (
+        ({"webhook_id": "wh_1"}, StatusCode.INVALID_ARGUMENT, "ID_INVALID"),
+        ({"event_type": "\x00"}, StatusCode.INVALID_ARGUMENT, "EVENT_TYPE_NAME_INVALID"),
+        ({"webhook_id": theirs}, StatusCode.NOT_FOUND, "WEBHOOK_CONFIG_NOT_FOUND"),
+        (
+            {"webhook_id": format_id("wh", new_id())},
+            StatusCode.NOT_FOUND,
+            "WEBHOOK_CONFIG_NOT_FOUND",
+        ),
+    ):
+        async with refused(code, reason), watching(platform, **request):
+            pass
+
+
+async def test_a_watch_ends_with_its_token(platform: Platform) -> None:
+    token = mint_token(
+        platform.key.private_key_file,
+        issuer=ISSUER,
+        audience="postrider",
+        subject="tester",
+        scopes=["webhooks:manage"],
+        merchant_id="m_1",
+        lifetime=timedelta(seconds=2),
+    )
+    call = platform.deliveries.WatchDeliveries(
+        pb.WatchDeliveriesRequest(), metadata=bearer(token), timeout=20
+    )
+    async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED") as error:
+        async for answer in call:
+            assert answer.resume_token
+    assert "resume_token" in error.message
+
+
+async def test_a_server_that_stops_ends_its_watches_at_once(
+    start_platform: Callable[..., Any],
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with start_platform(server_drain_seconds=60) as platform:
+        channel = grpc.aio.insecure_channel(platform.address)
+        call = delivery_service_pb2_grpc.DeliveryServiceStub(channel).WatchDeliveries(
+            pb.WatchDeliveriesRequest(), metadata=platform.merchant()
+        )
+        assert await call.read() is not grpc.aio.EOF
+        reading = asyncio.ensure_future(call.read())
+        began = loop.time()
+    assert loop.time() - began < 30
+    async with refused(StatusCode.UNAVAILABLE, "SERVER_STOPPING") as error:
+        await reading
+    assert error.retry_after_seconds
+    await channel.close()
+
+
+async def test_nothing_is_read_while_nobody_watches(pool: Any) -> None:
+    tail = Tail(pool)
+    watcher = Watcher("m_1", None, None, 10)
+    tail.add(watcher)
+    running = asyncio.create_task(tail.run())
+    async with asyncio.timeout(20):
+        while tail.position is None:
+            await watcher.news.wait()
+            await asyncio.sleep(0)
+        assert watcher.joined_at is not None
+        tail.remove(watcher)
+        while tail.position is not None:
+            await asyncio.sleep(0)
+    assert not tail._watched.is_set()
+    running.cancel()
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
+    pool: Any, mode: str
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    for _ in range(20):
+        await _record_many(pool, webhook_id, 1000)
+    position = Position((await take_snapshot(pool)).xmin - 1)
+    await _record_many(pool, webhook_id, 10)
+    await pool.execute("VACUUM ANALYZE attempts, finished_deliveries, delivery_queue")
+    async with pool.acquire() as connection:
+        await connection.execute(f"SET plan_cache_mode = {mode}")
+        plan = await connection.fetch(
+            f"EXPLAIN {_READ}",
+            position.xid,
+            position.delivery_id,
+            position.number,
+            1000,
+            ["m_1"],
+        )
+    text = "\n".join(line[0] for line in plan)
+    assert "attempts_default_recorded_xid_idx" in text
+    assert "Seq Scan on attempts" not in text, text
+    assert "Seq Scan on finished_deliveries" not in text, text
