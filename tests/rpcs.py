@@ -39,7 +39,7 @@ async def call(
     request: Message | None = None,
     metadata: Metadata | None = None,
 ) -> Any:
-    """Send one request and read the answer: of many the last, or the first when one was asked for."""
+    """Send one request and read the last answer; of a stream to one request, the first."""
     request_class = GetMessageClass(method.input_type)
     sent = request_class() if request is None else request
     kind = f"{_arity(method.client_streaming)}_{_arity(method.server_streaming)}"
