@@ -91,13 +91,6 @@ async def serve(
             events=EventService(
                 Ingest(pool, event_types, hints, settings.server.max_payload_bytes), pool
             ),
-            deliveries=DeliveryService(pool, sessions, hints),
-            admin=AdminService(sessions, pool, hints, event_types),
-        )
-        watch = DatabaseWatch(
-            settings.database,
-            app.set_serving,
-            interval_seconds=settings.server.health_interval_seconds,
             deliveries=DeliveryService(
                 pool,
                 sessions,
@@ -107,22 +100,24 @@ async def serve(
                 watch_keep_alive_seconds=settings.server.watch_keep_alive_seconds,
                 watch_backlog=settings.server.watch_backlog,
             ),
-            admin=AdminService(sessions, hints),
+            admin=AdminService(sessions, pool, hints, event_types),
+        )
+        watch = DatabaseWatch(
+            settings.database,
+            app.set_serving,
+            interval_seconds=settings.server.health_interval_seconds,
         )
         await app.start()
         log.info("serving", address=settings.server.listen_address, port=app.port)
         async with asyncio.TaskGroup() as background:
             hinting = background.create_task(hints.run())
             watching = background.create_task(watch.run())
+            tailing = background.create_task(tail.run())
             ready(app.port)
             await stop.wait()
             log.info("stopping")
             # First, or a database that comes back now would have the last word on health.
             watching.cancel()
-            tailing = background.create_task(tail.run())
-            ready(app.port)
-            await stop.wait()
-            log.info("stopping")
             tail.stop()
             await app.stop()
             hinting.cancel()

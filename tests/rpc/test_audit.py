@@ -220,6 +220,7 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
         ),
         platform.deliveries.RedeliverDelivery(
             RedeliverDeliveryRequest(id=delivery_id), metadata=me
+        ),
         platform.admin.DeactivateWebhookConfig(
             admin_service_pb2.DeactivateWebhookConfigRequest(id=config.id, reason="Abuse"),
             metadata=op,
