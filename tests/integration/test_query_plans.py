@@ -8,7 +8,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core import queue
 from core.ids import new_id
+from server import erasure, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
 
@@ -312,6 +313,45 @@ async def test_a_page_of_the_history_is_read_in_the_order_of_an_index(
     )
 
     assert plan.index_scan(index).rows <= 50
+
+
+@pytest.mark.parametrize("statement", ["_ERASE_EVENTS", "_ERASE_ATTEMPTS"])
+async def test_a_chunk_of_an_erasure_reads_no_more_than_it_erases(
+    crowded: Any, statement: str
+) -> None:
+    end = datetime(9999, 1, 1, tzinfo=UTC)
+    plan = await _explain(crowded, getattr(erasure, statement), "m_1", UUID(int=0), 50, end)
+
+    assert max(scan.rows for scan in plan.scans) <= 50
+    assert max(scan.filtered for scan in plan.scans) <= 50
+    plan.assert_nothing_is_walked()
+
+
+@pytest.mark.parametrize(
+    ("condition", "index"),
+    [
+        ("NOT active", "webhook_configs_inactive"),
+        ("merchant_id = 'm_7'", "webhook_configs_of_merchant"),
+        ("true", "webhook_configs_pkey"),
+    ],
+)
+async def test_a_page_of_all_configs_is_read_in_the_order_of_an_index(
+    crowded: Any, condition: str, index: str
+) -> None:
+    plan = await _explain(
+        crowded,
+        f"SELECT * FROM webhook_configs WHERE deleted_at IS NULL AND {condition}"  # noqa: S608
+        " ORDER BY id DESC LIMIT 51",
+    )
+    assert plan.index_scan(index).rows <= 51
+
+
+async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
+    statement = queue_status._STATUS.format(of_webhook="").replace(":top", "$1")
+    plan = await _explain(crowded, statement, 20)
+
+    parked = plan.index_scan("delivery_queue_parked")
+    assert (parked.kind, parked.rows) == ("Index Only Scan", 14_000)
 
 
 async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:

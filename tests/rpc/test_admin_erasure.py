@@ -209,3 +209,16 @@ async def test_a_merchant_id_has_its_form(platform: Platform) -> None:
     for merchant_id in ("", "m 1", "\x00", "x" * 65):
         async with refused(StatusCode.INVALID_ARGUMENT, "MERCHANT_ID_INVALID"):
             await erase(platform, merchant_id)
+
+
+async def test_what_is_accepted_after_an_erasure_began_stays(platform: Platform, pool: Any) -> None:
+    for payload in ('"old"', '"new"'):
+        await platform.publish(payload, idempotency_key=payload)
+    for table, column in (("events", "convert_from(payload, 'UTF8')"), ("idempotency_keys", "key")):
+        await pool.execute(
+            f"UPDATE {table} SET created_at = now() + interval '1 hour' WHERE {column} = $1",  # noqa: S608
+            '"new"',
+        )
+    assert await erase(platform) == (0, 1)
+    assert await pool.fetchval("SELECT payload FROM events WHERE payload <> ''") == b'"new"'
+    assert await pool.fetchval("SELECT key FROM idempotency_keys") == '"new"'
