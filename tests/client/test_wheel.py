@@ -1,7 +1,6 @@
 """The client's wheel: what it holds, what it needs, and what it does beside the server's."""
 
 import os
-import re
 import subprocess
 import sys
 import tomllib
