@@ -158,6 +158,17 @@ async def test_of_many_at_once_one_deactivation_counts(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     config = (await platform.register(receiver.url)).webhook_config
-    answers = await asyncio.gather(*(deactivate(platform, config.id, f"{n}") for n in range(8)))
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    async with asyncio.timeout(20), pool.acquire() as connection:
+        # All have come as far as the row before any may change it.
+        async with connection.transaction():
+            await connection.execute("SELECT FROM webhook_configs FOR UPDATE")
+            calls = [
+                asyncio.create_task(deactivate(platform, config.id, f"{number}"))
+                for number in range(3)
+            ]
+            while await pool.fetchval(waiting) < len(calls):
+                pass
+        answers = await asyncio.gather(*calls)
     assert len({answer.etag for answer in answers}) == 1
     assert await pool.fetchval("SELECT count(*) FROM audit_entries WHERE comment <> ''") == 1
