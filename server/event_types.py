@@ -141,7 +141,7 @@ def _compiled(row: Any) -> PayloadSchema | None:
         return PayloadSchema(row["json_schema"])
     except SchemaRefused as refused:
         # It was accepted once, by an older release: publishing goes on, somebody has to look.
-        log.error("schema_unusable", event_type=row["name"], reason=str(refused))
+        log.error("schema_unusable", event_type=row["name"], fault=str(refused))
         return None
 
 

@@ -224,6 +224,7 @@ async def test_enqueueing_finds_the_configs_of_a_merchant_by_their_index(crowded
         [e.payload for e in events],
         [e.idempotency_key for e in events],
         [e.content_hash for e in events],
+        [e.not_before for e in events],
     )
 
     assert plan.index_scan("webhook_configs_of_merchant").rows <= 20

@@ -139,14 +139,14 @@ async def test_a_time_range_holds_its_start_and_not_its_end_and_goes_by_the_crea
     assert await ids(end_time=timestamp(NOON)) == [early]
     assert await ids(start_time=timestamp(NOON), end_time=timestamp(NOON + second)) == [first]
     assert await ids(end_time=Timestamp()) == []
-    assert await ids(start_time=Timestamp(seconds=-62135596800)) == [early, late, first]
+    assert await ids(start_time=Timestamp()) == [early, late, first]
     assert await ids(end_time=Timestamp(seconds=253402300799)) == [early, late, first]
     assert await ids(start_time=timestamp(NOON + timedelta(days=1))) == []
 
 
 @pytest.mark.parametrize("field", ["start_time", "end_time"])
 async def test_a_time_that_is_none_is_refused(platform: Platform, field: str) -> None:
-    for wrong in (Timestamp(seconds=10**15), Timestamp(nanos=-1)):
+    for wrong in (Timestamp(seconds=10**15), Timestamp(seconds=-1), Timestamp(nanos=-1)):
         async with refused(StatusCode.INVALID_ARGUMENT, "TIME_INVALID") as error:
             await page(platform, None, **{field: wrong})
         assert error.violations == {field: "TIME_INVALID"}

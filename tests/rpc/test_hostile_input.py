@@ -1,7 +1,7 @@
 """Strings made to break something: whatever is sent, the answer is one we meant to give."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -42,7 +42,9 @@ def fill(message: Message, text: str) -> Message:
     """Puts the text into every string and bytes field, and into the messages inside."""
     for field in message.DESCRIPTOR.fields:
         value: Any = getattr(message, field.name)
-        if field.message_type is not None:
+        if isinstance(value, Mapping):
+            value[text] = text
+        elif field.message_type is not None:
             if field.message_type.full_name.startswith("postrider."):
                 fill(value.add() if field.is_repeated else value, text)
             elif field.message_type.name == "FieldMask":
@@ -91,7 +93,8 @@ async def test_a_forged_page_token_is_refused_and_not_an_accident(platform: Plat
         "WebhookConfigService.ListEventTypes": ("event_types",),
         "AdminService.ListAllWebhookConfigs": ("all_webhooks", "", False),
         "AdminService.ListAuditEntries": ("audit_entries", "", "", "None", "None"),
-        "DeliveryService.ListDeliveries": ("deliveries", "m_1", "", "", 0),
+        "DeliveryService.ListDeliveries": ("deliveries", "m_1", "", "", 0, "", None, None),
+        "EventService.ListEvents": ("events", "m_1", "", None, None),
     }
     with_pages = {
         name_of(method): method
@@ -112,7 +115,7 @@ async def test_a_forged_page_token_is_refused_and_not_an_accident(platform: Plat
         ):
             request = request_class()
             request.page_token = token  # type: ignore[attr-defined]
-            merchant_id = "m_1" if method.containing_service.name in MERCHANTS_OWN else None
+            merchant_id = None if method.containing_service.name == "AdminService" else "m_1"
             metadata = bearer(platform.token(scope_of(method), merchant_id=merchant_id))
             async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
                 await call(platform.channel, method, request, metadata)

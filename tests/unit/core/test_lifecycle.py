@@ -42,6 +42,7 @@ def test_the_tables_allow_exactly_these_words() -> None:
     assert _words_of(WebhookConfig, "webhook_configs_deactivation_reason_known") == {
         "paused",
         "failures",
+        "admin",
     }
 
 
