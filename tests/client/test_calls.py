@@ -1,7 +1,6 @@
 """Tokens, deadlines and repeats of the client's calls, on a real gRPC server."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
@@ -153,7 +152,7 @@ class CountingConfigs:
 
 
 @pytest.fixture
-async def configs() -> AsyncIterator[CountingConfigs]:
+async def configs() -> CountingConfigs:
     return CountingConfigs()
 
 
@@ -161,7 +160,7 @@ async def test_changes_are_sent_once_since_they_may_have_been_carried_out(
     configs: CountingConfigs,
 ) -> None:
     def add(service: CountingConfigs, server: Any) -> None:
-        handler = grpc.unary_unary_rpc_method_handler(service.create)
+        handler: Any = grpc.unary_unary_rpc_method_handler(service.create)
         name = "postrider.v1.WebhookConfigService"
         handlers = {"CreateWebhookConfig": handler}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))

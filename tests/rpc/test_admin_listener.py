@@ -25,7 +25,11 @@ def admin_port(logged: list[Any]) -> int:
     return int(port)
 
 
-async def described(channel: grpc.aio.Channel) -> set[str]:
+def channelz_of(channel: Any) -> Any:
+    return channelz_pb2_grpc.ChannelzStub(channel)
+
+
+async def described(channel: Any) -> set[str]:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     async for answer in stub.ServerReflectionInfo(iter([request])):
@@ -47,11 +51,7 @@ async def test_it_answers_health_reflection_and_channelz_without_a_token(
         assert {"grpc.channelz.v1.Channelz", *SERVICE_NAMES} <= await described(channel)
 
         await platform.publish()
-        servers = (
-            await channelz_pb2_grpc.ChannelzStub(channel).GetServers(
-                channelz_pb2.GetServersRequest()
-            )
-        ).server
+        servers = (await channelz_of(channel).GetServers(channelz_pb2.GetServersRequest())).server
         # The main listener is seen from here, with the call it has served.
         assert 1 in [server.data.calls_succeeded for server in servers]
         assert "admin_listener_exposed" not in [entry["event"] for entry in logged]
@@ -74,7 +74,7 @@ async def test_the_main_listener_shows_neither_channelz_nor_reflection(
     start_platform: Callable[..., Any],
 ) -> None:
     async with start_platform(admin_address=FREE_PORT) as platform:
-        stub = channelz_pb2_grpc.ChannelzStub(platform.channel)
+        stub = channelz_of(platform.channel)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.GetServers(channelz_pb2.GetServersRequest())
         assert refused.value.code() is StatusCode.UNAUTHENTICATED

@@ -24,8 +24,8 @@ class Watched:
     """An open Watch of one service."""
 
     def __init__(self, channel: grpc.aio.Channel, service: str):
-        stub = health_pb2_grpc.HealthStub(channel)
-        self._call: Any = stub.Watch(health_pb2.HealthCheckRequest(service=service))
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        self._call = stub.Watch(health_pb2.HealthCheckRequest(service=service))
 
     async def next(self) -> int:
         async with asyncio.timeout(SECONDS_UNTIL_TOLD):

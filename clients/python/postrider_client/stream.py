@@ -103,7 +103,7 @@ class StreamTransport:
                 error = await self._stream_once()
                 if self._acked_count > before:
                     attempt = 0
-                if error is not None and not _is_passing(error):
+                if error is not None and not _is_passing(error, proven=self._proven):
                     self._refuse(error)
                     continue
                 if not self._unacked:
@@ -199,13 +199,14 @@ class StreamTransport:
         self._grown.clear()
 
 
-def _is_passing(error: Exception) -> bool:
+def _is_passing(error: Exception, *, proven: bool) -> bool:
     """Whether another stream may succeed. A server that drains may also just cancel."""
     if not isinstance(error, grpc.aio.AioRpcError):
         return True
-    # What gRPC says itself when a stream breaks under a write.
-    broken = error.code() is grpc.StatusCode.INTERNAL and error.details() == _BROKEN_WRITE
-    return broken or is_passing(error) or error.code() is grpc.StatusCode.CANCELLED
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _BROKEN_WRITE:
+        # A write met the end of the stream. At its beginning that may hide a refusal.
+        return proven
+    return is_passing(error) or error.code() is grpc.StatusCode.CANCELLED
 
 
 def _wait_seconds(policy: CallPolicy, attempt: int, error: Exception | None) -> float:
