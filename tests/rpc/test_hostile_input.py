@@ -1,7 +1,7 @@
 """Strings made to break something: whatever is sent, the answer is one we meant to give."""
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import grpc
@@ -42,7 +42,7 @@ def fill(message: Message, text: str) -> Message:
     """Puts the text into every string and bytes field, and into the messages inside."""
     for field in message.DESCRIPTOR.fields:
         value: Any = getattr(message, field.name)
-        if isinstance(value, Mapping):
+        if isinstance(value, MutableMapping):
             value[text] = text
         elif field.message_type is not None:
             if field.message_type.full_name.startswith("postrider."):
