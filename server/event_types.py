@@ -71,6 +71,7 @@ class EventTypes:
         self._forgotten = 0
         # One reader at a time: an older answer never replaces a newer one.
         self._reading = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
 
     def forget(self) -> None:
         """Read anew at the next call: this process has just changed a type."""
@@ -105,16 +106,27 @@ class EventTypes:
         return {row["name"] for row in rows}
 
     async def _refresh(self) -> None:
-        if self._is_fresh():
-            return
+        if not self._is_fresh():
+            # All who come meanwhile share the answer, and the failure: in a row they would wait for
+            # a database that is away one after the other.
+            if self._refreshing is None:
+                self._refreshing = asyncio.create_task(self._read_all())
+                self._refreshing.add_done_callback(self._refreshed)
+            await asyncio.shield(self._refreshing)
+
+    async def _read_all(self) -> None:
         async with self._reading:
-            if self._is_fresh():
-                return
             # Before the query: what is committed after it began may not be in the answer.
             began, forgotten = self._clock(), self._forgotten
             await self._learn(await self._pool.fetch(_ALL))
             if forgotten == self._forgotten:
                 self._read_at = began
+
+    def _refreshed(self, task: asyncio.Task[None]) -> None:
+        self._refreshing = None
+        # Whoever waits hears of a failure; with nobody waiting it is nobody's.
+        if not task.cancelled():
+            task.exception()
 
     def _is_fresh(self) -> bool:
         return self._clock() - self._read_at < MAX_AGE_SECONDS

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from core.db import RETRYABLE_ERRORS
+from core.db import CONNECTION_ERRORS, RETRYABLE_ERRORS
 from core.queue import NewEvent
 
 #: Events in one statement; a batch of a single call may be as large.
@@ -73,6 +73,10 @@ class GroupCommit[Result]:
                     for call in calls:
                         await self._commit_alone(call)
                 else:
+                    if isinstance(error, CONNECTION_ERRORS):
+                        # Who waits would wait as long again to hear the same.
+                        calls += self._waiting
+                        self._waiting = []
                     for call in calls:
                         _fail(call, error)
 

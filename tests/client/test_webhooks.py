@@ -18,7 +18,7 @@ def secret() -> str:
 
 
 def signed(secret: str, timestamp: int = NOW, body: bytes = BODY) -> dict[str, str]:
-    return signature_headers(secret, ID, timestamp, body) | {
+    return signature_headers([secret], ID, timestamp, body) | {
         "X-Webhook-Event": "payment.succeeded",
         "X-Webhook-Delivery": "dlv_1",
         "X-Webhook-Attempt": "2",

@@ -88,7 +88,7 @@ async def test_a_time_span_holds_its_start_and_not_its_end(platform: Platform, p
     assert await found(start_time=times[1]) == ["0", "3", "6"]
     assert await found(end_time=times[2]) == ["6", "9"]
     assert await found(start_time=times[1], end_time=times[3]) == ["3", "6"]
-    first, last = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+    first, last = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
     assert await found(start_time=first, end_time=last) == ["0", "3", "6", "9"]
     assert await found(end_time=first) == []
     assert await found(start_time=last) == []
