@@ -34,29 +34,33 @@ def header_violations(field: str, headers: Mapping[str, str]) -> list[FieldViola
         return [FieldViolation(field, text, "HEADERS_TOO_LONG")]
     violations, seen = [], set[str]()
     for name, value in sorted(headers.items()):
-        broken = _name_broken(name, seen) or _value_broken(value)
+        path = f"{field}[{name[:_SHOWN_MAX]!r}]"
+        broken = _name_broken(path, name, seen) or _value_broken(path, value)
         if broken:
-            violations.append(FieldViolation(f"{field}[{name[:_SHOWN_MAX]!r}]", *broken))
+            violations.append(broken)
         seen.add(name.lower())
     return violations
 
 
-def _name_broken(name: str, seen: set[str]) -> tuple[str, str] | None:
+def _name_broken(path: str, name: str, seen: set[str]) -> FieldViolation | None:
     lower = name.lower()
     if not _TOKEN.fullmatch(name):
         text = "a header name is 1 to 128 letters, digits and !#$%&'*+-.^_`|~"
-        return text, "HEADER_NAME_INVALID"
+        return FieldViolation(path, text, "HEADER_NAME_INVALID")
     if lower in _DENIED or lower.startswith(_DENIED_PREFIXES):
-        return "frames the request or is sent by Postrider: choose another name", "HEADER_DENIED"
+        text = "frames the request or is sent by Postrider: choose another name"
+        return FieldViolation(path, text, "HEADER_DENIED")
     if lower in seen:
-        return "is there in another spelling: header names ignore case", "HEADER_REPEATED"
+        text = "is there in another spelling: header names ignore case"
+        return FieldViolation(path, text, "HEADER_REPEATED")
     return None
 
 
-def _value_broken(value: str) -> tuple[str, str] | None:
+def _value_broken(path: str, value: str) -> FieldViolation | None:
     if len(value) > _VALUE_BYTES_MAX:
-        return f"must have a value of at most {_VALUE_BYTES_MAX} bytes", "HEADER_VALUE_TOO_LONG"
+        text = f"must have a value of at most {_VALUE_BYTES_MAX} bytes"
+        return FieldViolation(path, text, "HEADER_VALUE_TOO_LONG")
     if not (value.isascii() and value.isprintable()) or value != value.strip(" "):
         text = "must have a value in printable ASCII, without spaces around it"
-        return text, "HEADER_VALUE_INVALID"
+        return FieldViolation(path, text, "HEADER_VALUE_INVALID")
     return None
