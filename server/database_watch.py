@@ -52,8 +52,9 @@ class DatabaseWatch:
             self._drop()
 
     async def _look(self) -> bool:
-        if self._connection is not None and await self._answers():
+        if await self._answers():
             return True
+        # Cut, maybe in the middle of the question: only a new session tells.
         self._drop()
         return await self._answers()
 
