@@ -3,6 +3,7 @@
 Nothing an exception says reaches a caller unless core/errors.py made it to be said.
 """
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from time import perf_counter
@@ -62,6 +63,9 @@ def _unary(behaviour: Any, method: str, began: float) -> Any:
     async def answer(request: Any, context: Context) -> Any:
         try:
             response = await behaviour(request, context)
+        except asyncio.CancelledError:
+            _log(method, "CANCELLED", began)
+            raise
         except Exception as error:
             await _abort(context, error, method, began)
         else:
@@ -81,6 +85,9 @@ def _streaming(behaviour: Any, method: str, began: float) -> Any:
                 return
             async for response in responses:
                 yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            _log(method, "CANCELLED", began)
+            raise
         except Exception as error:
             await _abort(context, error, method, began)
         else:
