@@ -26,7 +26,7 @@ from benchmarks.stack import (
 )
 
 _ROUNDS = 3
-_UNARY_CALLS = 128
+_UNARY_CALLS = 64
 _BATCH_CALLS = 8
 
 type Figures = dict[str, float]
