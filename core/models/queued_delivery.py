@@ -11,7 +11,7 @@ from core.models.base import Base
 
 class QueuedDelivery(Base):
     """No foreign keys: a key check per row would cost more than the insert, and every writer of
-    this table is in core/queue.py."""
+    this table is in core/queue."""
 
     __tablename__ = "delivery_queue"
     __table_args__ = (

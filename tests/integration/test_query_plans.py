@@ -17,8 +17,8 @@ import pytest
 
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
-from core import queue
 from core.ids import new_id
+from core.queue import acceptance, backlog, cancellation, leases, settlement
 from server import erasure, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
@@ -108,7 +108,7 @@ class Plan:
 
 
 async def test_a_claim_walks_the_due_index_and_reads_no_more_than_it_takes(crowded: Any) -> None:
-    plan = await _explain(crowded, queue._CLAIM, 100, new_id(), timedelta(seconds=60))
+    plan = await _explain(crowded, leases._CLAIM, 100, new_id(), timedelta(seconds=60))
 
     due = plan.index_scan("delivery_queue_due")
     assert (due.rows, due.filtered) == (100, 0)
@@ -119,7 +119,7 @@ async def test_a_claim_walks_the_due_index_and_reads_no_more_than_it_takes(crowd
 
 async def test_a_claim_costs_the_same_however_much_is_parked(crowded: Any) -> None:
     arguments = (100, new_id(), timedelta(seconds=60))
-    before = await _explain(crowded, queue._CLAIM, *arguments)
+    before = await _explain(crowded, leases._CLAIM, *arguments)
     transaction = crowded.transaction()
     await transaction.start()
     # All of it due longer than anything that is ready, so a claim that saw it would meet it first.
@@ -131,7 +131,7 @@ async def test_a_claim_costs_the_same_however_much_is_parked(crowded: Any) -> No
         FROM delivery_queue, generate_series(1, 2)
     """)
     await crowded.execute("ANALYZE delivery_queue")
-    after = await _explain(crowded, queue._CLAIM, *arguments)
+    after = await _explain(crowded, leases._CLAIM, *arguments)
     await transaction.rollback()
     await crowded.execute("VACUUM ANALYZE delivery_queue")
 
@@ -141,7 +141,7 @@ async def test_a_claim_costs_the_same_however_much_is_parked(crowded: Any) -> No
 
 
 async def test_a_reclaim_walks_the_leases_that_ended(crowded: Any) -> None:
-    plan = await _explain(crowded, queue._RECLAIM, 100)
+    plan = await _explain(crowded, leases._RECLAIM, 100)
 
     lease = plan.index_scan("delivery_queue_lease")
     ended = await crowded.fetchval("SELECT count(*) FROM delivery_queue WHERE lease_until < now()")
@@ -150,26 +150,26 @@ async def test_a_reclaim_walks_the_leases_that_ended(crowded: Any) -> None:
     assert plan.index_scan("delivery_queue_pkey").rows == 100
     plan.assert_nothing_is_walked()
     # With a limit above what has ended, the leases that still hold are not looked at either.
-    whole = (await _explain(crowded, queue._RECLAIM, ended + 100)).index_scan(lease.index or "")
+    whole = (await _explain(crowded, leases._RECLAIM, ended + 100)).index_scan(lease.index or "")
     assert (whole.rows, whole.filtered) == (ended, 0)
 
 
 async def test_letting_in_counts_and_chooses_by_the_configs_own_indexes(crowded: Any) -> None:
-    backlog = await queue.webhooks_with_backlog(crowded)
-    assert len(backlog) == 10
+    webhook_ids = await backlog.webhooks_with_backlog(crowded)
+    assert len(webhook_ids) == 10
 
-    plan = await _explain(crowded, queue._ADMIT, backlog, 16)
+    plan = await _explain(crowded, backlog._ADMIT, webhook_ids, 16)
 
-    assert plan.index_scan("delivery_queue_of_webhook").rows <= 16 * len(backlog)
+    assert plan.index_scan("delivery_queue_of_webhook").rows <= 16 * len(webhook_ids)
     chosen = plan.index_scan("delivery_queue_parked")
-    assert 0 < chosen.rows <= 16 * len(backlog)
+    assert 0 < chosen.rows <= 16 * len(webhook_ids)
     assert chosen.filtered == 0
-    assert plan.index_scan("webhook_configs_pkey").rows == len(backlog)
+    assert plan.index_scan("webhook_configs_pkey").rows == len(webhook_ids)
     plan.assert_nothing_is_walked()
 
 
 async def test_the_backlog_scan_probes_once_a_config_however_long_its_backlog(crowded: Any) -> None:
-    plan = await _explain(crowded, queue._WEBHOOKS_WITH_BACKLOG)
+    plan = await _explain(crowded, backlog._WEBHOOKS_WITH_BACKLOG)
 
     scans = [scan for scan in plan.scans if scan.index == "delivery_queue_parked"]
     # 14,000 are parked. One probe finds the first config, one the next of each; PostgreSQL before
@@ -187,7 +187,7 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
 
     plan = await _explain(
         crowded,
-        queue._SETTLE,
+        settlement._SETTLE,
         [row["id"] for row in leased],
         [row["lease_id"] for row in leased],
         ["http_error"] * 100,
@@ -216,7 +216,7 @@ async def test_enqueueing_finds_the_configs_of_a_merchant_by_their_index(crowded
 
     plan = await _explain(
         crowded,
-        queue._ENQUEUE,
+        acceptance._ENQUEUE,
         [e.id for e in events],
         [e.merchant_id for e in events],
         [e.type for e in events],
@@ -235,13 +235,13 @@ async def test_spending_of_a_rate_finds_the_configs_by_key(crowded: Any) -> None
     await crowded.execute("UPDATE webhook_configs SET rate_limit = 5")
     ids = [row["id"] for row in await crowded.fetch("SELECT id FROM webhook_configs LIMIT 20")]
 
-    plan = await _explain(crowded, queue._SPEND_RATE, ids, [3] * len(ids))
+    plan = await _explain(crowded, backlog._SPEND_RATE, ids, [3] * len(ids))
 
     assert plan.index_scan("webhook_configs_pkey").rows <= len(ids)
     plan.assert_nothing_is_walked()
 
 
-@pytest.mark.parametrize("statement", ["_RELEASE", "_PARK_LEASED"])
+@pytest.mark.parametrize("statement", [leases._RELEASE, backlog._PARK_LEASED])
 async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
     leased = await crowded.fetch(
         "SELECT id, lease_id FROM delivery_queue WHERE state = 'leased' LIMIT 50"
@@ -249,7 +249,7 @@ async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
 
     plan = await _explain(
         crowded,
-        getattr(queue, statement),
+        statement,
         [row["id"] for row in leased],
         [row["lease_id"] for row in leased],
     )
@@ -259,9 +259,9 @@ async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
 
 
 async def test_parking_a_config_reads_its_ready_part_only(crowded: Any) -> None:
-    [webhook_id, *_] = await queue.webhooks_with_backlog(crowded)
+    [webhook_id, *_] = await backlog.webhooks_with_backlog(crowded)
 
-    plan = await _explain(crowded, queue._PARK_WEBHOOKS, [webhook_id])
+    plan = await _explain(crowded, backlog._PARK_WEBHOOKS, [webhook_id])
 
     ready = plan.index_scan("delivery_queue_of_webhook")
     assert ready.rows + ready.filtered <= 50
@@ -274,7 +274,7 @@ async def test_cancelling_a_config_reads_its_own_deliveries_only(crowded: Any) -
         "SELECT count(*) FROM delivery_queue WHERE webhook_id = $1", webhook_id
     )
 
-    plan = await _explain(crowded, queue._CANCEL_WEBHOOK, webhook_id, None)
+    plan = await _explain(crowded, cancellation._CANCEL_WEBHOOK, webhook_id, None)
 
     of_queue = [scan for scan in plan.scans if scan.relation == "delivery_queue"]
     assert sum(scan.rows + scan.filtered for scan in of_queue) <= 4 * own

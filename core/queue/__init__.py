@@ -1,0 +1,42 @@
+"""The queue: every statement that moves an open delivery, and nothing else.
+
+Ready, parked and leased rows are one table; final states leave it. Only the database's clock
+decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an engine
+that was frozen and wakes late changes nothing. Each function takes the caller's connection and runs
+in its transaction, if it has one; docs/architecture.md draws the states.
+"""
+
+from core.queue.acceptance import CHANNEL, enqueue, hint, redeliver
+from core.queue.backlog import (
+    admit,
+    park_leased,
+    park_webhooks,
+    spend_rate,
+    webhooks_with_backlog,
+)
+from core.queue.cancellation import cancel_webhook
+from core.queue.leases import claim, reclaim, release
+from core.queue.records import Connection, LeasedDelivery, NewEvent, Settled, Settlement
+from core.queue.settlement import settle
+
+__all__ = [
+    "CHANNEL",
+    "Connection",
+    "LeasedDelivery",
+    "NewEvent",
+    "Settled",
+    "Settlement",
+    "admit",
+    "cancel_webhook",
+    "claim",
+    "enqueue",
+    "hint",
+    "park_leased",
+    "park_webhooks",
+    "reclaim",
+    "redeliver",
+    "release",
+    "settle",
+    "spend_rate",
+    "webhooks_with_backlog",
+]

@@ -1,0 +1,127 @@
+"""What configs cannot take now: parked in their own backlogs, let in again as they have room."""
+
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+from core.queue.leases import fences
+from core.queue.records import Connection, LeasedDelivery
+
+_PARK_WEBHOOKS = """
+UPDATE delivery_queue SET state = 'parked' WHERE webhook_id = ANY ($1) AND state = 'ready'
+"""
+
+
+_PARK_LEASED = """
+UPDATE delivery_queue q SET state = 'parked', lease_id = NULL, lease_until = NULL
+FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
+WHERE q.id = t.id AND q.lease_id = t.lease_id
+"""
+
+
+# A loose index scan: one probe per config that has a backlog, however long the backlogs are.
+_WEBHOOKS_WITH_BACKLOG = """
+WITH RECURSIVE backlog AS (
+    (SELECT webhook_id FROM delivery_queue WHERE state = 'parked' ORDER BY webhook_id LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT q.webhook_id FROM delivery_queue q
+        WHERE q.state = 'parked' AND q.webhook_id > b.webhook_id
+        ORDER BY q.webhook_id LIMIT 1
+    ) FROM backlog b WHERE b.webhook_id IS NOT NULL
+)
+SELECT webhook_id FROM backlog WHERE webhook_id IS NOT NULL
+"""
+
+
+# How many webhooks a config's rate leaves now: what came back since it was used up, at most a
+# second's and one. A rate is kept in one column, for all engines together.
+_TOKENS = """
+    least(c.rate_limit + 1, c.rate_limit * extract(epoch FROM now() - c.rate_used_until)::float8)
+"""
+
+
+# Fills a config's ready part from its own backlog once it is half empty: one by one would cost an
+# index update per settle. Let in "now", not at the old due time, so nobody else's turn is taken.
+# What a deleted config still has parked (accepted while it was deleted) is let in too: its claim
+# cancels it. A rate lets in as many as it leaves beside those that are already waiting for it.
+_ADMIT = f"""
+WITH room AS (
+    SELECT c.id, p.places, p.places - t.taken AS free,
+        CASE WHEN c.rate_limit > 0 THEN floor({_TOKENS})::bigint - t.ready END AS tokens
+    FROM webhook_configs c
+    CROSS JOIN LATERAL (SELECT least($2, nullif(c.max_in_flight, 0)) AS places) p
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS taken, count(*) FILTER (WHERE state = 'ready') AS ready FROM (
+            SELECT q.state FROM delivery_queue q
+            WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT p.places
+        ) due
+    ) t
+    WHERE c.id = ANY ($1) AND (c.active OR c.deleted_at IS NOT NULL)
+), chosen AS (
+    SELECT p.id FROM room r CROSS JOIN LATERAL (
+        SELECT q.id FROM delivery_queue q
+        WHERE q.webhook_id = r.id AND q.state = 'parked'
+        ORDER BY q.id LIMIT greatest(least(r.free, r.tokens), 0)
+    ) p
+    WHERE r.free >= (r.places + 1) / 2
+), locked AS (
+    -- Chosen before locked: engines that do this at once choose the same rows, and the second finds
+    -- them taken instead of letting in as many again.
+    SELECT id FROM delivery_queue
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND state = 'parked'
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
+FROM locked WHERE q.id = locked.id
+RETURNING q.webhook_id
+"""  # noqa: S608 - of constants
+
+
+# Passes by a config that somebody else has locked: its deliveries are parked, and ask again.
+_SPEND_RATE = f"""
+WITH wanting AS (
+    SELECT c.id, c.rate_limit, a.wanted, {_TOKENS} AS tokens
+    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, wanted) ON a.id = c.id
+    WHERE c.rate_limit > 0
+    FOR NO KEY UPDATE OF c SKIP LOCKED
+), granted AS (
+    SELECT *, greatest(least(floor(tokens), wanted), 0) AS granted FROM wanting
+)
+UPDATE webhook_configs c
+SET rate_used_until = now() - (g.tokens - g.granted) / g.rate_limit * interval '1 second'
+FROM granted g WHERE c.id = g.id
+RETURNING c.id, g.granted::int, greatest(1 - g.tokens + g.granted, 0) / g.rate_limit AS next_in
+"""  # noqa: S608 - of constants
+
+
+async def park_webhooks(connection: Connection, webhook_ids: Sequence[UUID]) -> None:
+    """Move what these configs have ready into their backlogs."""
+    await connection.execute(_PARK_WEBHOOKS, webhook_ids)
+
+
+async def park_leased(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
+    """Give up leases into the backlogs: their configs cannot take more now."""
+    await connection.execute(_PARK_LEASED, *fences(deliveries))
+
+
+async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
+    """The configs that have parked deliveries."""
+    return [row["webhook_id"] for row in await connection.fetch(_WEBHOOKS_WITH_BACKLOG)]
+
+
+async def admit(connection: Connection, webhook_ids: Sequence[UUID], places: int) -> set[UUID]:
+    """Let parked deliveries in, not those of inactive configs; returns the configs that had some.
+
+    Each config has at most `places` due or leased deliveries in the ready part afterwards, or as
+    many as its own cap allows, and no more due ones than its rate leaves.
+    """
+    return {row["webhook_id"] for row in await connection.fetch(_ADMIT, webhook_ids, places)}
+
+
+async def spend_rate(
+    connection: Connection, wanted: Mapping[UUID, int]
+) -> dict[UUID, tuple[int, float]]:
+    """How many webhooks each of these configs may be sent now, by its rate limit, counted as sent;
+    and the seconds until one more may be. A config missing from it can be sent none at present."""
+    rows = await connection.fetch(_SPEND_RATE, list(wanted), list(wanted.values()))
+    return {row["id"]: (row["granted"], row["next_in"]) for row in rows}

@@ -1,0 +1,74 @@
+"""Leases: taken by a claim, given up by an engine that stops, taken back when they have ended."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from core.ids import new_id
+from core.queue.records import Connection, LeasedDelivery
+
+_CLAIM = """
+WITH due AS (
+    SELECT id FROM delivery_queue
+    WHERE state = 'ready' AND due_at <= now()
+    ORDER BY due_at
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+), leased AS (
+    UPDATE delivery_queue q
+    SET state = 'leased', lease_id = $2, lease_until = now() + $3
+    FROM due WHERE q.id = due.id
+    RETURNING q.id, q.webhook_id, q.event_id, q.event_type, q.attempt_count
+)
+SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_active,
+    c.deleted_at IS NOT NULL AS webhook_deleted, l.event_id, l.event_type, e.content_type,
+    e.payload, l.attempt_count, now() AS claimed_at
+FROM leased l
+JOIN webhook_configs c ON c.id = l.webhook_id
+JOIN events e ON e.id = l.event_id
+"""
+
+
+_RELEASE = """
+UPDATE delivery_queue q SET state = 'ready', lease_id = NULL, lease_until = NULL
+FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
+WHERE q.id = t.id AND q.lease_id = t.lease_id
+"""
+
+
+# The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
+_RECLAIM = """
+WITH expired AS (
+    SELECT id FROM delivery_queue
+    WHERE state = 'leased' AND lease_until < now()
+    ORDER BY lease_until
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE delivery_queue q
+SET state = 'ready', lease_id = NULL, lease_until = NULL, reclaim_count = q.reclaim_count + 1,
+    due_at = now() + (2 ^ least(q.reclaim_count, 9) - 1) * interval '1 second'
+FROM expired WHERE q.id = expired.id
+RETURNING q.id
+"""
+
+
+async def claim(connection: Connection, limit: int, lease_seconds: float) -> list[LeasedDelivery]:
+    """Take up to `limit` due deliveries under one new lease, the longest due first."""
+    lease_id = new_id()
+    rows = await connection.fetch(_CLAIM, limit, lease_id, timedelta(seconds=lease_seconds))
+    return [LeasedDelivery(lease_id=lease_id, **row) for row in rows]
+
+
+async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
+    """Give up leases at once, for another engine; it counts neither as attempt nor as reclaim."""
+    await connection.execute(_RELEASE, *fences(deliveries))
+
+
+async def reclaim(connection: Connection, limit: int) -> list[UUID]:
+    """Return up to `limit` deliveries whose lease has ended to the queue."""
+    return [row["id"] for row in await connection.fetch(_RECLAIM, limit)]
+
+
+def fences(deliveries: Sequence[LeasedDelivery]) -> tuple[list[UUID], list[UUID]]:
+    return [d.id for d in deliveries], [d.lease_id for d in deliveries]

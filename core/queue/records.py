@@ -1,0 +1,72 @@
+"""What goes into the queue and comes out of it."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from core.lifecycle import DeliveryState, Outcome
+
+#: asyncpg connection, or a pool (which runs each statement on a connection of its own).
+type Connection = Any
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event that passed validation; `content_hash` matters only beside an idempotency key."""
+
+    id: UUID
+    merchant_id: str
+    type: str
+    content_type: str
+    payload: bytes
+    idempotency_key: str | None
+    content_hash: bytes
+    not_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedDelivery:
+    """A claimed delivery with all an attempt needs except its webhook config."""
+
+    id: UUID
+    lease_id: UUID
+    webhook_id: UUID
+    #: Version of the config at the claim, and whether it may be called at all.
+    webhook_version: int
+    webhook_active: bool
+    webhook_deleted: bool
+    event_id: UUID
+    event_type: str
+    content_type: str
+    payload: bytes
+    attempt_count: int
+    claimed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """The result of one attempt, and what follows: a final state, or a wait before the next."""
+
+    delivery_id: UUID
+    lease_id: UUID
+    outcome: Outcome
+    status_code: int | None
+    detail: str
+    started_at: datetime
+    duration_us: int
+    final_state: DeliveryState | None
+    retry_after_seconds: float
+    dns_us: int | None = None
+    connect_us: int | None = None
+    first_byte_us: int | None = None
+    remote_address: str | None = None
+    response_excerpt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a settle changed: deliveries whose lease still held, and configs it deactivated."""
+
+    delivery_ids: frozenset[UUID]
+    deactivated_webhook_ids: tuple[UUID, ...]

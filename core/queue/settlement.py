@@ -1,0 +1,114 @@
+"""The end of a lease by a result: a final state or a new due time, the attempt, the failures."""
+
+from collections.abc import Sequence
+
+from core.queue.backlog import park_webhooks
+from core.queue.records import Connection, Settled, Settlement
+
+# Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
+# Only rows whose lease still holds take part in any of it.
+_SETTLE = """
+WITH input AS (
+    SELECT * FROM unnest(
+        $1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::timestamptz[], $7::int[],
+        $8::text[], $9::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[]
+    ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
+        duration_us, final_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
+        response_excerpt, position)
+), finished AS (
+    DELETE FROM delivery_queue q USING input i
+    WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
+    RETURNING q.*, i.final_state, i.outcome, i.position
+), history AS (
+    INSERT INTO finished_deliveries
+        (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
+        redelivery_of)
+    SELECT id, final_state, webhook_id, event_id, merchant_id, event_type, attempt_count + 1,
+        created_at, redelivery_of
+    FROM finished
+), rescheduled AS (
+    UPDATE delivery_queue q
+    SET state = 'ready', lease_id = NULL, lease_until = NULL, attempt_count = q.attempt_count + 1,
+        due_at = now() + i.retry_after * interval '1 second'
+    FROM input i
+    WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NULL
+    RETURNING q.id, q.attempt_count, i.position
+), settled AS (
+    SELECT id, position, attempt_count + 1 AS number FROM finished
+    UNION ALL
+    SELECT id, position, attempt_count FROM rescheduled
+), recorded AS (
+    -- By position: the batch may hold a delivery twice, once under a lease that is lost.
+    INSERT INTO attempts
+        (delivery_id, number, outcome, status_code, detail, started_at, duration_us, dns_us,
+        connect_us, first_byte_us, remote_address, response_excerpt)
+    SELECT s.id, s.number, i.outcome, i.status_code, i.detail, i.started_at, i.duration_us,
+        i.dns_us, i.connect_us, i.first_byte_us, i.remote_address, i.response_excerpt
+    FROM settled s JOIN input i ON i.position = s.position
+), tally AS (
+    SELECT webhook_id, last_delivered IS NOT NULL AS delivered,
+        count(*) FILTER (
+            WHERE final_state = 'failed' AND outcome <> 'internal_error'
+            AND position > coalesce(last_delivered, 0)
+        ) AS failures
+    FROM (
+        SELECT *, max(position) FILTER (WHERE final_state = 'delivered')
+            OVER (PARTITION BY webhook_id) AS last_delivered
+        FROM finished
+    ) f
+    GROUP BY webhook_id, last_delivered
+), locked AS (
+    -- Healthy configs are not written at all; the others are locked in one order by every engine.
+    SELECT c.id, c.active,
+        CASE WHEN t.delivered THEN 0 ELSE c.consecutive_failures END + t.failures AS failures
+    FROM webhook_configs c JOIN tally t ON t.webhook_id = c.id
+    WHERE t.failures > 0 OR (t.delivered AND c.consecutive_failures > 0)
+    ORDER BY c.id
+    FOR NO KEY UPDATE OF c
+), counted AS (
+    UPDATE webhook_configs c
+    SET consecutive_failures = l.failures,
+        active = c.active AND l.failures < $10,
+        deactivation_reason = CASE WHEN c.active AND l.failures >= $10 THEN 'failures'
+            ELSE c.deactivation_reason END,
+        version = c.version + CASE WHEN c.active AND l.failures >= $10 THEN 1 ELSE 0 END,
+        updated_at = CASE WHEN c.active AND l.failures >= $10 THEN now() ELSE c.updated_at END
+    FROM locked l WHERE c.id = l.id
+    RETURNING c.id, l.active AND NOT c.active AS deactivated
+)
+SELECT id, false AS deactivated FROM settled
+UNION ALL
+SELECT id, true FROM counted WHERE deactivated
+"""
+
+
+async def settle(
+    connection: Connection, settlements: Sequence[Settlement], max_consecutive_failures: int
+) -> Settled:
+    """End leases with the results of their attempts; to be called in a transaction.
+
+    A settlement whose lease no longer holds is ignored as a whole: no attempt, no count. Failures
+    count in the order of the batch, and a delivered one forgives those before it.
+    """
+    rows = await connection.fetch(
+        _SETTLE,
+        [s.delivery_id for s in settlements],
+        [s.lease_id for s in settlements],
+        [s.outcome for s in settlements],
+        [s.status_code for s in settlements],
+        [s.detail for s in settlements],
+        [s.started_at for s in settlements],
+        [s.duration_us for s in settlements],
+        [s.final_state for s in settlements],
+        [s.retry_after_seconds for s in settlements],
+        max_consecutive_failures,
+        [s.dns_us for s in settlements],
+        [s.connect_us for s in settlements],
+        [s.first_byte_us for s in settlements],
+        [s.remote_address for s in settlements],
+        [s.response_excerpt for s in settlements],
+    )
+    deactivated = tuple(row["id"] for row in rows if row["deactivated"])
+    if deactivated:
+        await park_webhooks(connection, deactivated)
+    return Settled(frozenset(row["id"] for row in rows if not row["deactivated"]), deactivated)
