@@ -1,5 +1,7 @@
 """Builds the gRPC server: services, interceptors in their order, limits, health and reflection."""
 
+from typing import Any
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -51,6 +53,20 @@ _REFLECTION_METHODS = frozenset(
 LIVENESS = "liveness"
 
 
+class _GenericMethods:
+    """Stands for the server where generated code adds a service: its methods, found by name.
+
+    Generated code also registers each method. For registered ones grpc.aio waits one by one, and
+    every call pays for a wait on them all.
+    """
+
+    def __init__(self, server: grpc.aio.Server):
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        """Leave it at the generic ones."""
+
+
 class App:
     """The server and its health; `port` is known after start()."""
 
@@ -74,13 +90,14 @@ class App:
             options=channel_options(settings),
         )
         self._health = health_aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services: Any = _GenericMethods(self._server)
+        event_service_pb2_grpc.add_EventServiceServicer_to_server(events, services)
         webhook_config_service_pb2_grpc.add_WebhookConfigServiceServicer_to_server(
-            webhook_configs, self._server
+            webhook_configs, services
         )
-        event_service_pb2_grpc.add_EventServiceServicer_to_server(events, self._server)
-        delivery_service_pb2_grpc.add_DeliveryServiceServicer_to_server(deliveries, self._server)
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._server)
+        delivery_service_pb2_grpc.add_DeliveryServiceServicer_to_server(deliveries, services)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, services)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, services)
         if settings.reflection:
             names = (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
