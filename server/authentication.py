@@ -19,6 +19,7 @@ type Handler = grpc.RpcMethodHandler[Any, Any]
 # gRPC runs the interceptors and the handler of a call in one task that only this call has. What is
 # set here is therefore seen by the handler and by what wraps it, and by no other call.
 current_principal: ContextVar[Principal] = ContextVar("current_principal")
+_refusal: ContextVar[Exception] = ContextVar("refusal")
 
 
 def principal() -> Principal:
@@ -47,7 +48,8 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
                 current_principal.set(await self._verifier.verify(token))
             # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
             except Exception as error:
-                return _refusing(error)
+                _refusal.set(error)
+                return _REFUSING
         return await continuation(handler_call_details)
 
 
@@ -62,12 +64,11 @@ def _bearer_token(metadata: Sequence[tuple[str, str | bytes]]) -> str:
     return token
 
 
-def _refusing(error: Exception) -> Handler:
-    """Stands in for handlers of all four kinds: this one is called before any message is read."""
+async def _refuse(_requests: object, _context: object) -> AsyncIterator[bytes]:
+    raise _refusal.get()
+    # Makes it an async generator, which is what wrappers expect of a stream handler.
+    yield b""  # type: ignore[unreachable]
 
-    async def refuse(_requests: object, _context: object) -> AsyncIterator[bytes]:
-        raise error
-        # Makes it an async generator, which is what wrappers expect of a stream handler.
-        yield b""  # type: ignore[unreachable]
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+#: Stands in for handlers of all four kinds: this one is called before any message is read.
+_REFUSING: Handler = grpc.stream_stream_rpc_method_handler(_refuse)

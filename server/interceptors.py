@@ -6,6 +6,7 @@ Nothing an exception says reaches a caller unless core/errors.py made it to be s
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +22,9 @@ from server.status import internal_status, to_domain_error, to_status
 type Handler = grpc.RpcMethodHandler[Any, Any]
 type Context = grpc.aio.ServicerContext[Any, Any]
 
+# Method, and when it began. Set where gRPC asks for a handler, in a task that only this call has.
+_present_call: ContextVar[tuple[str, float]] = ContextVar("present_call")
+
 log = structlog.get_logger()
 
 
@@ -32,50 +36,59 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, inside: grpc.aio.ServerInterceptor):
         self._inside = inside
+        # As many as there are methods, and one: that of all refusals.
+        self._answering: dict[Handler, Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        began = perf_counter()
+        _present_call.set((handler_call_details.method, perf_counter()))
         begin_request(handler_call_details.invocation_metadata)
         handler = await self._inside.intercept_service(continuation, handler_call_details)
         if handler is None:
             return None
-        method = handler_call_details.method
-        codecs = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            behaviour = _streaming(handler.stream_stream or handler.unary_stream, method, began)
-            if handler.request_streaming:
-                return grpc.stream_stream_rpc_method_handler(behaviour, **codecs)
-            return grpc.unary_stream_rpc_method_handler(behaviour, **codecs)
-        answer = _unary(handler.stream_unary or handler.unary_unary, method, began)
+        answering = self._answering.get(handler)
+        if answering is None:
+            answering = self._answering[handler] = _answering(handler)
+        return answering
+
+
+def _answering(handler: Handler) -> Handler:
+    """The same handler, with a log line and every error as a status."""
+    codecs = {
+        "request_deserializer": handler.request_deserializer,
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.response_streaming:
+        responses = _streaming(handler.stream_stream or handler.unary_stream)
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(answer, **codecs)
-        return grpc.unary_unary_rpc_method_handler(answer, **codecs)
+            return grpc.stream_stream_rpc_method_handler(responses, **codecs)
+        return grpc.unary_stream_rpc_method_handler(responses, **codecs)
+    answer = _unary(handler.stream_unary or handler.unary_unary)
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(answer, **codecs)
+    return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-def _unary(behaviour: Any, method: str, began: float) -> Any:
+def _unary(behaviour: Any) -> Any:
     async def answer(request: Any, context: Context) -> Any:
         try:
             response = await behaviour(request, context)
         except asyncio.CancelledError:
-            _log(method, "CANCELLED", began)
+            _log("CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, method, began)
+            await _abort(context, error)
         else:
-            _log(method, "OK", began)
+            _log("OK")
             return response
 
     return answer
 
 
-def _streaming(behaviour: Any, method: str, began: float) -> Any:
+def _streaming(behaviour: Any) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             responses = behaviour(request, context)
@@ -86,27 +99,28 @@ def _streaming(behaviour: Any, method: str, began: float) -> Any:
             async for response in responses:
                 yield response
         except (asyncio.CancelledError, GeneratorExit):
-            _log(method, "CANCELLED", began)
+            _log("CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, method, began)
+            await _abort(context, error)
         else:
-            _log(method, "OK", began)
+            _log("OK")
 
     return answer
 
 
-async def _abort(context: Context, error: Exception, method: str, began: float) -> None:
+async def _abort(context: Context, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         # A handler of a library (health, reflection) has already answered.
         raise error
-    status = _status_of(error, method)
+    status = _status_of(error)
     known = rpc_status.to_status(status)
-    _log(method, known.code.name, began, message=status.message)
+    _log(known.code.name, message=status.message)
     await context.abort_with_status(known)
 
 
-def _status_of(error: Exception, method: str) -> status_pb2.Status:
+def _status_of(error: Exception) -> status_pb2.Status:
+    method, _ = _present_call.get()
     domain_error = to_domain_error(error)
     if domain_error is None:
         log.error("rpc_broke", exc_info=error, method=method, reference=current_request_id.get())
@@ -116,7 +130,8 @@ def _status_of(error: Exception, method: str) -> status_pb2.Status:
     return to_status(domain_error)
 
 
-def _log(method: str, code: str, began: float, **fields: str) -> None:
+def _log(code: str, **fields: str) -> None:
+    method, began = _present_call.get()
     principal = current_principal.get(None)
     log.info(
         "rpc",
