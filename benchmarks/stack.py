@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from core.keyring import KeyRing
 
 ENCRYPTION_KEY = bytes(range(32))
 ISSUER = "benchmark"
+_LAST_WORDS_MAX = 4000
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -58,14 +59,20 @@ class Stack:
 
     @contextmanager
     def process(self, *arguments: str, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
-        """One of our commands, or a module of this package, until the end of the context."""
+        """One of our commands, or a module of this package, until the end of the context.
+
+        Our commands log as they do by default, into a file; what they say when they fail is shown.
+        """
+        log = None
         if arguments[0].startswith("benchmarks."):
             command: Sequence[str] = (sys.executable, "-m", *arguments)
         else:
             command = (str(Path(sys.executable).with_name("postrider")), *arguments)
-        process = subprocess.Popen(
-            command, env=self.environment | settings, stdout=subprocess.PIPE, stderr=None
-        )
+            log = self.directory / f"{arguments[0]}.log"
+        with nullcontext() if log is None else log.open("ab") as stderr:
+            process = subprocess.Popen(
+                command, env=self.environment | settings, stdout=subprocess.PIPE, stderr=stderr
+            )
         try:
             yield process
         finally:
@@ -73,6 +80,8 @@ class Stack:
             process.wait(60)
             if process.stdout:
                 process.stdout.close()
+            if log is not None and process.returncode:
+                print(log.read_text()[-_LAST_WORDS_MAX:], file=sys.stderr)
 
 
 @contextmanager
@@ -105,7 +114,6 @@ def running_stack() -> Iterator[Stack]:
             "WEBHOOK_CA_FILE": str(ca_file),
             "WEBHOOK_JWT_ISSUER": ISSUER,
             "WEBHOOK_JWT_PUBLIC_KEY_FILE": str(key.public_key_file),
-            "WEBHOOK_LOG_LEVEL": "warning",
         }
         yield Stack(directory, postgres, key, ca_file, authority, environment)
 
