@@ -79,3 +79,5 @@ class AttemptResult:
     first_byte_us: int | None = None
     remote_address: str | None = None
     response_excerpt: str = ""
+    #: What a 429 or 503 asked for in its Retry-After, not judged yet; None: nothing we understand.
+    retry_after_seconds: float | None = None

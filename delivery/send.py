@@ -6,7 +6,7 @@ row of 1xx answers alike. The status line decides; what the body does afterwards
 
 import asyncio
 from collections.abc import Mapping
-from time import perf_counter
+from time import perf_counter, time
 
 import aiohttp
 from yarl import URL
@@ -15,11 +15,14 @@ from core.lifecycle import AttemptResult, Outcome
 from delivery.dialler import Dialling, record_dialling
 from delivery.excerpt import EXCERPT_BYTES, excerpt
 from delivery.outcome import outcome_of_error, outcome_of_status
+from delivery.retry_after import parse_retry_after
 
 #: An answer's body up to this is read, so that the connection can be used again.
 _BODY_BYTES_MAX = 16 * 1024
 #: And it is waited for no longer than this: the verdict stands, and others need the place.
 _BODY_SECONDS_MAX = 1.0
+#: The statuses whose Retry-After is about this request, not about where else to go.
+_BUSY_STATUSES = (429, 503)
 
 
 async def send(
@@ -63,7 +66,17 @@ async def send(
         answered,
         dialling=dialling,
         response_excerpt=excerpt(bytes(beginning)),
+        retry_after_seconds=_retry_after(response),
     )
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float | None:
+    if response.status not in _BUSY_STATUSES:
+        return None
+    value = response.headers.get("Retry-After")
+    if value is None:
+        return None
+    return parse_retry_after(value, response.headers.get("Date"), time())
 
 
 async def _drain(response: aiohttp.ClientResponse, beginning: bytearray) -> None:
@@ -86,6 +99,7 @@ def _result(
     *,
     dialling: Dialling,
     response_excerpt: str = "",
+    retry_after_seconds: float | None = None,
 ) -> AttemptResult:
     sent_at = dialling.connected_at
     return AttemptResult(
@@ -98,6 +112,7 @@ def _result(
         first_byte_us=None if status is None or sent_at is None else _microseconds(sent_at, ended),
         remote_address=dialling.remote_address,
         response_excerpt=response_excerpt,
+        retry_after_seconds=retry_after_seconds,
     )
 
 

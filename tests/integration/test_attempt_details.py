@@ -209,6 +209,36 @@ async def test_a_body_that_comes_in_pieces_and_breaks_off_is_shown_as_far_as_it_
     assert (result.status_code, result.response_excerpt) == (503, "sorry, no")
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "7"}, 7),
+        (503, {"Retry-After": " 0 "}, 0),
+        (
+            503,
+            {
+                "Retry-After": "Sun, 06 Nov 1994 08:50:37 GMT",
+                "Date": "Sun, 06 Nov 1994 08:49:37 GMT",
+            },
+            60,
+        ),
+        (429, {"Retry-After": "soon"}, None),
+        (429, {}, None),
+        # Of these it says something else, or nothing.
+        (500, {"Retry-After": "7"}, None),
+        (301, {"Retry-After": "7"}, None),
+        (200, {"Retry-After": "7"}, None),
+    ],
+)
+async def test_what_a_busy_receiver_asks_for_is_told(
+    receiver: Receiver, ca_file: Path, status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    receiver.default = web.Response(status=status, headers=headers)
+    async with opening(ca_file) as session:
+        result = await post(session, receiver.url)
+    assert (result.status_code, result.retry_after_seconds) == (status, seconds)
+
+
 async def test_the_details_are_stored_with_the_attempt(
     platform: Platform, receiver: Receiver, pool: Any, start_receiver: Callable[[], Any]
 ) -> None:
