@@ -14,7 +14,7 @@ from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import open_pool
 from core.keyring import load_keyring
 from delivery.config import DeliverySettings
-from delivery.dialler import open_session
+from delivery.dialler import open_dialler
 from delivery.engine import Engine
 
 log = structlog.get_logger()
@@ -43,12 +43,14 @@ async def deliver(
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
-        session = await stack.enter_async_context(
-            open_session(
-                policy=AddressPolicy(settings.egress.allowed_cidrs), ca_file=settings.egress.ca_file
+        dialler = await stack.enter_async_context(
+            open_dialler(
+                policy=AddressPolicy(settings.egress.allowed_cidrs),
+                ca_file=settings.egress.ca_file,
+                age_seconds_max=settings.egress.receiver_connection_seconds,
             )
         )
-        engine = Engine(settings.delivery, pool, session, keyring)
+        engine = Engine(settings.delivery, pool, dialler, keyring)
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())

@@ -16,7 +16,7 @@ from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import open_pool
 from core.keyring import load_keyring
 from core.urls import UrlPolicy
-from delivery.dialler import open_session
+from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
 from server.app import App
@@ -66,7 +66,11 @@ async def serve(
         sessions = open_sessions(settings.database, max(pool_size - pool_size // 2, 1))
         stack.push_async_callback(sessions.kw["bind"].dispose)
         receivers = await stack.enter_async_context(
-            open_session(policy=policy, ca_file=settings.egress.ca_file)
+            open_dialler(
+                policy=policy,
+                ca_file=settings.egress.ca_file,
+                age_seconds_max=settings.egress.receiver_connection_seconds,
+            )
         )
         verifier = TokenVerifier(
             await _keys(settings.auth, stack),

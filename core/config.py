@@ -108,6 +108,11 @@ class EgressSettings(Block):
         description="PEM file of certificate authorities to trust beside the system's "
         "when calling receivers",
     )
+    receiver_connection_seconds: Seconds = Field(
+        300.0,
+        description="how old a connection to a receiver may be when a request begins on it; then a "
+        "new one is made, to an address that is looked up and judged anew",
+    )
 
 
 class LogSettings(Block):

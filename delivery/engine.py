@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 from time import monotonic
 from uuid import UUID
 
-import aiohttp
 import structlog
 
 from core import queue
@@ -26,6 +25,7 @@ from core.queue import LeasedDelivery, Settled, Settlement
 from delivery.backoff import backoff_schedule, next_backoff
 from delivery.claim import claim
 from delivery.config import DeliverySettings
+from delivery.dialler import Dialler
 from delivery.listen import Listener
 from delivery.outcome import final_state
 from delivery.rate_limit import RateLimits
@@ -53,12 +53,12 @@ class Engine:
         self,
         settings: DeliverySettings,
         pool: Pool,
-        session: aiohttp.ClientSession,
+        dialler: Dialler,
         keyring: KeyRing,
     ):
         self._settings = settings
         self._pool = pool
-        self._session = session
+        self._dialler = dialler
         self._webhooks = WebhookCache(pool, keyring)
         self._listener = Listener(pool, settings.poll_seconds)
         self._recorder = Recorder(pool, settings.max_consecutive_failures, self._on_settled)
@@ -219,11 +219,11 @@ class Engine:
             return AttemptResult(Outcome.INTERNAL_ERROR, None, detail)
         # By the database's time at the claim: what one engine signs with, every other does.
         secrets = webhook.signing_secrets(delivery.claimed_at)
-        headers = sign(delivery, secrets, webhook.headers, int(started_at.timestamp()))
+        headers = sign(delivery, secrets, int(started_at.timestamp()))
         timeout = webhook.timeout_seconds or self._settings.delivery_timeout_seconds
         # Our lease is not the merchant's to outlive: one that ends meanwhile sends twice.
         timeout = min(timeout, self._settings.lease_seconds / 2)
-        return await send(self._session, webhook.url, delivery.payload, headers, timeout)
+        return await send(self._dialler, webhook.destination, headers, delivery.payload, timeout)
 
     def _judge(
         self,

@@ -5,9 +5,10 @@ import http
 import ssl
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 
 from core.lifecycle import DeliveryState, Outcome
-from delivery.dialler import refusal_of
+from delivery.refusal import refusal_of
 
 
 def outcome_of_status(status: int) -> tuple[Outcome, str]:
@@ -44,7 +45,7 @@ def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
             return Outcome.CONNECTION_ERROR, "the connection was closed before an answer came"
         case aiohttp.ClientOSError() | OSError():
             return Outcome.CONNECTION_ERROR, _connect_detail(error)
-        case aiohttp.ClientResponseError() | aiohttp.ClientPayloadError():
+        case HttpProcessingError():
             return Outcome.PROTOCOL_ERROR, "the answer is not valid HTTP/1.1"
     return None
 

@@ -4,18 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from time import time
 from uuid import UUID
 
-import aiohttp
 import orjson
-from yarl import URL
 
 from core.ids import format_id, new_id
 from core.lifecycle import AttemptResult
+from delivery.destination import Destination
+from delivery.dialler import Dialler
 from delivery.send import send
 from delivery.sign import request_headers
 
 
 async def ping(
-    session: aiohttp.ClientSession,
+    dialler: Dialler,
     timeout_seconds: float,
     *,
     url: str,
@@ -26,13 +26,12 @@ async def ping(
 ) -> AttemptResult:
     """POST a `webhook.ping` and say what came back; nothing is stored."""
     body = orjson.dumps({"type": "webhook.ping", "webhook_id": format_id("wh", webhook_id)})
-    all_headers = request_headers(
+    signed = request_headers(
         content_type="application/json",
         event_type="webhook.ping",
         message_id=format_id("evt", new_id()),
         secrets=secrets,
-        custom=headers,
         timestamp=int(clock()),
         body=body,
     )
-    return await send(session, URL(url, encoded=True), body, all_headers, timeout_seconds)
+    return await send(dialler, Destination(url, headers), signed, body, timeout_seconds)

@@ -5,14 +5,18 @@ row of 1xx answers alike. The status line decides; what the body does afterwards
 """
 
 import asyncio
-from collections.abc import Mapping
 from time import perf_counter, time
+from typing import NamedTuple, cast
 
 import aiohttp
-from yarl import URL
+from aiohttp.connector import Connection
+from aiohttp.http_parser import RawResponseMessage
+from aiohttp.streams import StreamReader
 
 from core.lifecycle import AttemptResult, Outcome
-from delivery.dialler import Dialling, record_dialling
+from delivery.connection import ReceiverConnection
+from delivery.destination import Destination
+from delivery.dialler import Dialler, Dialling
 from delivery.excerpt import EXCERPT_BYTES, excerpt
 from delivery.outcome import outcome_of_error, outcome_of_status
 from delivery.retry_after import parse_retry_after
@@ -26,63 +30,107 @@ _BUSY_STATUSES = (429, 503)
 
 
 async def send(
-    session: aiohttp.ClientSession,
-    url: URL,
+    dialler: Dialler,
+    destination: Destination,
+    headers: bytes,
     body: bytes,
-    headers: Mapping[str, str],
     timeout_seconds: float,
 ) -> AttemptResult:
-    """POST `body`; raises only for faults of ours, and CancelledError."""
+    """POST `body` under the destination's own header lines and `headers`.
+
+    Raises only for faults of ours, as headers that cannot be sent, and CancelledError.
+    """
     began = perf_counter()
-    response: aiohttp.ClientResponse | None = None
+    request = b"%b%bContent-Length: %d\r\n\r\n%b" % (destination.head, headers, len(body), body)
+    dialling = Dialling(destination)
+    answer: _Answer | None = None
     answered = began
     beginning = bytearray()
     now = asyncio.get_running_loop().time
     deadline = now() + timeout_seconds
-    with record_dialling() as dialling:
-        try:
-            async with asyncio.timeout_at(deadline) as timer:
-                response = await session.post(
-                    url, data=body, headers=headers, allow_redirects=False
-                )
-                answered = perf_counter()
+    try:
+        async with asyncio.timeout_at(deadline) as timer:
+            answer = await _ask(dialler, dialling, request)
+            answered = perf_counter()
+            if not answer.body.is_eof():
                 timer.reschedule(min(deadline, now() + _BODY_SECONDS_MAX))
-                await _drain(response, beginning)
-        except Exception as error:
-            if response is None:
-                verdict = outcome_of_error(error)
-                if verdict is None:
-                    raise
-                return _result(verdict, None, began, perf_counter(), dialling=dialling)
-        finally:
-            if response is not None:
-                # Gives a drained connection back to the pool, and closes one that is not.
-                response.close()
-    verdict = outcome_of_status(response.status)
+            await _drain(answer.body, beginning)
+    except Exception as error:
+        if answer is None:
+            verdict = outcome_of_error(error)
+            if verdict is None:
+                raise
+            return _result(verdict, None, began, perf_counter(), dialling)
+    finally:
+        if answer is not None:
+            _let_go(answer)
+    verdict = outcome_of_status(answer.head.code)
     return _result(
         verdict,
-        response.status,
+        answer.head.code,
         began,
         answered,
-        dialling=dialling,
+        dialling,
         response_excerpt=excerpt(bytes(beginning)),
-        retry_after_seconds=_retry_after(response),
+        retry_after_seconds=_retry_after(answer.head),
     )
 
 
-def _retry_after(response: aiohttp.ClientResponse) -> float | None:
-    if response.status not in _BUSY_STATUSES:
-        return None
-    value = response.headers.get("Retry-After")
-    if value is None:
-        return None
-    return parse_retry_after(value, response.headers.get("Date"), time())
+class _Answer(NamedTuple):
+    connection: Connection
+    head: RawResponseMessage
+    body: StreamReader
 
 
-async def _drain(response: aiohttp.ClientResponse, beginning: bytearray) -> None:
+async def _ask(dialler: Dialler, dialling: Dialling, request: bytes) -> _Answer:
+    """Send, and once more when a pooled connection turned out to be closed.
+
+    That says nothing about the receiver's health. When a new connection ends without an answer,
+    the receiver may have acted on the request: then sending again is for the next attempt.
+    """
+    try:
+        return await _ask_once(dialler, dialling, request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except aiohttp.ClientConnectionError:
+        if dialling.opened:
+            raise
+    return await _ask_once(dialler, dialling, request, anew=True)
+
+
+async def _ask_once(
+    dialler: Dialler, dialling: Dialling, request: bytes, *, anew: bool = False
+) -> _Answer:
+    connection = await dialler.dial(dialling, anew=anew)
+    protocol = cast(ReceiverConnection, connection.protocol)
+    try:
+        return _Answer(connection, *await protocol.post(request))
+    except BaseException:
+        _hang_up(connection)
+        raise
+
+
+def _let_go(answer: _Answer) -> None:
+    """Back to the pool when the answer is over, if aiohttp has no objection."""
+    if not answer.body.is_eof():
+        _hang_up(answer.connection)
+        return
+    cast(ReceiverConnection, answer.connection.protocol).rest()
+    answer.connection.release()
+
+
+def _hang_up(connection: Connection) -> None:
+    """At once: a close in good order would wait for a receiver that takes nothing any more."""
+    if connection.protocol is not None:
+        connection.protocol.abort()
+    connection.close()
+
+
+async def _drain(body: StreamReader, beginning: bytearray) -> None:
     """Read the body, at most so much of it, and keep its beginning, also when reading fails."""
     size = 0
-    async for chunk in response.content.iter_any():
+    while not body.at_eof():
+        chunk = await body.readany()
         if size <= EXCERPT_BYTES:
             # One byte more than is shown tells that it was cut.
             beginning += chunk[: EXCERPT_BYTES + 1 - size]
@@ -91,13 +139,22 @@ async def _drain(response: aiohttp.ClientResponse, beginning: bytearray) -> None
             return
 
 
+def _retry_after(head: RawResponseMessage) -> float | None:
+    if head.code not in _BUSY_STATUSES:
+        return None
+    value = head.headers.get("Retry-After")
+    if value is None:
+        return None
+    return parse_retry_after(value, head.headers.get("Date"), time())
+
+
 def _result(
     verdict: tuple[Outcome, str],
     status: int | None,
     began: float,
     ended: float,
-    *,
     dialling: Dialling,
+    *,
     response_excerpt: str = "",
     retry_after_seconds: float | None = None,
 ) -> AttemptResult:

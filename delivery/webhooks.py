@@ -4,7 +4,7 @@ A claim names the version of each config at that moment, so a change is honoured
 without any invalidation message.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -12,11 +12,11 @@ from uuid import UUID
 
 import orjson
 import structlog
-from yarl import URL
 
 from core.db import Pool
 from core.keyring import KeyRing, UndecryptableSecret
 from core.queue import LeasedDelivery
+from delivery.destination import Destination
 
 _LOAD = """
 SELECT id, version, url, secret_ciphertext, secret_key_id, previous_secret_ciphertext,
@@ -48,13 +48,12 @@ class Webhook:
 
     id: UUID
     version: int
-    url: URL
+    destination: Destination
     secret: str | None = field(repr=False)
     #: The secret before, which signs beside it until then; it may be gone or past.
     previous_secret: str | None = field(repr=False)
     previous_secret_expires_at: datetime | None
     retry_schedule_seconds: Sequence[float]
-    headers: Mapping[str, str] = field(repr=False)
     #: None and 0: as the operator set it; a rate of 0: as fast as it can take.
     timeout_seconds: float | None
     rate_limit: float
@@ -94,14 +93,13 @@ class WebhookCache:
         return Webhook(
             id=row["id"],
             version=row["version"],
-            url=URL(row["url"], encoded=True),
+            destination=Destination(row["url"], orjson.loads(row["headers"])),
             secret=self._decrypt(row["id"], row["secret_key_id"], row["secret_ciphertext"]),
             previous_secret=None
             if previous is None
             else self._decrypt(row["id"], row["previous_secret_key_id"], previous),
             previous_secret_expires_at=row["previous_secret_expires_at"],
             retry_schedule_seconds=row["retry_schedule_seconds"],
-            headers=orjson.loads(row["headers"]),
             timeout_seconds=row["timeout_seconds"],
             rate_limit=row["rate_limit"],
             max_in_flight=row["max_in_flight"],

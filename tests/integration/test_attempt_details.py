@@ -8,7 +8,6 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import trustme
 from aiohttp import web
@@ -18,7 +17,8 @@ from yarl import URL
 
 from core.addresses import AddressPolicy
 from core.lifecycle import AttemptResult, Outcome
-from delivery.dialler import open_session
+from delivery.destination import Destination, header_lines
+from delivery.dialler import Dialler, open_dialler
 from delivery.excerpt import EXCERPT_BYTES, excerpt
 from delivery.send import send
 from tests.fakes.raw_receiver import RawReceiver, receiving_raw, server_tls
@@ -27,25 +27,24 @@ from tests.platform import Platform
 
 LOOPBACK_ALLOWED = AddressPolicy((ip_network("127.0.0.0/8"),))
 SECONDS = 10.0
+HEADERS = header_lines({"Content-Type": "a/b"})
 
 
 def opening(
     ca_file: Path, policy: AddressPolicy = LOOPBACK_ALLOWED, **options: Any
-) -> AbstractAsyncContextManager[aiohttp.ClientSession]:
-    return open_session(policy=policy, ca_file=ca_file, **options)
+) -> AbstractAsyncContextManager[Dialler]:
+    return open_dialler(policy=policy, ca_file=ca_file, **options)
 
 
-async def post(
-    session: aiohttp.ClientSession, url: URL | str, seconds: float = SECONDS
-) -> AttemptResult:
-    return await send(session, URL(url, encoded=True), b"{}", {"Content-Type": "a/b"}, seconds)
+async def post(dialler: Dialler, url: URL | str, seconds: float = SECONDS) -> AttemptResult:
+    return await send(dialler, Destination(str(url)), HEADERS, b"{}", seconds)
 
 
 async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
     receiver: Receiver, ca_file: Path
 ) -> None:
-    async with opening(ca_file) as session:
-        result = await post(session, receiver.url.replace("127.0.0.1", "localhost"))
+    async with opening(ca_file) as dialler:
+        result = await post(dialler, receiver.url.replace("127.0.0.1", "localhost"))
     assert result.outcome is Outcome.SUCCEEDED
     assert result.dns_us is not None
     assert result.connect_us is not None
@@ -60,9 +59,9 @@ async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
 async def test_a_reused_connection_was_not_dialled_but_its_address_is_known(
     receiver: Receiver, ca_file: Path
 ) -> None:
-    async with opening(ca_file) as session:
-        await post(session, receiver.url)
-        result = await post(session, receiver.url)
+    async with opening(ca_file) as dialler:
+        await post(dialler, receiver.url)
+        result = await post(dialler, receiver.url)
     assert (result.dns_us, result.connect_us) == (None, None)
     assert result.first_byte_us is not None
     assert 0 < result.first_byte_us <= result.duration_us
@@ -77,8 +76,8 @@ async def test_a_slow_answer_is_charged_to_the_first_byte_alone(
         return web.Response()
 
     receiver.default = slow
-    async with opening(ca_file) as session:
-        result = await post(session, receiver.url)
+    async with opening(ca_file) as dialler:
+        result = await post(dialler, receiver.url)
     assert result.first_byte_us is not None
     assert result.connect_us is not None
     assert result.first_byte_us >= 290_000
@@ -90,8 +89,8 @@ async def test_a_slow_look_up_is_charged_to_dns_alone(receiver: Receiver, ca_fil
         time.sleep(0.2)
         return ["127.0.0.1"]
 
-    async with opening(ca_file, lookup=lookup) as session:
-        result = await post(session, receiver.url.replace("127.0.0.1", "merchant.example"))
+    async with opening(ca_file, lookup=lookup) as dialler:
+        result = await post(dialler, receiver.url.replace("127.0.0.1", "merchant.example"))
     # Its certificate is for another name, which is found out after both phases.
     assert result.outcome is Outcome.TLS_ERROR
     assert result.dns_us is not None
@@ -105,8 +104,8 @@ async def test_a_name_that_does_not_resolve_was_never_connected(ca_file: Path) -
     def lookup(_: str) -> list[str]:
         return []
 
-    async with opening(ca_file, lookup=lookup) as session:
-        result = await post(session, "https://merchant.example/")
+    async with opening(ca_file, lookup=lookup) as dialler:
+        result = await post(dialler, "https://merchant.example/")
     assert result.outcome is Outcome.DNS_ERROR
     assert result.dns_us is not None
     assert (result.connect_us, result.first_byte_us, result.remote_address) == (None, None, None)
@@ -124,8 +123,8 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
 
     server = await asyncio.start_server(mute, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with opening(ca_file) as session:
-        result = await post(session, f"https://127.0.0.1:{port}/", 0.3)
+    async with opening(ca_file) as dialler:
+        result = await post(dialler, f"https://127.0.0.1:{port}/", 0.3)
     await gone.wait()
     server.close()
     assert result.outcome is Outcome.TIMEOUT
@@ -136,8 +135,8 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
 
 async def test_a_refused_address_is_not_told(ca_file: Path) -> None:
     for lookup in (lambda _: ["10.1.2.3"], lambda _: ["192.0.2.1", "10.1.2.3"]):
-        async with opening(ca_file, AddressPolicy(()), lookup=lookup) as session:
-            result = await post(session, "https://merchant.example/")
+        async with opening(ca_file, AddressPolicy(()), lookup=lookup) as dialler:
+            result = await post(dialler, "https://merchant.example/")
         assert result.outcome is Outcome.REFUSED
         assert (result.connect_us, result.remote_address) == (None, None)
 
@@ -154,9 +153,9 @@ async def test_a_connection_made_anew_for_a_stale_one_is_the_one_on_record(
 
     tls = server_tls(authority.issue_cert("127.0.0.1"))
     script = RawReceiver(answer_then_close, close, answer_then_close)
-    async with receiving_raw(script, tls) as raw, opening(ca_file) as session:
-        await post(session, raw.url)
-        result = await post(session, raw.url)
+    async with receiving_raw(script, tls) as raw, opening(ca_file) as dialler:
+        await post(dialler, raw.url)
+        result = await post(dialler, raw.url)
     assert result.outcome is Outcome.SUCCEEDED
     assert result.connect_us is not None
     assert result.response_excerpt == "ok"
@@ -180,8 +179,8 @@ async def test_the_excerpt_is_the_beginning_as_text_that_harms_nobody(
     receiver: Receiver, ca_file: Path, body: bytes, shown: str
 ) -> None:
     receiver.default = web.Response(body=body, status=500)
-    async with opening(ca_file) as session:
-        result = await post(session, receiver.url)
+    async with opening(ca_file) as dialler:
+        result = await post(dialler, receiver.url)
     assert (result.status_code, result.response_excerpt) == (500, shown)
 
 
@@ -204,8 +203,8 @@ async def test_a_body_that_comes_in_pieces_and_breaks_off_is_shown_as_far_as_it_
         writer.close()
 
     tls = server_tls(authority.issue_cert("127.0.0.1"))
-    async with receiving_raw(RawReceiver(break_off), tls) as raw, opening(ca_file) as session:
-        result = await post(session, raw.url)
+    async with receiving_raw(RawReceiver(break_off), tls) as raw, opening(ca_file) as dialler:
+        result = await post(dialler, raw.url)
     assert (result.status_code, result.response_excerpt) == (503, "sorry, no")
 
 
@@ -234,8 +233,8 @@ async def test_what_a_busy_receiver_asks_for_is_told(
     receiver: Receiver, ca_file: Path, status: int, headers: dict[str, str], seconds: float | None
 ) -> None:
     receiver.default = web.Response(status=status, headers=headers)
-    async with opening(ca_file) as session:
-        result = await post(session, receiver.url)
+    async with opening(ca_file) as dialler:
+        result = await post(dialler, receiver.url)
     assert (result.status_code, result.retry_after_seconds) == (status, seconds)
 
 

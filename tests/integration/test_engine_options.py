@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
+from core.ids import parse_id
 from core.signing import standard_secret, verify
 from delivery.webhooks import forget_expired_secrets
 from postrider.v1 import delivery_pb2, delivery_service_pb2, event_pb2, event_service_pb2
@@ -314,3 +315,26 @@ async def test_of_three_secrets_the_newest_two_sign(platform: Platform, receiver
         [received] = await receiver.wait_for(1)
     secrets = [created.secret, *(rotation.secret for rotation in rotations)]
     assert [verifies(secret, received) for secret in secrets] == [False, True, True]
+
+
+async def test_stored_headers_that_could_break_out_harm_only_their_own_webhooks(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    healthy = await platform.register(receiver.url)
+    # No call lets this in; somebody with the database may.
+    await pool.execute(
+        """UPDATE webhook_configs SET headers = $1, version = version + 1 WHERE id <> $2""",
+        '{"X-Tenant": "a\\r\\nX-Admin: 1"}',
+        parse_id("wh", healthy.webhook_config.id),
+    )
+    async with platform.engine(max_retries=0):
+        await platform.publish()
+        await receiver.wait_for(1)
+        await until_queued(pool, {})
+    rows = await pool.fetch("SELECT outcome, status_code, detail FROM attempts ORDER BY outcome")
+    assert [tuple(row) for row in rows] == [
+        ("internal_error", None, "Postrider could not make the request"),
+        ("succeeded", 200, "200 OK"),
+    ]
+    assert len(receiver.webhooks) == 1

@@ -8,14 +8,14 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
 from uuid import UUID
 
-import aiohttp
 import pytest
 import trustme
 from aiohttp import web
@@ -29,7 +29,8 @@ from core.ids import format_id, new_id
 from core.lifecycle import AttemptResult, Outcome
 from core.queue import LeasedDelivery
 from core.signing import new_secret, standard_secret, verify
-from delivery.dialler import open_session
+from delivery.destination import Destination, header_lines
+from delivery.dialler import Dialler, open_dialler
 from delivery.ping import ping
 from delivery.send import send
 from delivery.sign import sign
@@ -46,6 +47,7 @@ from tests.fakes.receiver import Receiver
 LOOPBACK_ALLOWED = AddressPolicy((ip_network("127.0.0.0/8"),))
 #: Long enough for any answer on loopback, also on a busy machine.
 AMPLE = 10.0
+HEADERS = header_lines({"Content-Type": "a/b"})
 #: For receivers that never come to an end; the test waits for it.
 SHORT = 0.3
 
@@ -53,9 +55,9 @@ type Start = Callable[..., AbstractAsyncContextManager[RawReceiver]]
 
 
 @pytest.fixture
-async def session(ca_file: Path) -> AsyncIterator[aiohttp.ClientSession]:
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-        yield session
+async def dialler(ca_file: Path) -> AsyncIterator[Dialler]:
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+        yield dialler
 
 
 @pytest.fixture
@@ -117,9 +119,9 @@ ok = answering(OK, then_close=False)
 
 
 async def post(
-    session: aiohttp.ClientSession, url: URL | str, body: bytes = b"{}", seconds: float = AMPLE
+    dialler: Dialler, url: URL | str, body: bytes = b"{}", seconds: float = AMPLE
 ) -> AttemptResult:
-    return await send(session, URL(url, encoded=True), body, {"Content-Type": "a/b"}, seconds)
+    return await send(dialler, Destination(str(url)), HEADERS, body, seconds)
 
 
 def told(result: AttemptResult) -> tuple[Outcome, int | None, str]:
@@ -130,32 +132,30 @@ def told(result: AttemptResult) -> tuple[Outcome, int | None, str]:
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_any_2xx_is_success(
-    session: aiohttp.ClientSession, receiver: Receiver, status: int
-) -> None:
+async def test_any_2xx_is_success(dialler: Dialler, receiver: Receiver, status: int) -> None:
     receiver.default = status
-    result = await post(session, receiver.url)
+    result = await post(dialler, receiver.url)
     assert (result.outcome, result.status_code) == (Outcome.SUCCEEDED, status)
     assert 0 < result.duration_us < AMPLE * 1_000_000
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 410, 429, 500, 503, 599])
 async def test_any_other_status_is_an_http_error_with_that_status(
-    session: aiohttp.ClientSession, receiver: Receiver, status: int
+    dialler: Dialler, receiver: Receiver, status: int
 ) -> None:
     receiver.default = status
-    result = await post(session, receiver.url)
+    result = await post(dialler, receiver.url)
     assert (result.outcome, result.status_code) == (Outcome.HTTP_ERROR, status)
     assert len(receiver.requests) == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_is_a_failure_and_never_followed(
-    session: aiohttp.ClientSession, receiver: Receiver, start: Start, status: int
+    dialler: Dialler, receiver: Receiver, start: Start, status: int
 ) -> None:
     async with start(ok) as canary:
         receiver.default = web.Response(status=status, headers={"Location": str(canary.url)})
-        result = await post(session, receiver.url)
+        result = await post(dialler, receiver.url)
         assert (result.outcome, result.status_code) == (Outcome.HTTP_ERROR, status)
         assert "redirects are not followed" in result.detail
         assert (canary.connections, canary.requests) == (0, [])
@@ -163,13 +163,13 @@ async def test_a_redirect_is_a_failure_and_never_followed(
 
 @pytest.mark.parametrize("line", ["000 Odd", "099 Odd", "599 Odd", "999 Odd", "599"])
 async def test_a_status_nobody_knows_is_a_failure_and_the_session_lives_on(
-    session: aiohttp.ClientSession, start: Start, receiver: Receiver, line: str
+    dialler: Dialler, start: Start, receiver: Receiver, line: str
 ) -> None:
     async with start(answering(f"HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n".encode())) as odd:
-        result = await post(session, odd.url)
+        result = await post(dialler, odd.url)
     assert result.outcome in {Outcome.HTTP_ERROR, Outcome.PROTOCOL_ERROR}
     assert result.outcome is Outcome.PROTOCOL_ERROR or result.status_code == int(line[:3])
-    assert (await post(session, receiver.url)).outcome is Outcome.SUCCEEDED
+    assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,10 @@ async def test_a_status_nobody_knows_is_a_failure_and_the_session_lives_on(
     ids=["banner", "binary", "status", "no-colon", "100-KB-header", "1000-headers", "length"],
 )
 async def test_an_answer_that_is_not_http_is_a_protocol_error(
-    session: aiohttp.ClientSession, start: Start, answer: bytes
+    dialler: Dialler, start: Start, answer: bytes
 ) -> None:
     async with start(answering(answer)) as receiver:
-        assert told(await post(session, receiver.url)) == (
+        assert told(await post(dialler, receiver.url)) == (
             Outcome.PROTOCOL_ERROR,
             None,
             "the answer is not valid HTTP/1.1",
@@ -210,11 +210,11 @@ async def test_an_answer_that_is_not_http_is_a_protocol_error(
     ids=["silence", "header-drip", "endless-103", "flood-of-100"],
 )
 async def test_without_a_status_line_in_time_it_is_a_timeout_on_time(
-    session: aiohttp.ClientSession, start: Start, behaviour: Behaviour
+    dialler: Dialler, start: Start, behaviour: Behaviour
 ) -> None:
     async with start(behaviour) as receiver:
         began = monotonic()
-        result = await post(session, receiver.url, seconds=SHORT)
+        result = await post(dialler, receiver.url, seconds=SHORT)
         took = monotonic() - began
         assert told(result) == (Outcome.TIMEOUT, None, "no answer within the timeout")
         assert SHORT <= took < SHORT + 1
@@ -224,7 +224,7 @@ async def test_without_a_status_line_in_time_it_is_a_timeout_on_time(
 
 
 async def test_a_receiver_that_never_finishes_the_handshake_is_a_timeout(
-    session: aiohttp.ClientSession,
+    dialler: Dialler,
 ) -> None:
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -234,18 +234,44 @@ async def test_a_receiver_that_never_finishes_the_handshake_is_a_timeout(
     async with server:
         port = server.sockets[0].getsockname()[1]
         # The listener's own read ends only when we hang up, so leaving here proves that we did.
-        result = await post(session, f"https://127.0.0.1:{port}/", seconds=SHORT)
+        result = await post(dialler, f"https://127.0.0.1:{port}/", seconds=SHORT)
+    assert result.outcome is Outcome.TIMEOUT
+
+
+async def test_a_request_that_was_given_up_is_not_sent_on(
+    dialler: Dialler, authority: trustme.CA
+) -> None:
+    given_up = asyncio.Event()
+    received: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def busy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await given_up.wait()
+        size = 0
+        with suppress(OSError):
+            while chunk := await reader.read(2**20):
+                size += len(chunk)
+        received.set_result(size)
+        writer.transport.abort()
+
+    tls = server_tls(authority.issue_cert("127.0.0.1"))
+    # More than sockets and streams take in while nobody reads.
+    body = bytes(2**25)
+    async with await asyncio.start_server(busy, "127.0.0.1", 0, ssl=tls) as server:
+        port = server.sockets[0].getsockname()[1]
+        result = await post(dialler, f"https://127.0.0.1:{port}/", body, seconds=SHORT)
+        given_up.set()
+        assert await asyncio.wait_for(received, AMPLE) < len(body)
     assert result.outcome is Outcome.TIMEOUT
 
 
 @pytest.mark.parametrize("seconds", [SHORT, AMPLE])
 async def test_a_body_that_drips_after_200_is_success_and_soon_let_go_of(
-    session: aiohttp.ClientSession, start: Start, seconds: float
+    dialler: Dialler, start: Start, seconds: float
 ) -> None:
     drip = dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x")
     async with start(drip) as receiver:
         began = monotonic()
-        result = await post(session, receiver.url, seconds=seconds)
+        result = await post(dialler, receiver.url, seconds=seconds)
         assert monotonic() - began < min(seconds, 1) + 1
         assert told(result) == (Outcome.SUCCEEDED, 200, "200 OK")
         # Only the time to the status line is the receiver's answer time.
@@ -256,10 +282,10 @@ async def test_a_body_that_drips_after_200_is_success_and_soon_let_go_of(
 # Connections that fail.
 
 
-async def test_a_closed_port_is_connection_refused(session: aiohttp.ClientSession) -> None:
+async def test_a_closed_port_is_connection_refused(dialler: Dialler) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        result = await post(session, f"https://127.0.0.1:{taken.getsockname()[1]}/")
+        result = await post(dialler, f"https://127.0.0.1:{taken.getsockname()[1]}/")
     assert told(result) == (Outcome.CONNECTION_ERROR, None, "connection refused")
 
 
@@ -267,15 +293,15 @@ async def test_a_name_that_does_not_resolve_is_a_dns_error(ca_file: Path) -> Non
     def lookup(_: str) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
-        result = await post(session, "https://hooks.shop.com/")
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+        result = await post(dialler, "https://hooks.shop.com/")
     assert told(result) == (Outcome.DNS_ERROR, None, "the host name does not resolve")
 
 
 async def test_an_address_that_is_not_allowed_is_refused_and_not_called(
     ca_file: Path, start: Start
 ) -> None:
-    async with start(ok) as canary, open_session(policy=AddressPolicy(), ca_file=ca_file) as strict:
+    async with start(ok) as canary, open_dialler(policy=AddressPolicy(), ca_file=ca_file) as strict:
         result = await post(strict, canary.url)
         assert (result.outcome, result.status_code) == (Outcome.REFUSED, None)
         assert canary.connections == 0
@@ -291,10 +317,10 @@ async def test_an_address_that_is_not_allowed_is_refused_and_not_called(
     ids=["reset", "closed", "closed-in-status-line"],
 )
 async def test_a_connection_that_ends_before_an_answer_fails_and_is_not_sent_twice(
-    session: aiohttp.ClientSession, start: Start, behaviour: Behaviour, detail: str
+    dialler: Dialler, start: Start, behaviour: Behaviour, detail: str
 ) -> None:
     async with start(behaviour, ok) as receiver:
-        result = await post(session, receiver.url)
+        result = await post(dialler, receiver.url)
         assert told(result) == (Outcome.CONNECTION_ERROR, None, detail)
         assert len(receiver.requests) == 1
 
@@ -319,19 +345,19 @@ async def reset_after_success(_: asyncio.StreamReader, writer: asyncio.StreamWri
     ids=["reset", "too-short", "bad-chunk", "too-long", "not-gzip", "binary"],
 )
 async def test_what_happens_after_a_2xx_status_line_changes_nothing(
-    session: aiohttp.ClientSession, start: Start, receiver: Receiver, behaviour: Behaviour
+    dialler: Dialler, start: Start, receiver: Receiver, behaviour: Behaviour
 ) -> None:
     async with start(behaviour) as broken:
-        assert told(await post(session, broken.url)) == (Outcome.SUCCEEDED, 200, "200 OK")
+        assert told(await post(dialler, broken.url)) == (Outcome.SUCCEEDED, 200, "200 OK")
         assert len(broken.requests) == 1
-    assert (await post(session, receiver.url)).outcome is Outcome.SUCCEEDED
+    assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
 
 
 # How much is read.
 
 
 async def test_a_gigabyte_of_body_is_cut_off_and_costs_no_memory(
-    session: aiohttp.ClientSession, start: Start
+    dialler: Dialler, start: Start
 ) -> None:
     written = 0
 
@@ -346,7 +372,7 @@ async def test_a_gigabyte_of_body_is_cut_off_and_costs_no_memory(
 
     async with start(flood) as receiver:
         before = resident_bytes()
-        result = await post(session, receiver.url)
+        result = await post(dialler, receiver.url)
         # Our end hung up: the receiver could not write what nobody took.
         await asyncio.wait_for(receiver.ended.wait(), AMPLE)
         assert told(result) == (Outcome.SUCCEEDED, 200, "200 OK")
@@ -354,26 +380,26 @@ async def test_a_gigabyte_of_body_is_cut_off_and_costs_no_memory(
         assert resident_bytes() - before < 32 * 2**20
 
 
-async def test_a_gzip_bomb_is_not_unpacked(session: aiohttp.ClientSession, start: Start) -> None:
+async def test_a_gzip_bomb_is_not_unpacked(dialler: Dialler, start: Start) -> None:
     bomb = gzip.compress(bytes(10 * 2**20))
     assert len(bomb) < 16 * 1024
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb)
     armed = answering(head + bomb, then_close=False)
     async with start(armed, ok) as receiver:
-        assert (await post(session, receiver.url)).outcome is Outcome.SUCCEEDED
-        assert (await post(session, receiver.url)).outcome is Outcome.SUCCEEDED
+        assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
+        assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
         # Unpacked it would be past the limit, and the connection closed instead of used again.
         assert receiver.connections == 1
         assert header(receiver.requests[0], "accept-encoding") == "identity"
 
 
 async def test_a_connection_is_used_again_after_a_body_that_was_read_whole(
-    session: aiohttp.ClientSession, start: Start
+    dialler: Dialler, start: Start
 ) -> None:
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 16384\r\n\r\n" + bytes(16_384)
     async with start(answering(whole, then_close=False), ok) as receiver:
-        await post(session, receiver.url)
-        await post(session, receiver.url)
+        await post(dialler, receiver.url)
+        await post(dialler, receiver.url)
         assert (receiver.connections, len(receiver.requests)) == (1, 2)
 
 
@@ -396,34 +422,81 @@ async def unread_reset(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 @pytest.mark.parametrize("stale", [unread, unread_reset])
 async def test_a_stale_pooled_connection_is_replaced_within_the_same_attempt(
-    session: aiohttp.ClientSession, start: Start, stale: Behaviour
+    dialler: Dialler, start: Start, stale: Behaviour
 ) -> None:
     async with start(stale, ok) as receiver:
-        assert (await post(session, receiver.url, b"first")).outcome is Outcome.SUCCEEDED
-        assert (await post(session, receiver.url, b"second")).outcome is Outcome.SUCCEEDED
+        assert (await post(dialler, receiver.url, b"first")).outcome is Outcome.SUCCEEDED
+        assert (await post(dialler, receiver.url, b"second")).outcome is Outcome.SUCCEEDED
         assert receiver.connections == 2
         assert [request[-6:] for request in receiver.requests] == [b"\nfirst", b"second"]
 
 
 async def test_a_stale_pooled_connection_is_replaced_once_only(
-    session: aiohttp.ClientSession, start: Start
+    dialler: Dialler, start: Start
 ) -> None:
     async with start(unread, answering(), ok) as receiver:
-        await post(session, receiver.url)
-        result = await post(session, receiver.url)
+        await post(dialler, receiver.url)
+        result = await post(dialler, receiver.url)
         assert result.outcome is Outcome.CONNECTION_ERROR
         assert receiver.connections == 2
 
 
 async def test_the_replacement_shares_the_deadline_of_the_attempt(
-    session: aiohttp.ClientSession, start: Start
+    dialler: Dialler, start: Start
 ) -> None:
     async with start(unread, silent) as receiver:
-        await post(session, receiver.url)
+        await post(dialler, receiver.url)
         began = monotonic()
-        result = await post(session, receiver.url, seconds=SHORT)
+        result = await post(dialler, receiver.url, seconds=SHORT)
         assert result.outcome is Outcome.TIMEOUT
         assert monotonic() - began < SHORT + 1
+
+
+async def test_what_comes_between_two_requests_is_not_taken_for_an_answer(
+    dialler: Dialler, start: Start
+) -> None:
+    idle = asyncio.Event()
+
+    async def give_up_on_us(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        await idle.wait()
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        # The connection stays open on this side: that it ends is our doing.
+        await reader.read()
+
+    async with start(give_up_on_us, ok) as receiver:
+        assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
+        idle.set()
+        await asyncio.wait_for(receiver.ended.wait(), AMPLE)
+        assert told(await post(dialler, receiver.url)) == (Outcome.SUCCEEDED, 200, "200 OK")
+        assert receiver.connections == 2
+
+
+async def test_a_second_answer_to_one_request_is_nobodys(dialler: Dialler, start: Start) -> None:
+    async with start(answering(OK + OK.replace(b"200", b"500"), then_close=False), ok) as receiver:
+        assert (await post(dialler, receiver.url)).status_code == 200
+        assert (await post(dialler, receiver.url)).status_code == 200
+        assert receiver.connections == 2
+
+
+async def test_of_several_stale_connections_only_one_costs_time(
+    dialler: Dialler, start: Start
+) -> None:
+    """After a restart of the receiver all of them are, and the next one would be no better."""
+    both = asyncio.Barrier(2)
+
+    async def together(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await both.wait()
+        writer.write(OK)
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with start(together, together, hang_up, ok) as receiver:
+        await asyncio.gather(post(dialler, receiver.url), post(dialler, receiver.url))
+        assert receiver.connections == 2
+        assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
+        assert receiver.connections == 3
 
 
 # TLS.
@@ -431,7 +504,7 @@ async def test_the_replacement_shares_the_deadline_of_the_attempt(
 
 @pytest.mark.parametrize("fault", ["self-signed", "unknown authority", "expired", "wrong host"])
 async def test_a_certificate_that_does_not_verify_gets_no_request(
-    session: aiohttp.ClientSession, authority: trustme.CA, tmp_path: Path, fault: str
+    dialler: Dialler, authority: trustme.CA, tmp_path: Path, fault: str
 ) -> None:
     long_ago = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -448,13 +521,13 @@ async def test_a_certificate_that_does_not_verify_gets_no_request(
         case "wrong host":
             authority.issue_cert("127.0.0.2", "other.example").configure_cert(tls)
     async with receiving_raw(RawReceiver(ok), tls) as receiver:
-        result = await post(session, receiver.url)
+        result = await post(dialler, receiver.url)
         assert (result.outcome, result.status_code) == (Outcome.TLS_ERROR, None)
         assert result.detail.startswith("the certificate does not verify: ")
         assert receiver.requests == []
 
 
-async def test_plain_http_on_the_port_is_a_tls_error(session: aiohttp.ClientSession) -> None:
+async def test_plain_http_on_the_port_is_a_tls_error(dialler: Dialler) -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
@@ -462,18 +535,18 @@ async def test_plain_http_on_the_port_is_a_tls_error(session: aiohttp.ClientSess
 
     async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        result = await post(session, f"https://127.0.0.1:{port}/")
+        result = await post(dialler, f"https://127.0.0.1:{port}/")
     assert told(result) == (Outcome.TLS_ERROR, None, "the TLS handshake failed")
 
 
-async def test_tls_1_1_is_not_spoken(session: aiohttp.ClientSession, authority: trustme.CA) -> None:
+async def test_tls_1_1_is_not_spoken(dialler: Dialler, authority: trustme.CA) -> None:
     tls = server_tls(authority.issue_cert("127.0.0.1"))
     tls.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         tls.minimum_version = tls.maximum_version = ssl.TLSVersion.TLSv1_1
     async with receiving_raw(RawReceiver(ok), tls) as receiver:
         # Its refusal may come as an alert, or the connection just ends.
-        outcome = (await post(session, receiver.url)).outcome
+        outcome = (await post(dialler, receiver.url)).outcome
         assert outcome in {Outcome.TLS_ERROR, Outcome.CONNECTION_ERROR}
         assert receiver.requests == []
 
@@ -481,13 +554,11 @@ async def test_tls_1_1_is_not_spoken(session: aiohttp.ClientSession, authority: 
 # What is kept, and what is taken from the environment: nothing.
 
 
-async def test_cookies_of_a_receiver_are_not_kept(
-    session: aiohttp.ClientSession, start: Start
-) -> None:
+async def test_cookies_of_a_receiver_are_not_kept(dialler: Dialler, start: Start) -> None:
     setting = b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"
     async with start(answering(setting, then_close=False), ok) as receiver:
-        await post(session, receiver.url)
-        await post(session, receiver.url)
+        await post(dialler, receiver.url)
+        await post(dialler, receiver.url)
         assert [header(request, "cookie") for request in receiver.requests] == [None, None]
 
 
@@ -508,8 +579,8 @@ async def test_proxies_and_netrc_of_the_environment_are_not_used(
         netrc = tmp_path / "netrc"
         netrc.write_text("machine 127.0.0.1 login operator password secret\n")
         monkeypatch.setenv("NETRC", str(netrc))
-        async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-            assert (await post(session, receiver.url)).outcome is Outcome.SUCCEEDED
+        async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+            assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
         assert called == 0
         assert header(receiver.requests[0], "authorization") is None
 
@@ -531,10 +602,10 @@ async def test_proxies_and_netrc_of_the_environment_are_not_used(
     ],
 )
 async def test_the_target_arrives_as_it_was_registered(
-    session: aiohttp.ClientSession, start: Start, target: str
+    dialler: Dialler, start: Start, target: str
 ) -> None:
     async with start(ok) as receiver:
-        await post(session, f"https://127.0.0.1:{receiver.port}{target}")
+        await post(dialler, f"https://127.0.0.1:{receiver.port}{target}")
         assert receiver.requests[0].split(b"\r\n")[0] == f"POST {target} HTTP/1.1".encode()
         assert header(receiver.requests[0], "host") == f"127.0.0.1:{receiver.port}"
 
@@ -556,16 +627,16 @@ async def test_the_bytes_of_a_payload_arrive_as_they_are_and_verify(
 
     tls = server_tls(authority.issue_cert("127.0.0.1"))
     server = await asyncio.start_server(keep, "127.0.0.1", 0, ssl=tls)
-    url = URL(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
+    destination = Destination(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/")
     secret = new_secret()
     loop = asyncio.get_running_loop()
 
-    async with server, open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+    async with server, open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
 
         async def round_trip(body: bytes) -> None:
             delivery = leased(body)
-            headers = sign(delivery, [secret], {}, int(time()))
-            result = await send(session, url, body, headers, AMPLE)
+            headers = sign(delivery, [secret], int(time()))
+            result = await send(dialler, destination, headers, body, AMPLE)
             assert result.outcome is Outcome.SUCCEEDED
             request = received.pop()
             assert request.partition(b"\r\n\r\n")[2] == body
@@ -596,12 +667,12 @@ def _assert_signed(request: bytes, secret: str, body: bytes, message_id: str) ->
         Webhook(standard_secret(secret)).verify(body, headers)
 
 
-async def test_the_headers_of_an_attempt_are_exactly_these(
-    session: aiohttp.ClientSession, start: Start
-) -> None:
+async def test_the_headers_of_an_attempt_are_exactly_these(dialler: Dialler, start: Start) -> None:
     delivery, secret, now = leased(b"{}", attempt_count=2), new_secret(), int(time())
     async with start(ok) as receiver:
-        await send(session, receiver.url, b"{}", sign(delivery, [secret], {}, now), AMPLE)
+        await send(
+            dialler, Destination(str(receiver.url)), sign(delivery, [secret], now), b"{}", AMPLE
+        )
         [request] = receiver.requests
     head = request.partition(b"\r\n\r\n")[0].decode()
     sent = dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
@@ -622,12 +693,10 @@ async def test_the_headers_of_an_attempt_are_exactly_these(
     _assert_signed(request, secret, b"{}", format_id("evt", delivery.event_id))
 
 
-async def test_a_ping_is_signed_like_a_delivery(
-    session: aiohttp.ClientSession, receiver: Receiver
-) -> None:
+async def test_a_ping_is_signed_like_a_delivery(dialler: Dialler, receiver: Receiver) -> None:
     secret, webhook_id = new_secret(), UUID(int=1)
     result = await ping(
-        session, AMPLE, url=receiver.url, webhook_id=webhook_id, secrets=[secret], headers={}
+        dialler, AMPLE, url=receiver.url, webhook_id=webhook_id, secrets=[secret], headers={}
     )
     assert result.outcome is Outcome.SUCCEEDED
     [request] = receiver.requests
@@ -639,16 +708,36 @@ async def test_a_ping_is_signed_like_a_delivery(
 # Faults of ours.
 
 
-async def test_a_fault_of_ours_is_raised_and_not_told_as_the_receivers(
-    session: aiohttp.ClientSession, start: Start
+ODD = ["a\r\nb: c", "a\nb", "a\r", "\0", "\x7f", "\x85", "é", "\ud800"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("field", ["event_type", "content_type"])
+def test_what_could_break_out_of_a_header_of_ours_is_a_fault_of_ours(field: str, odd: str) -> None:
+    fields: Any = {field: odd}
+    with pytest.raises(ValueError, match="character that no header may hold"):
+        sign(replace(leased(b"{}"), **fields), [new_secret()], 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "custom"),
+    [
+        *[("", {"X-Custom": odd}) for odd in ODD],
+        *[("", {f"X-{odd}": "fine"}) for odd in ODD],
+        *[(f"/{odd}", {}) for odd in ("a b", "\0", "\x7f", "é", " HTTP/1.1")],
+    ],
+)
+async def test_what_could_break_out_of_a_request_is_a_fault_of_ours_and_nothing_is_sent(
+    dialler: Dialler, start: Start, path: str, custom: dict[str, str]
 ) -> None:
     async with start(ok) as receiver:
-        with pytest.raises(ValueError, match=r"(?i)header|newline|character"):
-            await send(session, receiver.url, b"", {"X-Broken": "a\r\nb: c"}, AMPLE)
-        assert receiver.requests == []
+        broken = Destination(f"{receiver.url}{path}", custom)
+        with pytest.raises(ValueError, match="character that no"):
+            await send(dialler, broken, HEADERS, b"{}", AMPLE)
+        assert (receiver.requests, receiver.connections) == ([], 0)
 
 
-async def test_a_cancelled_attempt_hangs_up(session: aiohttp.ClientSession, start: Start) -> None:
+async def test_a_cancelled_attempt_hangs_up(dialler: Dialler, start: Start) -> None:
     asked = asyncio.Event()
 
     async def tell(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
@@ -656,7 +745,7 @@ async def test_a_cancelled_attempt_hangs_up(session: aiohttp.ClientSession, star
         await reader.read()
 
     async with start(tell) as receiver:
-        attempt = asyncio.create_task(post(session, receiver.url))
+        attempt = asyncio.create_task(post(dialler, receiver.url))
         await asyncio.wait_for(asked.wait(), AMPLE)
         attempt.cancel()
         with pytest.raises(asyncio.CancelledError):

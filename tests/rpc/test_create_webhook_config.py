@@ -213,7 +213,7 @@ async def test_a_name_that_resolves_to_an_inner_address_is_refused_like_the_addr
     def inner(*_: Any, **__: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", 443))]
 
-    monkeypatch.setattr("delivery.dialler.socket.getaddrinfo", inner)
+    monkeypatch.setattr("delivery.resolver.socket.getaddrinfo", inner)
     async with refused(StatusCode.INVALID_ARGUMENT, NOT_PUBLIC) as error:
         await platform.register("https://inner.example.com/")
     assert error.violations == {"webhook_config.url": NOT_PUBLIC}

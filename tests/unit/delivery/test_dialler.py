@@ -1,7 +1,6 @@
 """The dialler against a real TLS receiver on loopback: whom it calls, and how it says no."""
 
 import asyncio
-import gc
 import socket
 import ssl
 import threading
@@ -9,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
 from pathlib import Path
+from time import monotonic
 
 import aiohttp
 import pytest
@@ -17,8 +17,12 @@ from aiohttp import web
 from yarl import URL
 
 from core.addresses import AddressClass, AddressPolicy
-from core.errors import ConfigurationError
-from delivery.dialler import AddressRefused, GuardedResolver, open_session, refusal_of
+from core.lifecycle import AttemptResult, Outcome
+from delivery.destination import Destination
+from delivery.dialler import Dialler, Dialling, open_dialler
+from delivery.refusal import AddressRefused, refusal_of
+from delivery.resolver import GuardedResolver
+from delivery.send import send
 
 NOTHING_ALLOWED = AddressPolicy()
 LOOPBACK_ALLOWED = AddressPolicy((ip_network("127.0.0.0/8"),))
@@ -86,9 +90,21 @@ def answers(*addresses: str) -> Callable[[str], Sequence[str]]:
     return lambda _: addresses
 
 
-async def refused_post(session: aiohttp.ClientSession, url: URL) -> AddressRefused:
+async def dial(dialler: Dialler, url: URL) -> Dialling:
+    dialling = Dialling(Destination(str(url)))
+    (await dialler.dial(dialling)).close()
+    return dialling
+
+
+async def post(dialler: Dialler, url: URL) -> AttemptResult:
+    result = await send(dialler, Destination(str(url)), b"", b"{}", 10)
+    assert result.outcome is Outcome.SUCCEEDED
+    return result
+
+
+async def refused(dialler: Dialler, url: URL) -> AddressRefused:
     with pytest.raises(AddressRefused) as caught:
-        await session.post(url, data=b"{}", allow_redirects=False)
+        await dial(dialler, url)
     assert refusal_of(caught.value) is caught.value
     return caught.value
 
@@ -103,11 +119,8 @@ async def test_an_allowed_receiver_is_called_by_number_and_by_name(
         asked.append(name)
         return ["127.0.0.1"]
 
-    async with (
-        open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session,
-        session.post(receiver.url(host), data=b"{}") as response,
-    ):
-        assert response.status == 200
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+        await post(dialler, receiver.url(host))
     assert receiver.connections == 1
     # Absolute, so that no search domain applies; localhost is not a question for DNS.
     assert asked == ([f"{NAME}."] if host == NAME else [])
@@ -118,11 +131,11 @@ async def test_a_receiver_that_is_not_allowed_never_sees_a_connection(
     receiver: Receiver, ca_file: Path, host: str
 ) -> None:
     lookup = answers("127.0.0.1")
-    async with open_session(policy=NOTHING_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
-        refused = await refused_post(session, receiver.url(host))
+    async with open_dialler(policy=NOTHING_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+        refusal = await refused(dialler, receiver.url(host))
     mapped = host.startswith("[")
-    assert refused.address_class == (AddressClass.MAPPED if mapped else AddressClass.LOOPBACK)
-    assert "127.0.0.1" not in str(refused)
+    assert refusal.address_class == (AddressClass.MAPPED if mapped else AddressClass.LOOPBACK)
+    assert "127.0.0.1" not in str(refusal)
     assert receiver.connections == 0
 
 
@@ -142,9 +155,9 @@ async def test_one_refused_answer_refuses_the_whole_name(
     receiver: Receiver, ca_file: Path, addresses: list[str], expected: AddressClass
 ) -> None:
     lookup = answers(*addresses)
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
-        refused = await refused_post(session, receiver.url(NAME))
-    assert refused.address_class is expected
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+        refusal = await refused(dialler, receiver.url(NAME))
+    assert refusal.address_class is expected
     assert receiver.connections == 0
 
 
@@ -152,12 +165,12 @@ async def test_a_name_that_moves_inside_after_it_was_called_is_refused(
     receiver: Receiver, ca_file: Path
 ) -> None:
     moving = iter([["127.0.0.1"], ["169.254.169.254"]])
-    async with open_session(
+    async with open_dialler(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lambda _: next(moving)
-    ) as session:
-        await session.post(receiver.url(NAME), headers={"Connection": "close"})
-        refused = await refused_post(session, receiver.url(NAME))
-    assert refused.address_class is AddressClass.METADATA
+    ) as dialler:
+        await dial(dialler, receiver.url(NAME))
+        refusal = await refused(dialler, receiver.url(NAME))
+    assert refusal.address_class is AddressClass.METADATA
     assert receiver.connections == 1
 
 
@@ -173,8 +186,8 @@ async def test_the_socket_says_no_even_when_the_resolver_did_not(
     receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str]
 ) -> None:
     await _let_the_resolver_check_nothing(monkeypatch, addresses)
-    async with open_session(policy=NOTHING_ALLOWED, ca_file=ca_file) as session:
-        await refused_post(session, receiver.url(NAME))
+    async with open_dialler(policy=NOTHING_ALLOWED, ca_file=ca_file) as dialler:
+        await refused(dialler, receiver.url(NAME))
     assert receiver.connections == 0
 
 
@@ -182,10 +195,10 @@ async def test_a_refusal_is_not_hidden_by_the_failure_of_another_address(
     receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _let_the_resolver_check_nothing(monkeypatch, ["10.0.0.1", "127.0.0.2"])
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-        refused = await refused_post(session, receiver.url(NAME))
-    assert refused.address_class is AddressClass.PRIVATE
-    assert isinstance(refused.__cause__, aiohttp.ClientConnectorError)
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+        refusal = await refused(dialler, receiver.url(NAME))
+    assert refusal.address_class is AddressClass.PRIVATE
+    assert isinstance(refusal.__cause__, aiohttp.ClientConnectorError)
 
 
 async def _let_the_resolver_check_nothing(
@@ -220,88 +233,21 @@ async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
     def lookup(name: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
         with pytest.raises(aiohttp.ClientConnectorDNSError) as caught:
-            await session.post(receiver.url(NAME))
+            await dial(dialler, receiver.url(NAME))
     assert caught.value.os_error.errno == socket.EAI_NONAME
     assert refusal_of(caught.value) is None
 
 
 async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_file: Path) -> None:
     lookup = answers()
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
         with pytest.raises(aiohttp.ClientConnectorDNSError):
-            await session.post(receiver.url(NAME))
+            await dial(dialler, receiver.url(NAME))
 
 
-async def test_a_silent_name_server_costs_the_time_limit_and_one_thread() -> None:
-    answered = threading.Event()
-    asked: list[str] = []
-
-    def lookup(name: str) -> Sequence[str]:
-        asked.append(name)
-        answered.wait(60)
-        return ["8.8.8.8"]
-
-    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup, timeout_seconds=0.05)
-    try:
-        for _ in range(3):
-            with pytest.raises(socket.gaierror) as caught:
-                await resolver.resolve(NAME, 443)
-            assert caught.value.errno == socket.EAI_AGAIN
-        assert asked == [f"{NAME}."]
-    finally:
-        answered.set()
-        await resolver.close()
-
-
-async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error() -> None:
-    answered = threading.Event()
-    looking: list[threading.Thread] = []
-    unseen: list[object] = []
-
-    def lookup(name: str) -> Sequence[str]:
-        looking.append(threading.current_thread())
-        answered.wait(60)
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: unseen.append(context))
-    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup, timeout_seconds=0.05)
-    try:
-        with pytest.raises(socket.gaierror, match="no answer"):
-            await resolver.resolve(NAME, 443)
-        answered.set()
-        await resolver.close()
-        # The loop hears of the lookup before it hears of the end of the thread that made it.
-        await asyncio.to_thread(looking[0].join)
-        gc.collect()
-    finally:
-        answered.set()
-        loop.set_exception_handler(None)
-    assert unseen == []
-
-
-async def test_concurrent_lookups_of_one_name_are_one_and_later_ones_ask_again() -> None:
-    asked: list[str] = []
-
-    def lookup(name: str) -> Sequence[str]:
-        asked.append(name)
-        return ["8.8.8.8", "2606:4700::1111"]
-
-    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup)
-    found = await asyncio.gather(*(resolver.resolve(NAME, port) for port in (443, 8443)))
-    assert [[(row["host"], row["port"]) for row in rows] for rows in found] == [
-        [("8.8.8.8", 443), ("2606:4700::1111", 443)],
-        [("8.8.8.8", 8443), ("2606:4700::1111", 8443)],
-    ]
-    assert len(asked) == 1
-    await resolver.resolve(f"{NAME.upper()}.", 443)
-    assert asked == [f"{NAME}."] * 2
-    await resolver.close()
-
-
-async def test_closing_the_session_ends_the_lookup_threads(
+async def test_closing_the_dialler_ends_the_lookup_threads(
     receiver: Receiver, ca_file: Path
 ) -> None:
     resolving: list[threading.Thread] = []
@@ -310,53 +256,33 @@ async def test_closing_the_session_ends_the_lookup_threads(
         resolving.append(threading.current_thread())
         return ["127.0.0.1"]
 
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
-        await session.post(receiver.url(NAME))
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+        await dial(dialler, receiver.url(NAME))
     resolving[0].join(5)
     assert not resolving[0].is_alive()
-
-
-async def test_only_the_headers_of_the_sender_are_sent(receiver: Receiver, ca_file: Path) -> None:
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-        await session.post(receiver.url("127.0.0.1"), data=b"{}", headers={"User-Agent": "P/1"})
-        await session.post(receiver.url("127.0.0.1"), data=b"{}")
-    first, second = (request.headers for request in receiver.requests)
-    assert set(first) == {
-        "Host",
-        "Accept-Encoding",
-        "User-Agent",
-        "Content-Length",
-        "Content-Type",
-    }
-    assert first["User-Agent"] == "P/1"
-    assert first["Accept-Encoding"] == "identity"
-    # Neither the library's own name nor the cookie that the first answer set.
-    assert set(second) == set(first) - {"User-Agent"}
 
 
 @pytest.mark.parametrize("target", ["/a//b/../%2e%2E/%7E%2f~;x@y:z", "/?a=+%20&a=&=b?c/d", "/a??"])
 async def test_the_path_that_arrives_is_the_one_that_was_registered(
     receiver: Receiver, ca_file: Path, target: str
 ) -> None:
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-        await session.post(receiver.url("127.0.0.1", target))
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+        await post(dialler, receiver.url("127.0.0.1", target))
     assert receiver.requests[0].raw_path == target
 
 
 async def test_http_1_1_is_agreed_on_during_the_handshake(
     receiver: Receiver, ca_file: Path
 ) -> None:
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-        await session.post(receiver.url("127.0.0.1"))
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+        await post(dialler, receiver.url("127.0.0.1"))
     assert receiver.protocols == ["http/1.1"]
 
 
 async def test_a_compressed_answer_is_left_alone(receiver: Receiver, ca_file: Path) -> None:
-    async with (
-        open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session,
-        session.post(receiver.url("127.0.0.1")) as response,
-    ):
-        assert await response.read() == b"raw"
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+        result = await post(dialler, receiver.url("127.0.0.1"))
+    assert result.response_excerpt == "raw"
 
 
 async def test_proxies_of_the_environment_are_ignored(
@@ -364,23 +290,38 @@ async def test_proxies_of_the_environment_are_ignored(
 ) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
-        await session.post(receiver.url("127.0.0.1"))
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+        await post(dialler, receiver.url("127.0.0.1"))
     assert receiver.connections == 1
 
 
 async def test_a_connection_is_kept_for_the_next_request(receiver: Receiver, ca_file: Path) -> None:
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as session:
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
         for _ in range(3):
-            async with session.post(receiver.url("127.0.0.1")) as response:
-                await response.read()
+            await post(dialler, receiver.url("127.0.0.1"))
     assert (receiver.connections, len(receiver.requests)) == (1, 3)
 
 
+async def test_a_connection_that_grew_old_is_closed_instead_of_used(
+    receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = monotonic()
+    monkeypatch.setattr("delivery.connection.monotonic", lambda: now)
+    monkeypatch.setattr("delivery.dialler.monotonic", lambda: now)
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, age_seconds_max=60
+    ) as dialler:
+        for seconds, connections in ((0, 1), (59, 1), (2, 2), (59, 2)):
+            # The pool's own clock stands still: only its age can end a connection here.
+            now += seconds
+            await post(dialler, receiver.url("127.0.0.1"))
+            assert receiver.connections == connections
+
+
 async def test_a_certificate_nobody_vouches_for_is_not_accepted(receiver: Receiver) -> None:
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=None) as session:
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=None) as dialler:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
-            await session.post(receiver.url("127.0.0.1"))
+            await dial(dialler, receiver.url("127.0.0.1"))
     assert receiver.requests == []
 
 
@@ -388,32 +329,7 @@ async def test_a_certificate_for_another_name_is_not_accepted(
     receiver: Receiver, ca_file: Path
 ) -> None:
     lookup = answers("127.0.0.1")
-    async with open_session(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as session:
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
-            await session.post(receiver.url("other.shop.com"))
+            await dial(dialler, receiver.url("other.shop.com"))
     assert receiver.requests == []
-
-
-async def test_a_ca_file_that_is_missing_is_named_at_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"WEBHOOK_CA_FILE: .*No such file"):
-        open_session(policy=NOTHING_ALLOWED, ca_file=tmp_path / "missing.pem")
-
-
-async def test_a_ca_file_without_certificates_is_named_at_start(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("not a certificate")
-    with pytest.raises(ConfigurationError, match="WEBHOOK_CA_FILE"):
-        open_session(policy=NOTHING_ALLOWED, ca_file=tmp_path / "ca.pem")
-
-
-async def test_a_process_that_trusts_no_ca_does_not_start(
-    tmp_path: Path, ca_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "empty.pem").touch()
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "empty.pem"))
-    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    with pytest.raises(ConfigurationError, match="no certificate authority"):
-        open_session(policy=NOTHING_ALLOWED, ca_file=None)
-    await open_session(policy=NOTHING_ALLOWED, ca_file=ca_file).close()
-    # A hashed directory is read during the handshake only, and counts all the same.
-    (tmp_path / "0a1b2c3d.0").touch()
-    await open_session(policy=NOTHING_ALLOWED, ca_file=None).close()

@@ -7,13 +7,14 @@ from unittest.mock import Mock
 
 import aiohttp
 import pytest
+from aiohttp.http_exceptions import HttpProcessingError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.addresses import AddressClass
 from core.lifecycle import DeliveryState, Outcome
-from delivery.dialler import AddressRefused
 from delivery.outcome import final_state, outcome_of_error, outcome_of_status
+from delivery.refusal import AddressRefused
 
 KEY: Any = Mock(host="10.1.2.3", port=443, ssl=True)
 
@@ -110,12 +111,7 @@ ERRORS: list[tuple[BaseException, Outcome, str]] = [
     (aiohttp.ClientOSError(104, "reset"), Outcome.CONNECTION_ERROR, "connection reset"),
     (BrokenPipeError(32, "pipe"), Outcome.CONNECTION_ERROR, "connection reset"),
     (
-        aiohttp.ClientResponseError(Mock(), (), message="Expected HTTP/", status=400),
-        Outcome.PROTOCOL_ERROR,
-        "the answer is not valid HTTP/1.1",
-    ),
-    (
-        aiohttp.ClientPayloadError("incomplete"),
+        HttpProcessingError(code=400, message="Expected HTTP/"),
         Outcome.PROTOCOL_ERROR,
         "the answer is not valid HTTP/1.1",
     ),

@@ -1,0 +1,73 @@
+"""One connection to a receiver: requests out in one piece, answers in through aiohttp's parser.
+
+aiohttp's session makes objects of everything about a request, which costs more than TLS does. All
+our requests look the same, so they are written as bytes, and of aiohttp there remain the pool, the
+handler under this class, and its parser in C. tests/unit/delivery/test_aiohttp.py holds it to what
+we rely on and its documentation does not promise.
+"""
+
+import asyncio
+from time import monotonic
+
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_parser import RawResponseMessage
+from aiohttp.streams import StreamReader
+
+#: What is read ahead of us before the receiver is held back.
+_READ_AHEAD_BYTES = 16 * 1024
+_HEAD_END = b"\r\n\r\n"
+#: A few 1xx may come with the answer; a flood of them is not worth the copying.
+_HEADS_APART = 3
+
+
+class ReceiverConnection(ResponseHandler):
+    """Speaks HTTP/1.1 to one receiver, one request after another."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        super().__init__(loop)
+        self.made_at = monotonic()
+        self.remote_address: str | None = None
+        self._resting = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self.remote_address = peer[0] if peer else None
+
+    async def post(self, request: bytes) -> tuple[RawResponseMessage, StreamReader]:
+        """Send one request and return the head of its answer, and its body as it comes.
+
+        Raises aiohttp's errors of a connection that ended, and HttpProcessingError for what is not
+        HTTP.
+        """
+        self._resting = False
+        self.set_response_params(
+            read_until_eof=True, auto_decompress=False, read_bufsize=_READ_AHEAD_BYTES
+        )
+        # Without a transport the connection ended just now, and read() tells how.
+        if self.transport is not None:
+            self.transport.write(request)
+        message, body = await self.read()
+        # 1xx are no answer yet, but for 101, which is the last thing said in HTTP.
+        while 100 <= message.code < 200 and message.code != 101:
+            message, body = await self.read()
+        return message, body
+
+    def rest(self) -> None:
+        """Between two requests nothing may come: it would be taken for the next one's answer."""
+        self._resting = True
+
+    def data_received(self, data: bytes) -> None:
+        """Parse the head of an answer apart from what came with it in one piece.
+
+        Otherwise a fault in the body, such as a Content-Length that is too short, takes with it the
+        status line that was fine.
+        """
+        if self._resting:
+            self.abort()
+            return
+        *heads, rest = data.split(_HEAD_END, _HEADS_APART)
+        for head in heads:
+            super().data_received(head + _HEAD_END)
+        if rest or not heads:
+            super().data_received(rest)
