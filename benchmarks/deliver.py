@@ -93,7 +93,6 @@ async def _engine(stack: Stack, count: int) -> dict[str, float]:
     settings = {
         "WEBHOOK_MAX_IN_FLIGHT": str(_WEBHOOKS * _IN_FLIGHT_PER_WEBHOOK),
         "WEBHOOK_MAX_IN_FLIGHT_PER_WEBHOOK": "32",
-        "WEBHOOK_LOG_LEVEL": "warning",
     }
     try:
         with stack.process("delivery", **settings) as process:
