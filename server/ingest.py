@@ -107,20 +107,22 @@ class Ingest:
         accepted = await queue.enqueue(self._pool, events)
         if any(delivery_count for delivery_count, _ in accepted.values()):
             self._hints.give()
-        stored: dict[UUID, PublishedEvent | PostriderError] = {
-            event.id: PublishedEvent(
+        stored: dict[UUID, PublishedEvent | PostriderError] = {}
+        repeated = []
+        for event in events:
+            if (row := accepted.get(event.id)) is None:
+                repeated.append(event)
+                continue
+            delivery_count, created_at = row
+            stored[event.id] = PublishedEvent(
                 id=event.id,
                 merchant_id=event.merchant_id,
                 type=event.type,
-                created_at=accepted[event.id][1],
-                delivery_count=accepted[event.id][0],
+                created_at=created_at,
+                delivery_count=delivery_count,
                 not_before=event.not_before,
                 duplicate=False,
             )
-            for event in events
-            if event.id in accepted
-        }
-        repeated = [event for event in events if event.id not in accepted]
         if repeated:
             stored |= await self._published_before(repeated)
         return stored
@@ -219,17 +221,23 @@ class Ingest:
 def _new_event(draft: EventDraft) -> NewEvent:
     content_type = draft.content_type or DEFAULT_CONTENT_TYPE
     payload = draft.payload or b""
-    content = b"\0".join((draft.type.encode(), content_type.encode(), payload))
-    if draft.not_before is not None:
-        # Begins as no content without it does, and leaves the hashes of those as they were.
-        content = b"\0".join((b"", draft.not_before.isoformat().encode(), content))
+    key = draft.idempotency_key or None
     return NewEvent(
         id=new_id(),
         merchant_id=draft.merchant_id,
         type=draft.type,
         content_type=content_type,
         payload=payload,
-        idempotency_key=draft.idempotency_key or None,
-        content_hash=hashlib.sha256(content).digest(),
+        idempotency_key=key,
+        content_hash=_content_hash(draft, content_type, payload) if key else b"",
         not_before=draft.not_before,
     )
+
+
+def _content_hash(draft: EventDraft, content_type: str, payload: bytes) -> bytes:
+    """SHA-256 of what an idempotency key stands for."""
+    content = b"\0".join((draft.type.encode(), content_type.encode(), payload))
+    if draft.not_before is not None:
+        # Begins as no content without it does, and leaves the hashes of those as they were.
+        content = b"\0".join((b"", draft.not_before.isoformat().encode(), content))
+    return hashlib.sha256(content).digest()
