@@ -1,7 +1,8 @@
 """Joins the events of calls that come together: one statement and one commit for all of them.
 
-A call that comes alone commits at once. Where calls come together, commits keep a small distance
-from each other, since a commit for two costs PostgreSQL and us nearly what one for twenty costs.
+A call that comes alone commits at once, and so do a few. Where calls come in crowds, the first of
+the next commit waits a little for the others, since a commit for one costs PostgreSQL and us nearly
+what one for twenty costs.
 """
 
 import asyncio
@@ -16,8 +17,10 @@ from core.queue import NewEvent
 _EVENTS_MAX = 1000
 #: Commits under way at once: one is written by PostgreSQL while we prepare the next.
 _COMMITS_MAX = 2
-#: The distance between commits, once one of them joined calls; unless this many events wait.
-_DISTANCE_SECONDS = 0.005
+#: A commit that joins as many calls is one of a crowd, ...
+_CROWD = 4
+#: ... and the next call waits so long for its company; unless this many events wait.
+_COMPANY_SECONDS = 0.005
 _EVENTS_ENOUGH = 100
 
 type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Mapping[UUID, Result]]]
@@ -37,14 +40,18 @@ class GroupCommit[Result]:
         self._waiting: list[_Call[Result]] = []
         self._commits: set[asyncio.Task[None]] = set()
         self._committing = 0
-        self._not_before = 0.0
+        self._waiting_since = 0.0
+        self._crowd = 0
 
     async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, Result]:
         """What `store` says of these events (and maybe of others), once they are committed.
 
         A caller that is cancelled does not take its events out of the commit.
         """
-        call = _Call(events, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        call = _Call(events, loop.create_future())
+        if not self._waiting:
+            self._waiting_since = loop.time()
         self._waiting.append(call)
         if self._committing < _COMMITS_MAX:
             self._committing += 1
@@ -62,7 +69,7 @@ class GroupCommit[Result]:
 
     async def _until_nobody_waits(self) -> None:
         while self._waiting:
-            await self._keep_distance()
+            await self._await_company()
             if not (calls := self._take()):
                 break
             try:
@@ -80,8 +87,10 @@ class GroupCommit[Result]:
                     for call in calls:
                         _fail(call, error)
 
-    async def _keep_distance(self) -> None:
-        wait = self._not_before - asyncio.get_running_loop().time()
+    async def _await_company(self) -> None:
+        if self._crowd < _CROWD:
+            return
+        wait = self._waiting_since + _COMPANY_SECONDS - asyncio.get_running_loop().time()
         if wait > 0 and sum(len(call.events) for call in self._waiting) < _EVENTS_ENOUGH:
             await asyncio.sleep(wait)
 
@@ -105,8 +114,9 @@ class GroupCommit[Result]:
                 break
             count += 1
         calls, self._waiting = self._waiting[:count], self._waiting[count:]
-        if count > 1:
-            self._not_before = asyncio.get_running_loop().time() + _DISTANCE_SECONDS
+        if calls:
+            # By halves: that few came in time does not mean that the others have gone.
+            self._crowd = max(count, self._crowd // 2)
         return calls
 
 

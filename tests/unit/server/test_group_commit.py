@@ -131,14 +131,65 @@ async def test_callers_that_come_together_again_and_again_share_their_commits(
     assert sum(map(len, database.batches)) == 400
 
 
-async def test_a_caller_that_is_alone_never_waits_for_company(
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each wait for company; it is over at once."""
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr("server.group_commit.asyncio.sleep", sleep)
+    return waited
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+async def test_a_caller_that_is_alone_or_nearly_never_waits_for_company(
+    database: Database, waits: list[float], callers: int
+) -> None:
+    commits = GroupCommit(database.store)
+    for _ in range(10):
+        await asyncio.gather(*(commits.store([event()]) for _ in range(callers)))
+    assert len(database.batches) == 10
+    assert waits == []
+
+
+async def test_the_first_call_after_a_crowd_waits_for_the_others(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def waits(_: float) -> None:
-        raise AssertionError("it waited")
+    waited_enough = asyncio.Event()
 
+    async def sleep(_: float) -> None:
+        await waited_enough.wait()
+
+    monkeypatch.setattr("server.group_commit.asyncio.sleep", sleep)
     commits = GroupCommit(database.store)
-    monkeypatch.setattr("server.group_commit.asyncio.sleep", waits)
+    await asyncio.gather(*(commits.store([event()]) for _ in range(10)))
+    first = asyncio.create_task(commits.store([event()]))
+    others = [asyncio.create_task(commits.store([event()])) for _ in range(9)]
+    # Cannot be ready before the ten of them have run.
+    await asyncio.gather(*(asyncio.create_task(database.asked.wait()) for _ in range(2)))
+    assert [len(batch) for batch in database.batches] == [10]
+
+    waited_enough.set()
+    await asyncio.gather(first, *others)
+    assert [len(batch) for batch in database.batches] == [10, 10]
+
+
+async def test_a_caller_whose_crowd_has_gone_soon_waits_no_more(
+    database: Database, waits: list[float]
+) -> None:
+    commits = GroupCommit(database.store)
+    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
     for _ in range(10):
         await commits.store([event()])
-    assert len(database.batches) == 10
+    # 8, 4, and then no crowd any more.
+    assert len(waits) == 2
+    assert all(0 < seconds <= 0.005 for seconds in waits)
+
+
+async def test_a_large_call_waits_for_nobody(database: Database, waits: list[float]) -> None:
+    commits = GroupCommit(database.store)
+    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
+    await commits.store([event() for _ in range(100)])
+    assert waits == []
