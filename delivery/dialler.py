@@ -22,8 +22,9 @@ from yarl import URL
 from core.addresses import AddressPolicy
 from delivery.connection import ReceiverConnection
 from delivery.destination import Destination
+from delivery.name_servers import Names, NameServers
 from delivery.refusal import AddressRefused, refusal_of, refuse_unless_allowed
-from delivery.resolver import GuardedResolver, Lookup, look_up
+from delivery.resolver import GuardedResolver
 from delivery.trust import trusting_context
 
 #: Deadlines are the sender's, over all phases at once.
@@ -80,15 +81,15 @@ def open_dialler(
     ca_file: Path | None,
     idle_seconds: float = 15.0,
     age_seconds_max: float = 300.0,
-    lookup: Lookup = look_up,
+    names: Names | None = None,
 ) -> "Dialler":
     """Open the one dialler of a process; raises ConfigurationError when no CA could be trusted.
 
     A pooled connection is not judged again, so `idle_seconds` and `age_seconds_max` bound how long
-    one may outlive a change of DNS. `lookup` stands in for the system's resolver.
+    one may outlive a change of DNS. `names` stands in for the system's name servers.
     """
     tls = trusting_context(ca_file)
-    resolver = GuardedResolver(policy, lookup=lookup)
+    resolver = GuardedResolver(policy, names or NameServers())
     return Dialler(resolver, policy, age_seconds_max, ssl=tls, keepalive_timeout=idle_seconds)
 
 

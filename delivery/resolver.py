@@ -2,27 +2,16 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from core.addresses import AddressPolicy
+from delivery.name_servers import Names
 from delivery.refusal import refuse_unless_allowed
 
-# Each lookup blocks a thread, and a dead name server holds it for as long as libc cares to wait.
-_LOOKUP_THREADS = 64
-
-Lookup = Callable[[str], Sequence[str]]
-
-
-def look_up(name: str) -> list[str]:
-    """Ask the system for every address of an absolute name; blocks."""
-    # As bytes, because a str goes through Python's IDNA 2003 codec and its own kind of errors.
-    found = socket.getaddrinfo(
-        name.encode("ascii"), None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
-    )
-    return [str(sockaddr[0]) for *_, sockaddr in found]
+#: Look-ups at once; more of them wait, within their own time.
+_LOOKUPS_MAX = 1000
 
 
 class GuardedResolver(AbstractResolver):
@@ -33,14 +22,12 @@ class GuardedResolver(AbstractResolver):
     into ClientConnectorDNSError; running out of time is one of them (EAI_AGAIN).
     """
 
-    def __init__(
-        self, policy: AddressPolicy, *, lookup: Lookup = look_up, timeout_seconds: float = 5.0
-    ):
+    def __init__(self, policy: AddressPolicy, names: Names, *, timeout_seconds: float = 5.0):
         self._policy = policy
-        self._lookup = lookup
+        self._names = names
         self._timeout_seconds = timeout_seconds
-        self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="dns")
-        self._running: dict[str, asyncio.Future[Sequence[str]]] = {}
+        self._places = asyncio.Semaphore(_LOOKUPS_MAX)
+        self._running: dict[str, asyncio.Task[Sequence[str]]] = {}
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -63,7 +50,9 @@ class GuardedResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for running in self._running.values():
+            running.cancel()
+        await self._names.close()
 
     async def _addresses_of(self, host: str) -> Sequence[str]:
         name = host.rstrip(".").lower()
@@ -71,30 +60,27 @@ class GuardedResolver(AbstractResolver):
             # By RFC 6761 never a question for DNS; ::1 is left out so that an operator who allows
             # 127.0.0.0/8 has said enough.
             return ("127.0.0.1",)
+        # An attempt that is given up must not take the look-up from the others.
+        return await asyncio.shield(self._join_lookup(name))
+
+    def _join_lookup(self, name: str) -> asyncio.Task[Sequence[str]]:
+        """The look-up of this name that is under way, or a new one."""
+        running = self._running.get(name)
+        if running is None:
+            running = self._running[name] = asyncio.create_task(self._look_up(name))
+            running.add_done_callback(lambda done: self._finish_lookup(name, done))
+        return running
+
+    async def _look_up(self, name: str) -> Sequence[str]:
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                # Absolute: a search domain (Kubernetes adds several) would be tried first.
-                return await asyncio.shield(self._start_lookup(f"{name}."))
+            async with asyncio.timeout(self._timeout_seconds), self._places:
+                return await self._names.look_up(name)
         except TimeoutError:
             raise socket.gaierror(
                 socket.EAI_AGAIN, f"no answer from DNS within {self._timeout_seconds:g} s"
             ) from None
 
-    def _start_lookup(self, name: str) -> asyncio.Future[Sequence[str]]:
-        """Join the lookup of this name that is already under way, or start one.
-
-        So a name whose server never answers holds one thread, not one for each attempt. Nothing is
-        kept once it is answered: the next attempt asks again.
-        """
-        running = self._running.get(name)
-        if running is None:
-            loop = asyncio.get_running_loop()
-            running = loop.run_in_executor(self._threads, self._lookup, name)
-            self._running[name] = running
-            running.add_done_callback(lambda done: self._finish_lookup(name, done))
-        return running
-
-    def _finish_lookup(self, name: str, done: asyncio.Future[Sequence[str]]) -> None:
+    def _finish_lookup(self, name: str, done: asyncio.Task[Sequence[str]]) -> None:
         del self._running[name]
         if not done.cancelled():
             # Everybody who waited may have run out of time; asyncio must not log it as unseen.

@@ -1,7 +1,6 @@
 """What an attempt records beside its outcome: phases, address, and the beginning of the body."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from ipaddress import ip_network
@@ -21,6 +20,7 @@ from delivery.destination import Destination, header_lines
 from delivery.dialler import Dialler, open_dialler
 from delivery.excerpt import EXCERPT_BYTES, excerpt
 from delivery.send import send
+from tests.fakes.names import FakeNames
 from tests.fakes.raw_receiver import RawReceiver, receiving_raw, server_tls
 from tests.fakes.receiver import Receiver
 from tests.platform import Platform
@@ -85,11 +85,11 @@ async def test_a_slow_answer_is_charged_to_the_first_byte_alone(
 
 
 async def test_a_slow_look_up_is_charged_to_dns_alone(receiver: Receiver, ca_file: Path) -> None:
-    def lookup(_: str) -> list[str]:
-        time.sleep(0.2)
+    async def lookup(_: str) -> list[str]:
+        await asyncio.sleep(0.2)
         return ["127.0.0.1"]
 
-    async with opening(ca_file, lookup=lookup) as dialler:
+    async with opening(ca_file, names=FakeNames(lookup)) as dialler:
         result = await post(dialler, receiver.url.replace("127.0.0.1", "merchant.example"))
     # Its certificate is for another name, which is found out after both phases.
     assert result.outcome is Outcome.TLS_ERROR
@@ -104,7 +104,7 @@ async def test_a_name_that_does_not_resolve_was_never_connected(ca_file: Path) -
     def lookup(_: str) -> list[str]:
         return []
 
-    async with opening(ca_file, lookup=lookup) as dialler:
+    async with opening(ca_file, names=FakeNames(lookup)) as dialler:
         result = await post(dialler, "https://merchant.example/")
     assert result.outcome is Outcome.DNS_ERROR
     assert result.dns_us is not None
@@ -135,7 +135,7 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
 
 async def test_a_refused_address_is_not_told(ca_file: Path) -> None:
     for lookup in (lambda _: ["10.1.2.3"], lambda _: ["192.0.2.1", "10.1.2.3"]):
-        async with opening(ca_file, AddressPolicy(()), lookup=lookup) as dialler:
+        async with opening(ca_file, AddressPolicy(()), names=FakeNames(lookup)) as dialler:
             result = await post(dialler, "https://merchant.example/")
         assert result.outcome is Outcome.REFUSED
         assert (result.connect_us, result.remote_address) == (None, None)

@@ -34,6 +34,7 @@ from delivery.dialler import Dialler, open_dialler
 from delivery.ping import ping
 from delivery.send import send
 from delivery.sign import sign
+from tests.fakes.names import FakeNames
 from tests.fakes.raw_receiver import (
     Behaviour,
     RawReceiver,
@@ -293,7 +294,9 @@ async def test_a_name_that_does_not_resolve_is_a_dns_error(ca_file: Path) -> Non
     def lookup(_: str) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         result = await post(dialler, "https://hooks.shop.com/")
     assert told(result) == (Outcome.DNS_ERROR, None, "the host name does not resolve")
 

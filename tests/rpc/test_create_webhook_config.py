@@ -210,10 +210,10 @@ async def test_urls_that_are_never_called_are_refused_by_field_and_nothing_store
 async def test_a_name_that_resolves_to_an_inner_address_is_refused_like_the_address(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def inner(*_: Any, **__: Any) -> list[Any]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", 443))]
+    async def inner(*_: Any) -> list[str]:
+        return ["10.0.0.1"]
 
-    monkeypatch.setattr("delivery.resolver.socket.getaddrinfo", inner)
+    monkeypatch.setattr("delivery.name_servers.NameServers.look_up", inner)
     async with refused(StatusCode.INVALID_ARGUMENT, NOT_PUBLIC) as error:
         await platform.register("https://inner.example.com/")
     assert error.violations == {"webhook_config.url": NOT_PUBLIC}

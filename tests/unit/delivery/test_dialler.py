@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import ssl
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
@@ -23,6 +22,7 @@ from delivery.dialler import Dialler, Dialling, open_dialler
 from delivery.refusal import AddressRefused, refusal_of
 from delivery.resolver import GuardedResolver
 from delivery.send import send
+from tests.fakes.names import FakeNames
 
 NOTHING_ALLOWED = AddressPolicy()
 LOOPBACK_ALLOWED = AddressPolicy((ip_network("127.0.0.0/8"),))
@@ -119,11 +119,13 @@ async def test_an_allowed_receiver_is_called_by_number_and_by_name(
         asked.append(name)
         return ["127.0.0.1"]
 
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         await post(dialler, receiver.url(host))
     assert receiver.connections == 1
-    # Absolute, so that no search domain applies; localhost is not a question for DNS.
-    assert asked == ([f"{NAME}."] if host == NAME else [])
+    # localhost is not a question for DNS.
+    assert asked == ([NAME] if host == NAME else [])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "a.localhost", "[::ffff:7f00:1]", NAME])
@@ -131,7 +133,9 @@ async def test_a_receiver_that_is_not_allowed_never_sees_a_connection(
     receiver: Receiver, ca_file: Path, host: str
 ) -> None:
     lookup = answers("127.0.0.1")
-    async with open_dialler(policy=NOTHING_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=NOTHING_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         refusal = await refused(dialler, receiver.url(host))
     mapped = host.startswith("[")
     assert refusal.address_class == (AddressClass.MAPPED if mapped else AddressClass.LOOPBACK)
@@ -155,7 +159,9 @@ async def test_one_refused_answer_refuses_the_whole_name(
     receiver: Receiver, ca_file: Path, addresses: list[str], expected: AddressClass
 ) -> None:
     lookup = answers(*addresses)
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         refusal = await refused(dialler, receiver.url(NAME))
     assert refusal.address_class is expected
     assert receiver.connections == 0
@@ -166,7 +172,7 @@ async def test_a_name_that_moves_inside_after_it_was_called_is_refused(
 ) -> None:
     moving = iter([["127.0.0.1"], ["169.254.169.254"]])
     async with open_dialler(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lambda _: next(moving)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lambda _: next(moving))
     ) as dialler:
         await dial(dialler, receiver.url(NAME))
         refusal = await refused(dialler, receiver.url(NAME))
@@ -210,7 +216,7 @@ async def _let_the_resolver_check_nothing(
     async def unguarded(
         _: GuardedResolver, host: str, port: int, family: socket.AddressFamily
     ) -> object:
-        trusting = GuardedResolver(everything, lookup=answers(*addresses))
+        trusting = GuardedResolver(everything, FakeNames(answers(*addresses)))
         rows = await guarded(trusting, host, port, family)
         await trusting.close()
         return rows
@@ -233,7 +239,9 @@ async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
     def lookup(name: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         with pytest.raises(aiohttp.ClientConnectorDNSError) as caught:
             await dial(dialler, receiver.url(NAME))
     assert caught.value.os_error.errno == socket.EAI_NONAME
@@ -242,24 +250,18 @@ async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
 
 async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_file: Path) -> None:
     lookup = answers()
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         with pytest.raises(aiohttp.ClientConnectorDNSError):
             await dial(dialler, receiver.url(NAME))
 
 
-async def test_closing_the_dialler_ends_the_lookup_threads(
-    receiver: Receiver, ca_file: Path
-) -> None:
-    resolving: list[threading.Thread] = []
-
-    def lookup(name: str) -> Sequence[str]:
-        resolving.append(threading.current_thread())
-        return ["127.0.0.1"]
-
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
-        await dial(dialler, receiver.url(NAME))
-    resolving[0].join(5)
-    assert not resolving[0].is_alive()
+async def test_closing_the_dialler_closes_what_it_asks(ca_file: Path) -> None:
+    names = FakeNames(answers())
+    async with open_dialler(policy=NOTHING_ALLOWED, ca_file=ca_file, names=names):
+        assert not names.closed
+    assert names.closed
 
 
 @pytest.mark.parametrize("target", ["/a//b/../%2e%2E/%7E%2f~;x@y:z", "/?a=+%20&a=&=b?c/d", "/a??"])
@@ -329,7 +331,9 @@ async def test_a_certificate_for_another_name_is_not_accepted(
     receiver: Receiver, ca_file: Path
 ) -> None:
     lookup = answers("127.0.0.1")
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, lookup=lookup) as dialler:
+    async with open_dialler(
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+    ) as dialler:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await dial(dialler, receiver.url("other.shop.com"))
     assert receiver.requests == []

@@ -3,80 +3,102 @@
 import asyncio
 import gc
 import socket
-import threading
 from collections.abc import Sequence
 
 import pytest
 
 from core.addresses import AddressPolicy
 from delivery.resolver import GuardedResolver
+from tests.fakes.names import FakeNames
 
 NOTHING_ALLOWED = AddressPolicy()
 NAME = "hooks.shop.com"
 
 
-async def test_a_silent_name_server_costs_the_time_limit_and_one_thread() -> None:
-    answered = threading.Event()
-    asked: list[str] = []
+async def never(_: str) -> Sequence[str]:
+    await asyncio.Event().wait()
+    return []
 
-    def lookup(name: str) -> Sequence[str]:
-        asked.append(name)
-        answered.wait(60)
+
+async def test_a_silent_name_server_costs_the_time_limit_and_one_look_up_at_a_time() -> None:
+    names = FakeNames(never)
+    resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=0.05)
+    resolving = [resolver.resolve(NAME, port) for port in (443, 8443, 9443)]
+    errors = await asyncio.gather(*resolving, return_exceptions=True)
+    assert [getattr(error, "errno", None) for error in errors] == [socket.EAI_AGAIN] * 3
+    assert names.asked == [NAME]
+    await resolver.close()
+
+
+async def test_an_attempt_that_is_given_up_leaves_the_look_up_to_the_others() -> None:
+    answered = asyncio.Event()
+
+    async def later(_: str) -> Sequence[str]:
+        await answered.wait()
         return ["8.8.8.8"]
 
-    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup, timeout_seconds=0.05)
-    try:
-        for _ in range(3):
-            with pytest.raises(socket.gaierror) as caught:
-                await resolver.resolve(NAME, 443)
-            assert caught.value.errno == socket.EAI_AGAIN
-        assert asked == [f"{NAME}."]
-    finally:
-        answered.set()
-        await resolver.close()
+    names = FakeNames(later)
+    resolver = GuardedResolver(NOTHING_ALLOWED, names)
+    first, second = (asyncio.create_task(resolver.resolve(NAME, 443)) for _ in range(2))
+    await names.was_asked.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    answered.set()
+    assert [row["host"] for row in await second] == ["8.8.8.8"]
+    assert names.asked == [NAME]
+    await resolver.close()
 
 
 async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error() -> None:
-    answered = threading.Event()
-    looking: list[threading.Thread] = []
     unseen: list[object] = []
+    answered = asyncio.Event()
 
-    def lookup(name: str) -> Sequence[str]:
-        looking.append(threading.current_thread())
-        answered.wait(60)
+    async def fail(_: str) -> Sequence[str]:
+        await answered.wait()
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: unseen.append(context))
-    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup, timeout_seconds=0.05)
+    names = FakeNames(fail)
+    resolver = GuardedResolver(NOTHING_ALLOWED, names)
     try:
-        with pytest.raises(socket.gaierror, match="no answer"):
-            await resolver.resolve(NAME, 443)
+        waiting = asyncio.create_task(resolver.resolve(NAME, 443))
+        await names.was_asked.wait()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        [looking] = resolver._running.values()
         answered.set()
-        await resolver.close()
-        # The loop hears of the lookup before it hears of the end of the thread that made it.
-        await asyncio.to_thread(looking[0].join)
+        await asyncio.wait([looking])
+        del looking
         gc.collect()
     finally:
-        answered.set()
         loop.set_exception_handler(None)
+        await resolver.close()
     assert unseen == []
 
 
 async def test_concurrent_lookups_of_one_name_are_one_and_later_ones_ask_again() -> None:
-    asked: list[str] = []
-
-    def lookup(name: str) -> Sequence[str]:
-        asked.append(name)
-        return ["8.8.8.8", "2606:4700::1111"]
-
-    resolver = GuardedResolver(NOTHING_ALLOWED, lookup=lookup)
+    names = FakeNames(lambda _: ["8.8.8.8", "2606:4700::1111"])
+    resolver = GuardedResolver(NOTHING_ALLOWED, names)
     found = await asyncio.gather(*(resolver.resolve(NAME, port) for port in (443, 8443)))
     assert [[(row["host"], row["port"]) for row in rows] for rows in found] == [
         [("8.8.8.8", 443), ("2606:4700::1111", 443)],
         [("8.8.8.8", 8443), ("2606:4700::1111", 8443)],
     ]
-    assert len(asked) == 1
+    assert len(names.asked) == 1
     await resolver.resolve(f"{NAME.upper()}.", 443)
-    assert asked == [f"{NAME}."] * 2
+    assert names.asked == [NAME] * 2
+    await resolver.close()
+
+
+async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("delivery.resolver._LOOKUPS_MAX", 2)
+    names = FakeNames(never)
+    resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=0.05)
+    resolving = [resolver.resolve(f"{n}.shop.com", 443) for n in range(3)]
+    errors = await asyncio.gather(*resolving, return_exceptions=True)
+    assert [getattr(error, "errno", None) for error in errors] == [socket.EAI_AGAIN] * 3
+    assert len(names.asked) == 2
     await resolver.close()
