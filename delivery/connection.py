@@ -13,6 +13,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
+from delivery.tls_sessions import ResumingTls
+
 #: What is read ahead of us before the receiver is held back.
 _READ_AHEAD_BYTES = 16 * 1024
 _HEAD_END = b"\r\n\r\n"
@@ -27,12 +29,14 @@ class ReceiverConnection(ResponseHandler):
         super().__init__(loop)
         self.made_at = monotonic()
         self.remote_address: str | None = None
+        self._tls: ResumingTls | None = None
         self._resting = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         peer = transport.get_extra_info("peername")
         self.remote_address = peer[0] if peer else None
+        self._tls = transport.get_extra_info("ssl_object")
 
     async def post(self, request: bytes) -> tuple[RawResponseMessage, StreamReader]:
         """Send one request and return the head of its answer, and its body as it comes.
@@ -56,6 +60,9 @@ class ReceiverConnection(ResponseHandler):
     def rest(self) -> None:
         """Between two requests nothing may come: it would be taken for the next one's answer."""
         self._resting = True
+        if self._tls is not None:
+            self._tls.keep_session()
+            self._tls = None
 
     def data_received(self, data: bytes) -> None:
         """Parse the head of an answer apart from what came with it in one piece.

@@ -25,6 +25,7 @@ from delivery.destination import Destination
 from delivery.name_servers import Names, NameServers
 from delivery.refusal import AddressRefused, refusal_of, refuse_unless_allowed
 from delivery.resolver import GuardedResolver
+from delivery.tls_sessions import resume_sessions
 from delivery.trust import trusting_context
 
 #: Deadlines are the sender's, over all phases at once.
@@ -89,6 +90,7 @@ def open_dialler(
     one may outlive a change of DNS. `names` stands in for the system's name servers.
     """
     tls = trusting_context(ca_file)
+    resume_sessions(tls)
     resolver = GuardedResolver(policy, names or NameServers())
     return Dialler(resolver, policy, age_seconds_max, ssl=tls, keepalive_timeout=idle_seconds)
 

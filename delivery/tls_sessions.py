@@ -1,0 +1,77 @@
+"""TLS sessions that are resumed: no certificate to send and check again, and with 1.2 a turn less.
+
+A session is used once and kept again only after an answer, so one that a receiver chokes on costs
+one attempt. A resumed handshake shows no certificate, so it counts from when one was verified.
+"""
+
+import ssl
+from collections import OrderedDict, deque
+from time import monotonic
+from typing import NamedTuple
+
+#: How long a certificate that was verified may stand for the ones not shown since.
+_VERIFIED_SECONDS_MAX = 3600.0
+#: A session holds the certificates that were shown, so it is worth some 10 KB.
+_HOSTS_MAX = 1000
+_PER_HOST_MAX = 4
+
+
+class _Kept(NamedTuple):
+    session: ssl.SSLSession
+    verified_at: float
+
+
+class TlsSessions:
+    """Sessions by the host whose certificate was verified; the least recently used go first."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, deque[_Kept]] = OrderedDict()
+
+    def take(self, host: str) -> _Kept | None:
+        """The newest session of this host that is not too old."""
+        kept = self._kept.get(host)
+        while kept:
+            newest = kept.pop()
+            if monotonic() - newest.verified_at <= _VERIFIED_SECONDS_MAX:
+                return newest
+        self._kept.pop(host, None)
+        return None
+
+    def keep(self, host: str, session: ssl.SSLSession, verified_at: float) -> None:
+        self._kept.setdefault(host, deque(maxlen=_PER_HOST_MAX)).append(_Kept(session, verified_at))
+        self._kept.move_to_end(host)
+        if len(self._kept) > _HOSTS_MAX:
+            self._kept.popitem(last=False)
+
+
+class ResumingTls(ssl.SSLObject):
+    """The TLS of one connection, which resumes a session of its host if there is one."""
+
+    #: Of the context; a class of its own for each.
+    sessions: TlsSessions
+    _resumed: _Kept | None = None
+    _began = False
+
+    def do_handshake(self) -> None:
+        # Called again each time that more has arrived.
+        if not self._began:
+            self._began = True
+            self._resumed = self.sessions.take(self.server_hostname or "")
+            if self._resumed is not None:
+                self.session = self._resumed.session
+        super().do_handshake()
+
+    def keep_session(self) -> None:
+        """After an answer: with TLS 1.3 a session comes with it, not with the handshake."""
+        if self.session is None:
+            return
+        resumed = self._resumed if self.session_reused else None
+        verified_at = monotonic() if resumed is None else resumed.verified_at
+        self.sessions.keep(self.server_hostname or "", self.session, verified_at)
+
+
+def resume_sessions(context: ssl.SSLContext) -> None:
+    """Let the connections that are made with `context` resume each other's sessions."""
+    context.sslobject_class = type(
+        "ResumingTls", (ResumingTls,), {"sessions": TlsSessions(), "__slots__": ()}
+    )

@@ -1,0 +1,125 @@
+"""TLS sessions are resumed, and a certificate is looked at again all the same."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import trustme
+
+from core.lifecycle import Outcome
+from delivery.destination import Destination
+from delivery.dialler import Dialler, open_dialler
+from delivery.send import send
+from delivery.tls_sessions import TlsSessions
+from tests.fakes.names import FakeNames
+from tests.fakes.raw_receiver import RawReceiver, receiving_raw, server_tls
+from tests.integration.test_send import AMPLE, LOOPBACK_ALLOWED
+
+
+class Handshakes(RawReceiver):
+    """Tells of each connection whether it was resumed, and hangs up after each answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resumed: list[bool] = []
+        self.answers = True
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.script = [self._answer]
+        await super().serve(reader, writer)
+
+    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.resumed.append(writer.get_extra_info("ssl_object").session_reused)
+        if self.answers:
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+
+@pytest.fixture(params=[ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+async def receiver(
+    request: pytest.FixtureRequest, authority: trustme.CA
+) -> AsyncIterator[Handshakes]:
+    tls = server_tls(authority.issue_cert("127.0.0.1", "a.example", "b.example"))
+    tls.minimum_version = tls.maximum_version = request.param
+    receiver = Handshakes()
+    async with receiving_raw(receiver, tls):
+        yield receiver
+
+
+@pytest.fixture
+async def dialler(ca_file: Path) -> AsyncIterator[Dialler]:
+    names = FakeNames(lambda _: ["127.0.0.1"])
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=names) as dialler:
+        yield dialler
+
+
+async def post(dialler: Dialler, receiver: Handshakes, host: str = "a.example") -> Outcome:
+    url = f"https://{host}:{receiver.port}/"
+    return (await send(dialler, Destination(url), b"", b"{}", AMPLE)).outcome
+
+
+async def test_a_later_connection_resumes_and_other_hosts_do_not(
+    dialler: Dialler, receiver: Handshakes
+) -> None:
+    for host in ("a.example", "a.example", "b.example", "127.0.0.1", "a.example"):
+        assert await post(dialler, receiver, host) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, True, False, False, True]
+
+
+async def test_a_certificate_is_verified_again_after_an_hour_however_often_it_was_resumed(
+    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = monotonic()
+    for seconds in (0, 1800, 3500, 3700, 7200):
+        monkeypatch.setattr("delivery.tls_sessions.monotonic", lambda now=began + seconds: now)
+        assert await post(dialler, receiver) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, True, True, False, True]
+
+
+async def test_a_session_without_an_answer_is_not_tried_again(
+    dialler: Dialler, receiver: Handshakes
+) -> None:
+    await post(dialler, receiver)
+    receiver.answers = False
+    assert await post(dialler, receiver) is Outcome.CONNECTION_ERROR
+    receiver.answers = True
+    await post(dialler, receiver)
+    assert receiver.resumed == [False, True, False]
+
+
+async def test_a_receiver_that_lost_its_keys_is_greeted_anew(
+    dialler: Dialler, receiver: Handshakes, authority: trustme.CA
+) -> None:
+    await post(dialler, receiver)
+    # Another process at the same name, say: it cannot read the ticket, and shows its certificate.
+    other = Handshakes()
+    other.answers = True
+    async with receiving_raw(other, server_tls(authority.issue_cert("a.example"))):
+        assert await post(dialler, other) is Outcome.SUCCEEDED
+    assert other.resumed == [False]
+
+
+async def test_a_ticket_does_not_vouch_for_a_certificate_nobody_trusts(
+    dialler: Dialler, receiver: Handshakes
+) -> None:
+    await post(dialler, receiver)
+    stranger = Handshakes()
+    async with receiving_raw(stranger, server_tls(trustme.CA().issue_cert("a.example"))):
+        assert await post(dialler, stranger) is Outcome.TLS_ERROR
+    assert stranger.requests == []
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delivery.tls_sessions._HOSTS_MAX", 3)
+    sessions = TlsSessions()
+    session: Any = object()
+    for n in range(5):
+        for _ in range(20):
+            sessions.keep(f"{n}.example", session, monotonic())
+    assert sorted(sessions._kept) == ["2.example", "3.example", "4.example"]
+    assert [len(kept) for kept in sessions._kept.values()] == [4, 4, 4]
