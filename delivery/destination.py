@@ -57,10 +57,9 @@ def header_lines(headers: Mapping[str, str]) -> bytes:
     would be the beginning of another header, or of another request.
     """
     lines = [f"{name}: {value}" for name, value in headers.items()]
-    for line in lines:
-        if not _is_plain(line):
-            name = line.partition(": ")[0]
-            raise ValueError(f"the header {name!r} holds a character that no header may hold")
+    if not _is_plain("".join(lines)):
+        name = next(line for line in lines if not _is_plain(line)).partition(": ")[0]
+        raise ValueError(f"the header {name!r} holds a character that no header may hold")
     return "\r\n".join([*lines, ""]).encode("ascii")
 
 

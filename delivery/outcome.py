@@ -3,6 +3,7 @@
 import errno
 import http
 import ssl
+from functools import cache
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -11,6 +12,7 @@ from core.lifecycle import DeliveryState, Outcome
 from delivery.refusal import refusal_of
 
 
+@cache  # of at most a thousand
 def outcome_of_status(status: int) -> tuple[Outcome, str]:
     """2xx alone is success; a redirect is named, since people expect it to be followed."""
     try:
