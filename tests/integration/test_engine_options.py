@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from time import monotonic, time
 from typing import Any
 
@@ -338,3 +339,19 @@ async def test_stored_headers_that_could_break_out_harm_only_their_own_webhooks(
         ("succeeded", 200, "200 OK"),
     ]
     assert len(receiver.webhooks) == 1
+
+
+@pytest.mark.parametrize(("seconds", "dialled"), [(1e-6, [True, True]), (300.0, [True, False])])
+async def test_connections_are_used_again_up_to_the_age_that_the_operator_set(
+    platform: Platform, receiver: Receiver, pool: Any, seconds: float, dialled: list[bool]
+) -> None:
+    egress = platform.settings.egress.model_copy(update={"receiver_connection_seconds": seconds})
+    platform.settings = replace(platform.settings, egress=egress)
+    await platform.register(receiver.url)
+    async with platform.engine():
+        for count in (1, 2):
+            await platform.publish()
+            await receiver.wait_for(count)
+            await until_queued(pool, {})
+    rows = await pool.fetch("SELECT connect_us FROM attempts ORDER BY delivery_id")
+    assert [row["connect_us"] is not None for row in rows] == dialled
