@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class DeliveryState(StrEnum):
-    """Where a delivery stands; the first three are rows of the queue, the others are final."""
+    """Where a delivery stands; the first four are rows of the queue, the others are final."""
 
     #: In the queue, attempted when its due time comes.
     READY = "ready"
@@ -16,6 +16,8 @@ class DeliveryState(StrEnum):
     PARKED = "parked"
     #: Owned by one engine until its lease ends.
     LEASED = "leased"
+    #: Waits for the delivery before it of the same ordering key.
+    BLOCKED = "blocked"
     #: The receiver answered 2xx.
     DELIVERED = "delivered"
     #: Every attempt failed, or the address is one that is never called.
@@ -24,14 +26,19 @@ class DeliveryState(StrEnum):
     CANCELLED = "cancelled"
 
 
-OPEN_STATES = frozenset({DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED})
+OPEN_STATES = frozenset(
+    {DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED, DeliveryState.BLOCKED}
+)
 
 TRANSITIONS: dict[DeliveryState, frozenset[DeliveryState]] = {
     DeliveryState.READY: frozenset(
         {DeliveryState.LEASED, DeliveryState.PARKED, DeliveryState.CANCELLED}
     ),
     DeliveryState.PARKED: frozenset({DeliveryState.READY, DeliveryState.CANCELLED}),
-    DeliveryState.LEASED: frozenset(DeliveryState) - {DeliveryState.LEASED},
+    DeliveryState.LEASED: frozenset(DeliveryState) - {DeliveryState.LEASED, DeliveryState.BLOCKED},
+    DeliveryState.BLOCKED: frozenset(
+        {DeliveryState.READY, DeliveryState.PARKED, DeliveryState.CANCELLED}
+    ),
     DeliveryState.DELIVERED: frozenset(),
     DeliveryState.FAILED: frozenset(),
     DeliveryState.CANCELLED: frozenset(),

@@ -21,7 +21,7 @@ from core.db import RETRYABLE_ERRORS, Pool
 from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult, Outcome
-from core.queue import LeasedDelivery, Settled, Settlement
+from core.queue import Chain, LeasedDelivery, Settled, Settlement
 from delivery.backoff import backoff_schedule, next_backoff
 from delivery.claim import claim
 from delivery.config import DeliverySettings
@@ -29,7 +29,7 @@ from delivery.dialler import Dialler
 from delivery.listen import Listener
 from delivery.outcome import final_state
 from delivery.rate_limit import RateLimits
-from delivery.reclaim import admit_backlogs, reclaim
+from delivery.reclaim import admit_backlogs, promote_stranded, reclaim
 from delivery.record import Recorder
 from delivery.send import send
 from delivery.sign import sign
@@ -287,16 +287,18 @@ class Engine:
                 reason="failures",
                 consecutive_failures=self._settings.max_consecutive_failures,
             )
-        if self._backlogged:
+        if self._backlogged or settled.ended_chains:
             self._listener.wake()
 
     async def _sweep_forever(self) -> None:
         """What every engine does for all, so that no engine's death strands anything."""
+        looked_at: Chain | None = None
         for sweep in itertools.count():
             try:
                 if sweep % _SWEEPS_BETWEEN_CLEANING == 0:
                     await forget_expired_secrets(self._pool)
                 reclaimed = await reclaim(self._pool)
+                promoted, looked_at = await promote_stranded(self._pool, looked_at)
                 admitted = await admit_backlogs(
                     self._pool, self._settings.max_in_flight_per_webhook
                 )
@@ -307,7 +309,7 @@ class Engine:
                     log.warning("leases_reclaimed", deliveries=reclaimed)
                 self._backlogged = self._backlog_seen | admitted
                 self._backlog_seen = set()
-                if reclaimed or admitted:
+                if reclaimed or promoted or admitted:
                     self._listener.wake()
             await asyncio.sleep(_SWEEP_SECONDS)
 

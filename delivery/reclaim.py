@@ -1,4 +1,5 @@
-"""Stage: expired leases return to the queue, and backlogs are let in as their configs have room.
+"""Stage: expired leases return to the queue, backlogs are let in as their configs have room, and
+chains that were left without a first go on.
 
 Every engine runs this; a page at a time and without waiting for another's locks, so that nothing
 depends on any one of them being alive.
@@ -8,6 +9,7 @@ from uuid import UUID
 
 from core import queue
 from core.db import Pool
+from core.queue import Chain
 
 _PAGE = 500
 
@@ -24,3 +26,14 @@ async def admit_backlogs(pool: Pool, places: int) -> set[UUID]:
     """Let parked deliveries of active configs in as far as they have room; returns the configs."""
     webhook_ids = await queue.webhooks_with_backlog(pool)
     return await queue.admit(pool, webhook_ids, places) if webhook_ids else set()
+
+
+async def promote_stranded(pool: Pool, after: Chain | None) -> tuple[int, Chain | None]:
+    """Let the next delivery of each chain go that has no first; how many, and where to go on.
+
+    Looks at a page of the chains, so what a sweep costs does not grow with them: they are found
+    stranded only where a process died, or the database went away, between two statements.
+    """
+    chains = await queue.chains_after(pool, after, _PAGE)
+    promoted = await queue.promote(pool, chains) if chains else 0
+    return promoted, chains[-1] if len(chains) == _PAGE else None

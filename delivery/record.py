@@ -52,6 +52,7 @@ class Recorder:
         while self._pending:
             batch = self._pending[:_BATCH_MAX]
             for part, settled in await self._settle(batch):
+                await self._promote(settled)
                 self._on_settled(part, settled)
             del self._pending[: len(batch)]
         self._arrived.clear()
@@ -73,6 +74,14 @@ class Recorder:
                     return [part for one in batch for part in await self._settle([one])]
                 else:
                     return self._set_aside(batch[0], error)
+
+    async def _promote(self, settled: Settled) -> None:
+        if settled.ended_chains:
+            try:
+                await queue.promote(self._pool, settled.ended_chains)
+            except RETRYABLE_ERRORS as error:
+                # The sweep will find them; only later.
+                log.warning("promote_failed", error=repr(error))
 
     def _set_aside(
         self, settlement: Settlement, error: BaseException

@@ -63,7 +63,7 @@ class DeliveryFilter:
 
 
 # Newest first, a page from each of the places a delivery can be in; the pages merge to one. Each
-# branch has an index of its own, which is why the two parts of the queue are not read as one.
+# branch has an index of its own, which is why the parts of the queue are not read as one.
 _OPEN = """(
     SELECT q.id, q.state, q.webhook_id, q.event_id, q.event_type, q.attempt_count, q.created_at,
         q.due_at, NULL::timestamptz AS finished_at, q.redelivery_of
@@ -143,7 +143,8 @@ def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, li
     branches = []
     if wanted.state is None or wanted.state in OPEN_STATES:
         branches += [
-            _OPEN.format(part=part, filters=filters) for part in ("= 'parked'", "<> 'parked'")
+            _OPEN.format(part=part, filters=filters)
+            for part in ("= 'parked'", "= 'blocked'", "<> 'parked' AND d.due_at < 'infinity'")
         ]
     if wanted.state is None or wanted.state not in OPEN_STATES:
         branches.append(_FINISHED.format(filters=filters))

@@ -175,7 +175,7 @@ async def places(pool: Any) -> dict[UUID, Place]:
     """Where each delivery stands; fails when one is in two places."""
     rows = await pool.fetch("""
         SELECT id, state, attempt_count, reclaim_count, lease_id,
-            extract(epoch FROM due_at - now())::float8 AS due_in
+            CASE WHEN isfinite(due_at) THEN extract(epoch FROM due_at - now())::float8 END AS due_in
         FROM delivery_queue
         UNION ALL
         SELECT id, state, attempt_count, NULL, NULL, NULL FROM finished_deliveries

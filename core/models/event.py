@@ -31,3 +31,6 @@ class Event(Base):
     not_before: Mapped[datetime | None] = mapped_column(
         comment="Delivered no earlier; null: at once"
     )
+    ordering_key: Mapped[str | None] = mapped_column(
+        comment="In order with others of this key; null: in none"
+    )

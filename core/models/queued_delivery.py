@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, Index, func, text
+from sqlalchemy import BigInteger, CheckConstraint, Index, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.models.base import Base
@@ -15,13 +15,20 @@ class QueuedDelivery(Base):
 
     __tablename__ = "delivery_queue"
     __table_args__ = (
-        CheckConstraint("state IN ('ready', 'parked', 'leased')", name="state_open"),
+        CheckConstraint("state IN ('ready', 'parked', 'leased', 'blocked')", name="state_open"),
         CheckConstraint(
             "(state = 'leased') = (lease_id IS NOT NULL)"
             " AND (lease_id IS NULL) = (lease_until IS NULL)",
             name="lease_whole",
         ),
         CheckConstraint("attempt_count >= 0 AND reclaim_count >= 0", name="counts"),
+        # Due never, so that nothing which goes by due times finds what is blocked.
+        CheckConstraint(
+            "(state = 'blocked') = (due_at = 'infinity')"
+            " AND (state <> 'blocked' OR ordering_key IS NOT NULL)"
+            " AND (ordering_key IS NULL) = (ordering_position IS NULL)",
+            name="order_whole",
+        ),
         # Claims walk this in order of due time and never see what is parked or leased.
         Index("delivery_queue_due", "due_at", postgresql_where=text("state = 'ready'")),
         Index("delivery_queue_lease", "lease_until", postgresql_where=text("state = 'leased'")),
@@ -39,6 +46,29 @@ class QueuedDelivery(Base):
             "id",
             postgresql_where=text("state = 'parked'"),
         ),
+        # Unique, so that two of a chain can never be under way, whatever else goes wrong.
+        Index(
+            "delivery_queue_first",
+            "webhook_id",
+            "ordering_key",
+            unique=True,
+            postgresql_where=text("ordering_key IS NOT NULL AND state <> 'blocked'"),
+        ),
+        # The others of a chain in their order; and a config's listing of them.
+        Index(
+            "delivery_queue_blocked",
+            "webhook_id",
+            "ordering_key",
+            "ordering_position",
+            unique=True,
+            postgresql_where=text("state = 'blocked'"),
+        ),
+        Index(
+            "delivery_queue_blocked_of_webhook",
+            "webhook_id",
+            "id",
+            postgresql_where=text("state = 'blocked'"),
+        ),
         {
             "comment": "Open deliveries; a row leaves when its delivery is finished",
             # Every row is updated once or more and then deleted: room in the page, early vacuum.
@@ -52,7 +82,7 @@ class QueuedDelivery(Base):
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    state: Mapped[str] = mapped_column(comment="ready, parked or leased")
+    state: Mapped[str] = mapped_column(comment="ready, parked, leased or blocked")
     due_at: Mapped[datetime] = mapped_column(
         server_default=func.now(), comment="Not attempted before; database time"
     )
@@ -71,4 +101,10 @@ class QueuedDelivery(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     redelivery_of: Mapped[UUID | None] = mapped_column(
         comment="The delivery it repeats at somebody's request"
+    )
+    ordering_key: Mapped[str | None] = mapped_column(
+        comment="Goes in order with others of this key and config; null: in none"
+    )
+    ordering_position: Mapped[int | None] = mapped_column(
+        BigInteger, comment="Its place in that order"
     )

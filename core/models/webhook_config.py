@@ -97,3 +97,6 @@ class WebhookConfig(Base):
     )
     previous_secret_key_id: Mapped[str | None] = mapped_column()
     previous_secret_expires_at: Mapped[datetime | None] = mapped_column()
+    ordered: Mapped[bool] = mapped_column(
+        server_default=text("false"), comment="Events with an ordering key go in order"
+    )

@@ -1,12 +1,12 @@
 """The queue: every statement that moves an open delivery, and nothing else.
 
-Ready, parked and leased rows are one table; final states leave it. Only the database's clock
-decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an engine
-that was frozen and wakes late changes nothing. Each function takes the caller's connection and runs
-in its transaction, if it has one; docs/architecture.md draws the states.
+Ready, parked, leased and blocked rows are one table; final states leave it. Only the database's
+clock decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an
+engine that was frozen and wakes late changes nothing. Each function takes the caller's connection
+and runs in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
-from core.queue.acceptance import CHANNEL, enqueue, hint, redeliver
+from core.queue.acceptance import CHANNEL, enqueue, enqueue_in_order, hint, redeliver
 from core.queue.backlog import (
     admit,
     park_leased,
@@ -16,11 +16,13 @@ from core.queue.backlog import (
 )
 from core.queue.cancellation import cancel_webhook
 from core.queue.leases import claim, reclaim, release
-from core.queue.records import Connection, LeasedDelivery, NewEvent, Settled, Settlement
+from core.queue.order import chains_after, promote
+from core.queue.records import Chain, Connection, LeasedDelivery, NewEvent, Settled, Settlement
 from core.queue.settlement import settle
 
 __all__ = [
     "CHANNEL",
+    "Chain",
     "Connection",
     "LeasedDelivery",
     "NewEvent",
@@ -28,11 +30,14 @@ __all__ = [
     "Settlement",
     "admit",
     "cancel_webhook",
+    "chains_after",
     "claim",
     "enqueue",
+    "enqueue_in_order",
     "hint",
     "park_leased",
     "park_webhooks",
+    "promote",
     "reclaim",
     "redeliver",
     "release",

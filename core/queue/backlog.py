@@ -6,8 +6,10 @@ from uuid import UUID
 from core.queue.leases import fences
 from core.queue.records import Connection, LeasedDelivery
 
+# The due time says nothing here, but keeps what is blocked out of the scan.
 _PARK_WEBHOOKS = """
-UPDATE delivery_queue SET state = 'parked' WHERE webhook_id = ANY ($1) AND state = 'ready'
+UPDATE delivery_queue SET state = 'parked'
+WHERE webhook_id = ANY ($1) AND state = 'ready' AND due_at < 'infinity'
 """
 
 

@@ -23,6 +23,15 @@ class NewEvent:
     idempotency_key: str | None
     content_hash: bytes
     not_before: datetime | None = None
+    ordering_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The open deliveries of one ordering key to one webhook config, which go one at a time."""
+
+    webhook_id: UUID
+    ordering_key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,11 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What a settle changed: deliveries whose lease still held, and configs it deactivated."""
+    """What a settle changed: deliveries whose lease still held, and configs it deactivated.
+
+    The first of each of these chains has ended: promote the next once the settle is committed.
+    """
 
     delivery_ids: frozenset[UUID]
     deactivated_webhook_ids: tuple[UUID, ...]
+    ended_chains: tuple[Chain, ...] = ()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from core.queue.backlog import park_webhooks
-from core.queue.records import Connection, Settled, Settlement
+from core.queue.records import Chain, Connection, Settled, Settlement
 
 # Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
 # Only rows whose lease still holds take part in any of it.
@@ -76,9 +76,11 @@ WITH input AS (
     FROM locked l WHERE c.id = l.id
     RETURNING c.id, l.active AND NOT c.active AS deactivated
 )
-SELECT id, false AS deactivated FROM settled
+SELECT id, 'settled' AS kind, NULL AS ordering_key FROM settled
 UNION ALL
-SELECT id, true FROM counted WHERE deactivated
+SELECT id, 'deactivated', NULL FROM counted WHERE deactivated
+UNION ALL
+SELECT webhook_id, 'chain', ordering_key FROM finished WHERE ordering_key IS NOT NULL
 """
 
 
@@ -108,7 +110,11 @@ async def settle(
         [s.remote_address for s in settlements],
         [s.response_excerpt for s in settlements],
     )
-    deactivated = tuple(row["id"] for row in rows if row["deactivated"])
+    deactivated = tuple(row["id"] for row in rows if row["kind"] == "deactivated")
     if deactivated:
         await park_webhooks(connection, deactivated)
-    return Settled(frozenset(row["id"] for row in rows if not row["deactivated"]), deactivated)
+    return Settled(
+        frozenset(row["id"] for row in rows if row["kind"] == "settled"),
+        deactivated,
+        tuple(Chain(row["id"], row["ordering_key"]) for row in rows if row["kind"] == "chain"),
+    )

@@ -18,15 +18,16 @@ import pytest
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.ids import new_id
-from core.queue import acceptance, backlog, cancellation, leases, settlement
-from server import erasure, queue_status
+from core.queue import acceptance, backlog, cancellation, leases, order, settlement
+from server import erasure, history, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
 
 _CROWD = """
 INSERT INTO webhook_configs
-    (id, merchant_id, url, events, secret_ciphertext, secret_key_id, consecutive_failures)
-SELECT new_uuid7(), 'm_' || n / 2, 'https://merchant.example/', '{payment.succeeded}', '', 'k1', 1
+    (id, merchant_id, url, events, secret_ciphertext, secret_key_id, consecutive_failures, ordered)
+SELECT new_uuid7(), 'm_' || n / 2, 'https://merchant.example/', '{payment.succeeded}', '', 'k1', 1,
+    true
 FROM generate_series(1, 4000) n;
 
 INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count)
@@ -56,6 +57,19 @@ FROM delivery_queue;
 
 INSERT INTO attempts (delivery_id, number, outcome, detail, started_at, duration_us)
 SELECT id, 1, 'succeeded', '200 OK', now(), 1 FROM finished_deliveries;
+
+-- Of 5 configs with a backlog, 40 chains of 25; every second one has lost its first.
+INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at,
+    ordering_key, ordering_position)
+SELECT new_uuid7(), c.id, (SELECT id FROM events LIMIT 1), c.merchant_id, 'payment.succeeded',
+    CASE WHEN place = 1 THEN 'ready' ELSE 'blocked' END,
+    CASE WHEN place = 1 THEN now() + interval '1 day' ELSE 'infinity' END, 'key ' || key, place
+FROM (
+    SELECT id, merchant_id FROM webhook_configs
+    WHERE id IN (SELECT webhook_id FROM delivery_queue WHERE state = 'parked')
+    ORDER BY id LIMIT 5
+) c, generate_series(1, 40) key, generate_series(1, 25) place
+WHERE place > 1 OR key % 2 = 1;
 """
 
 
@@ -91,6 +105,7 @@ class Scan:
 class Plan:
     scans: list[Scan]
     pages: int
+    kinds: set[str]
 
     def index_scan(self, index: str) -> Scan:
         """The one scan of this index; fails when there is none."""
@@ -214,20 +229,69 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
 async def test_enqueueing_finds_the_configs_of_a_merchant_by_their_index(crowded: Any) -> None:
     events = [make_event(merchant_id=f"m_{n}", idempotency_key=f"k{n}") for n in (10, 20, 30)]
 
-    plan = await _explain(
-        crowded,
-        acceptance._ENQUEUE,
-        [e.id for e in events],
-        [e.merchant_id for e in events],
-        [e.type for e in events],
-        [e.content_type for e in events],
-        [e.payload for e in events],
-        [e.idempotency_key for e in events],
-        [e.content_hash for e in events],
-        [e.not_before for e in events],
-    )
+    plan = await _explain(crowded, acceptance._ENQUEUE, *acceptance._columns(events))
 
     assert plan.index_scan("webhook_configs_of_merchant").rows <= 20
+    plan.assert_nothing_is_walked()
+
+
+async def test_events_without_ordering_keys_look_for_no_chains(crowded: Any) -> None:
+    events = [make_event(merchant_id="m_1") for _ in range(3)]
+
+    plan = await _explain(crowded, acceptance._ENQUEUE, *acceptance._columns(events))
+
+    assert "delivery_queue" not in {scan.relation for scan in plan.scans}
+    assert "WindowAgg" not in plan.kinds
+
+
+async def test_enqueueing_in_order_reads_the_ends_of_its_chains_only(crowded: Any) -> None:
+    merchant_id, configs = await crowded.fetchrow("""
+        SELECT merchant_id, count(DISTINCT webhook_id) FROM delivery_queue
+        WHERE state = 'blocked' GROUP BY merchant_id LIMIT 1
+    """)
+    keys = [f"key {n}" for n in range(1, 21)]
+    events = [make_event(merchant_id=merchant_id, ordering_key=key) for key in keys]
+
+    plan = await _explain(crowded, acceptance._ENQUEUE_IN_ORDER, *acceptance._columns(events))
+
+    # In each chain 24 wait, in every second one behind a first.
+    last = plan.index_scan("delivery_queue_blocked")
+    assert (last.rows, last.filtered) == (20 * configs, 0)
+    first = plan.index_scan("delivery_queue_first")
+    assert (first.rows, first.filtered) == (10 * configs, 0)
+    plan.assert_nothing_is_walked()
+
+
+async def test_promoting_reads_the_beginnings_of_its_chains_only(crowded: Any) -> None:
+    chains = await order.chains_after(crowded, None, 1000)
+    assert len(chains) == 200
+
+    plan = await _explain(
+        crowded,
+        order._PROMOTE,
+        [chain.webhook_id for chain in chains],
+        [chain.ordering_key for chain in chains],
+    )
+
+    assert plan.index_scan("delivery_queue_first").rows == 100
+    # One each; those that have a first may have been looked at, too.
+    assert 100 <= plan.index_scan("delivery_queue_blocked").rows <= 200
+    assert plan.index_scan("delivery_queue_pkey").rows == 100
+    plan.assert_nothing_is_walked()
+
+
+async def test_looking_through_chains_probes_once_a_chain_however_long_it_is(crowded: Any) -> None:
+    found, after = [], None
+    while page := await order.chains_after(crowded, after, 30):
+        found += page
+        after = page[-1]
+    assert len(found) == len(set(found)) == 200
+
+    plan = await _explain(crowded, order._CHAINS, UUID(int=0), "", 50)
+
+    scans = [scan for scan in plan.scans if scan.index == "delivery_queue_blocked"]
+    assert sum(scan.rows for scan in scans) == 50
+    assert sum(scan.filtered for scan in scans) == 0
     plan.assert_nothing_is_walked()
 
 
@@ -260,11 +324,14 @@ async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
 
 async def test_parking_a_config_reads_its_ready_part_only(crowded: Any) -> None:
     [webhook_id, *_] = await backlog.webhooks_with_backlog(crowded)
+    waiting = "SELECT count(*) FROM delivery_queue WHERE webhook_id = $1 AND state = 'blocked'"
+    assert await crowded.fetchval(waiting, webhook_id) == 960
 
     plan = await _explain(crowded, backlog._PARK_WEBHOOKS, [webhook_id])
 
     ready = plan.index_scan("delivery_queue_of_webhook")
-    assert ready.rows + ready.filtered <= 50
+    # Its 960 blocked ones are due never, and are not looked at.
+    assert ready.rows + ready.filtered <= 100
     plan.assert_nothing_is_walked()
 
 
@@ -347,6 +414,16 @@ async def test_a_page_of_all_configs_is_read_in_the_order_of_an_index(
     assert plan.index_scan(index).rows <= 51
 
 
+async def test_a_page_of_deliveries_reads_what_it_shows_of_each_part(crowded: Any) -> None:
+    statement, arguments = history._page("m_1", history.DeliveryFilter(), 51)
+
+    plan = await _explain(crowded, statement, *arguments)
+
+    for index in ("delivery_queue_parked", "delivery_queue_blocked_of_webhook"):
+        assert plan.index_scan(index).rows <= 2 * 51
+    assert plan.index_scan("delivery_queue_of_webhook").rows <= 2 * 50
+
+
 async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
     statement = queue_status._STATUS.format(of_webhook="").replace(":top", "$1")
     # That the index holds all that is asked for; whether it pays on so small a table depends on how
@@ -357,6 +434,8 @@ async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
 
     parked = plan.index_scan("delivery_queue_parked")
     assert (parked.kind, parked.rows) == ("Index Only Scan", 14_000)
+    blocked = [scan for scan in plan.scans if "blocked" in (scan.index or "")]
+    assert [(scan.kind, scan.rows) for scan in blocked] == [("Index Only Scan", 4_800)]
 
 
 async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:
@@ -382,7 +461,7 @@ async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:
         for node in _nodes(root)
         if "Scan" in node["Node Type"] and ("Relation Name" in node or "Index Name" in node)
     ]
-    return Plan(scans, _pages(root))
+    return Plan(scans, _pages(root), {node["Node Type"] for node in _nodes(root)})
 
 
 def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,8 @@ database, which orders equal rows as it likes: so a run draws the same ones each
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -27,7 +28,8 @@ from hypothesis.stateful import (
 
 from core import queue
 from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
-from core.queue import LeasedDelivery, Settlement
+from core.queue import Chain, LeasedDelivery, Settlement
+from delivery.reclaim import promote_stranded
 from tests.factories import (
     attempts,
     failed,
@@ -41,6 +43,7 @@ from tests.factories import (
 
 LIMIT = 2
 READY, PARKED, LEASED = DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED
+BLOCKED = DeliveryState.BLOCKED
 
 _TABLES = (
     "webhook_configs",
@@ -69,6 +72,7 @@ class Config:
     reason: str | None = None
     deleted: bool = False
     failures: int = 0
+    ordered: bool = False
 
 
 @dataclass
@@ -77,7 +81,23 @@ class Delivery:
     state: DeliveryState
     attempt_count: int = 0
     lease_id: UUID | None = None
+    #: Which it is of a chain; deliveries are kept in the order of their acceptance.
+    chain: Chain | None = None
     seen: DeliveryState | None = field(default=None, compare=False)
+
+
+class Borrowed:
+    """The one connection, where a pool is wanted."""
+
+    def __init__(self, connection: Any):
+        self.connection = connection
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Any]:
+        yield self.connection
+
+    async def fetch(self, *arguments: Any) -> Any:
+        return await self.connection.fetch(*arguments)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -105,6 +125,7 @@ class QueueMachine(RuleBasedStateMachine):
         """Each run may switch off some rules; there is something for the others to work on."""
         self.create_config()
         self.create_config()
+        self.change_order(0, ordered=True)
         self.enqueue([None, None, "a", None, "b", None])
         self.states_follow_the_lifecycle()
         self.claim(5)
@@ -131,6 +152,17 @@ class QueueMachine(RuleBasedStateMachine):
         )
         self.run(queue.park_webhooks(self.connection, [webhook_id]))
         self.park_ready(webhook_id)
+
+    @rule(index=INDEX, ordered=st.booleans())
+    def change_order(self, index: int, ordered: bool) -> None:
+        """What is queued stays as it is."""
+        webhook_id = self.pick_config(index)
+        self.configs[webhook_id].ordered = ordered
+        self.run(
+            self.connection.execute(
+                "UPDATE webhook_configs SET ordered = $2 WHERE id = $1", webhook_id, ordered
+            )
+        )
 
     @rule(index=INDEX)
     def reactivate(self, index: int) -> None:
@@ -168,10 +200,21 @@ class QueueMachine(RuleBasedStateMachine):
     # --- the way in
 
     @precondition(lambda self: self.event_count < 30)
-    @rule(keys=st.lists(st.sampled_from([None, None, "a", "b", "c", "d"]), min_size=1, max_size=4))
-    def enqueue(self, keys: list[str | None]) -> None:
-        events = [make_event(idempotency_key=key) for key in keys]
-        accepted = self.run(queue.enqueue(self.connection, events))
+    @rule(
+        keys=st.lists(st.sampled_from([None, None, "a", "b", "c", "d"]), min_size=1, max_size=4),
+        ordering_keys=st.lists(st.sampled_from([None, "x", "x", "y"]), min_size=4, max_size=4),
+    )
+    def enqueue(
+        self, keys: list[str | None], ordering_keys: Sequence[str | None] = (None,) * 6
+    ) -> None:
+        events = [
+            make_event(idempotency_key=key, ordering_key=ordering_key)
+            for key, ordering_key in zip(keys, ordering_keys, strict=False)
+        ]
+        if any(event.ordering_key for event in events):
+            accepted = self.run(queue.enqueue_in_order(Borrowed(self.connection), events))
+        else:
+            accepted = self.run(queue.enqueue(self.connection, events))
         expected = []
         for event in events:
             if event.idempotency_key is None or event.idempotency_key not in self.keys:
@@ -190,9 +233,19 @@ class QueueMachine(RuleBasedStateMachine):
         assert Counter((r["event_id"], r["webhook_id"]) for r in rows) == Counter(
             (event_id, webhook_id) for event_id in expected for webhook_id in wanted
         )
-        for row in rows:
-            state = READY if wanted[row["webhook_id"]].active else PARKED
-            self.deliveries[row["id"]] = Delivery(row["webhook_id"], state)
+        position = {event.id: n for n, event in enumerate(events)}
+        mended = set()
+        for row in sorted(rows, key=lambda row: position[row["event_id"]]):
+            config = wanted[row["webhook_id"]]
+            made = Delivery(row["webhook_id"], READY if config.active else PARKED)
+            ordering_key = events[position[row["event_id"]]].ordering_key
+            if ordering_key and config.ordered:
+                made.chain = Chain(row["webhook_id"], ordering_key)
+                if self.first_of(made.chain):
+                    made.state = BLOCKED
+                    mended.add(made.chain)
+            self.deliveries[row["id"]] = made
+        self.let_first_go(mended)
 
     # --- leases
 
@@ -214,11 +267,16 @@ class QueueMachine(RuleBasedStateMachine):
             due = {row["id"] for row in await self.connection.fetch(_IS_DUE)}
             return await queue.claim(self.connection, limit, 3600), due
 
-    @rule(results=st.dictionaries(INDEX, RESULT_NAME, min_size=1, max_size=6))
-    def settle(self, results: dict[int, str]) -> None:
-        """Leases of any age, in any order: the live ones count, the late ones do nothing."""
+    @rule(
+        results=st.dictionaries(INDEX, RESULT_NAME, min_size=1, max_size=6), crashes=st.booleans()
+    )
+    def settle(self, results: dict[int, str], crashes: bool) -> None:
+        """Leases of any age, in any order: the live ones count, the late ones do nothing.
+
+        An engine that crashes after the commit lets nobody go.
+        """
         chosen = {self.pick_lease(index): name for index, name in results.items()}
-        self.settle_leases(list(chosen), list(chosen.values()))
+        self.settle_leases(list(chosen), list(chosen.values()), crashes=crashes)
 
     @rule(names=st.lists(RESULT_NAME, min_size=1, max_size=3))
     def attempt(self, names: list[str]) -> None:
@@ -229,13 +287,16 @@ class QueueMachine(RuleBasedStateMachine):
         self.states_follow_the_lifecycle()
         self.settle_leases(self.leases[given_before:], names)
 
-    def settle_leases(self, leases: list[LeasedDelivery], names: list[str]) -> None:
+    def settle_leases(
+        self, leases: list[LeasedDelivery], names: list[str], *, crashes: bool = False
+    ) -> None:
         pairs = list(zip(leases, names, strict=False))
         settled = self.run(self.settle_in_transaction([RESULTS[n](lease) for lease, n in pairs]))
 
         live = [(lease, name) for lease, name in pairs if self.holds(lease)]
         assert settled.delivery_ids == {lease.id for lease, _ in live}
         failed_since: Counter[UUID] = Counter()
+        ended = set()
         for lease, name in live:
             delivery, config = self.deliveries[lease.id], self.configs[lease.webhook_id]
             delivery.attempt_count += 1
@@ -249,6 +310,8 @@ class QueueMachine(RuleBasedStateMachine):
                 delivery.state = DeliveryState.FAILED
                 config.failures += name == "failed"
                 failed_since[lease.webhook_id] += name == "failed"
+            if delivery.chain and delivery.state is not READY:
+                ended.add(delivery.chain)
         deactivated = {
             webhook_id
             for webhook_id, count in failed_since.items()
@@ -260,6 +323,16 @@ class QueueMachine(RuleBasedStateMachine):
             self.configs[webhook_id].active = False
             self.configs[webhook_id].reason = "failures"
             self.park_ready(webhook_id)
+        assert set(settled.ended_chains) == ended
+        if not crashes:
+            self.run(queue.promote(self.connection, settled.ended_chains))
+            self.let_first_go(ended)
+
+    @rule()
+    def sweep(self) -> None:
+        """Every chain has a first again."""
+        self.run(promote_stranded(self.connection, None))
+        self.let_first_go({d.chain for d in self.deliveries.values() if d.chain})
 
     async def settle_in_transaction(self, settlements: list[Any]) -> queue.Settled:
         async with self.connection.transaction():
@@ -328,7 +401,10 @@ class QueueMachine(RuleBasedStateMachine):
     def let_time_pass(self) -> None:
         """Every backoff is over."""
         self.run(
-            self.connection.execute("UPDATE delivery_queue SET due_at = now() WHERE due_at > now()")
+            self.connection.execute(
+                "UPDATE delivery_queue SET due_at = now()"
+                " WHERE due_at > now() AND state <> 'blocked'"
+            )
         )
 
     # --- what always holds
@@ -350,10 +426,19 @@ class QueueMachine(RuleBasedStateMachine):
         for delivery_id, delivery in self.deliveries.items():
             state = DeliveryState(found[delivery_id].state)
             if delivery.seen is None:
-                assert state in {READY, PARKED}
+                assert state in {READY, PARKED, BLOCKED}
             else:
                 assert state == delivery.seen or state in TRANSITIONS[delivery.seen]
             delivery.seen = state
+
+    @invariant()
+    def only_the_first_of_a_chain_is_ever_under_way(self) -> None:
+        chains: dict[Chain, list[Delivery]] = {}
+        for delivery in self.deliveries.values():
+            if delivery.chain and delivery.state in OPEN_STATES:
+                chains.setdefault(delivery.chain, []).append(delivery)
+        for _, *others in chains.values():
+            assert {other.state for other in others} <= {BLOCKED}
 
     @invariant()
     def attempts_are_dense_and_never_fall(self) -> None:
@@ -391,6 +476,17 @@ class QueueMachine(RuleBasedStateMachine):
     def holds(self, lease: LeasedDelivery) -> bool:
         delivery = self.deliveries[lease.id]
         return delivery.state is LEASED and delivery.lease_id == lease.lease_id
+
+    def first_of(self, chain: Chain) -> Delivery | None:
+        """What was accepted first of what is open of a chain."""
+        members = (d for d in self.deliveries.values() if d.chain == chain)
+        return next((d for d in members if d.state in OPEN_STATES), None)
+
+    def let_first_go(self, chains: set[Chain]) -> None:
+        for chain in chains:
+            first = self.first_of(chain)
+            if first and first.state is BLOCKED:
+                first.state = READY if self.configs[chain.webhook_id].active else PARKED
 
     def park_ready(self, webhook_id: UUID) -> None:
         for delivery in self.deliveries.values():

@@ -18,6 +18,7 @@ LEASED = delivery_pb2.DELIVERY_STATE_LEASED
 DELIVERED = delivery_pb2.DELIVERY_STATE_DELIVERED
 FAILED = delivery_pb2.DELIVERY_STATE_FAILED
 CANCELLED = delivery_pb2.DELIVERY_STATE_CANCELLED
+BLOCKED = delivery_pb2.DELIVERY_STATE_BLOCKED
 
 
 async def page(platform: Platform, **request: Any) -> pb.ListDeliveriesResponse:
@@ -38,9 +39,9 @@ async def get(platform: Platform, delivery_id: str) -> Delivery:
 
 
 async def settle_in_each_state(
-    platform: Platform, receiver: Receiver
+    platform: Platform, receiver: Receiver, pool: Any
 ) -> dict[delivery_pb2.DeliveryState.ValueType, str]:
-    """A delivery in each state but leased; ids by state."""
+    """A delivery in each open state, delivered and failed; ids by state."""
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     receiver.script.extend([200, 400])
     async with platform.engine(max_retries=0, max_consecutive_failures=100):
@@ -50,8 +51,16 @@ async def settle_in_each_state(
     await platform.publish()
     await platform.register(receiver.url, events=("refund.failed",), active=False)
     await platform.publish(type="refund.failed")
+    await platform.register(receiver.url, events=("payment.created",), ordered=True)
+    for _ in range(2):
+        await platform.publish(type="payment.created", ordering_key="pay_1")
+    # The first of the two is leased, so it is in no other's way.
+    await pool.execute(
+        "UPDATE delivery_queue SET state = 'leased', lease_id = id, lease_until = now() + '1 h'"
+        " WHERE ordering_key IS NOT NULL AND state = 'ready'"
+    )
     ids = {delivery.state: delivery.id for delivery in await deliveries(platform)}
-    assert set(ids) == {DELIVERED, FAILED, READY, PARKED}
+    assert set(ids) == {DELIVERED, FAILED, READY, PARKED, LEASED, BLOCKED}
     assert await deliveries(platform, webhook_id=webhook_id, state=READY)
     return ids
 
@@ -118,14 +127,14 @@ async def test_an_attempt_without_an_answer_has_no_status(
 
 
 async def test_each_filter_leaves_only_what_matches_and_they_combine(
-    platform: Platform, receiver: Receiver
+    platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
-    ids = await settle_in_each_state(platform, receiver)
+    ids = await settle_in_each_state(platform, receiver, pool)
     every = await deliveries(platform)
     for state, delivery_id in ids.items():
         assert [d.id for d in await deliveries(platform, state=state)] == [delivery_id]
-    for state in (LEASED, CANCELLED):
-        assert await deliveries(platform, state=state) == []
+    assert await deliveries(platform, state=CANCELLED) == []
+    assert not (await get(platform, ids[BLOCKED])).HasField("next_attempt_time")
     for delivery in every:
         same_webhook = [d for d in every if d.webhook_id == delivery.webhook_id]
         assert await deliveries(platform, webhook_id=delivery.webhook_id) == same_webhook
@@ -150,9 +159,9 @@ async def test_a_leased_delivery_is_listed_as_leased(
 
 
 async def test_open_and_finished_deliveries_are_one_list_newest_first_across_pages(
-    platform: Platform, receiver: Receiver
+    platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
-    ids = await settle_in_each_state(platform, receiver)
+    ids = await settle_in_each_state(platform, receiver, pool)
     for _ in range(3):
         await platform.publish()
     whole = [delivery.id for delivery in await deliveries(platform)]

@@ -350,6 +350,7 @@ class QueueStatus(_message.Message):
     PARKED_FIELD_NUMBER: _builtins.int
     LEASED_FIELD_NUMBER: _builtins.int
     OLDEST_DUE_AGE_FIELD_NUMBER: _builtins.int
+    BLOCKED_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
     """The webhook config; empty for the total."""
     merchant_id: _builtins.str
@@ -360,6 +361,8 @@ class QueueStatus(_message.Message):
     """Deliveries in the backlogs of their webhook configs."""
     leased: _builtins.int
     """Deliveries that an engine is attempting."""
+    blocked: _builtins.int
+    """Deliveries that wait for the one before them of the same ordering key."""
     @_builtins.property
     def oldest_due_age(self) -> _duration_pb2.Duration:
         """How long the ready delivery that is due longest has been waiting; 0 when none is due. A backlog
@@ -375,10 +378,11 @@ class QueueStatus(_message.Message):
         parked: _builtins.int = ...,
         leased: _builtins.int = ...,
         oldest_due_age: _duration_pb2.Duration | None = ...,
+        blocked: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_due_age", b"oldest_due_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leased", b"leased", "merchant_id", b"merchant_id", "oldest_due_age", b"oldest_due_age", "parked", b"parked", "ready", b"ready", "webhook_id", b"webhook_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked", "leased", b"leased", "merchant_id", b"merchant_id", "oldest_due_age", b"oldest_due_age", "parked", b"parked", "ready", b"ready", "webhook_id", b"webhook_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

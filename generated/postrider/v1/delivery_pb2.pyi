@@ -41,6 +41,8 @@ class _DeliveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Deliver
     """Every attempt failed. Final."""
     DELIVERY_STATE_CANCELLED: _DeliveryState.ValueType  # 6
     """The webhook config was deleted before it was delivered. Final."""
+    DELIVERY_STATE_BLOCKED: _DeliveryState.ValueType  # 7
+    """Waits for the delivery before it of the same ordering key."""
 
 class DeliveryState(_DeliveryState, metaclass=_DeliveryStateEnumTypeWrapper):
     """Where a delivery stands."""
@@ -59,6 +61,8 @@ DELIVERY_STATE_FAILED: DeliveryState.ValueType  # 5
 """Every attempt failed. Final."""
 DELIVERY_STATE_CANCELLED: DeliveryState.ValueType  # 6
 """The webhook config was deleted before it was delivered. Final."""
+DELIVERY_STATE_BLOCKED: DeliveryState.ValueType  # 7
+"""Waits for the delivery before it of the same ordering key."""
 Global___DeliveryState: _TypeAlias = DeliveryState  # noqa: Y015
 
 class _Outcome:
@@ -146,7 +150,9 @@ class Delivery(_message.Message):
     """The delivery this one repeats at somebody's request; empty when it came of the event itself."""
     @_builtins.property
     def next_attempt_time(self) -> _timestamp_pb2.Timestamp:
-        """When the next attempt is due; unset when the delivery is finished or parked."""
+        """When the next attempt is due; unset when the delivery is finished, parked or
+        blocked.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

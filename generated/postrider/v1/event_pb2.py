@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18postrider/v1/event.proto\x12\x0cpostrider.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x02\n\nEventInput\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12\x12\n\x04type\x18\x02 \x01(\tR\x04type\x12\x1a\n\x07payload\x18\x03 \x01(\x0cH\x00R\x07payload\x12#\n\x0cpayload_text\x18\x04 \x01(\tH\x00R\x0bpayloadText\x12!\n\x0c\x63ontent_type\x18\x05 \x01(\tR\x0b\x63ontentType\x12\'\n\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12\x39\n\nnot_before\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tnotBeforeB\x06\n\x04\x62ody\"\xeb\x01\n\x05\x45vent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x12\n\x04type\x18\x03 \x01(\tR\x04type\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12%\n\x0e\x64\x65livery_count\x18\x05 \x01(\x05R\rdeliveryCount\x12\x39\n\nnot_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tnotBeforeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18postrider/v1/event.proto\x12\x0cpostrider.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x02\n\nEventInput\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12\x12\n\x04type\x18\x02 \x01(\tR\x04type\x12\x1a\n\x07payload\x18\x03 \x01(\x0cH\x00R\x07payload\x12#\n\x0cpayload_text\x18\x04 \x01(\tH\x00R\x0bpayloadText\x12!\n\x0c\x63ontent_type\x18\x05 \x01(\tR\x0b\x63ontentType\x12\'\n\x0fidempotency_key\x18\x06 \x01(\tR\x0eidempotencyKey\x12\x39\n\nnot_before\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tnotBefore\x12!\n\x0cordering_key\x18\x08 \x01(\tR\x0borderingKeyB\x06\n\x04\x62ody\"\x8e\x02\n\x05\x45vent\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x12\n\x04type\x18\x03 \x01(\tR\x04type\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12%\n\x0e\x64\x65livery_count\x18\x05 \x01(\x05R\rdeliveryCount\x12\x39\n\nnot_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tnotBefore\x12!\n\x0cordering_key\x18\x07 \x01(\tR\x0borderingKeyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.event_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVENTINPUT']._serialized_start=76
-  _globals['_EVENTINPUT']._serialized_end=349
-  _globals['_EVENT']._serialized_start=352
-  _globals['_EVENT']._serialized_end=587
+  _globals['_EVENTINPUT']._serialized_end=384
+  _globals['_EVENT']._serialized_start=387
+  _globals['_EVENT']._serialized_end=657
 # @@protoc_insertion_point(module_scope)

@@ -30,6 +30,7 @@ class EventInput(_message.Message):
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    ORDERING_KEY_FIELD_NUMBER: _builtins.int
     merchant_id: _builtins.str
     """The merchant it concerns: 1 to 64 of `A-Z a-z 0-9 _ -`."""
     type: _builtins.str
@@ -45,6 +46,11 @@ class EventInput(_message.Message):
     event id, another event under the same key is an error. At most 128 printable ASCII
     characters, remembered for at least 24 hours. Empty: every call makes a new event.
     """
+    ordering_key: _builtins.str
+    """Events of one merchant and key are delivered in the order of their acceptance, one at a time, to
+    those of its webhook configs that are `ordered`. At most 128 printable ASCII characters, such as a
+    payment's id. Empty: in no order.
+    """
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
         """Not delivered before this time, at most 30 days ahead; unset or past: at once."""
@@ -59,10 +65,11 @@ class EventInput(_message.Message):
         content_type: _builtins.str = ...,
         idempotency_key: _builtins.str = ...,
         not_before: _timestamp_pb2.Timestamp | None = ...,
+        ordering_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "not_before", b"not_before", "payload", b"payload", "payload_text", b"payload_text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "content_type", b"content_type", "idempotency_key", b"idempotency_key", "merchant_id", b"merchant_id", "not_before", b"not_before", "payload", b"payload", "payload_text", b"payload_text", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "content_type", b"content_type", "idempotency_key", b"idempotency_key", "merchant_id", b"merchant_id", "not_before", b"not_before", "ordering_key", b"ordering_key", "payload", b"payload", "payload_text", b"payload_text", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["payload", "payload_text"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
@@ -82,6 +89,7 @@ class Event(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DELIVERY_COUNT_FIELD_NUMBER: _builtins.int
     NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    ORDERING_KEY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the server, `evt_` and 32 hexadecimal digits; receivers see it as `webhook-id`."""
     merchant_id: _builtins.str
@@ -90,6 +98,8 @@ class Event(_message.Message):
     """Its event type."""
     delivery_count: _builtins.int
     """How many webhook configs it is delivered to; 0 when nobody subscribed."""
+    ordering_key: _builtins.str
+    """In order with the others of this key, where a webhook config is `ordered`; empty: in no order."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was accepted."""
@@ -107,10 +117,11 @@ class Event(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         delivery_count: _builtins.int = ...,
         not_before: _timestamp_pb2.Timestamp | None = ...,
+        ordering_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "not_before", b"not_before"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delivery_count", b"delivery_count", "id", b"id", "merchant_id", b"merchant_id", "not_before", b"not_before", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delivery_count", b"delivery_count", "id", b"id", "merchant_id", b"merchant_id", "not_before", b"not_before", "ordering_key", b"ordering_key", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,8 +89,9 @@ class EventServiceServicer:
     def StreamEvents(self, request_iterator, context):
         """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
         order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-        server reads no further until one is. When the stream breaks, send what was not acknowledged
-        again: with idempotency keys nothing is lost or doubled.
+        server reads no further until one is. Batches with ordering keys are committed in the order they
+        were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
+        same order: with idempotency keys nothing is lost or doubled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

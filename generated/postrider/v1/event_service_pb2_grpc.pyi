@@ -29,8 +29,9 @@ class EventServiceStub:
     StreamEvents: _aio.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]
     """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
     order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-    server reads no further until one is. When the stream breaks, send what was not acknowledged
-    again: with idempotency keys nothing is lost or doubled.
+    server reads no further until one is. Batches with ordering keys are committed in the order they
+    were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
+    same order: with idempotency keys nothing is lost or doubled.
     """
     GetEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]
     """Returns an event, without its payload."""
@@ -70,8 +71,9 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]:
         """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
         order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-        server reads no further until one is. When the stream breaks, send what was not acknowledged
-        again: with idempotency keys nothing is lost or doubled.
+        server reads no further until one is. Batches with ordering keys are committed in the order they
+        were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
+        same order: with idempotency keys nothing is lost or doubled.
         """
 
     @_abc_1.abstractmethod

@@ -94,6 +94,7 @@ class WebhookConfig(_message.Message):
     RATE_LIMIT_FIELD_NUMBER: _builtins.int
     MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     PREVIOUS_SECRET_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    ORDERED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the server, `wh_` and 32 hexadecimal digits. Read-only."""
     merchant_id: _builtins.str
@@ -120,6 +121,11 @@ class WebhookConfig(_message.Message):
     max_in_flight: _builtins.int
     """Requests open at once at the most, up to 1,000, in each engine process, and never more than the
     operator's cap. 0: the operator's cap.
+    """
+    ordered: _builtins.bool
+    """Whether events with an `ordering_key` are delivered in order: of each key one at a time, the next
+    when the one before was delivered, or has failed with its retries spent. A change is about events
+    that are accepted after it; what is in the queue stays in its order, or in none.
     """
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -178,10 +184,11 @@ class WebhookConfig(_message.Message):
         rate_limit: _builtins.float = ...,
         max_in_flight: _builtins.int = ...,
         previous_secret_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        ordered: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "previous_secret_expire_time", b"previous_secret_expire_time", "timeout", b"timeout", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "consecutive_failures", b"consecutive_failures", "create_time", b"create_time", "deactivation_reason", b"deactivation_reason", "description", b"description", "etag", b"etag", "events", b"events", "headers", b"headers", "id", b"id", "max_in_flight", b"max_in_flight", "merchant_id", b"merchant_id", "previous_secret_expire_time", b"previous_secret_expire_time", "rate_limit", b"rate_limit", "retry_schedule", b"retry_schedule", "timeout", b"timeout", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "consecutive_failures", b"consecutive_failures", "create_time", b"create_time", "deactivation_reason", b"deactivation_reason", "description", b"description", "etag", b"etag", "events", b"events", "headers", b"headers", "id", b"id", "max_in_flight", b"max_in_flight", "merchant_id", b"merchant_id", "ordered", b"ordered", "previous_secret_expire_time", b"previous_secret_expire_time", "rate_limit", b"rate_limit", "retry_schedule", b"retry_schedule", "timeout", b"timeout", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015

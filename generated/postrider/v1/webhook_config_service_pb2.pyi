@@ -192,7 +192,7 @@ class UpdateWebhookConfigRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Which fields to change: url, events, description, active, retry_schedule, headers, timeout,
-        rate_limit, max_in_flight. Required.
+        rate_limit, max_in_flight, ordered. Required.
         """
 
     def __init__(
