@@ -78,6 +78,7 @@ def webhook_draft(message: webhook_config_pb2.WebhookConfig) -> WebhookDraft:
         timeout_seconds=_seconds(message.timeout) if message.HasField("timeout") else None,
         rate_limit=message.rate_limit,
         max_in_flight=message.max_in_flight,
+        ordered=message.ordered,
     )
 
 
@@ -106,6 +107,7 @@ def webhook_config_message(row: WebhookConfig) -> webhook_config_pb2.WebhookConf
         timeout=None if timeout is None else _duration(timeout),
         rate_limit=row.rate_limit,
         max_in_flight=row.max_in_flight,
+        ordered=row.ordered,
         # The row keeps it for a moment longer than it signs.
         previous_secret_expire_time=_timestamp(expires_at)
         if expires_at and expires_at > datetime.now(UTC)
@@ -161,6 +163,7 @@ def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:
         ready=standing.ready,
         parked=standing.parked,
         leased=standing.leased,
+        blocked=standing.blocked,
         oldest_due_age=_duration(standing.oldest_due_age_seconds),
     )
 
@@ -189,6 +192,7 @@ def event_draft(message: event_pb2.EventInput) -> EventDraft:
         payload=payload,
         idempotency_key=message.idempotency_key,
         not_before=_not_before(message),
+        ordering_key=message.ordering_key,
     )
 
 
@@ -209,6 +213,7 @@ def event_message(event: PublishedEvent | EventRow) -> event_pb2.Event:
         create_time=_timestamp(event.created_at),
         delivery_count=event.delivery_count,
         not_before=_timestamp(event.not_before),
+        ordering_key=event.ordering_key or "",
     )
 
 

@@ -48,7 +48,8 @@ WITH chunk AS (
     SELECT id, content_type <> '' AS whole FROM events
     WHERE merchant_id = $1 AND id > $2 AND created_at <= $4 ORDER BY id LIMIT $3
 ), erased AS (
-    UPDATE events e SET payload = '', content_type = '' FROM chunk c WHERE e.id = c.id AND c.whole
+    UPDATE events e SET payload = '', content_type = '', ordering_key = NULL
+    FROM chunk c WHERE e.id = c.id AND c.whole
 )
 SELECT count(*) FILTER (WHERE whole) AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id
 FROM chunk

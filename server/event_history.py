@@ -22,6 +22,7 @@ class EventRow:
     created_at: datetime
     delivery_count: int
     not_before: datetime | None
+    ordering_key: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class EventFilter:
     before: UUID | None = None
 
 
-_COLUMNS = "id, merchant_id, type, created_at, delivery_count, not_before"
+_COLUMNS = "id, merchant_id, type, created_at, delivery_count, not_before, ordering_key"
 _ONE = f"SELECT {_COLUMNS} FROM events WHERE id = $1"  # noqa: S608 - of our own parts
 # The ids bound the partitions and the part of the index that is read; the times are exact.
 _LIST = (

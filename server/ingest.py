@@ -6,7 +6,7 @@ so an accepted event always has its deliveries and their place in the queue.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -23,7 +23,8 @@ from server.group_commit import GroupCommit
 from server.hint import Hints
 
 _MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,128}")
+#: Of idempotency and of ordering.
+_KEY = re.compile(r"[ -~]{1,128}")
 # ASCII, since ignoring case alone takes ſ for s and the Kelvin sign for k.
 _ANY_CASE = re.ASCII | re.IGNORECASE
 _CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[a-z0-9-]+)?", _ANY_CASE)
@@ -31,8 +32,11 @@ _JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", _ANY_CASE)
 DEFAULT_CONTENT_TYPE = "application/json"
 _NOT_BEFORE_MAX = timedelta(days=30)
 
+type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Mapping[UUID, tuple[int, datetime]]]]
+
 _PREVIOUS = """
-SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at, e.not_before
+SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at, e.not_before,
+    e.ordering_key
 FROM unnest($1::text[], $2::text[]) AS t(merchant_id, key)
 JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
 JOIN events e ON e.id = k.event_id
@@ -60,6 +64,7 @@ class EventDraft:
     idempotency_key: str
     #: `datetime.max` stands for a time that is none.
     not_before: datetime | None = None
+    ordering_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,7 @@ class PublishedEvent:
     created_at: datetime
     delivery_count: int
     not_before: datetime | None
+    ordering_key: str | None
     duplicate: bool
 
 
@@ -83,7 +89,11 @@ class Ingest:
         self._event_types = event_types
         self._hints = hints
         self._max_payload_bytes = max_payload_bytes
-        self._commits = GroupCommit(self._store)
+        self._commits = GroupCommit(lambda events: self._store(queue.enqueue, events))
+        # Apart, so that only who asks for an order ever waits for one.
+        self._commits_in_order = GroupCommit(
+            lambda events: self._store(queue.enqueue_in_order, events)
+        )
 
     async def publish(
         self, drafts: Sequence[EventDraft], path: str
@@ -98,13 +108,15 @@ class Ingest:
             violations = self._violations(draft, path.format(index), unknown_types)
             checked.append(InvalidArgument(*violations) if violations else _new_event(draft))
         events = [event for event in checked if isinstance(event, NewEvent)]
-        stored = await self._commits.store(events) if events else {}
+        in_order = any(event.ordering_key for event in events)
+        commits = self._commits_in_order if in_order else self._commits
+        stored = await commits.store(events) if events else {}
         return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
 
     async def _store(
-        self, events: Sequence[NewEvent]
+        self, enqueue: _Enqueue, events: Sequence[NewEvent]
     ) -> dict[UUID, PublishedEvent | PostriderError]:
-        accepted = await queue.enqueue(self._pool, events)
+        accepted = await enqueue(self._pool, events)
         if any(delivery_count for delivery_count, _ in accepted.values()):
             self._hints.give()
         stored: dict[UUID, PublishedEvent | PostriderError] = {}
@@ -121,6 +133,7 @@ class Ingest:
                 created_at=created_at,
                 delivery_count=delivery_count,
                 not_before=event.not_before,
+                ordering_key=event.ordering_key,
                 duplicate=False,
             )
         if repeated:
@@ -140,7 +153,8 @@ class Ingest:
             if row["content_hash"] != event.content_hash:
                 results[event.id] = AlreadyExists(
                     "this idempotency key was used for another event: use a new key for a new "
-                    "event, and the same type, content type, payload and not_before to repeat one",
+                    "event, and the same type, content type, payload, not_before and ordering key "
+                    "to repeat one",
                     reason="IDEMPOTENCY_KEY_REUSED",
                 )
             else:
@@ -151,6 +165,7 @@ class Ingest:
                     created_at=row["created_at"],
                     delivery_count=row["delivery_count"],
                     not_before=row["not_before"],
+                    ordering_key=row["ordering_key"],
                     duplicate=True,
                 )
         return results
@@ -164,14 +179,13 @@ class Ingest:
         is_known = draft.type not in unknown_types
         if not is_known:
             found.append(unknown_event_type(f"{path}.type", draft.type))
-        if draft.idempotency_key and not _IDEMPOTENCY_KEY.fullmatch(draft.idempotency_key):
-            found.append(
-                FieldViolation(
-                    f"{path}.idempotency_key",
-                    "must be at most 128 printable ASCII characters",
-                    "IDEMPOTENCY_KEY_INVALID",
-                )
-            )
+        description = "must be at most 128 printable ASCII characters"
+        if draft.idempotency_key and not _KEY.fullmatch(draft.idempotency_key):
+            field = f"{path}.idempotency_key"
+            found.append(FieldViolation(field, description, "IDEMPOTENCY_KEY_INVALID"))
+        if draft.ordering_key and not _KEY.fullmatch(draft.ordering_key):
+            field = f"{path}.ordering_key"
+            found.append(FieldViolation(field, description, "ORDERING_KEY_INVALID"))
         if draft.not_before and draft.not_before > datetime.now(UTC) + _NOT_BEFORE_MAX:
             found.append(
                 FieldViolation(
@@ -231,6 +245,7 @@ def _new_event(draft: EventDraft) -> NewEvent:
         idempotency_key=key,
         content_hash=_content_hash(draft, content_type, payload) if key else b"",
         not_before=draft.not_before,
+        ordering_key=draft.ordering_key or None,
     )
 
 
@@ -240,4 +255,7 @@ def _content_hash(draft: EventDraft, content_type: str, payload: bytes) -> bytes
     if draft.not_before is not None:
         # Begins as no content without it does, and leaves the hashes of those as they were.
         content = b"\0".join((b"", draft.not_before.isoformat().encode(), content))
+    if draft.ordering_key:
+        # Begins as nothing above does.
+        content = b"\0".join((b"", b"", draft.ordering_key.encode(), content))
     return hashlib.sha256(content).digest()

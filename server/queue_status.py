@@ -1,7 +1,7 @@
 """Counts open deliveries, exactly, in one statement and hence of one moment.
 
-A backlog, which is what grows, is counted by its index alone; the rest is as large as what engines
-have yet to look at. A million rows take about half a second.
+Backlogs and what is blocked, which is what grows, are counted by their indexes alone; the rest is
+as large as what engines have yet to look at. A million rows take about half a second.
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,32 @@ _STATUS = """
 WITH parked AS (
     SELECT webhook_id, count(*) AS parked FROM delivery_queue
     WHERE state = 'parked'{of_webhook} GROUP BY webhook_id
+), blocked AS (
+    SELECT webhook_id, count(*) AS blocked FROM delivery_queue
+    WHERE state = 'blocked'{of_webhook} GROUP BY webhook_id
 ), others AS (
     SELECT webhook_id, count(*) FILTER (WHERE state = 'ready') AS ready,
         count(*) FILTER (WHERE state = 'leased') AS leased,
         min(due_at) FILTER (WHERE state = 'ready' AND due_at <= now()) AS oldest_due_at
     FROM delivery_queue
-    WHERE state <> 'parked'{of_webhook} GROUP BY webhook_id
+    WHERE state <> 'parked' AND due_at < 'infinity'{of_webhook} GROUP BY webhook_id
 ), open AS (
     SELECT webhook_id, coalesce(ready, 0) AS ready, coalesce(parked, 0) AS parked,
-        coalesce(leased, 0) AS leased, oldest_due_at
-    FROM parked FULL JOIN others USING (webhook_id)
+        coalesce(leased, 0) AS leased, coalesce(blocked, 0) AS blocked, oldest_due_at
+    FROM parked FULL JOIN others USING (webhook_id) FULL JOIN blocked USING (webhook_id)
 ), top AS (
-    SELECT * FROM open ORDER BY ready + parked + leased DESC, webhook_id LIMIT :top
+    SELECT * FROM open ORDER BY ready + parked + leased + blocked DESC, webhook_id LIMIT :top
 )
 SELECT NULL::uuid AS webhook_id, NULL AS merchant_id, coalesce(sum(ready), 0)::bigint AS ready,
     coalesce(sum(parked), 0)::bigint AS parked, coalesce(sum(leased), 0)::bigint AS leased,
+    coalesce(sum(blocked), 0)::bigint AS blocked,
     coalesce(extract(epoch FROM now() - min(oldest_due_at)), 0)::float8 AS oldest_due_age_seconds
 FROM open
 UNION ALL (
-    SELECT t.webhook_id, c.merchant_id, t.ready, t.parked, t.leased,
+    SELECT t.webhook_id, c.merchant_id, t.ready, t.parked, t.leased, t.blocked,
         coalesce(extract(epoch FROM now() - t.oldest_due_at), 0)::float8
     FROM top t LEFT JOIN webhook_configs c ON c.id = t.webhook_id
-    ORDER BY t.ready + t.parked + t.leased DESC, t.webhook_id
+    ORDER BY t.ready + t.parked + t.leased + t.blocked DESC, t.webhook_id
 )
 """
 
@@ -55,6 +59,7 @@ class Standing:
     ready: int
     parked: int
     leased: int
+    blocked: int
     oldest_due_age_seconds: float
 
 

@@ -10,7 +10,7 @@ from server.event_types import deprecated_event_type, unknown_event_type
 
 UPDATABLE_FIELDS = (
     *("url", "events", "description", "active", "retry_schedule"),
-    *("headers", "timeout", "rate_limit", "max_in_flight"),
+    *("headers", "timeout", "rate_limit", "max_in_flight", "ordered"),
 )
 
 _EVENTS_MAX = 100
@@ -38,6 +38,7 @@ class WebhookDraft:
     timeout_seconds: float | None = None
     rate_limit: float = 0
     max_in_flight: int = 0
+    ordered: bool = False
 
 
 def check_mask(paths: Collection[str]) -> None:

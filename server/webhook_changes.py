@@ -197,6 +197,7 @@ def _values(url: str, draft: WebhookDraft, fields: Collection[str]) -> dict[str,
         "timeout_seconds": draft.timeout_seconds,
         "rate_limit": draft.rate_limit,
         "max_in_flight": draft.max_in_flight,
+        "ordered": draft.ordered,
     }
     return {name: value for name, value in values.items() if name.removesuffix(_UNIT) in fields}
 

@@ -75,7 +75,7 @@ async def fill(platform: Platform, receiver: Receiver, pool: Any, merchant_id: s
         pb.DeactivateWebhookConfigRequest(id=config.webhook_config.id, reason="jane-doe asked"),
         metadata=platform.operator(),
     )
-    await platform.publish('"order-4711"', merchant_id)
+    await platform.publish('"order-4711"', merchant_id, ordering_key="order-4711")
 
 
 async def test_an_erased_merchant_leaves_that_something_was_delivered_and_not_what(
@@ -98,7 +98,8 @@ async def test_an_erased_merchant_leaves_that_something_was_delivered_and_not_wh
         assert (row["secret_ciphertext"], row["previous_secret_ciphertext"]) == (b"", None)
         assert row["deleted_at"] is not None
     events = await pool.fetch("SELECT * FROM events WHERE merchant_id = 'm_1'")
-    assert [(e["payload"], e["content_type"]) for e in events] == [(b"", "")] * 2
+    erased = [(e["payload"], e["content_type"], e["ordering_key"]) for e in events]
+    assert erased == [(b"", "", None)] * 2
     states = await pool.fetch(
         "SELECT state FROM finished_deliveries WHERE merchant_id = 'm_1' ORDER BY id"
     )

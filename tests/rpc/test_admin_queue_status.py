@@ -5,9 +5,10 @@ from uuid import UUID
 
 from grpc import StatusCode
 
+from core import queue
 from postrider.v1 import admin_service_pb2 as pb
 from tests.errors import refused
-from tests.factories import make_delivery, make_webhook_config
+from tests.factories import make_delivery, make_event, make_webhook_config
 from tests.platform import Platform
 
 
@@ -67,6 +68,24 @@ async def test_the_total_is_of_all_however_few_are_told(platform: Platform, pool
         await make_delivery(pool, await make_webhook_config(pool))
     answer = await status(platform, top=2)
     assert (len(answer.webhooks), answer.total.ready) == (2, 3)
+
+
+async def test_what_waits_for_its_turn_is_counted_apart(platform: Platform, pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    none = await make_webhook_config(pool, merchant_id="m_2")
+    await make_delivery(pool, none)
+    keys = ["k", "k", "k", "other"]
+    await queue.enqueue_in_order(pool, [make_event(ordering_key=key) for key in keys])
+
+    answer = await status(platform)
+
+    assert [(part.webhook_id, part.ready, part.blocked) for part in answer.webhooks] == [
+        (text(webhook_id), 2, 2),
+        (text(none), 1, 0),
+    ]
+    assert (answer.total.ready, answer.total.blocked) == (3, 2)
+    assert answer.total.oldest_due_age.seconds < 60
+    assert (await status(platform, webhook_id=text(webhook_id))).total.blocked == 2
 
 
 async def test_a_negative_number_and_a_malformed_id_are_refused(platform: Platform) -> None:

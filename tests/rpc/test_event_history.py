@@ -61,8 +61,8 @@ async def insert_event(pool: Any, id_time: datetime, created_at: datetime) -> st
 async def test_an_event_is_got_as_it_was_accepted(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url)
     later = timestamp(datetime.now(UTC).replace(microsecond=0) + timedelta(days=1))
-    published = (await platform.publish(not_before=later)).event
-    assert published.not_before == later
+    published = (await platform.publish(not_before=later, ordering_key="pay_1")).event
+    assert (published.not_before, published.ordering_key) == (later, "pay_1")
     assert await get(platform, published.id) == published
     assert published.delivery_count == 1
     assert not (await platform.publish()).event.HasField("not_before")
@@ -80,7 +80,7 @@ async def test_a_foreign_event_is_an_unknown_event(platform: Platform) -> None:
 
 
 async def test_events_are_listed_newest_first_page_by_page(platform: Platform) -> None:
-    accepted = [(await platform.publish()).event for _ in range(7)]
+    accepted = [(await platform.publish(ordering_key="k" * n)).event for n in range(7)]
     await platform.publish(merchant_id="m_2")
     listed: list[Event] = []
     sizes, token = [], ""

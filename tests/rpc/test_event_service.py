@@ -151,6 +151,18 @@ async def test_a_key_has_at_most_128_printable_ascii_characters(platform: Platfo
         async with refused(StatusCode.INVALID_ARGUMENT, "IDEMPOTENCY_KEY_INVALID") as error:
             await publish(platform, event(idempotency_key=key))
         assert error.violations == {"event.idempotency_key": "IDEMPOTENCY_KEY_INVALID"}
+        async with refused(StatusCode.INVALID_ARGUMENT, "ORDERING_KEY_INVALID") as error:
+            await publish(platform, event(ordering_key=key))
+        assert error.violations == {"event.ordering_key": "ORDERING_KEY_INVALID"}
+
+
+async def test_an_ordering_key_is_kept_with_its_event(platform: Platform) -> None:
+    accepted = await publish(platform, event(ordering_key="~ " * 64))
+    assert accepted.event.ordering_key == "~ " * 64
+    assert not (await publish(platform, event())).event.ordering_key
+    mixed = await publish_batch(platform, [event(ordering_key="k"), event(), event(type="no.such")])
+    assert [result.event.ordering_key for result in mixed] == ["k", "", ""]
+    assert [result.reason for result in mixed] == ["", "", "EVENT_TYPE_UNKNOWN"]
 
 
 async def test_a_payload_of_256_kib_is_taken_and_one_byte_more_refused(
@@ -228,13 +240,14 @@ async def test_a_content_type_that_is_no_media_type_is_refused(platform: Platfor
 async def test_every_wrong_field_of_an_event_is_named_at_once(
     platform: Platform, pool: Any
 ) -> None:
-    wrong = EventInput(merchant_id="m 1", type="no.such", idempotency_key="ü")
+    wrong = EventInput(merchant_id="m 1", type="no.such", idempotency_key="ü", ordering_key="ü")
     async with refused(StatusCode.INVALID_ARGUMENT, "MERCHANT_ID_INVALID") as error:
         await publish(platform, wrong)
     assert error.violations == {
         "event.merchant_id": "MERCHANT_ID_INVALID",
         "event.type": "EVENT_TYPE_UNKNOWN",
         "event.idempotency_key": "IDEMPOTENCY_KEY_INVALID",
+        "event.ordering_key": "ORDERING_KEY_INVALID",
         "event.payload": "PAYLOAD_MISSING",
     }
     assert "no.such" in error.message
@@ -363,6 +376,24 @@ async def test_a_key_stands_for_its_time_of_delivery_too(platform: Platform, poo
     for other in (
         event(idempotency_key="timed"),
         event(idempotency_key="timed", not_before=tomorrow + timedelta(seconds=1)),
+    ):
+        async with refused(StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"):
+            await publish(platform, other)
+    assert await count(pool, "events") == 1
+
+
+async def test_a_key_stands_for_its_ordering_key_too(platform: Platform, pool: Any) -> None:
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    kept = event(idempotency_key="kept", ordering_key="k", not_before=tomorrow)
+    first, again = await publish(platform, kept), await publish(platform, kept)
+    assert again.duplicate
+    assert again.event == first.event
+    assert first.event.ordering_key == "k"
+    for other in (
+        event(idempotency_key="kept"),
+        event(idempotency_key="kept", ordering_key="k"),
+        event(idempotency_key="kept", not_before=tomorrow),
+        event(idempotency_key="kept", ordering_key="l", not_before=tomorrow),
     ):
         async with refused(StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"):
             await publish(platform, other)

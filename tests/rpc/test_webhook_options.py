@@ -20,6 +20,7 @@ OPTIONS: dict[str, Any] = {
     "timeout": Duration(seconds=2, nanos=500_000_000),
     "rate_limit": 12.5,
     "max_in_flight": 7,
+    "ordered": True,
 }
 INVALID: dict[str, tuple[Any, dict[str, str]]] = {
     "headers": ({"Host": "x"}, {"webhook_config.headers['Host']": "HEADER_DENIED"}),
@@ -63,6 +64,7 @@ def options_of(config: WebhookConfig) -> dict[str, Any]:
         "timeout": config.timeout,
         "rate_limit": config.rate_limit,
         "max_in_flight": config.max_in_flight,
+        "ordered": config.ordered,
     }
 
 
@@ -84,7 +86,7 @@ async def test_options_are_off_by_default(platform: Platform, receiver: Receiver
     config = (await platform.register(receiver.url)).webhook_config
     assert not config.headers
     assert not config.HasField("timeout")
-    assert (config.rate_limit, config.max_in_flight) == (0, 0)
+    assert (config.rate_limit, config.max_in_flight, config.ordered) == (0, 0, False)
     assert not config.HasField("previous_secret_expire_time")
 
 
@@ -111,7 +113,7 @@ async def test_a_mask_that_names_an_option_without_a_value_turns_it_off(
     config = await update(platform, webhook_id, *OPTIONS)
     assert not config.headers
     assert not config.HasField("timeout")
-    assert (config.rate_limit, config.max_in_flight) == (0, 0)
+    assert (config.rate_limit, config.max_in_flight, config.ordered) == (0, 0, False)
 
 
 @pytest.mark.parametrize("name", INVALID)
