@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any
 from uuid import UUID
 
@@ -29,7 +29,7 @@ from server.ingest import (
     is_merchant_id,
     wrong_merchant_id,
 )
-from server.ordered_commits import OrderedCommits
+from server.ordered_commits import OrderedCommits, Turns
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Principal, Scope
 
@@ -79,6 +79,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> AsyncIterator[pb.StreamEventsResponse]:
         caller = _publisher()
         last: int | None = None
+        turns = Turns()
 
         def commit(
             request: pb.StreamEventsRequest,
@@ -87,7 +88,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
             if last is not None and request.sequence <= last:
                 raise _not_ascending(request.sequence, last)
             last = request.sequence
-            return self._commit(request.sequence, _drafts(caller, request.events))
+            return self._commit(request.sequence, _drafts(caller, request.events), turns)
 
         stream = OrderedCommits(commit, UNACKNOWLEDGED_BATCHES_MAX)
         expiry = asyncio.get_running_loop().call_later(
@@ -138,8 +139,12 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
             else "",
         )
 
-    async def _commit(self, sequence: int, drafts: Sequence[EventDraft]) -> pb.StreamEventsResponse:
-        results = await self._ingest.publish(drafts, "events[{}]")
+    async def _commit(
+        self, sequence: int, drafts: Sequence[EventDraft], turns: Turns
+    ) -> pb.StreamEventsResponse:
+        in_order = any(draft.ordering_key for draft in drafts)
+        async with turns.turn() if in_order else nullcontext():
+            results = await self._ingest.publish(drafts, "events[{}]")
         return pb.StreamEventsResponse(
             sequence=sequence, results=[_result(result) for result in results]
         )

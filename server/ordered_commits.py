@@ -7,7 +7,28 @@ before it is acknowledged first.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
+
+
+class Turns:
+    """One at a time, in the order in which they ask; once one has failed, nobody any more."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._failure: BaseException | None = None
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncGenerator[None]:
+        """Raises what an earlier turn failed with: what it left out must not be overtaken."""
+        async with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                yield
+            except BaseException as error:
+                self._failure = error
+                raise
 
 
 class OrderedCommits[Batch, Ack]:

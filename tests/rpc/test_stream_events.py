@@ -14,6 +14,7 @@ from cli.development_key import mint_token
 from postrider.v1 import event_service_pb2 as pb
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.event_service_pb2_grpc import EventServiceStub
+from server.ingest import Ingest
 from tests.errors import refused
 from tests.factories import until_blocked
 from tests.fakes.receiver import Receiver
@@ -193,6 +194,59 @@ async def test_a_batch_that_waits_holds_back_the_acknowledgements_after_it(
     assert (await reading).sequence == 1
     assert (await call.read()).sequence == 2
     call.cancel()
+
+
+async def test_batches_with_ordering_keys_are_committed_one_after_the_other(
+    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, may_commit, begun = Ingest.publish, asyncio.Event(), []
+
+    async def publish_when_told(ingest: Ingest, drafts: Any, path: str) -> Any:
+        begun.append(drafts[0].idempotency_key)
+        if drafts[0].idempotency_key == "1-0":
+            await may_commit.wait()
+        return await publish(ingest, drafts, path)
+
+    monkeypatch.setattr(Ingest, "publish", publish_when_told)
+    call = open_stream(platform)
+    for sequence in (1, 2, 3):
+        await call.write(batch(sequence, size=1, ordering_key=f"k{sequence}"))
+    await call.write(batch(4, size=1))
+    await until_committed(pool, 1)
+    assert begun == ["1-0", "4-0"]
+    may_commit.set()
+    await call.done_writing()
+    assert await acknowledged(call) == [1, 2, 3, 4]
+    assert begun == ["1-0", "4-0", "2-0", "3-0"]
+
+
+async def test_after_a_batch_that_failed_none_with_ordering_keys_is_committed(
+    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent again, the failed one would come behind what was sent after it."""
+    publish, all_taken = Ingest.publish, asyncio.Event()
+
+    async def publish_or_fail(ingest: Ingest, drafts: Any, path: str) -> Any:
+        if drafts[0].idempotency_key == "2-0":
+            await all_taken.wait()
+            raise TimeoutError("the database is slow")
+        return await publish(ingest, drafts, path)
+
+    monkeypatch.setattr(Ingest, "publish", publish_or_fail)
+    call = open_stream(platform)
+    for sequence in range(1, 6):
+        await call.write(batch(sequence, size=1, ordering_key="k"))
+    assert (await call.read()).sequence == 1
+    # Those without a key are committed whatever becomes of others.
+    await call.write(batch(6, size=1))
+    await until_committed(pool, 2)
+    all_taken.set()
+    async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+        await acknowledged(call)
+    # Behind whatever of this key was on its way.
+    await platform.publish(idempotency_key="last", ordering_key="k")
+    keys = await pool.fetch("SELECT key FROM idempotency_keys ORDER BY key")
+    assert [row["key"] for row in keys] == ["1-0", "6-0", "last"]
 
 
 @pytest.mark.parametrize("sequence", [4, 5, -1])
