@@ -106,6 +106,21 @@ async def test_no_more_batches_are_on_their_way_than_allowed(held: HeldTransport
     await publisher.close()
 
 
+async def test_batches_with_ordering_keys_go_one_after_the_other(held: HeldTransport) -> None:
+    publisher = Publisher(held, linger_ms=0, max_batch=1, max_in_flight=8)
+    for number in range(3):
+        await publisher.publish(event(f"k{number}", ordering_key="pay_1"))
+        await publisher.publish(event(f"free{number}"))
+    await held.wait_for(4)
+    flushing = asyncio.create_task(publisher.flush())
+    await asyncio.wait({flushing}, timeout=0.05)
+    assert held.batches == [["k0"], ["free0"], ["free1"], ["free2"]]
+    held.gate.set()
+    await flushing
+    assert held.batches[4:] == [["k1"], ["k2"]]
+    await publisher.close()
+
+
 async def test_publish_waits_while_too_much_is_pending(held: HeldTransport) -> None:
     publisher = Publisher(held, linger_ms=0, max_pending=3)
     for number in range(3):

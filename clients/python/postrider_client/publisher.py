@@ -1,14 +1,15 @@
 """Publisher: many events a second, in batches, without losing one between the caller and the store.
 
-publish() waits when too much is pending, so memory is bounded. Every event has a key before it is
-first sent. Each ends as a result or an error in its future, and flush() and close() raise what
-failed even if nobody looked at the futures.
+publish() waits when too much is pending, so memory is bounded. Every event has an idempotency key
+before it is first sent. Batches may overtake each other; those with ordering keys never do. Each
+event ends as a result or an error in its future, and flush() and close() raise what failed even if
+nobody looked at the futures.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -69,6 +70,8 @@ class Publisher:
         self._max_batch = max_batch
         self._slots = asyncio.Semaphore(max_in_flight)
         self._room = asyncio.Semaphore(max_pending)
+        # Fair: who waits first is let in first.
+        self._turn = asyncio.Lock()
         self._waiting: deque[_Pending] = deque()
         self._waiting_bytes = 0
         self._unsettled: set[_Pending] = set()
@@ -170,7 +173,10 @@ class Publisher:
 
     async def _send(self, batch: Sequence[_Pending]) -> None:
         try:
-            results = await self._transport.send([pending.event for pending in batch])
+            events = [pending.event for pending in batch]
+            in_order = any(event.ordering_key for event in events)
+            async with self._turn if in_order else nullcontext():
+                results = await self._transport.send(events)
             self._resolve(batch, results)
         except asyncio.CancelledError as error:
             self._fail_all(batch, error)
