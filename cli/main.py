@@ -1,5 +1,6 @@
 """The `postrider` command. Each subcommand reads its settings and says plainly what is wrong."""
 
+import asyncio
 import gc
 import os
 import sys
@@ -17,6 +18,7 @@ from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, Lo
 from core.errors import ConfigurationError, PostriderError
 from core.keyring import new_key
 from core.logs import configure_logs
+from delivery.config import MAX_PROCESSES
 
 
 class _Group(click.Group):
@@ -74,15 +76,26 @@ def server() -> None:
 
 
 @main.command()
-def delivery() -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1, MAX_PROCESSES),
+    help="Engine processes to keep running here, instead of WEBHOOK_DELIVERY_PROCESSES.",
+)
+@click.option("--lifeline", type=int, hidden=True, help="For an engine that a supervisor starts.")
+def delivery(processes: int | None, lifeline: int | None) -> None:
     """Deliver webhooks until SIGTERM.
 
     Needs WEBHOOK_DATABASE_URL and WEBHOOK_ENCRYPTION_KEYS. Any number may run on one database,
     also on many machines. After SIGTERM nothing new is claimed and attempts in flight finish; what
     a killed engine had in flight is sent again by the others when its lease ends.
+
+    One engine uses one core at most. With --processes, a supervisor starts so many, starts one anew
+    that ended, and has all of them drain after SIGTERM, or when it is itself killed.
     """
     from cli.deliver import DeliverSettings, deliver  # noqa: PLC0415
+    from cli.lifeline import EngineEnd  # noqa: PLC0415
     from cli.stop import stop_on_signals  # noqa: PLC0415
+    from cli.supervise import supervise  # noqa: PLC0415
     from delivery.config import DeliverySettings  # noqa: PLC0415
 
     configure_logs(load(LogSettings))
@@ -92,9 +105,18 @@ def delivery() -> None:
         egress=load(EgressSettings),
         delivery=load(DeliverySettings),
     )
+    processes = processes or settings.delivery.delivery_processes
+    if processes > 1:
+        sys.exit(asyncio.run(supervise(processes)))
 
     async def run() -> None:
-        await deliver(settings, stop_on_signals())
+        stop = stop_on_signals()
+        if lifeline is None:
+            await deliver(settings, stop)
+        else:
+            end = EngineEnd(lifeline)
+            end.pass_stop_on(stop)
+            await deliver(settings, stop, end.say_ready)
 
     uvloop.run(run())
 

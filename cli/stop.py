@@ -3,16 +3,22 @@
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 
 
-def stop_on_signals() -> asyncio.Event:
+def stop_on_signals(before_giving_up: Callable[[], None] = lambda: None) -> asyncio.Event:
     """An event set by the first SIGTERM or SIGINT; another ends the process at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    signalled = False
 
     def on_signal(number: int) -> None:
-        if stop.is_set():
+        nonlocal signalled
+        if signalled:
+            before_giving_up()
             os._exit(128 + number)
+        # Not by the event, which somebody else may have set.
+        signalled = True
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -59,7 +59,10 @@ class DatabaseSettings(Block):
         "`postrider run` and `demo` start their own when it is not set."
     )
     database_pool_size: int = Field(
-        10, ge=2, le=200, description="connections one process may hold"
+        10,
+        ge=2,
+        le=200,
+        description="connections one process may hold, each engine process its own",
     )
     database_connect_timeout_seconds: Seconds = Field(
         5.0, description="how long to wait for a connection before a call is refused"

@@ -4,6 +4,9 @@ from pydantic import Field, model_validator
 
 from core.config import Block, Seconds, SecondsList
 
+#: Engine processes that one supervisor keeps.
+MAX_PROCESSES = 64
+
 
 class DeliverySettings(Block):
     """Deadlines, retries, leases and the bounds of what is in flight."""
@@ -47,6 +50,13 @@ class DeliverySettings(Block):
     )
     delivery_drain_seconds: Seconds = Field(
         35.0, description="how long attempts in flight may finish after SIGTERM"
+    )
+    delivery_processes: int = Field(
+        1,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="engine processes that one `postrider delivery` keeps running, each with its "
+        "own places in flight and database connections; one uses at most one core",
     )
 
     @model_validator(mode="after")

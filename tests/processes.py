@@ -76,7 +76,7 @@ class Processes:
         self.environment = dict(environment)
         self._started: list[Process] = []
 
-    async def start(self, command: str, **settings: object) -> Process:
+    async def start(self, *command: str, **settings: object) -> Process:
         """Start a subcommand; `settings` by name without the prefix, None to leave one out."""
         environment = {"PATH": os.environ["PATH"], **self.environment}
         for name, value in settings.items():
@@ -86,7 +86,7 @@ class Processes:
         process = Process(
             await asyncio.create_subprocess_exec(
                 POSTRIDER,
-                command,
+                *command,
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
