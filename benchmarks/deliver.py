@@ -6,41 +6,30 @@ and after, so that a machine that gets faster or slower meanwhile shows in their
 
 import asyncio
 import json
-import signal
-import socket
 import statistics
+from bisect import bisect_right
 from typing import Any
 
 import asyncpg
 
-from benchmarks.payload import PAYLOAD
+from benchmarks.drain import drained
+from benchmarks.ledger import Ledger
+from benchmarks.receiver import HELD, HELD_SECONDS
 from benchmarks.stack import (
     Stack,
-    cpu_seconds,
-    cpu_seconds_of_postgres,
+    free_port,
     insert_webhooks,
-    rss_megabytes,
+    receiver_certificate,
     running_stack,
     wait_until_listening,
 )
+from benchmarks.statements import counted
 
 _WEBHOOKS = 50
 _IN_FLIGHT_PER_WEBHOOK = 4
 _DELIVERIES_PER_SECOND = 2000
 
-_PREFILL = """
-WITH numbered AS (
-    SELECT n, new_uuid7() AS event_id, 'm_' || n % $2 AS merchant_id
-    FROM generate_series(1, $1::int) n
-), stored AS (
-    INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count)
-    SELECT event_id, merchant_id, 'payment.succeeded', 'application/json', $3, 1 FROM numbered
-)
-INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state)
-SELECT new_uuid7(), c.id, e.event_id, e.merchant_id, 'payment.succeeded', 'ready'
-FROM numbered e JOIN webhook_configs c ON c.merchant_id = e.merchant_id
-ORDER BY e.n
-"""
+_MANY_IN_FLIGHT = 1000
 
 
 def measure(seconds: float) -> dict[str, Any]:
@@ -49,13 +38,8 @@ def measure(seconds: float) -> dict[str, Any]:
 
 
 async def _measure(stack: Stack, count: int) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    certificate = stack.directory / "receiver.pem"
-    certificate.write_bytes(
-        stack.authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes()
-    )
+    port = free_port()
+    certificate = receiver_certificate(stack)
     url = f"https://127.0.0.1:{port}/hook"
     await insert_webhooks(stack, url, [f"m_{n}" for n in range(_WEBHOOKS)])
     concurrency = _WEBHOOKS * _IN_FLIGHT_PER_WEBHOOK
@@ -64,6 +48,10 @@ async def _measure(stack: Stack, count: int) -> dict[str, Any]:
         bare = [await _bare(stack, url, count, concurrency)]
         ours = await _engine(stack, count)
         bare.append(await _bare(stack, url, count, concurrency))
+        async with counted(stack) as statements:
+            await _engine(stack, count // 4)
+            executed = statements.of_ours()
+    memory = await _memory(stack)
     bare_rate = statistics.mean(result["rate"] for result in bare)
     return {
         "ratio": round(ours["rate"] / bare_rate, 3),
@@ -72,7 +60,9 @@ async def _measure(stack: Stack, count: int) -> dict[str, Any]:
         "engine_cpu_us": round(ours["engine_cpu_us"]),
         "postgres_cpu_us": round(ours["postgres_cpu_us"]),
         "bare_cpu_us": round(statistics.mean(result["cpu_us"] for result in bare)),
-        "rss_mb": round(ours["rss_mb"]),
+        "statements_per_delivery": round(executed / (count // 4), 3),
+        "rss_mb": round(memory["rss_mb"]),
+        "rss_in_flight": memory["in_flight"],
         "deliveries": count,
         "concurrency": concurrency,
     }
@@ -81,43 +71,36 @@ async def _measure(stack: Stack, count: int) -> dict[str, Any]:
 async def _bare(stack: Stack, url: str, count: int, concurrency: int) -> dict[str, float]:
     arguments = ("benchmarks.bare_post", url, str(stack.ca_file), str(count), str(concurrency))
     with stack.process(*arguments) as process:
-        assert process.stdout
-        line = await asyncio.to_thread(process.stdout.readline)
-    figures: dict[str, float] = json.loads(line)
+        figures: dict[str, float] = json.loads(await stack.output(process))
     return figures
 
 
 async def _engine(stack: Stack, count: int) -> dict[str, float]:
-    postmaster = stack.postgres.process.pid
-    connection = await asyncpg.connect(stack.database_url)
     settings = {
         "WEBHOOK_MAX_IN_FLIGHT": str(_WEBHOOKS * _IN_FLIGHT_PER_WEBHOOK),
         "WEBHOOK_MAX_IN_FLIGHT_PER_WEBHOOK": "32",
     }
+    return await drained(stack, count, _WEBHOOKS, settings)
+
+
+async def _memory(stack: Stack) -> dict[str, Any]:
+    """The most an engine takes with so many requests open, each answered after seconds."""
+    port = free_port()
+    path = stack.directory / "ledger"
+    count = 3 * _MANY_IN_FLIGHT
+    ledger = Ledger.create(path, 2 * count)
+    certificate = str(receiver_certificate(stack))
+    connection = await asyncpg.connect(stack.database_url)
     try:
-        with stack.process("delivery", **settings) as process:
-            while not await connection.fetchval(
-                "SELECT count(*) FROM pg_stat_activity"
-                " WHERE application_name = 'postrider-delivery' AND query LIKE 'LISTEN%'"
-            ):
-                await asyncio.sleep(0.05)
-            # Stopped while the queue fills, so that it meets all of it at once.
-            process.send_signal(signal.SIGSTOP)
-            await connection.execute(_PREFILL, count, _WEBHOOKS, PAYLOAD, timeout=300)
-            await connection.execute("VACUUM ANALYZE delivery_queue")
-            before = cpu_seconds(process.pid), cpu_seconds_of_postgres(postmaster)
-            began = asyncio.get_running_loop().time()
-            process.send_signal(signal.SIGCONT)
-            while await connection.fetchval("SELECT EXISTS (SELECT 1 FROM delivery_queue)"):
-                await asyncio.sleep(0.05)
-            seconds = asyncio.get_running_loop().time() - began
-            after = cpu_seconds(process.pid), cpu_seconds_of_postgres(postmaster)
-            rss = rss_megabytes(process.pid)
+        url = f"https://127.0.0.1:{port}/{HELD}"
+        await connection.execute("UPDATE webhook_configs SET url = $1, version = version + 1", url)
     finally:
         await connection.close()
-    return {
-        "rate": count / seconds,
-        "engine_cpu_us": (after[0] - before[0]) / count * 1e6,
-        "postgres_cpu_us": (after[1] - before[1]) / count * 1e6,
-        "rss_mb": rss,
-    }
+    with stack.process("benchmarks.receiver", str(port), certificate, str(path)):
+        await wait_until_listening(port)
+        settings = {"WEBHOOK_MAX_IN_FLIGHT": str(_MANY_IN_FLIGHT)}
+        figures = await drained(stack, count, _WEBHOOKS, settings)
+    arrivals = [receipt.received_at for receipt in ledger.since()]
+    # As many as came within the time that each is held were open together.
+    most = max(bisect_right(arrivals, at + HELD_SECONDS) - n for n, at in enumerate(arrivals))
+    return {"rss_mb": figures["rss_mb"], "in_flight": most}

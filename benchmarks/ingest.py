@@ -7,7 +7,6 @@ both. Every event is for one webhook config, hence a delivery; no engine runs.
 
 import asyncio
 import json
-import socket
 import statistics
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from benchmarks.stack import (
     Stack,
     cpu_seconds,
     cpu_seconds_of_postgres,
+    free_port,
     insert_webhooks,
     running_stack,
     wait_until_listening,
@@ -88,23 +88,16 @@ def _cpu(kind: str, rounds: list[Figures]) -> dict[str, int]:
 
 @contextmanager
 def _server(stack: Stack) -> Iterator[tuple[int, int]]:
-    port = _free_port()
+    port = free_port()
     with stack.process("server", WEBHOOK_LISTEN_ADDRESS=f"127.0.0.1:{port}") as process:
         yield process.pid, port
 
 
 @contextmanager
 def _empty_server(stack: Stack) -> Iterator[tuple[int, int]]:
-    port = _free_port()
+    port = free_port()
     with stack.process("benchmarks.empty_server", str(port)) as process:
         yield process.pid, port
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def _publish(
@@ -121,6 +114,8 @@ async def _publish(
         # Before the signal that ends it, so that the calls under way end as well.
         await asyncio.to_thread(process.wait, 30)
     accepted = published["accepted"]
+    if not accepted:
+        raise RuntimeError(f"no {kind} call was answered within {seconds:g} s")
     return {
         "rate": accepted / published["seconds"],
         "server_cpu_us": (after[0] - before[0]) / accepted * 1e6,

@@ -1,20 +1,29 @@
 """A receiver that costs as little as Python allows: HTTPS, keep-alive, 200 to every POST.
 
-Run as a process: `python -m benchmarks.receiver PORT CERTIFICATE_FILE`.
+Run as a process: `python -m benchmarks.receiver PORT CERTIFICATE_FILE [LEDGER_FILE]`. With a ledger
+it writes down what comes to `/NUMBER` and `/held`; the latter is answered late.
 """
 
 import asyncio
 import ssl
 import sys
+import time
+from pathlib import Path
 from typing import cast
 
 import uvloop
 
+from benchmarks.ledger import Ledger
+from benchmarks.payload import stamp_of
+
+HELD = "held"
+HELD_SECONDS = 3.0
 _ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
 
 class _Receiver(asyncio.Protocol):
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger | None) -> None:
+        self._ledger = ledger
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -29,19 +38,37 @@ class _Receiver(asyncio.Protocol):
             length = int(head[start:].split(b"\r\n", 1)[0])
             if len(self._buffer) < end + 4 + length:
                 return
+            body = self._buffer[end + 4 : end + 4 + length]
             self._buffer = self._buffer[end + 4 + length :]
-            self._transport.write(_ANSWER)
+            if self._ledger is None:
+                self._transport.write(_ANSWER)
+            else:
+                self._answer(self._ledger, head, body)
+
+    def _answer(self, ledger: Ledger, head: bytes, body: bytes) -> None:
+        received_at = time.time()
+        name = head[6 : head.index(b" ", 6)].decode()
+        if name == HELD:
+            loop = asyncio.get_running_loop()
+            loop.call_later(HELD_SECONDS, self._transport.write, _ANSWER)
+            ledger.append(0, 0, received_at, received_at)
+            return
+        self._transport.write(_ANSWER)
+        if name.isdecimal():
+            sent_at, sequence = stamp_of(body)
+            ledger.append(int(name), sequence, sent_at, received_at)
 
 
-async def _serve(port: int, certificate_file: str) -> None:
+async def _serve(port: int, certificate_file: str, ledger_file: str | None) -> None:
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate_file)
+    ledger = Ledger(Path(ledger_file)) if ledger_file else None
     server = await asyncio.get_running_loop().create_server(
-        _Receiver, "127.0.0.1", port, ssl=tls, backlog=1024
+        lambda: _Receiver(ledger), "127.0.0.1", port, ssl=tls, backlog=4096
     )
     print("listening", flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve(int(sys.argv[1]), sys.argv[2]))
+    uvloop.run(_serve(int(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None))

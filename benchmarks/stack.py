@@ -3,13 +3,13 @@
 import asyncio
 import os
 import signal
-import ssl
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,8 @@ from core.keyring import KeyRing
 ENCRYPTION_KEY = bytes(range(32))
 ISSUER = "benchmark"
 _LAST_WORDS_MAX = 4000
+# Ended by us, or by itself when all was well.
+_AS_TOLD = {0, -signal.SIGTERM, -signal.SIGKILL}
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -61,15 +63,14 @@ class Stack:
     def process(self, *arguments: str, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
         """One of our commands, or a module of this package, until the end of the context.
 
-        Our commands log as they do by default, into a file; what they say when they fail is shown.
+        They log as they do by default, into a file; what they say when they fail is shown.
         """
-        log = None
         if arguments[0].startswith("benchmarks."):
             command: Sequence[str] = (sys.executable, "-m", *arguments)
         else:
             command = (str(Path(sys.executable).with_name("postrider")), *arguments)
-            log = self.directory / f"{arguments[0]}.log"
-        with nullcontext() if log is None else log.open("ab") as stderr:
+        log = self.directory / f"{arguments[0]}.log"
+        with log.open("ab") as stderr:
             process = subprocess.Popen(
                 command, env=self.environment | settings, stdout=subprocess.PIPE, stderr=stderr
             )
@@ -80,8 +81,14 @@ class Stack:
             process.wait(60)
             if process.stdout:
                 process.stdout.close()
-            if log is not None and process.returncode:
+            if process.returncode not in _AS_TOLD:
                 print(log.read_text()[-_LAST_WORDS_MAX:], file=sys.stderr)
+
+    async def output(self, process: "subprocess.Popen[bytes]") -> bytes:
+        """The next line a process says; RuntimeError when it ended without."""
+        if process.stdout is None or not (line := await asyncio.to_thread(process.stdout.readline)):
+            raise RuntimeError(f"{process.args!r} ended early; what it said is above")
+        return line
 
 
 @contextmanager
@@ -118,10 +125,21 @@ def running_stack() -> Iterator[Stack]:
         yield Stack(directory, postgres, key, ca_file, authority, environment)
 
 
-def server_tls(authority: trustme.CA) -> ssl.SSLContext:
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("127.0.0.1").configure_cert(tls)
-    return tls
+def free_port() -> int:
+    """A port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def receiver_certificate(stack: Stack) -> Path:
+    """The file a receiver on loopback presents."""
+    certificate = stack.directory / "receiver.pem"
+    certificate.write_bytes(
+        stack.authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes()
+    )
+    return certificate
 
 
 def cpu_seconds(pid: int) -> float:
@@ -142,6 +160,11 @@ def cpu_seconds_of_postgres(postmaster: int) -> float:
         if int(fields[1]) == postmaster:
             total += (int(fields[11]) + int(fields[12])) / _TICKS
     return total
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that this one started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def rss_megabytes(pid: int) -> float:
@@ -167,10 +190,10 @@ async def wait_until_listening(port: int, timeout_seconds: float = 20) -> None:
 
 
 async def insert_webhooks(stack: Stack, url: str, merchants: Sequence[str]) -> None:
-    """One active webhook config per merchant, without the ping."""
+    """One active webhook config per merchant, without the ping; `{}` in `url` is its number."""
     connection = await asyncpg.connect(stack.database_url)
     try:
-        for merchant_id in merchants:
+        for number, merchant_id in enumerate(merchants):
             webhook_id = await connection.fetchval("SELECT new_uuid7()")
             key_id, ciphertext = stack.keyring.encrypt("00" * 32, webhook_id)
             await connection.execute(
@@ -178,7 +201,7 @@ async def insert_webhooks(stack: Stack, url: str, merchants: Sequence[str]) -> N
                 " secret_key_id) VALUES ($1, $2, $3, $4, $5, $6)",
                 webhook_id,
                 merchant_id,
-                url,
+                url.format(number),
                 ["payment.succeeded"],
                 ciphertext,
                 key_id,
