@@ -4,7 +4,7 @@ import argparse
 import json
 from importlib import import_module
 
-NAMES = ("deliver", "ingest")
+NAMES = ("deliver", "ingest", "endtoend")
 
 
 def main() -> None:
