@@ -1,0 +1,178 @@
+"""`neighbours`: what healthy webhook configs notice of dead ones, and of one that is flooded.
+
+Rounds without trouble, with a tenth of all configs dead, and with a merchant who publishes 100,000
+events at once, in turn. The dead are in equal parts: accepts connections and says nothing, has a
+name that DNS never answers for, refuses connections. Each begins with more deliveries than it has
+places, which is the worst there is, and gets its share of the traffic beside. Healthy events come
+one by one at a steady rate for the latency, then as fast as they are received for the throughput.
+"""
+
+import asyncio
+import socket
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.ledger import Receipt, percentile
+from benchmarks.pipeline import Pipeline, running_server_and_receiver, with_engine
+from benchmarks.stack import Stack, free_port, insert_webhooks, running_stack
+
+_HEALTHY = 270
+_DEAD = 30
+_RATE = 200
+_DEAD_BURST = 50
+_ROUNDS = 3
+_FLOOD_ROUNDS = 2
+_FLOOD_PER_SECOND = 20_000
+_FLOODED = 1000
+_ENGINE = "benchmarks.engine_without_dns"
+
+_CLEAR = "TRUNCATE delivery_queue, events, attempts, finished_deliveries"
+_HEAL = "UPDATE webhook_configs SET active = true, consecutive_failures = 0, version = version + 1"
+_LOOK_UPS = """
+SELECT count(*) AS failed, count(*) FILTER (WHERE duration_us > 1000000) AS hung
+FROM attempts WHERE outcome = 'dns_error'
+"""
+_DEAD_LEASED = "SELECT count(*) FROM delivery_queue WHERE state = 'leased' AND merchant_id ~ '^d_'"
+
+type Figures = dict[str, float]
+
+
+def measure(seconds: float) -> dict[str, Any]:
+    with running_stack() as stack, _silent_port() as silent:
+        return asyncio.run(_measure(stack, silent, seconds))
+
+
+async def _measure(stack: Stack, silent: int, seconds: float) -> dict[str, Any]:
+    calm, dead, flood = [], [], []
+    async with running_server_and_receiver(stack) as pipeline:
+        await _register(stack, pipeline.receiver_port, silent)
+        for number in range(_ROUNDS):
+            calm.append(await _round(pipeline, seconds, dead=False))
+            dead.append(await _round(pipeline, seconds, dead=True))
+            if number < _FLOOD_ROUNDS:
+                flood.append(await _flooded(pipeline, seconds))
+    return {
+        "healthy_p99_ratio": _ratio(dead, calm, "p99_ms"),
+        "healthy_throughput_ratio": _ratio(dead, calm, "rate"),
+        "flood_p99_ratio": _ratio(flood, calm, "p99_ms"),
+        "p50_ms": round(_median(calm, "p50_ms"), 1),
+        "p99_ms": round(_median(calm, "p99_ms"), 1),
+        "rate": round(_median(calm, "rate")),
+        "dead_p50_ms": round(_median(dead, "p50_ms"), 1),
+        "dead_p99_ms": round(_median(dead, "p99_ms"), 1),
+        "dead_rate": round(_median(dead, "rate")),
+        "dead_in_flight": round(_median(dead, "dead_in_flight")),
+        "flood_p50_ms": round(_median(flood, "p50_ms"), 1),
+        "flood_p99_ms": round(_median(flood, "p99_ms"), 1),
+        "flood_publishing_p99_ms": round(_median(flood, "publishing_p99_ms"), 1),
+        "flood_events": round(_median(flood, "events")),
+        "p99_ms_by_round": [
+            [round(one["p99_ms"], 1) for one in rounds] for rounds in (calm, dead, flood)
+        ],
+        "healthy_configs": _HEALTHY,
+        "dead_configs": _DEAD,
+        "events_per_s": _RATE,
+    }
+
+
+async def _register(stack: Stack, receiver: int, silent: int) -> None:
+    await insert_webhooks(
+        stack, f"https://127.0.0.1:{receiver}/" + "{}", [f"m_{n}" for n in range(_HEALTHY)]
+    )
+    kinds = (f"127.0.0.1:{silent}", "{}.test", f"127.0.0.1:{free_port()}")
+    for kind, host in enumerate(kinds):
+        merchants = [f"d_{n}" for n in range(kind, _DEAD, len(kinds))]
+        await insert_webhooks(stack, f"https://{host}/hook", merchants)
+    await insert_webhooks(stack, f"https://127.0.0.1:{receiver}/{_FLOODED}", ["f_0"])
+
+
+@contextmanager
+def _silent_port() -> Iterator[int]:
+    """Connections to it are made by the kernel, and nobody ever says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(4096)
+        yield listener.getsockname()[1]
+
+
+async def _round(pipeline: Pipeline, seconds: float, *, dead: bool) -> Figures:
+    healthy = {"merchants": "m_", "merchant_count": _HEALTHY}
+    async with with_engine(pipeline, _ENGINE, kill=True) as running, asyncio.TaskGroup() as group:
+        if dead:
+            await _publish_to_dead(running, events=_DEAD * _DEAD_BURST)
+            rate = _RATE * _DEAD / _HEALTHY
+            group.create_task(_publish_to_dead(running, rate=rate, seconds=1.5 * seconds))
+        paced, _ = await running.deliver(**healthy, batch=1, rate=_RATE, seconds=seconds)
+        in_flight = await running.connection.fetchval(_DEAD_LEASED)
+        receipts, _ = await running.deliver(**healthy, batch=100, seconds=seconds / 2)
+    failed, hung = await pipeline.connection.fetchrow(_LOOK_UPS)
+    if failed and not hung:
+        raise RuntimeError(
+            f"{failed} look-ups failed at once: the engine does not ask the stand-in for DNS"
+        )
+    await _clear(pipeline)
+    return {
+        **_latency(paced),
+        "rate": len(receipts) / (receipts[-1].received_at - receipts[0].sent_at),
+        "dead_in_flight": in_flight,
+    }
+
+
+async def _publish_to_dead(pipeline: Pipeline, **orders: Any) -> None:
+    await pipeline.publish(merchants="d_", merchant_count=_DEAD, batch=10, window=10**9, **orders)
+
+
+async def _flooded(pipeline: Pipeline, seconds: float) -> Figures:
+    events = min(int(seconds * _FLOOD_PER_SECOND), 100_000)
+    async with with_engine(pipeline, _ENGINE, kill=True) as running, asyncio.TaskGroup() as group:
+        flood = group.create_task(
+            running.publish(
+                merchants="f_", merchant_count=1, batch=100, window=10**9, events=events
+            )
+        )
+        start = len(running.ledger)
+        published = await running.publish(
+            merchants="m_", merchant_count=_HEALTHY, batch=1, rate=_RATE, seconds=3 * seconds
+        )
+        receipts = await _healthy(running, start, int(published["accepted"]))
+        flooded = await flood
+    await _clear(pipeline)
+    first = receipts[0].sent_at
+    publishing = [r for r in receipts if r.sent_at - first < flooded["seconds"]]
+    return {
+        **_latency(receipts),
+        "publishing_p99_ms": _latency(publishing)["p99_ms"],
+        "events": flooded["accepted"],
+    }
+
+
+async def _healthy(pipeline: Pipeline, start: int, count: int) -> list[Receipt]:
+    """The receipts of all but the flooded config, once they are so many."""
+    receipts: list[Receipt] = []
+    async with asyncio.timeout(120):
+        while len(receipts) < count:
+            await asyncio.sleep(0.1)
+            new = pipeline.ledger.since(start)
+            start += len(new)
+            receipts += [receipt for receipt in new if receipt.webhook != _FLOODED]
+    return receipts
+
+
+async def _clear(pipeline: Pipeline) -> None:
+    await pipeline.connection.execute(_CLEAR)
+    await pipeline.connection.execute(_HEAL)
+
+
+def _latency(receipts: Sequence[Receipt]) -> Figures:
+    values = [receipt.latency_ms for receipt in receipts]
+    return {"p50_ms": percentile(values, 0.5), "p99_ms": percentile(values, 0.99)}
+
+
+def _median(rounds: Sequence[Figures], name: str) -> float:
+    return statistics.median(figures[name] for figures in rounds)
+
+
+def _ratio(rounds: Sequence[Figures], base: Sequence[Figures], name: str) -> float:
+    return round(_median(rounds, name) / _median(base, name), 3)
