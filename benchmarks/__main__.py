@@ -4,7 +4,7 @@ import argparse
 import json
 from importlib import import_module
 
-NAMES = ("deliver", "ingest", "endtoend", "neighbours")
+NAMES = ("deliver", "ingest", "endtoend", "neighbours", "backlog")
 
 
 def main() -> None:
