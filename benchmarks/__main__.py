@@ -4,7 +4,7 @@ import argparse
 import json
 from importlib import import_module
 
-NAMES = ("deliver", "ingest", "endtoend", "neighbours", "backlog")
+NAMES = ("deliver", "ingest", "endtoend", "neighbours", "backlog", "processes")
 
 
 def main() -> None:
