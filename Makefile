@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format generate release-contract lock clean
+.PHONY: help install run test check format generate benchmarks release-contract lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,9 @@ generate: install ## Regenerate generated/, the descriptor set, docs/openapi.yam
 	@BUF=$(BIN)/buf ./tools/descriptor_set deploy/envoy/postrider.binpb
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate --template tools/openapi.gen.yaml
 	@$(BIN)/python -m tools.settings_table
+
+benchmarks: install ## Measure every promise anew, on an idle machine: docs/performance.md
+	@$(BIN)/python -m benchmarks all
 
 release-contract: install ## At a release: make the present protos what `buf breaking` compares with
 	@$(BIN)/buf build protos --exclude-source-info --output protos/released.binpb
