@@ -15,7 +15,7 @@ import uvloop
 
 from cli.settings import LocalSettings, load, refuse_unknown_variables
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, LogSettings
-from core.errors import ConfigurationError, PostriderError
+from core.errors import ConfigurationError, PostriderError, Unavailable
 from core.keyring import new_key
 from core.logs import configure_logs
 from delivery.config import MAX_PROCESSES
@@ -138,6 +138,34 @@ def migrate(down_to: str | None) -> None:
 
     run_migrations(load(DatabaseSettings), down_to=down_to, announce=click.echo)
     click.echo(f"the schema is at {down_to or head()}")
+
+
+@main.command()
+@click.option(
+    "--seconds",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(1, 86_400),
+    help="How long to go on looking, the newest first.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def verify(seconds: float, as_json: bool) -> None:
+    """Check what must hold of everything accepted, in a database at work.
+
+    Needs WEBHOOK_DATABASE_URL. Every event has all its deliveries, attempts have no gaps, nothing
+    is stuck, and so on: prints what it looked at, and ids of what is not so. Reads only, in short
+    statements, and may run at any time. Exits with 0 when nothing is broken, 1 when something is,
+    and 2 when it could not look.
+    """
+    from cli.verify import verify as look  # noqa: PLC0415
+
+    try:
+        report, clean = look(load(DatabaseSettings), seconds, as_json=as_json)
+    except Unavailable as error:
+        raise ConfigurationError(error.message) from error
+    click.echo(report)
+    if not clean:
+        sys.exit(1)
 
 
 @main.command()

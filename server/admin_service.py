@@ -6,6 +6,7 @@ from uuid import UUID
 import grpc
 from sqlalchemy import select
 
+from core import queue
 from core.db import Pool
 from core.errors import InvalidArgument
 from core.models import WebhookConfig
@@ -109,6 +110,16 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         return pb.GetQueueStatusResponse(
             total=convert.queue_status_message(total),
             webhooks=[convert.queue_status_message(standing) for standing in webhooks],
+        )
+
+    async def CheckInvariants(
+        self, request: pb.CheckInvariantsRequest, context: Context
+    ) -> pb.CheckInvariantsResponse:
+        _require_admin()
+        budget_seconds = convert.invariant_budget(request)
+        findings = await queue.check_invariants(self._pool, budget_seconds)
+        return pb.CheckInvariantsResponse(
+            checks=[convert.invariant_check_message(finding) for finding in findings]
         )
 
     async def ListAuditEntries(

@@ -16,6 +16,7 @@ from core.errors import InvalidArgument, NotFound
 from core.ids import IdKind, format_id, parse_id
 from core.lifecycle import AttemptResult, DeliveryState
 from core.models import AuditEntry, EventType, WebhookConfig
+from core.queue import Finding
 from postrider.v1 import (
     admin_service_pb2,
     delivery_pb2,
@@ -165,6 +166,27 @@ def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:
         leased=standing.leased,
         blocked=standing.blocked,
         oldest_due_age=_duration(standing.oldest_due_age_seconds),
+    )
+
+
+def invariant_budget(request: admin_service_pb2.CheckInvariantsRequest) -> float:
+    """Seconds to go on looking; InvalidArgument for more or less than a call may take."""
+    if not request.HasField("budget"):
+        return 10.0
+    seconds = _seconds(request.budget)
+    if not 1 <= seconds <= 60:
+        raise InvalidArgument.of("budget", "must be 1 s to 60 s", reason="BUDGET_INVALID")
+    return seconds
+
+
+def invariant_check_message(finding: Finding) -> admin_service_pb2.InvariantCheck:
+    return admin_service_pb2.InvariantCheck(
+        name=finding.invariant.name,
+        description=finding.invariant.says,
+        examined=finding.examined,
+        broken=len(finding.broken),
+        examples=[format_id(finding.invariant.ids, id_) for id_ in finding.broken[:10]],
+        complete=finding.complete,
     )
 
 

@@ -19,11 +19,13 @@ from core.queue.leases import claim, reclaim, release
 from core.queue.order import chains_after, promote
 from core.queue.records import Chain, Connection, LeasedDelivery, NewEvent, Settled, Settlement
 from core.queue.settlement import settle
+from core.queue.verification import Finding, check_invariants
 
 __all__ = [
     "CHANNEL",
     "Chain",
     "Connection",
+    "Finding",
     "LeasedDelivery",
     "NewEvent",
     "Settled",
@@ -31,6 +33,7 @@ __all__ = [
     "admit",
     "cancel_webhook",
     "chains_after",
+    "check_invariants",
     "claim",
     "enqueue",
     "enqueue_in_order",

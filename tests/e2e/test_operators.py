@@ -33,6 +33,7 @@ PROMISES = (
     ("Check", ('"status": "SERVING"',)),
     ("GetQueueStatus", ('"parked": "1"', '"webhookId": "$WEBHOOK"', '"merchantId": "$MERCHANT"')),
     ("GetQueueStatus", ('"parked": "1"', '"webhookId": "$WEBHOOK"')),
+    ("CheckInvariants", ('"name": "event_has_deliveries"', '"examined": "3"', '"complete": true')),
     (
         "ListAllWebhookConfigs",
         (

@@ -19,6 +19,7 @@ from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.ids import new_id
 from core.queue import acceptance, backlog, cancellation, leases, order, settlement
+from core.queue.invariants import INVARIANTS, Invariant
 from server import erasure, history, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
@@ -130,6 +131,16 @@ async def test_a_claim_walks_the_due_index_and_reads_no_more_than_it_takes(crowd
     assert plan.index_scan("delivery_queue_pkey").rows == 100
     assert plan.index_scan("events_default_pkey").rows == 100
     plan.assert_nothing_is_walked()
+
+
+@pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda invariant: invariant.name)
+async def test_a_page_of_an_invariant_reads_that_page(crowded: Any, invariant: Invariant) -> None:
+    plan = await _explain(crowded, invariant.page(100), UUID(int=(1 << 128) - 1))
+    plan.assert_nothing_is_walked()
+    # Of 20,000 rows and more; what is made within a second of a page is read with it.
+    read = max(scan.rows + scan.filtered for scan in plan.scans if scan.kind != "CTE Scan")
+    near = {"event_has_deliveries", "backlog_let_in", "lease_taken_back"}
+    assert invariant.name in near or read <= 200, plan.scans
 
 
 async def test_a_claim_costs_the_same_however_much_is_parked(crowded: Any) -> None:

@@ -31,7 +31,7 @@ CHANGING = {
     "UpdateEventType",
     "EraseMerchant",
 }
-READING = ("Get", "List", "Ping", "Publish", "Stream", "Watch")
+READING = ("Check", "Get", "List", "Ping", "Publish", "Stream", "Watch")
 
 
 async def entries(pool: Any) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ def requests(webhook_id: str, url: str) -> dict[str, Message]:
             update_mask=FieldMask(paths=["description"]),
         ),
         "GetQueueStatus": admin_service_pb2.GetQueueStatusRequest(),
+        "CheckInvariants": admin_service_pb2.CheckInvariantsRequest(),
         "ListAuditEntries": admin_service_pb2.ListAuditEntriesRequest(),
         "EraseMerchant": admin_service_pb2.EraseMerchantRequest(merchant_id="m_1"),
         "DeleteWebhookConfig": configs.DeleteWebhookConfigRequest(id=webhook_id),

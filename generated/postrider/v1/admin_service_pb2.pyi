@@ -389,6 +389,100 @@ class QueueStatus(_message.Message):
 Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
 
 @_typing.final
+class CheckInvariantsRequest(_message.Message):
+    """Request of CheckInvariants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budget(self) -> _duration_pb2.Duration:
+        """How long to go on looking, the newest first: 1 to 60 seconds; unset: 10 seconds. A page of
+        everything is looked at in any case.
+        """
+
+    def __init__(
+        self,
+        *,
+        budget: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckInvariantsRequest: _TypeAlias = CheckInvariantsRequest  # noqa: Y015
+
+@_typing.final
+class CheckInvariantsResponse(_message.Message):
+    """Response of CheckInvariants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvariantCheck]:
+        """One for each invariant."""
+
+    def __init__(
+        self,
+        *,
+        checks: _abc.Iterable[Global___InvariantCheck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckInvariantsResponse: _TypeAlias = CheckInvariantsResponse  # noqa: Y015
+
+@_typing.final
+class InvariantCheck(_message.Message):
+    """What came of looking at one invariant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    EXAMINED_FIELD_NUMBER: _builtins.int
+    BROKEN_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, such as `event_has_deliveries`."""
+    description: _builtins.str
+    """What has to hold, in words."""
+    examined: _builtins.int
+    """How many events, deliveries or webhook configs were looked at."""
+    broken: _builtins.int
+    """How many of them break it. 10,000 of a kind are enough, and the look at it ends."""
+    complete: _builtins.bool
+    """Whether all there are were looked at, and not only the newest."""
+    @_builtins.property
+    def examples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of the newest ten of these."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        examined: _builtins.int = ...,
+        broken: _builtins.int = ...,
+        examples: _abc.Iterable[_builtins.str] | None = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broken", b"broken", "complete", b"complete", "description", b"description", "examined", b"examined", "examples", b"examples", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvariantCheck: _TypeAlias = InvariantCheck  # noqa: Y015
+
+@_typing.final
 class AuditEntry(_message.Message):
     """One change, as the audit log has it."""
 

@@ -65,6 +65,11 @@ class AdminServiceStub:
                 request_serializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusResponse.FromString,
                 _registered_method=True)
+        self.CheckInvariants = channel.unary_unary(
+                '/postrider.v1.AdminService/CheckInvariants',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.CheckInvariantsRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.CheckInvariantsResponse.FromString,
+                _registered_method=True)
         self.ListAuditEntries = channel.unary_unary(
                 '/postrider.v1.AdminService/ListAuditEntries',
                 request_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAuditEntriesRequest.SerializeToString,
@@ -129,6 +134,15 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckInvariants(self, request, context):
+        """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
+        tells what does not. Reads only, in short statements, and may be called at any time; what is
+        suspect is looked at again some seconds later, so the call may take that much longer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAuditEntries(self, request, context):
         """Lists audit entries, newest first.
         """
@@ -178,6 +192,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetQueueStatus,
                     request_deserializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusResponse.SerializeToString,
+            ),
+            'CheckInvariants': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckInvariants,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.CheckInvariantsRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.CheckInvariantsResponse.SerializeToString,
             ),
             'ListAuditEntries': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAuditEntries,
@@ -353,6 +372,33 @@ class AdminService:
             '/postrider.v1.AdminService/GetQueueStatus',
             postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusRequest.SerializeToString,
             postrider_dot_v1_dot_admin__service__pb2.GetQueueStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckInvariants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/CheckInvariants',
+            postrider_dot_v1_dot_admin__service__pb2.CheckInvariantsRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.CheckInvariantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,11 @@ class AdminServiceStub:
     The numbers are exact and of one moment; counting a million open deliveries takes about half
     a second, so ask for all of them at most every few seconds.
     """
+    CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CheckInvariantsRequest, _admin_service_pb2.CheckInvariantsResponse]
+    """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
+    tells what does not. Reads only, in short statements, and may be called at any time; what is
+    suspect is looked at again some seconds later, so the call may take that much longer.
+    """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
     """Lists audit entries, newest first."""
     EraseMerchant: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]
@@ -106,6 +111,17 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
         The numbers are exact and of one moment; counting a million open deliveries takes about half
         a second, so ask for all of them at most every few seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckInvariants(
+        self,
+        request: _admin_service_pb2.CheckInvariantsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.CheckInvariantsRequest, _abc.Awaitable[_admin_service_pb2.CheckInvariantsResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.CheckInvariantsResponse]:
+        """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
+        tells what does not. Reads only, in short statements, and may be called at any time; what is
+        suspect is looked at again some seconds later, so the call may take that much longer.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,225 @@
+"""What must hold of everything accepted, as one table of named checks; core/queue/verification
+makes them.
+
+Each is one statement a page and sees one moment, so a delivery that is settled meanwhile is seen
+once, wherever it stands.
+"""
+
+from dataclasses import dataclass
+
+from core.ids import IdKind
+
+#: Several sweeps of an engine; and what nobody would call busy any more.
+_SOON = "interval '10 seconds'"
+_LONG = "interval '60 seconds'"
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """`rows` are walked by `key`, newest first, `only` some; `suspects` of a page are (id, mark).
+
+    A suspect is broken when a second look finds it with the same mark: what a mark is made of must
+    have stayed as it was in between.
+    """
+
+    name: str
+    says: str
+    #: What the suspects' ids are of.
+    ids: IdKind
+    rows: str
+    suspects: str
+    key: str = "id"
+    only: str = "true"
+
+    def page(self, limit: int) -> str:
+        """The statement that takes a page of at most so many, before the key $1."""
+        # Not an argument: the planner has to know that a page is small.
+        which = f"{self.key} < $1 ORDER BY {self.key} DESC LIMIT {limit}"
+        # A second is far more than an event and its deliveries, of one statement, lie apart.
+        return self._statement(which, slack_seconds=1)
+
+    def second_look(self) -> str:
+        """The statement that looks at the keys $1 again, taking no short cut."""
+        return self._statement(f"{self.key} = ANY ($1)", slack_seconds=10_000_000_000)
+
+    def _statement(self, which: str, slack_seconds: int) -> str:
+        suspects = self.suspects.format(slack=f"interval '{slack_seconds} seconds'")
+        return f"""
+        WITH page AS MATERIALIZED (
+            {self.rows} WHERE {self.only} AND {which}
+        ), suspects AS ({suspects})
+        SELECT (SELECT count(*) FROM page) AS examined,
+            (SELECT id FROM page ORDER BY id LIMIT 1) AS last_id,
+            ARRAY(SELECT id FROM suspects ORDER BY id DESC) AS ids,
+            ARRAY(SELECT mark FROM suspects ORDER BY id DESC) AS marks
+        """  # noqa: S608 - of constants
+
+
+# The least id that a delivery may have which was made at that time of the database.
+_ID_AT = """(
+    lpad(to_hex(greatest(extract(epoch FROM {moment}) * 1000, 0)::bigint), 12, '0')
+    || repeat('0', 20)
+)::uuid"""
+_MADE_WITH_PAGE = f"""
+    id >= (SELECT {_ID_AT.format(moment="min(created_at) - {slack}")} FROM page)
+    AND id < (SELECT {_ID_AT.format(moment="max(created_at) + {slack}")} FROM page)
+"""  # noqa: S608 - of constants
+
+_DENSE = """
+SELECT p.id, '' AS mark FROM page p CROSS JOIN LATERAL (
+    SELECT count(*) AS attempts, coalesce(max(a.number), 0) AS last
+    FROM attempts a WHERE a.delivery_id = p.id
+) t
+WHERE t.attempts <> p.attempt_count OR t.last <> p.attempt_count
+"""
+
+_CONFIG_UNKNOWN = """
+SELECT p.id, '' AS mark FROM page p
+WHERE NOT EXISTS (SELECT FROM webhook_configs c WHERE c.id = p.webhook_id)
+"""
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant(
+        name="event_has_deliveries",
+        says="every accepted event has all its deliveries, open or finished",
+        ids="evt",
+        rows="SELECT id, delivery_count, created_at FROM events",
+        # The queue has no index by event; its ids begin with the time, as finished ones do.
+        suspects=f"""
+            SELECT p.id, '' AS mark FROM page p LEFT JOIN (
+                SELECT event_id FROM delivery_queue
+                WHERE event_id = ANY (ARRAY(SELECT id FROM page)) AND redelivery_of IS NULL
+                AND {_MADE_WITH_PAGE}
+                UNION ALL
+                SELECT event_id FROM finished_deliveries
+                WHERE event_id = ANY (ARRAY(SELECT id FROM page)) AND redelivery_of IS NULL
+                AND {_MADE_WITH_PAGE}
+            ) d ON d.event_id = p.id
+            GROUP BY p.id, p.delivery_count HAVING count(d.event_id) <> p.delivery_count
+        """,  # noqa: S608 - of constants
+    ),
+    Invariant(
+        name="open_or_finished",
+        says="no delivery is both in the queue and finished",
+        ids="dlv",
+        rows="SELECT id FROM delivery_queue",
+        suspects="SELECT p.id, '' AS mark FROM page p JOIN finished_deliveries f ON f.id = p.id",
+    ),
+    Invariant(
+        name="open_event_stored",
+        says="every delivery in the queue has its event",
+        ids="dlv",
+        rows="SELECT id, event_id FROM delivery_queue",
+        suspects="""
+            SELECT p.id, '' AS mark FROM page p
+            WHERE NOT EXISTS (SELECT FROM events e WHERE e.id = p.event_id)
+        """,
+    ),
+    Invariant(
+        name="open_config_known",
+        says="every delivery in the queue has its webhook config",
+        ids="dlv",
+        rows="SELECT id, webhook_id FROM delivery_queue",
+        suspects=_CONFIG_UNKNOWN,
+    ),
+    Invariant(
+        name="open_attempts_dense",
+        says="the attempts of every delivery in the queue are numbered 1 to its attempt count",
+        ids="dlv",
+        rows="SELECT id, attempt_count FROM delivery_queue",
+        suspects=_DENSE,
+    ),
+    Invariant(
+        name="lease_taken_back",
+        says="no lease that ended 10 s ago or longer is still held",
+        ids="dlv",
+        rows="SELECT id, lease_until FROM delivery_queue",
+        only="state = 'leased'",
+        suspects=f"SELECT p.id, '' AS mark FROM page p WHERE p.lease_until < now() - {_SOON}",  # noqa: S608
+    ),
+    Invariant(
+        name="due_claimed",
+        says="nothing that may be sent has been due for 60 s or longer",
+        ids="dlv",
+        rows="SELECT id, webhook_id, state, due_at FROM delivery_queue",
+        # Whether its config has room does not matter: a claim takes it, and parks what has none.
+        # The claim of what belongs to a deleted config cancels it.
+        suspects=f"""
+            SELECT p.id, '' AS mark FROM page p JOIN webhook_configs c ON c.id = p.webhook_id
+            WHERE p.state = 'ready' AND p.due_at < now() - {_LONG}
+            AND (c.active OR c.deleted_at IS NOT NULL)
+        """,  # noqa: S608 - of constants
+    ),
+    Invariant(
+        name="inactive_parked",
+        says="nothing of an inactive webhook config is ready and has been due for 10 s or longer",
+        ids="dlv",
+        rows="SELECT id, webhook_id, state, due_at FROM delivery_queue",
+        # What is due later may be there: a retry whose config went inactive waits for its claim.
+        suspects=f"""
+            SELECT p.id, '' AS mark FROM page p JOIN webhook_configs c ON c.id = p.webhook_id
+            WHERE p.state = 'ready' AND p.due_at < now() - {_SOON}
+            AND NOT c.active AND c.deleted_at IS NULL
+        """,  # noqa: S608 - of constants
+    ),
+    Invariant(
+        name="backlog_let_in",
+        says="no webhook config that may be sent to has a backlog and nothing due or leased",
+        ids="wh",
+        rows="SELECT id, active, deleted_at, rate_limit, rate_used_until FROM webhook_configs",
+        # Whatever else may make a backlog wait belongs here. The mark is the first parked row as it
+        # was written: as long as nobody has touched it, nothing was let in.
+        suspects="""
+            SELECT c.id, concat(head.id, ' ', head.written_by) AS mark
+            FROM page c CROSS JOIN LATERAL (
+                SELECT q.id, q.xmin AS written_by FROM delivery_queue q
+                WHERE q.webhook_id = c.id AND q.state = 'parked' ORDER BY q.id LIMIT 1
+            ) head
+            WHERE (c.active OR c.deleted_at IS NOT NULL)
+            AND (c.rate_limit = 0 OR c.rate_used_until IS NULL
+                OR (now() - c.rate_used_until) * c.rate_limit >= interval '1 second')
+            AND NOT EXISTS (
+                SELECT FROM delivery_queue q
+                WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now()
+            )
+        """,
+    ),
+    Invariant(
+        name="finished_config_known",
+        says="every finished delivery has its webhook config, which may be deleted",
+        ids="dlv",
+        rows="SELECT id, webhook_id FROM finished_deliveries",
+        suspects=_CONFIG_UNKNOWN,
+    ),
+    Invariant(
+        name="finished_attempts_dense",
+        says="the attempts of every finished delivery are numbered 1 to its attempt count",
+        ids="dlv",
+        rows="SELECT id, attempt_count FROM finished_deliveries",
+        suspects=_DENSE,
+    ),
+    Invariant(
+        name="finished_as_attempted",
+        says="exactly the delivered ones have a last attempt that succeeded",
+        ids="dlv",
+        rows="SELECT id, state, attempt_count FROM finished_deliveries",
+        suspects="""
+            SELECT p.id, '' AS mark FROM page p WHERE (p.state = 'delivered') <> coalesce((
+                SELECT a.outcome = 'succeeded' FROM attempts a
+                WHERE a.delivery_id = p.id AND a.number = p.attempt_count
+            ), false)
+        """,
+    ),
+    Invariant(
+        name="attempt_has_delivery",
+        says="every attempt is of a delivery that is in the queue or finished",
+        ids="dlv",
+        rows="SELECT DISTINCT delivery_id AS id FROM attempts",
+        key="delivery_id",
+        suspects="""
+            SELECT p.id, '' AS mark FROM page p
+            WHERE NOT EXISTS (SELECT FROM delivery_queue q WHERE q.id = p.id)
+            AND NOT EXISTS (SELECT FROM finished_deliveries f WHERE f.id = p.id)
+        """,
+    ),
+)
