@@ -35,6 +35,8 @@ class Recorder:
         self._max_consecutive_failures = max_consecutive_failures
         self._on_settled = on_settled
         self._pending: list[Settlement] = []
+        # A settle met somebody's lock: look for what is held before each, until nothing is.
+        self._wary = False
         self._arrived = asyncio.Event()
 
     def put(self, settlement: Settlement) -> None:
@@ -63,12 +65,18 @@ class Recorder:
         while True:
             try:
                 async with self._pool.acquire() as connection, connection.transaction():
-                    settled = await queue.settle(connection, batch, self._max_consecutive_failures)
-                return [(batch, settled)]
+                    held = await queue.held(connection, batch) if self._wary else frozenset()
+                    free = [s for s in batch if s.delivery_id not in held]
+                    settled = await queue.settle(connection, free, self._max_consecutive_failures)
+                self._wary = bool(held)
+                await self._postpone([s for s in batch if s.delivery_id in held], not free)
+                return [(free, settled)]
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
                 if _concerns_everything(error):
                     log.warning("settle_retried", pending=len(self._pending), error=repr(error))
                     await asyncio.sleep(_RETRY_SECONDS)
+                elif isinstance(error, asyncpg.LockNotAvailableError) and not self._wary:
+                    self._wary = True
                 elif len(batch) > 1:
                     # One bad row must not take the others with it.
                     return [part for one in batch for part in await self._settle([one])]
@@ -83,13 +91,20 @@ class Recorder:
                 # The sweep will find them; only later.
                 log.warning("promote_failed", error=repr(error))
 
+    async def _postpone(self, held: Sequence[Settlement], nothing_else: bool) -> None:
+        """Somebody holds the rows or the configs of these, perhaps for long; only they wait."""
+        if held:
+            log.warning("settle_postponed", deliveries=len(held))
+            self._pending += held
+        if held and nothing_else:
+            await asyncio.sleep(_RETRY_SECONDS)
+
     def _set_aside(
         self, settlement: Settlement, error: BaseException
     ) -> list[tuple[Sequence[Settlement], Settled]]:
         delivery_id = format_id("dlv", settlement.delivery_id)
         if isinstance(error, asyncpg.LockNotAvailableError):
-            # Somebody holds its row or its config for long; only this result waits.
-            log.warning("settle_postponed", delivery_id=delivery_id)
+            log.warning("settle_postponed", deliveries=1)
             self._pending.append(settlement)
             return []
         log.error("settle_refused", delivery_id=delivery_id, error=repr(error))

@@ -15,6 +15,7 @@ from core.queue.backlog import (
     webhooks_with_backlog,
 )
 from core.queue.cancellation import cancel_webhook
+from core.queue.holding import held
 from core.queue.leases import claim, reclaim, release
 from core.queue.order import chains_after, promote
 from core.queue.records import Chain, Connection, LeasedDelivery, NewEvent, Settled, Settlement
@@ -37,6 +38,7 @@ __all__ = [
     "claim",
     "enqueue",
     "enqueue_in_order",
+    "held",
     "hint",
     "park_leased",
     "park_webhooks",

@@ -644,6 +644,39 @@ async def test_a_result_waits_for_a_row_that_somebody_holds_locked(
     assert len(receiver.webhooks) == 2
 
 
+async def test_however_many_rows_somebody_holds_the_others_wait_for_one_lock_at_most(
+    platform: Platform, receiver: Receiver, pool: Any, log: Log
+) -> None:
+    await platform.register(receiver.url)
+    await platform.register(receiver.url, "m_2")
+    database = platform.settings.database
+    platform.settings = dataclasses.replace(
+        platform.settings,
+        database=DatabaseSettings(
+            database_url=database.database_url, database_statement_timeout_seconds=1
+        ),
+    )
+    receiver.default = doors = Doors()
+    async with platform.engine():
+        for _ in range(30):
+            await platform.publish()
+        await doors.wait_for(30)
+        async with pool.acquire() as connection, connection.transaction():
+            await connection.execute("SELECT FROM delivery_queue FOR UPDATE")
+            doors.open()
+            await log.wait_for("settle_postponed")
+            began = monotonic()
+            for count in range(1, 4):
+                await platform.publish(merchant_id="m_2")
+                async with asyncio.timeout(AMPLE):
+                    while await finished_states(pool) != {DeliveryState.DELIVERED: count}:
+                        pass
+            # One by one, the thirty would have taken 15 s each time.
+            assert monotonic() - began < 10
+    assert await finished_states(pool) == {DeliveryState.DELIVERED: 33}
+    assert len(receiver.webhooks) == 33
+
+
 # Stopping.
 
 

@@ -18,7 +18,7 @@ import pytest
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.ids import new_id
-from core.queue import acceptance, backlog, cancellation, leases, order, settlement
+from core.queue import acceptance, backlog, cancellation, holding, leases, order, settlement
 from core.queue.invariants import INVARIANTS, Invariant
 from server import erasure, history, queue_status
 from tests.conftest import database_settings
@@ -202,6 +202,14 @@ async def test_the_backlog_scan_probes_once_a_config_however_long_its_backlog(cr
     # 18 rounds the last probe, which finds nothing, up to a row.
     assert 10 <= sum(scan.rows for scan in scans) <= 11
     assert plan.pages <= 60
+    plan.assert_nothing_is_walked()
+
+
+async def test_what_is_held_is_found_by_the_keys_of_what_is_asked_about(crowded: Any) -> None:
+    ids = [row["id"] for row in await crowded.fetch("SELECT id FROM delivery_queue LIMIT 100")]
+    plan = await _explain(crowded, holding._HELD, ids, ids[:50])
+    queue_scans = [scan for scan in plan.scans if scan.relation == "delivery_queue"]
+    assert [scan.rows + scan.filtered for scan in queue_scans] == [100, 100]
     plan.assert_nothing_is_walked()
 
 

@@ -1,6 +1,8 @@
 """Settling: results of attempts into the database, all or nothing of each, and what they count."""
 
 import asyncio
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from tests.factories import (
     make_delivery,
     make_webhook_config,
     places,
+    promptly,
     rescheduled,
     settle,
     settlement,
@@ -440,3 +443,34 @@ async def _everything(pool: Any) -> list[Any]:
         [tuple(row) for row in await pool.fetch(f"SELECT t.xmin::text, t.* FROM {table} t")]  # noqa: S608
         for table in tables
     ]
+
+
+async def test_held_are_those_whose_rows_somebody_has_locked_and_no_others(pool: Any) -> None:
+    mine, theirs = await lease_many(pool, await make_webhook_config(pool), 2)
+    gone = dataclasses.replace(mine, id=new_id())
+    settlements = [settlement(delivery) for delivery in (mine, theirs, gone)]
+    async with pool.acquire() as idle, idle.transaction():
+        await idle.execute("SELECT FROM delivery_queue WHERE id = $1 FOR UPDATE", theirs.id)
+        async with pool.acquire() as connection, connection.transaction():
+            assert await promptly(queue.held(connection, settlements)) == {theirs.id}
+            free = [settlements[0], settlements[2]]
+            settled = await promptly(queue.settle(connection, free, 10))
+            assert settled.delivery_ids == {mine.id}
+    assert await queue.held(pool, settlements) == set()
+
+
+@pytest.mark.parametrize(
+    ("failures", "result", "is_held"),
+    [(0, settlement, False), (1, settlement, True), (0, rescheduled, False), (0, failed, True)],
+)
+async def test_a_config_that_somebody_has_locked_holds_what_would_write_it(
+    pool: Any, failures: int, result: Callable[..., Settlement], is_held: bool
+) -> None:
+    webhook_id = await make_webhook_config(pool, consecutive_failures=failures)
+    delivery = await lease_one(pool, webhook_id)
+    async with pool.acquire() as idle, idle.transaction():
+        await idle.execute("SELECT FROM webhook_configs FOR UPDATE")
+        held = await promptly(queue.held(pool, [result(delivery)]))
+        assert held == ({delivery.id} if is_held else set())
+        if not is_held:
+            await promptly(settle(pool, result(delivery)))
