@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format generate benchmarks release-contract lock clean
+.PHONY: help install run test test-slow check format generate benchmarks release-contract lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,9 +38,12 @@ $(STAMP): requirements.lock pyproject.toml | $(filter $(UV_HOME)/bin/uv,$(UV))
 run: install ## Start everything on this machine and deliver a first webhook
 	@exec $(BIN)/postrider run
 
-test: install ## Lint, types, import contracts, protos, generated code, and every test
+test: install ## Lint, types, import contracts, protos, generated code, and every test but the slow ones
 	@BIN=$(BIN) ./tools/check
-	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+test-slow: install ## The tests that take long: faults under load
+	@$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
 check: install ## The static half of `make test`
 	@BIN=$(BIN) ./tools/check

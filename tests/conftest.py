@@ -27,6 +27,21 @@ _TEMPLATE = "postrider_template"
 _database_numbers = itertools.count(1)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The ledger of each test that kept one, whether it passed or failed."""
+    lines = [
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for name, value in report.user_properties
+        if name == "ledger"
+    ]
+    if lines:
+        terminalreporter.section("ledger")
+        for line in lines:
+            terminalreporter.line(str(line))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment() -> None:
     """No test depends on what the shell that runs it has set."""

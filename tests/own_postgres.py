@@ -26,6 +26,13 @@ class OwnPostgres:
     def stop(self) -> None:
         self._running.close()
 
+    def crash(self) -> None:
+        """An immediate shutdown: nothing is written out, and the next start recovers."""
+        assert self.server is not None
+        self.server.process.send_signal(signal.SIGQUIT)
+        self.server.process.wait()
+        self.stop()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Alive for the kernel, and silent: as behind a network that drops packets."""

@@ -126,13 +126,11 @@ def bearer(token: str) -> Metadata:
     return [("authorization", f"Bearer {token}")]
 
 
-@asynccontextmanager
-async def running_platform(
-    database_url: str, ca_file: Path, directory: Path, **server_settings: Any
-) -> AsyncIterator[Platform]:
-    """A server on a free port; receivers on loopback are allowed, on any port."""
-    key = ensure_development_key(directory / "keys")
-    settings = ServeSettings(
+def serve_settings(
+    database_url: str, ca_file: Path, key: DevelopmentKey, **server_settings: Any
+) -> ServeSettings:
+    """Of a server on a free port; receivers on loopback are allowed, on any port."""
+    return ServeSettings(
         database=DatabaseSettings(database_url=SecretStr(database_url)),
         encryption=EncryptionSettings(encryption_keys=SecretStr(ENCRYPTION_KEYS)),
         egress=EgressSettings(
@@ -145,6 +143,15 @@ async def running_platform(
         ),
         auth=AuthSettings(jwt_issuer=ISSUER, jwt_public_key_file=key.public_key_file),
     )
+
+
+@asynccontextmanager
+async def running_platform(
+    database_url: str, ca_file: Path, directory: Path, **server_settings: Any
+) -> AsyncIterator[Platform]:
+    """A server with such settings, as long as the context lasts."""
+    key = ensure_development_key(directory / "keys")
+    settings = serve_settings(database_url, ca_file, key, **server_settings)
     stop, ready = asyncio.Event(), asyncio.Event()
     ports: list[int] = []
 

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,16 @@ class Process:
             await self._reading
             return await self._process.wait()
 
+    @property
+    def lives(self) -> bool:
+        return self._process.returncode is None
+
+    def peak_megabytes(self) -> float:
+        """The most memory it has had so far."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 1024
+
     async def _read(self) -> None:
         stream = self._process.stderr
         assert stream is not None
@@ -76,8 +86,11 @@ class Processes:
         self.environment = dict(environment)
         self._started: list[Process] = []
 
-    async def start(self, *command: str, **settings: object) -> Process:
-        """Start a subcommand; `settings` by name without the prefix, None to leave one out."""
+    async def start(self, *command: str, under: Sequence[str] = (), **settings: Any) -> Process:
+        """Start a subcommand; `settings` by name without the prefix, None to leave one out.
+
+        `under` is a command that runs it, as `prlimit` does.
+        """
         environment = {"PATH": os.environ["PATH"], **self.environment}
         for name, value in settings.items():
             environment[f"WEBHOOK_{name.upper()}"] = str(value)
@@ -85,6 +98,7 @@ class Processes:
                 del environment[f"WEBHOOK_{name.upper()}"]
         process = Process(
             await asyncio.create_subprocess_exec(
+                *under,
                 POSTRIDER,
                 *command,
                 env=environment,
@@ -97,13 +111,13 @@ class Processes:
         self._started.append(process)
         return process
 
-    async def engine(self, **settings: object) -> Process:
+    async def engine(self, *, under: Sequence[str] = (), **settings: Any) -> Process:
         """A delivery engine, once it delivers."""
-        process = await self.start("delivery", **settings)
+        process = await self.start("delivery", under=under, **settings)
         await process.wait_for("delivering")
         return process
 
-    async def server(self, **settings: object) -> tuple[Process, str]:
+    async def server(self, **settings: Any) -> tuple[Process, str]:
         """A gRPC server on a free port, once it serves, and its address."""
         process = await self.start("server", **settings)
         [entry] = await process.wait_for("serving")

@@ -22,7 +22,7 @@ from tests.processes import AMPLE, Processes, environment_of, talking_to
 
 LEASE_SECONDS = 2
 #: So that leases end within a test's patience.
-BRISK = {"delivery_timeout_seconds": 1, "lease_seconds": LEASE_SECONDS}
+BRISK: dict[str, Any] = {"delivery_timeout_seconds": 1, "lease_seconds": LEASE_SECONDS}
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ async def test_an_engine_that_wakes_after_its_leases_ended_changes_nothing(
     ids=lambda value: value if isinstance(value, str) else "",
 )
 async def test_a_process_that_cannot_start_says_why_in_one_line(
-    processes: Processes, command: str, settings: dict[str, object], told: str
+    processes: Processes, command: str, settings: dict[str, Any], told: str
 ) -> None:
     await assert_refuses_to_start(processes, command, settings, told)
 
@@ -332,12 +332,12 @@ async def test_a_process_that_cannot_start_says_why_in_one_line(
 async def test_a_process_on_an_unmigrated_database_names_the_command_to_run(
     processes: Processes, postgres: EmbeddedPostgres, command: str
 ) -> None:
-    settings: dict[str, object] = {"database_url": postgres.url("postgres")}
+    settings: dict[str, Any] = {"database_url": postgres.url("postgres")}
     await assert_refuses_to_start(processes, command, settings, "postrider migrate")
 
 
 async def assert_refuses_to_start(
-    processes: Processes, command: str, settings: dict[str, object], told: str
+    processes: Processes, command: str, settings: dict[str, Any], told: str
 ) -> None:
     # Without the allow-list, of which there would be a warning.
     process = await processes.start(command, allowed_cidrs=None, **settings)

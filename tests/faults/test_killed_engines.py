@@ -1,0 +1,80 @@
+"""Engines are killed, frozen and restarted under load: nothing is lost, duplicates are bounded."""
+
+import asyncio
+import random
+import signal
+
+import pytest
+
+from tests.scene import Conclude, Scene
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_kill_9_of_one_of_two_engines_at_random_moments(
+    scene: Scene, conclude: Conclude, seed: int
+) -> None:
+    moments = random.Random(seed)  # noqa: S311 - the same ones every time
+    engines = [await scene.engine(), await scene.engine()]
+    in_flight = 0
+    async with scene.load.running() as load:
+        for _ in range(3):
+            await load.arrived_more(moments.randint(50, 400))
+            victim = moments.choice(engines)
+            await victim.kill()
+            in_flight += await scene.leased()
+            engines.remove(victim)
+            await load.arrived_more(moments.randint(1, 100))
+            engines.append(await scene.engine())
+    await conclude(scene, f"kill -9 of one of two engines, 3 times, seed {seed}", in_flight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_kill_9_of_all_engines_at_random_moments(
+    scene: Scene, conclude: Conclude, seed: int
+) -> None:
+    moments = random.Random(seed)  # noqa: S311 - the same ones every time
+    in_flight = 0
+    async with scene.load.running() as load:
+        for _ in range(4):
+            engines = await asyncio.gather(scene.engine(), scene.engine())
+            await load.arrived_more(moments.randint(1, 300))
+            await asyncio.gather(*(engine.kill() for engine in engines))
+            in_flight += await scene.leased()
+        await scene.engine()
+    await conclude(scene, f"kill -9 of all engines, 4 times, seed {seed}", in_flight)
+
+
+async def test_an_engine_frozen_past_its_leases_under_load(
+    scene: Scene, conclude: Conclude
+) -> None:
+    sleeper, other = await scene.engine(), await scene.engine()
+    async with scene.load.running() as load:
+        await load.arrived_more(200)
+        sleeper.send(signal.SIGSTOP)
+        in_flight = await scene.leased()
+        # All of its leases have been taken back, and a second engine's worth of work is done.
+        await other.wait_for("leases_reclaimed")
+        await load.arrived_more(200)
+        sleeper.send(signal.SIGCONT)
+        await sleeper.wait_for("lease_lost")
+        await load.arrived_more(200)
+    await conclude(scene, "an engine frozen past its leases", in_flight)
+
+
+async def test_a_rolling_restart_duplicates_and_fails_nothing(
+    scene: Scene, conclude: Conclude
+) -> None:
+    engines = [await scene.engine(), await scene.engine()]
+    async with scene.load.running() as load:
+        for _ in range(4):
+            await load.arrived_more(100)
+            leaving = engines.pop(0)
+            leaving.send(signal.SIGTERM)
+            await leaving.wait_for("stopping")
+            engines.append(await scene.engine())
+            assert await leaving.exit_code() == 0
+    counts = await conclude(scene, "a rolling restart of two engines, twice", 0)
+    assert counts.duplicate == 0
+    assert await scene.failed_attempts() == 0
