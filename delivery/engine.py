@@ -217,6 +217,8 @@ class Engine:
         if webhook.secret is None:
             detail = "Postrider could not read the signing secret"
             return AttemptResult(Outcome.INTERNAL_ERROR, None, detail)
+        if webhook.destination is None:
+            return AttemptResult(Outcome.INTERNAL_ERROR, None, "Postrider could not read the URL")
         # By the database's time at the claim: what one engine signs with, every other does.
         secrets = webhook.signing_secrets(delivery.claimed_at)
         headers = sign(delivery, secrets, int(started_at.timestamp()))

@@ -39,16 +39,20 @@ WHERE c.id = expired.id
 #: Configs kept in memory; past this the cache starts anew, which costs one query per claim.
 _CACHE_SIZE = 50_000
 
+#: Longer than any wait that a call of ours stores; NaN is no less and no more.
+_WAIT_SECONDS_MAX = 86_400.0
+
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """One version of a webhook config; `secret` is None when no key of ours reads it."""
+    """One version of a webhook config; `secret` is None when no key of ours reads it, and
+    `destination` when its URL is none: no call of ours stores such a URL, and other hands may."""
 
     id: UUID
     version: int
-    destination: Destination
+    destination: Destination | None
     secret: str | None = field(repr=False)
     #: The secret before, which signs beside it until then; it may be gone or past.
     previous_secret: str | None = field(repr=False)
@@ -93,13 +97,13 @@ class WebhookCache:
         return Webhook(
             id=row["id"],
             version=row["version"],
-            destination=Destination(row["url"], orjson.loads(row["headers"])),
+            destination=_destination(row["id"], row["url"], row["headers"]),
             secret=self._decrypt(row["id"], row["secret_key_id"], row["secret_ciphertext"]),
             previous_secret=None
             if previous is None
             else self._decrypt(row["id"], row["previous_secret_key_id"], previous),
             previous_secret_expires_at=row["previous_secret_expires_at"],
-            retry_schedule_seconds=row["retry_schedule_seconds"],
+            retry_schedule_seconds=_schedule(row["id"], row["retry_schedule_seconds"]),
             timeout_seconds=row["timeout_seconds"],
             rate_limit=row["rate_limit"],
             max_in_flight=row["max_in_flight"],
@@ -115,6 +119,26 @@ class WebhookCache:
         except UndecryptableSecret as error:
             log.error("secret_unreadable", webhook_id=str(webhook_id), reason=str(error))
             return None
+
+
+def _destination(webhook_id: UUID, url: str, headers: str) -> Destination | None:
+    reason = "it has no host"
+    try:
+        destination = Destination(url, orjson.loads(headers))
+        if destination.url.host:
+            return destination
+    except ValueError as error:
+        reason = str(error)
+    log.error("url_unreadable", webhook_id=str(webhook_id), reason=reason)
+    return None
+
+
+def _schedule(webhook_id: UUID, waits: Sequence[float]) -> Sequence[float]:
+    """The waits as they are; none, hence the operator's, where one could not be waited for."""
+    if all(0 <= wait <= _WAIT_SECONDS_MAX for wait in waits):
+        return waits
+    log.error("retry_schedule_unreadable", webhook_id=str(webhook_id))
+    return ()
 
 
 async def forget_expired_secrets(pool: Pool) -> None:

@@ -1,0 +1,91 @@
+"""Rows that no call of ours could have made: only their own deliveries suffer, and no engine."""
+
+from typing import Any
+
+from aiohttp import web
+
+from core.ids import parse_id
+from tests.scene import Conclude, Scene
+
+# What somebody's SQL, a lost key or a bad restore may leave in a webhook config, and what comes of
+# its deliveries.
+INTERNAL = ("failed", "internal_error")
+POISON = {
+    "secret": ("secret_ciphertext = 'nonsense'", INTERNAL),
+    "key": ("secret_key_id = 'lost'", INTERNAL),
+    "header": ("""headers = '{"X-Shop": "a\\r\\nX-Injected: 1"}'""", INTERNAL),
+    "header_type": ("""headers = '{"X-Shop": 7}'""", ("delivered", "succeeded")),
+    "headers_type": ("headers = '[1]'", INTERNAL),
+    "url": ("url = 'https://[broken/'", INTERNAL),
+    "port": ("url = 'https://shop.example:99999/'", INTERNAL),
+    "host": ("url = 'https:///hook'", INTERNAL),
+    # Its receiver always answers 500, so that the schedule is looked at.
+    "schedule": ("retry_schedule_seconds = '{NaN,Infinity,-1}'", ("failed", "http_error")),
+    "previous": (
+        """previous_secret_ciphertext = 'nonsense', previous_secret_key_id = 'lost',
+        previous_secret_expires_at = now() + interval '1 hour'""",
+        ("delivered", "succeeded"),
+    ),
+}
+
+
+def merchant_of(kind: str) -> str:
+    return f"poison_{kind}"
+
+
+async def poison(scene: Scene, pool: Any) -> None:
+    """A config for each kind, spoilt; it may go on being called, were it not for that."""
+    for kind, (change, _) in POISON.items():
+        webhook_id = await scene.register(merchant_of(kind))
+        await pool.execute(
+            f"UPDATE webhook_configs SET version = version + 1, {change} WHERE id = $1",  # noqa: S608
+            parse_id("wh", webhook_id),
+        )
+
+
+async def outcomes(pool: Any) -> dict[str, tuple[int, set[tuple[str, str]]]]:
+    """Of each kind, how many attempts there were, and its (final state, outcome) pairs."""
+    rows = await pool.fetch(
+        "SELECT f.merchant_id, f.state, a.outcome FROM finished_deliveries f"
+        " JOIN attempts a ON a.delivery_id = f.id WHERE f.merchant_id LIKE 'poison%'"
+    )
+    return {
+        kind: (len(mine), {(row["state"], row["outcome"]) for row in mine})
+        for kind in POISON
+        if (mine := [row for row in rows if row["merchant_id"] == merchant_of(kind)])
+    }
+
+
+async def test_a_poison_row_harms_nothing_but_itself(
+    scene: Scene, conclude: Conclude, pool: Any
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path.endswith(merchant_of("schedule")):
+            await scene.load.answer(request)
+            return web.Response(status=500)
+        return await scene.load.answer(request)
+
+    scene.receiver.default = answer
+    await scene.engine(max_retries=2)
+    await poison(scene, pool)
+    async with scene.load.running() as load:
+        await load.arrived_more(100)
+        for kind, (_, (state, _)) in POISON.items():
+            for _ in range(3):
+                published = await scene.platform.publish(merchant_id=merchant_of(kind))
+                if state == "delivered" or kind == "schedule":
+                    scene.load.acknowledged.append(published.event.id)
+        await scene.drained("merchant_id LIKE 'poison%'")
+        await load.arrived_more(100)
+
+    expected = {
+        kind: (3 if result[0] == "delivered" else 9, {result})
+        for kind, (_, result) in POISON.items()
+    }
+    assert await outcomes(pool) == expected
+    # Faults of ours are nothing to hold against a receiver.
+    blamed = await pool.fetch(
+        "SELECT merchant_id FROM webhook_configs WHERE consecutive_failures > 0 OR NOT active"
+    )
+    assert [row["merchant_id"] for row in blamed] == [merchant_of("schedule")]
+    await conclude(scene, f"{len(POISON)} kinds of poison rows", 0)
