@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
+from cli.file_limit import fitting_in_flight
 from cli.migrate import require_schema
 from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
@@ -50,7 +51,11 @@ async def deliver(
                 age_seconds_max=settings.egress.receiver_connection_seconds,
             )
         )
-        engine = Engine(settings.delivery, pool, dialler, keyring)
+        in_flight = fitting_in_flight(
+            settings.delivery.max_in_flight, settings.database.database_pool_size
+        )
+        bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
+        engine = Engine(bounded, pool, dialler, keyring)
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())

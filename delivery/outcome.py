@@ -33,6 +33,8 @@ def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
     if refusal_of(error) is not None:
         return Outcome.REFUSED, "the host's address is not a public one; it is never called"
     match error:
+        case OSError(errno=errno.EMFILE | errno.ENFILE | errno.ENOMEM | errno.ENOBUFS):
+            return None
         case TimeoutError():
             return Outcome.TIMEOUT, "no answer within the timeout"
         case aiohttp.ClientConnectorDNSError():

@@ -1,5 +1,6 @@
 """The table from statuses and errors to outcomes, and from outcomes to final states."""
 
+import errno
 import socket
 import ssl
 from typing import Any
@@ -140,7 +141,14 @@ def test_a_refused_address_is_refused_however_deep_and_not_named(wrapped: bool) 
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("header"), RuntimeError("Session is closed"), KeyError("x")]
+    "error",
+    [
+        ValueError("header"),
+        RuntimeError("Session is closed"),
+        KeyError("x"),
+        _connector_error(OSError(errno.EMFILE, "Too many open files")),
+        OSError(errno.ENFILE, "Too many open files in system"),
+    ],
 )
 def test_a_fault_of_ours_is_not_blamed_on_the_receiver(error: Exception) -> None:
     assert outcome_of_error(error) is None

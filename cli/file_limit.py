@@ -1,0 +1,36 @@
+"""The limit of open files: a request holds a connection, and so do those that wait to be reused."""
+
+import resource
+
+import structlog
+
+#: Standard streams, event loop, look-ups of names, a certificate that is read.
+_OTHER_FILES = 32
+
+log = structlog.get_logger()
+
+
+def fitting_in_flight(wanted: int, database_connections: int) -> int:
+    """How many attempts can be in flight at once: `wanted`, or as many as there are files for.
+
+    Raises the soft limit as far as it needs to and may. Half of the files are for connections that
+    are idle: those of one attempt stay for the next one to the same receiver.
+    """
+    reserved = database_connections + _OTHER_FILES
+    needed = 2 * wanted + reserved
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    fitting = max(min(wanted, (allowed - reserved) // 2), 1)
+    if fitting < wanted:
+        log.warning(
+            "fewer_in_flight",
+            setting="WEBHOOK_MAX_IN_FLIGHT",
+            wanted=wanted,
+            in_flight=fitting,
+            open_files=allowed,
+            advice=f"let the engine open {needed} files (ulimit -n, LimitNOFILE=)",
+        )
+    return fitting
