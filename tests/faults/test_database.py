@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.postgres_proxy import proxied
 from tests.load import Load
 from tests.own_postgres import OwnPostgres
-from tests.scene import MERCHANTS, Conclude, Scene
+from tests.scene import MERCHANTS, PATIENT, Conclude, Scene
 
 type StartScene = Callable[..., AbstractAsyncContextManager[Scene]]
 
@@ -48,7 +48,7 @@ async def test_a_connection_cut_just_after_its_commit(
             proxied(database_url, Path(directory)) as (proxy, url),
             start_scene(database_url=url) as scene,
         ):
-            await scene.engine()
+            await scene.engine(**PATIENT)
             scene.load = Load(scene.platform, MERCHANTS, batch=1)
             scene.receiver.default = scene.load.answer
             proxy.one_in = 5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.scene import Conclude, Scene
+from tests.scene import PATIENT, Conclude, Scene
 
 LIMIT = 256
 PLACES = 500
@@ -13,7 +13,7 @@ async def test_fewer_descriptors_than_places(scene: Scene, conclude: Conclude) -
     limited = ("sh", "-c", f'ulimit -n {LIMIT} && exec "$0" "$@"')
     # Every place wants a connection of its own.
     engine = await scene.engine(
-        under=limited, max_in_flight=PLACES, max_in_flight_per_webhook=PLACES, max_retries=3
+        under=limited, **PATIENT, max_in_flight=PLACES, max_in_flight_per_webhook=PLACES
     )
     [told] = engine.named("fewer_in_flight")
     assert (told["wanted"], told["open_files"]) == (PLACES, LIMIT)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.scene import Conclude, Scene
+from tests.scene import PATIENT, Conclude, Scene
 
 
 @pytest.mark.slow
@@ -66,14 +66,14 @@ async def test_an_engine_frozen_past_its_leases_under_load(
 async def test_a_rolling_restart_duplicates_and_fails_nothing(
     scene: Scene, conclude: Conclude
 ) -> None:
-    engines = [await scene.engine(), await scene.engine()]
+    engines = [await scene.engine(**PATIENT), await scene.engine(**PATIENT)]
     async with scene.load.running() as load:
         for _ in range(4):
             await load.arrived_more(100)
             leaving = engines.pop(0)
             leaving.send(signal.SIGTERM)
             await leaving.wait_for("stopping")
-            engines.append(await scene.engine())
+            engines.append(await scene.engine(**PATIENT))
             assert await leaving.exit_code() == 0
     counts = await conclude(scene, "a rolling restart of two engines, twice", 0)
     assert counts.duplicate == 0

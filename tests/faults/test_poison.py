@@ -5,7 +5,7 @@ from typing import Any
 from aiohttp import web
 
 from core.ids import parse_id
-from tests.scene import Conclude, Scene
+from tests.scene import PATIENT, Conclude, Scene
 
 # What somebody's SQL, a lost key or a bad restore may leave in a webhook config, and what comes of
 # its deliveries.
@@ -66,7 +66,7 @@ async def test_a_poison_row_harms_nothing_but_itself(
         return await scene.load.answer(request)
 
     scene.receiver.default = answer
-    await scene.engine(max_retries=2)
+    await scene.engine(**PATIENT, max_retries=2)
     await poison(scene, pool)
     async with scene.load.running() as load:
         await load.arrived_more(100)
