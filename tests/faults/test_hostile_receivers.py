@@ -29,6 +29,8 @@ async def gigabyte(writer: asyncio.StreamWriter) -> None:
     for _ in range(2**14):
         writer.write(bytes(2**16))
         await writer.drain()
+        # Lets the end of the connection be noticed, which drain() alone does not.
+        await asyncio.sleep(0)
 
 
 async def dripping_body(writer: asyncio.StreamWriter) -> None:
