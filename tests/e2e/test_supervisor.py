@@ -43,7 +43,7 @@ async def processes(
     await processes.kill_all()
 
 
-async def supervisor(processes: Processes, **settings: object) -> Process:
+async def supervisor(processes: Processes, **settings: Any) -> Process:
     """A supervisor whose two engines deliver."""
     process = await processes.start("delivery", "--processes=2", **(BRISK | settings))
     await process.wait_for("delivering", 2)
@@ -161,7 +161,7 @@ async def test_a_second_signal_ends_every_engine_at_once(
     ],
 )
 async def test_a_fault_at_the_start_is_told_once_and_not_repeated(
-    processes: Processes, settings: dict[str, object], told: str, exit_code: int
+    processes: Processes, settings: dict[str, Any], told: str, exit_code: int
 ) -> None:
     both = await processes.start("delivery", delivery_processes=2, log_level="warning", **settings)
     assert await both.exit_code() == exit_code
