@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -12,11 +12,14 @@ from cli.file_limit import fitting_in_flight
 from cli.migrate import require_schema
 from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
-from core.db import open_pool
+from core.db import Pool, open_pool
 from core.keyring import load_keyring
 from delivery.config import DeliverySettings
 from delivery.dialler import open_dialler
 from delivery.engine import Engine
+
+#: Given up after that, a pool ends its connections without a word.
+_CLOSE_SECONDS = 2.0
 
 log = structlog.get_logger()
 
@@ -40,7 +43,7 @@ async def deliver(
         pool = await open_pool(
             settings.database, "postrider-delivery", settings.database.database_pool_size
         )
-        stack.push_async_callback(pool.close)
+        stack.push_async_callback(_close, pool)
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
@@ -65,3 +68,10 @@ async def deliver(
             log.info("stopping")
             engine.stop()
             stopping.cancel()
+
+
+async def _close(pool: Pool) -> None:
+    """Say good-bye to the database, unless it does not listen."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await pool.close()

@@ -67,6 +67,7 @@ class DeactivationReason(StrEnum):
     PAUSED = "paused"
     FAILURES = "failures"
     ADMIN = "admin"
+    GONE = "gone"
 
 
 @dataclass(frozen=True, slots=True)

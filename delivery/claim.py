@@ -17,16 +17,16 @@ class Claim:
 
 
 async def claim(pool: Pool, limit: int, lease_seconds: float) -> Claim:
-    """Claim up to `limit` deliveries; put those of inactive or deleted configs where they belong.
+    """Claim up to `limit` deliveries; put those that may not be sent now where they belong.
 
-    Such rows are rare: a config's rows are parked or cancelled in the transaction that changed it,
-    and only an event accepted at that very moment can still be ready.
+    Such rows are few: what a config has due is parked or cancelled in the statement that stopped
+    it, and only retries, and events accepted at that very moment, can still become ready.
     """
     leased = await queue.claim(pool, limit, lease_seconds)
     for webhook_id in {d.webhook_id for d in leased if d.webhook_deleted}:
         await queue.cancel_webhook(pool, webhook_id)
-    inactive = [d for d in leased if not d.webhook_active and not d.webhook_deleted]
-    if inactive:
-        await queue.park_leased(pool, inactive)
-    callable_now = [d for d in leased if d.webhook_active and not d.webhook_deleted]
-    return Claim(len(leased), callable_now)
+    present = [d for d in leased if not d.webhook_deleted]
+    waiting = [d for d in present if not d.webhook_active or d.is_held]
+    if waiting:
+        await queue.park_leased(pool, waiting)
+    return Claim(len(leased), [d for d in present if d.webhook_active and not d.is_held])

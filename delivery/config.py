@@ -28,6 +28,24 @@ class DeliverySettings(Block):
         ge=1,
         description="failed deliveries in a row after which a webhook config goes inactive",
     )
+    breaker_failures: int = Field(
+        10,
+        ge=1,
+        description="failed attempts in a row, of whatever deliveries, after which a webhook "
+        "config is left alone for a while and its deliveries wait",
+    )
+    breaker_failing_seconds: Seconds = Field(
+        5.0, description="how long these failures must have gone on before that"
+    )
+    breaker_cooldown_seconds: Seconds = Field(
+        5.0,
+        description="for how long it is left alone the first time; then one delivery is tried, and "
+        "each failure doubles the wait",
+    )
+    breaker_cooldown_max_seconds: Seconds = Field(300.0, description="longest of these waits")
+    retry_after_max_seconds: Seconds = Field(
+        3600.0, description="longest wait that a receiver is granted by its Retry-After"
+    )
     lease_seconds: Seconds = Field(
         75.0,
         description="how long an engine owns a claimed delivery; at least twice the delivery "
@@ -39,8 +57,8 @@ class DeliverySettings(Block):
     max_in_flight_per_webhook: int = Field(
         32,
         ge=1,
-        description="of these, attempts to one webhook config; what exceeds it waits, parked, in "
-        "the config's own backlog",
+        description="of these, attempts to one webhook config that answers well; what exceeds it "
+        "waits, parked, in the config's own backlog",
     )
     claim_batch: int = Field(
         200, ge=1, le=1000, description="most deliveries claimed in one statement"
@@ -49,7 +67,9 @@ class DeliverySettings(Block):
         1.0, le=1.0, description="longest wait between looks at the queue when no hint arrives"
     )
     delivery_drain_seconds: Seconds = Field(
-        35.0, description="how long attempts in flight may finish after SIGTERM"
+        35.0,
+        description="how long attempts in flight may finish after SIGTERM, and at most how long "
+        "again the database is waited for to record them",
     )
     delivery_processes: int = Field(
         1,

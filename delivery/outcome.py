@@ -54,13 +54,28 @@ def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
     return None
 
 
-def final_state(outcome: Outcome, retry_after: float | None) -> DeliveryState | None:
+def final_state(
+    outcome: Outcome, status: int | None, backoff: float | None
+) -> DeliveryState | None:
     """What an attempt makes of its delivery: a final state, or None for another attempt."""
     if outcome is Outcome.SUCCEEDED:
         return DeliveryState.DELIVERED
-    if outcome is Outcome.REFUSED or retry_after is None:
+    if outcome is Outcome.REFUSED or status == http.HTTPStatus.GONE or backoff is None:
         return DeliveryState.FAILED
     return None
+
+
+def receiver_works(outcome: Outcome, status: int | None) -> bool | None:
+    """What an attempt says of its receiver: that it takes requests, or not; None: nothing.
+
+    Whoever answers takes requests, even if it likes none of them, unless the answer says that it
+    cannot cope.
+    """
+    if outcome in {Outcome.INTERNAL_ERROR, Outcome.REFUSED}:
+        return None
+    if status is None:
+        return False
+    return status < 500 and status != http.HTTPStatus.TOO_MANY_REQUESTS
 
 
 def _certificate_detail(error: Exception) -> str:

@@ -1,11 +1,8 @@
-"""Stage: expired leases return to the queue, backlogs are let in as their configs have room, and
-chains that were left without a first go on.
+"""Stage: expired leases return to the queue, and chains that were left without a first go on.
 
-Every engine runs this; a page at a time and without waiting for another's locks, so that nothing
+Every engine runs this, a page at a time and without waiting for another's locks, so that nothing
 depends on any one of them being alive.
 """
-
-from uuid import UUID
 
 from core import queue
 from core.db import Pool
@@ -20,12 +17,6 @@ async def reclaim(pool: Pool) -> int:
     while reclaimed := len(await queue.reclaim(pool, _PAGE)):
         total += reclaimed
     return total
-
-
-async def admit_backlogs(pool: Pool, places: int) -> set[UUID]:
-    """Let parked deliveries of active configs in as far as they have room; returns the configs."""
-    webhook_ids = await queue.webhooks_with_backlog(pool)
-    return await queue.admit(pool, webhook_ids, places) if webhook_ids else set()
 
 
 async def promote_stranded(pool: Pool, after: Chain | None) -> tuple[int, Chain | None]:

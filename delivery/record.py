@@ -1,11 +1,14 @@
 """Stage: results into the database, as many at a time as have come in since the last write.
 
 A result is kept until a settle took it or its lease was lost: a database that is away delays
-results and loses none. Both ends of an ambiguous commit are safe, since settles are fenced.
+results and loses none. Both ends of an ambiguous commit are safe, since settles are fenced. What
+they change about breakers is written before them, so that no delivery slips in between.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from uuid import UUID
 
 import asyncpg
 import structlog
@@ -13,7 +16,8 @@ import structlog
 from core import queue
 from core.db import RETRYABLE_ERRORS, Pool
 from core.ids import format_id
-from core.queue import Settled, Settlement
+from core.queue import BreakerChange, Settled, Settlement
+from delivery.config import DeliverySettings
 
 #: Settlements in one statement; more wait for the next one.
 _BATCH_MAX = 500
@@ -28,19 +32,29 @@ class Recorder:
     def __init__(
         self,
         pool: Pool,
-        max_consecutive_failures: int,
+        settings: DeliverySettings,
         on_settled: Callable[[Sequence[Settlement], Settled], None],
     ):
         self._pool = pool
-        self._max_consecutive_failures = max_consecutive_failures
+        self._settings = settings
         self._on_settled = on_settled
         self._pending: list[Settlement] = []
         # A settle met somebody's lock: look for what is held before each, until nothing is.
         self._wary = False
+        self._changes: dict[UUID, BreakerChange] = {}
         self._arrived = asyncio.Event()
 
-    def put(self, settlement: Settlement) -> None:
+    @property
+    def pending(self) -> int:
+        """Results that are not in the database yet."""
+        return len(self._pending)
+
+    def put(self, settlement: Settlement, change: BreakerChange | None = None) -> None:
+        """Take a result, and what it changes about the breaker of its config."""
         self._pending.append(settlement)
+        if change is not None:
+            before = self._changes.get(change.webhook_id)
+            self._changes[change.webhook_id] = _merged(before, change) if before else change
         self._arrived.set()
 
     async def run(self) -> None:
@@ -52,6 +66,7 @@ class Recorder:
     async def flush(self) -> None:
         """Write everything pending, waiting for the database as long as it takes."""
         while self._pending:
+            await self._change_breakers()
             batch = self._pending[:_BATCH_MAX]
             for part, settled in await self._settle(batch):
                 await self._promote(settled)
@@ -67,7 +82,9 @@ class Recorder:
                 async with self._pool.acquire() as connection, connection.transaction():
                     held = await queue.held(connection, batch) if self._wary else frozenset()
                     free = [s for s in batch if s.delivery_id not in held]
-                    settled = await queue.settle(connection, free, self._max_consecutive_failures)
+                    settled = await queue.settle(
+                        connection, free, self._settings.max_consecutive_failures
+                    )
                 self._wary = bool(held)
                 await self._postpone([s for s in batch if s.delivery_id in held], not free)
                 return [(free, settled)]
@@ -99,6 +116,46 @@ class Recorder:
         if held and nothing_else:
             await asyncio.sleep(_RETRY_SECONDS)
 
+    async def _change_breakers(self) -> None:
+        while self._changes:
+            opening = [c for c in self._changes.values() if c.trips or c.asked_seconds]
+            closing = [c.webhook_id for c in self._changes.values() if c not in opening]
+            try:
+                await self._open_breakers(opening)
+                await self._close_breakers(closing)
+            except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
+                if _concerns_everything(error):
+                    log.warning("breakers_retried", error=repr(error))
+                    await asyncio.sleep(_RETRY_SECONDS)
+                    continue
+                # Somebody holds a config for long. Its next attempts will say the same again.
+                log.warning("breakers_not_changed", error=repr(error))
+            self._changes.clear()
+
+    async def _open_breakers(self, changes: Sequence[BreakerChange]) -> None:
+        if not changes:
+            return
+        opened = await queue.open_breakers(
+            self._pool,
+            changes,
+            self._settings.breaker_cooldown_seconds,
+            self._settings.breaker_cooldown_max_seconds,
+        )
+        for change in changes:
+            if change.webhook_id in opened:
+                log.warning(
+                    "breaker_opened",
+                    webhook_id=format_id("wh", change.webhook_id),
+                    failures=change.failures,
+                    seconds=opened[change.webhook_id],
+                    asked=change.asked_seconds > 0,
+                )
+
+    async def _close_breakers(self, webhook_ids: Sequence[UUID]) -> None:
+        if webhook_ids:
+            for webhook_id in await queue.close_breakers(self._pool, webhook_ids):
+                log.info("breaker_closed", webhook_id=format_id("wh", webhook_id))
+
     def _set_aside(
         self, settlement: Settlement, error: BaseException
     ) -> list[tuple[Sequence[Settlement], Settled]]:
@@ -108,7 +165,13 @@ class Recorder:
             self._pending.append(settlement)
             return []
         log.error("settle_refused", delivery_id=delivery_id, error=repr(error))
-        return [([settlement], Settled(frozenset(), ()))]
+        return [([settlement], Settled(frozenset(), {}))]
+
+
+def _merged(before: BreakerChange, change: BreakerChange) -> BreakerChange:
+    """One change a config: what makes it wait longest."""
+    longer = before if before.trips and not change.trips else change
+    return replace(longer, asked_seconds=max(before.asked_seconds, change.asked_seconds))
 
 
 def _concerns_everything(error: BaseException) -> bool:

@@ -49,6 +49,8 @@ async def reactivate(sessions: Sessions, webhook_id: UUID) -> WebhookConfig | No
         row.active = True
         row.deactivation_reason = None
         row.consecutive_failures = 0
+        row.breaker_open_until = None
+        row.breaker_trips = 0
         changed = {"active", "consecutive_failures", "deactivation_reason"}
         await _finish(session, row, "ReactivateWebhookConfig", changed, "")
     return row

@@ -166,6 +166,9 @@ def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:
         leased=standing.leased,
         blocked=standing.blocked,
         oldest_due_age=_duration(standing.oldest_due_age_seconds),
+        breaker_open_until=_timestamp(standing.breaker_open_until)
+        if standing.breaker_open_until
+        else None,
     )
 
 

@@ -18,6 +18,7 @@ from core.db import Pool
 from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
 from core.queue import NewEvent
+from server.crowds import Crowds
 from server.event_types import EventTypes, unknown_event_type
 from server.group_commit import GroupCommit
 from server.hint import Hints
@@ -89,7 +90,8 @@ class Ingest:
         self._event_types = event_types
         self._hints = hints
         self._max_payload_bytes = max_payload_bytes
-        self._commits = GroupCommit(lambda events: self._store(queue.enqueue, events))
+        self._crowds = Crowds()
+        self._commits = GroupCommit(lambda events: self._store(self._enqueue, events))
         # Apart, so that only who asks for an order ever waits for one.
         self._commits_in_order = GroupCommit(
             lambda events: self._store(queue.enqueue_in_order, events)
@@ -112,6 +114,12 @@ class Ingest:
         commits = self._commits_in_order if in_order else self._commits
         stored = await commits.store(events) if events else {}
         return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
+
+    async def _enqueue(
+        self, pool: Pool, events: Sequence[NewEvent]
+    ) -> dict[UUID, tuple[int, datetime]]:
+        crowd = self._crowds.notice(event.merchant_id for event in events)
+        return await queue.enqueue(pool, events, crowd=crowd)
 
     async def _store(
         self, enqueue: _Enqueue, events: Sequence[NewEvent]

@@ -6,6 +6,7 @@ as large as what engines have yet to look at. A million rows take about half a s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import text
@@ -39,11 +40,12 @@ WITH parked AS (
 SELECT NULL::uuid AS webhook_id, NULL AS merchant_id, coalesce(sum(ready), 0)::bigint AS ready,
     coalesce(sum(parked), 0)::bigint AS parked, coalesce(sum(leased), 0)::bigint AS leased,
     coalesce(sum(blocked), 0)::bigint AS blocked,
-    coalesce(extract(epoch FROM now() - min(oldest_due_at)), 0)::float8 AS oldest_due_age_seconds
+    coalesce(extract(epoch FROM now() - min(oldest_due_at)), 0)::float8 AS oldest_due_age_seconds,
+    NULL::timestamptz AS breaker_open_until
 FROM open
 UNION ALL (
     SELECT t.webhook_id, c.merchant_id, t.ready, t.parked, t.leased, t.blocked,
-        coalesce(extract(epoch FROM now() - t.oldest_due_at), 0)::float8
+        coalesce(extract(epoch FROM now() - t.oldest_due_at), 0)::float8, c.breaker_open_until
     FROM top t LEFT JOIN webhook_configs c ON c.id = t.webhook_id
     ORDER BY t.ready + t.parked + t.leased + t.blocked DESC, t.webhook_id
 )
@@ -61,6 +63,7 @@ class Standing:
     leased: int
     blocked: int
     oldest_due_age_seconds: float
+    breaker_open_until: datetime | None
 
 
 async def queue_status(

@@ -83,6 +83,10 @@ class WebhookChanges:
                 setattr(row, column, value)
             if not changed:
                 return row
+            if "url" in changed or changed.get("active"):
+                # What was held against it may be over: it was pinged, or somebody says so.
+                row.breaker_open_until = None
+                row.breaker_trips = 0
             row.version += 1
             row.updated_at = func.now()
             names = [column.removesuffix(_UNIT) for column in changed]
@@ -115,6 +119,11 @@ class WebhookChanges:
             await session.flush()
             await session.refresh(row)
         return row
+
+    async def found_working(self, webhook_id: UUID) -> None:
+        """A ping came through: what its breaker holds back may go out."""
+        async with self._sessions.begin() as session:
+            await queue.close_breakers(await driver_connection(session), [webhook_id])
 
     async def delete(self, merchant_id: str, text: str) -> int:
         async with self._sessions.begin() as session:
@@ -218,6 +227,12 @@ def _changes(
             raise FailedPrecondition(
                 "this webhook config went inactive after consecutive failed deliveries; mend the "
                 "receiver, then ask the platform's operators to reactivate it",
+                reason="WEBHOOK_CONFIG_DEACTIVATED",
+            )
+        if row.deactivation_reason == DeactivationReason.GONE:
+            raise FailedPrecondition(
+                "this webhook config went inactive because its URL answered 410 Gone; give it "
+                "another URL, then ask the platform's operators to reactivate it",
                 reason="WEBHOOK_CONFIG_DEACTIVATED",
             )
         wanted["active"] = draft.active

@@ -27,7 +27,7 @@ from server.authentication import principal
 from server.database import Sessions
 from server.event_types import EventTypes, event_type_name, is_event_type_prefix
 from server.pagination import page_size, page_token, parse_page_token
-from server.ping import Pinger, require_reachable
+from server.ping import Pinger, is_reachable, require_reachable
 from server.principal import Scope
 from server.registration import (
     UPDATABLE_FIELDS,
@@ -161,6 +161,8 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         result = await self._pinger(
             url=row.url, webhook_id=row.id, secrets=self._secrets(row), headers=row.headers
         )
+        if is_reachable(result):
+            await self._changes.found_working(row.id)
         return convert.ping_message(result)
 
     async def ListEventTypes(

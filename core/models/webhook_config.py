@@ -20,13 +20,14 @@ class WebhookConfig(Base):
         CheckConstraint("cardinality(events) BETWEEN 1 AND 100", name="events_count"),
         CheckConstraint("active = (deactivation_reason IS NULL)", name="inactive_has_reason"),
         CheckConstraint(
-            "deactivation_reason IN ('paused', 'failures', 'admin')",
+            "deactivation_reason IN ('paused', 'failures', 'admin', 'gone')",
             name="deactivation_reason_known",
         ),
         CheckConstraint("consecutive_failures >= 0", name="consecutive_failures_counted"),
         CheckConstraint("cardinality(retry_schedule_seconds) <= 20", name="retry_schedule_bounded"),
         CheckConstraint("timeout_seconds BETWEEN 1 AND 30", name="timeout_bounded"),
         CheckConstraint("rate_limit >= 0 AND max_in_flight >= 0", name="limits_counted"),
+        CheckConstraint("breaker_trips >= 0", name="breaker_trips_counted"),
         CheckConstraint(
             "(previous_secret_ciphertext IS NULL) = (previous_secret_key_id IS NULL)"
             " AND (previous_secret_key_id IS NULL) = (previous_secret_expires_at IS NULL)",
@@ -97,6 +98,12 @@ class WebhookConfig(Base):
     )
     previous_secret_key_id: Mapped[str | None] = mapped_column()
     previous_secret_expires_at: Mapped[datetime | None] = mapped_column()
+    breaker_open_until: Mapped[datetime | None] = mapped_column(
+        comment="Nothing is sent before, then one probe at a time; null: closed"
+    )
+    breaker_trips: Mapped[int] = mapped_column(
+        server_default=text("0"), comment="Times it opened since it was closed"
+    )
     ordered: Mapped[bool] = mapped_column(
         server_default=text("false"), comment="Events with an ordering key go in order"
     )

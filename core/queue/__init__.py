@@ -6,7 +6,7 @@ engine that was frozen and wakes late changes nothing. Each function takes the c
 and runs in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
-from core.queue.acceptance import CHANNEL, enqueue, enqueue_in_order, hint, redeliver
+from core.queue.acceptance import CHANNEL, CROWD, enqueue, enqueue_in_order, hint, redeliver
 from core.queue.backlog import (
     admit,
     park_leased,
@@ -14,16 +14,27 @@ from core.queue.backlog import (
     spend_rate,
     webhooks_with_backlog,
 )
+from core.queue.breakers import close_breakers, open_breakers
 from core.queue.cancellation import cancel_webhook
 from core.queue.holding import held
 from core.queue.leases import claim, reclaim, release
 from core.queue.order import chains_after, promote
-from core.queue.records import Chain, Connection, LeasedDelivery, NewEvent, Settled, Settlement
+from core.queue.records import (
+    BreakerChange,
+    Chain,
+    Connection,
+    LeasedDelivery,
+    NewEvent,
+    Settled,
+    Settlement,
+)
 from core.queue.settlement import settle
 from core.queue.verification import Finding, check_invariants
 
 __all__ = [
     "CHANNEL",
+    "CROWD",
+    "BreakerChange",
     "Chain",
     "Connection",
     "Finding",
@@ -36,10 +47,12 @@ __all__ = [
     "chains_after",
     "check_invariants",
     "claim",
+    "close_breakers",
     "enqueue",
     "enqueue_in_order",
     "held",
     "hint",
+    "open_breakers",
     "park_leased",
     "park_webhooks",
     "promote",

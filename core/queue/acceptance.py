@@ -1,5 +1,6 @@
 """How deliveries come into being: with their event, or by a redelivery; and the hint of it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -13,15 +14,53 @@ from core.queue.records import Chain, Connection, NewEvent
 #: Channel of the hint that something became due. A hint only: engines poll as well.
 CHANNEL = "postrider_due"
 
+#: Events of one merchant, at once or in a second, from which on they are a crowd.
+CROWD = 25
+
+#: Deliveries of one config that are due or being attempted, beyond which new ones are parked: more
+#: than it takes to keep its places busy, and so few that nobody waits for a flood to be claimed.
+_READY_MAX = 100
+
+
+# Whether the config w has a backlog, whose turn is before any new delivery's. Not EXISTS, for which
+# the planner may think of reading all backlogs.
+_HAS_BACKLOG = """
+    (
+        SELECT true FROM delivery_queue p WHERE p.webhook_id = w.id AND p.state = 'parked' LIMIT 1
+    ) IS NOT NULL
+"""
+
+
+# How many deliveries of the config w are due or being attempted, as far as it matters.
+_DUE = f"""
+    (
+        SELECT count(*) FROM (
+            SELECT FROM delivery_queue q
+            WHERE q.webhook_id = w.id AND q.state <> 'parked' AND q.due_at <= now()
+            LIMIT {_READY_MAX}
+        ) due
+    )
+"""  # noqa: S608 - of constants
+
+
+# Whether a new delivery of the config w is ready. What has a later time is nobody's rival before,
+# and parked it would come behind its turn.
+_STATE = f"""
+    CASE WHEN w.active AND (w.later OR (w.closed AND NOT {_HAS_BACKLOG} {{also}})) THEN 'ready'
+        ELSE 'parked' END
+"""
+_STATE_ALONE = _STATE.format(also="")
+# In a crowd only as many as there is room for; to look costs a lone event more than the rest of it.
+_STATE_IN_CROWD = _STATE.format(also=f"AND w.rank <= {_READY_MAX} - {_DUE}")
 
 # One statement per batch, whatever its size: keys, events, and a delivery per matching config.
 _ACCEPT = """
 WITH input AS (
     SELECT * FROM unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[],
-        $8::timestamptz[], $9::text[]
+        $8::timestamptz[], $9::text[], $10::int[]
     ) WITH ORDINALITY AS t(id, merchant_id, type, content_type, payload, idempotency_key,
-        content_hash, not_before, ordering_key, position)
+        content_hash, not_before, ordering_key, rank, position)
 ), new_keys AS (
     INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id)
     SELECT merchant_id, idempotency_key, content_hash, id FROM input
@@ -31,7 +70,7 @@ WITH input AS (
     ON CONFLICT DO NOTHING
     RETURNING event_id
 ), accepted AS (
-    SELECT id, merchant_id, type, content_type, payload, not_before, ordering_key, position
+    SELECT id, merchant_id, type, content_type, payload, not_before, ordering_key, rank, position
     FROM input
     WHERE idempotency_key IS NULL OR id IN (SELECT event_id FROM new_keys)
 ), filters AS (
@@ -42,8 +81,10 @@ WITH input AS (
     ) AS names
     FROM (SELECT DISTINCT type, string_to_array(type, '.') AS parts FROM accepted) t
 ), matched AS (
-    SELECT a.id AS event_id, a.merchant_id, a.type, a.not_before, c.id AS webhook_id, c.active,
-        CASE WHEN c.ordered THEN a.ordering_key END AS ordering_key, a.position
+    SELECT a.id AS event_id, a.merchant_id, a.type, a.not_before, a.rank, a.position,
+        a.not_before > now() IS TRUE AS later, c.id, c.active,
+        c.breaker_open_until IS NULL AS closed,
+        CASE WHEN c.ordered THEN a.ordering_key END AS ordering_key
     FROM accepted a
     JOIN filters f ON f.type = a.type
     JOIN webhook_configs c
@@ -59,44 +100,43 @@ FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
 RETURNING id, delivery_count, created_at{also}
 """
 
-_ENQUEUE = _ACCEPT.format(
-    queued="""queued AS (
+_QUEUED = """queued AS (
     INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at)
-    SELECT new_uuid7(), webhook_id, event_id, merchant_id, type,
-        CASE WHEN active THEN 'ready' ELSE 'parked' END, greatest(now(), not_before)
-    FROM matched
-)""",
-    also="",
-)
+    SELECT new_uuid7(), w.id, w.event_id, w.merchant_id, w.type, {state},
+        greatest(now(), w.not_before)
+    FROM matched w
+)"""
 
 # Behind what its chain holds already; the first of a chain is queued as it would be without one.
-_ENQUEUE_IN_ORDER = _ACCEPT.format(
-    queued="""placed AS (
+_QUEUED_IN_ORDER = f"""placed AS (
     SELECT m.*, CASE WHEN ordering_key IS NOT NULL THEN coalesce(b.last, f.position, 0)
-        + row_number() OVER (PARTITION BY webhook_id, ordering_key ORDER BY m.position)
+        + row_number() OVER (PARTITION BY m.id, ordering_key ORDER BY m.position)
         END AS ordering_position
     FROM matched m
     LEFT JOIN LATERAL (
         SELECT q.ordering_position AS last FROM delivery_queue q
-        WHERE q.webhook_id = m.webhook_id AND q.ordering_key = m.ordering_key
-            AND q.state = 'blocked'
+        WHERE q.webhook_id = m.id AND q.ordering_key = m.ordering_key AND q.state = 'blocked'
         ORDER BY q.ordering_position DESC LIMIT 1
     ) b ON true
     LEFT JOIN LATERAL (
         SELECT q.ordering_position AS position FROM delivery_queue q
-        WHERE q.webhook_id = m.webhook_id AND q.ordering_key = m.ordering_key
-            AND q.state <> 'blocked'
+        WHERE q.webhook_id = m.id AND q.ordering_key = m.ordering_key AND q.state <> 'blocked'
     ) f ON true
 ), queued AS (
     INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at,
         ordering_key, ordering_position)
-    SELECT new_uuid7(), webhook_id, event_id, merchant_id, type,
-        CASE WHEN ordering_position > 1 THEN 'blocked' WHEN active THEN 'ready' ELSE 'parked' END,
-        CASE WHEN ordering_position > 1 THEN 'infinity' ELSE greatest(now(), not_before) END,
-        ordering_key, ordering_position
-    FROM placed
+    SELECT new_uuid7(), w.id, w.event_id, w.merchant_id, w.type,
+        CASE WHEN w.ordering_position > 1 THEN 'blocked' ELSE {_STATE_ALONE} END,
+        CASE WHEN w.ordering_position > 1 THEN 'infinity' ELSE greatest(now(), w.not_before) END,
+        w.ordering_key, w.ordering_position
+    FROM placed w
     RETURNING event_id, webhook_id, state
-)""",
+)"""  # noqa: S608 - of constants
+
+_ENQUEUE = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_ALONE), also="")
+_ENQUEUE_CROWD = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_IN_CROWD), also="")
+_ENQUEUE_IN_ORDER = _ACCEPT.format(
+    queued=_QUEUED_IN_ORDER,
     also=""", ARRAY(
     SELECT q.webhook_id FROM queued q WHERE q.event_id = events.id AND q.state = 'blocked'
 ) AS blocked_for""",
@@ -104,27 +144,34 @@ _ENQUEUE_IN_ORDER = _ACCEPT.format(
 
 
 # Joined with its event, since a delivery without one could be claimed and never sent.
-_REDELIVER = """
+_REDELIVER = f"""
 INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
 SELECT new_uuid7(), f.webhook_id, f.event_id, f.merchant_id, f.event_type,
-    CASE WHEN c.active THEN 'ready' ELSE 'parked' END, f.id
+    CASE WHEN w.active AND w.breaker_open_until IS NULL AND NOT {_HAS_BACKLOG} THEN 'ready'
+        ELSE 'parked' END, f.id
 FROM finished_deliveries f
-JOIN webhook_configs c ON c.id = f.webhook_id AND c.deleted_at IS NULL
+JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
 JOIN events e ON e.id = f.event_id
 WHERE f.id = $2 AND f.merchant_id = $1
 RETURNING id
-"""
+"""  # noqa: S608 - of constants
 
 
 async def enqueue(
-    connection: Connection, events: Sequence[NewEvent]
+    connection: Connection, events: Sequence[NewEvent], *, crowd: bool = False
 ) -> dict[UUID, tuple[int, datetime]]:
     """Accept events: store them, a delivery per matching config, and their place in the queue.
+
+    What its config cannot take yet is parked at once: all of it beside a backlog, and of a crowd
+    what exceeds the config's room. Many events of one merchant here are a crowd; so is, at the
+    caller's word, what belongs to one that comes in by and by.
 
     Returns delivery count and time by event id, for those accepted; an event missing from it met
     an idempotency key that was there before (or earlier in `events`).
     """
-    rows = await connection.fetch(_ENQUEUE, *_columns(events))
+    columns = _columns(events)
+    statement = _ENQUEUE_CROWD if crowd or max(columns[-1], default=0) > CROWD else _ENQUEUE
+    rows = await connection.fetch(statement, *columns)
     return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
 
 
@@ -152,6 +199,12 @@ async def enqueue_in_order(
 
 
 def _columns(events: Sequence[NewEvent]) -> list[list[Any]]:
+    """The statements' parameters; the last are each event's rank among those of its merchant."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for event in events:
+        seen[event.merchant_id] += 1
+        ranks.append(seen[event.merchant_id])
     return [
         [e.id for e in events],
         [e.merchant_id for e in events],
@@ -162,6 +215,7 @@ def _columns(events: Sequence[NewEvent]) -> list[list[Any]]:
         [e.content_hash for e in events],
         [e.not_before for e in events],
         [e.ordering_key for e in events],
+        ranks,
     ]
 
 

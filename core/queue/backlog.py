@@ -45,24 +45,29 @@ _TOKENS = """
 # Fills a config's ready part from its own backlog once it is half empty: one by one would cost an
 # index update per settle. Let in "now", not at the old due time, so nobody else's turn is taken.
 # What a deleted config still has parked (accepted while it was deleted) is let in too: its claim
-# cancels it. A rate lets in as many as it leaves beside those that are already waiting for it.
+# cancels it. A rate lets in as many as it leaves beside those that are already waiting for it. An
+# open breaker lets in nothing; a half-open one the first that is due, when no other is on its way.
 _ADMIT = f"""
 WITH room AS (
-    SELECT c.id, p.places, p.places - t.taken AS free,
+    SELECT c.id, c.breaker_open_until IS NULL AS closed, p.places, p.places - t.taken AS free,
         CASE WHEN c.rate_limit > 0 THEN floor({_TOKENS})::bigint - t.ready END AS tokens
-    FROM webhook_configs c
-    CROSS JOIN LATERAL (SELECT least($2, nullif(c.max_in_flight, 0)) AS places) p
+    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, places) ON a.id = c.id
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN c.breaker_open_until IS NULL
+            THEN least(a.places, nullif(c.max_in_flight, 0)) ELSE 1 END AS places
+    ) p
     CROSS JOIN LATERAL (
         SELECT count(*) AS taken, count(*) FILTER (WHERE state = 'ready') AS ready FROM (
             SELECT q.state FROM delivery_queue q
             WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT p.places
         ) due
     ) t
-    WHERE c.id = ANY ($1) AND (c.active OR c.deleted_at IS NOT NULL)
+    WHERE c.deleted_at IS NOT NULL
+        OR (c.active AND (c.breaker_open_until IS NULL OR c.breaker_open_until <= now()))
 ), chosen AS (
     SELECT p.id FROM room r CROSS JOIN LATERAL (
         SELECT q.id FROM delivery_queue q
-        WHERE q.webhook_id = r.id AND q.state = 'parked'
+        WHERE q.webhook_id = r.id AND q.state = 'parked' AND (r.closed OR q.due_at <= now())
         ORDER BY q.id LIMIT greatest(least(r.free, r.tokens), 0)
     ) p
     WHERE r.free >= (r.places + 1) / 2
@@ -111,13 +116,15 @@ async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
     return [row["webhook_id"] for row in await connection.fetch(_WEBHOOKS_WITH_BACKLOG)]
 
 
-async def admit(connection: Connection, webhook_ids: Sequence[UUID], places: int) -> set[UUID]:
+async def admit(connection: Connection, places: Mapping[UUID, int]) -> set[UUID]:
     """Let parked deliveries in, not those of inactive configs; returns the configs that had some.
 
-    Each config has at most `places` due or leased deliveries in the ready part afterwards, or as
-    many as its own cap allows, and no more due ones than its rate leaves.
+    Each config has at most so many due or leased deliveries in the ready part afterwards as it has
+    `places` or its own cap allows, and no more due ones than its rate leaves; while its breaker is
+    half-open, one; while it is open, none are let in.
     """
-    return {row["webhook_id"] for row in await connection.fetch(_ADMIT, webhook_ids, places)}
+    rows = await connection.fetch(_ADMIT, list(places), list(places.values()))
+    return {row["webhook_id"] for row in rows}
 
 
 async def spend_rate(

@@ -166,21 +166,50 @@ INVARIANTS: tuple[Invariant, ...] = (
         name="backlog_let_in",
         says="no webhook config that may be sent to has a backlog and nothing due or leased",
         ids="wh",
-        rows="SELECT id, active, deleted_at, rate_limit, rate_used_until FROM webhook_configs",
+        rows="""
+            SELECT id, active, deleted_at, rate_limit, rate_used_until, breaker_open_until
+            FROM webhook_configs
+        """,
         # Whatever else may make a backlog wait belongs here. The mark is the first parked row as it
         # was written: as long as nobody has touched it, nothing was let in.
         suspects="""
             SELECT c.id, concat(head.id, ' ', head.written_by) AS mark
             FROM page c CROSS JOIN LATERAL (
                 SELECT q.id, q.xmin AS written_by FROM delivery_queue q
-                WHERE q.webhook_id = c.id AND q.state = 'parked' ORDER BY q.id LIMIT 1
+                WHERE q.webhook_id = c.id AND q.state = 'parked'
+                -- A half-open breaker lets in what is due, and an open one nothing.
+                AND (c.breaker_open_until IS NULL OR q.due_at <= now())
+                ORDER BY q.id LIMIT 1
             ) head
             WHERE (c.active OR c.deleted_at IS NOT NULL)
             AND (c.rate_limit = 0 OR c.rate_used_until IS NULL
                 OR (now() - c.rate_used_until) * c.rate_limit >= interval '1 second')
+            AND (c.breaker_open_until IS NULL OR c.breaker_open_until <= now())
             AND NOT EXISTS (
                 SELECT FROM delivery_queue q
                 WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now()
+            )
+        """,
+    ),
+    Invariant(
+        name="chain_has_first",
+        says="no chain of an ordering key waits without a first that is ready, parked or leased",
+        ids="dlv",
+        rows="""
+            SELECT id, webhook_id, ordering_key, ordering_position FROM delivery_queue
+        """,
+        only="state = 'blocked'",
+        # The one whose turn it is.
+        suspects="""
+            SELECT p.id, '' AS mark FROM page p
+            WHERE NOT EXISTS (
+                SELECT FROM delivery_queue q
+                WHERE q.webhook_id = p.webhook_id AND q.ordering_key = p.ordering_key
+                AND q.state <> 'blocked'
+            ) AND NOT EXISTS (
+                SELECT FROM delivery_queue q
+                WHERE q.webhook_id = p.webhook_id AND q.ordering_key = p.ordering_key
+                AND q.state = 'blocked' AND q.ordering_position < p.ordering_position
             )
         """,
     ),

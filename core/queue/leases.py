@@ -21,8 +21,13 @@ WITH due AS (
     RETURNING q.id, q.webhook_id, q.event_id, q.event_type, q.attempt_count
 )
 SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_active,
-    c.deleted_at IS NOT NULL AS webhook_deleted, l.event_id, l.event_type, e.content_type,
-    e.payload, l.attempt_count, now() AS claimed_at
+    c.deleted_at IS NOT NULL AS webhook_deleted, c.breaker_open_until,
+    -- Not EXISTS, for which the planner may think of reading all backlogs.
+    (
+        SELECT true FROM delivery_queue p
+        WHERE p.webhook_id = l.webhook_id AND p.state = 'parked' LIMIT 1
+    ) IS NOT NULL AS has_backlog,
+    l.event_id, l.event_type, e.content_type, e.payload, l.attempt_count, now() AS claimed_at
 FROM leased l
 JOIN webhook_configs c ON c.id = l.webhook_id
 JOIN events e ON e.id = l.event_id

@@ -51,8 +51,10 @@ WITH next AS (
     FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q
-SET state = CASE WHEN (SELECT c.active FROM webhook_configs c WHERE c.id = q.webhook_id)
-        THEN 'ready' ELSE 'parked' END,
+SET state = CASE WHEN (
+        SELECT c.active AND c.breaker_open_until IS NULL FROM webhook_configs c
+        WHERE c.id = q.webhook_id
+    ) THEN 'ready' ELSE 'parked' END,
     due_at = greatest(now(), (SELECT e.not_before FROM events e WHERE e.id = q.event_id))
 FROM locked WHERE q.id = locked.id
 RETURNING q.id

@@ -1,11 +1,12 @@
 """What goes into the queue and comes out of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from core.lifecycle import DeliveryState, Outcome
+from core.lifecycle import DeactivationReason, DeliveryState, Outcome
 
 #: asyncpg connection, or a pool (which runs each statement on a connection of its own).
 type Connection = Any
@@ -45,12 +46,26 @@ class LeasedDelivery:
     webhook_version: int
     webhook_active: bool
     webhook_deleted: bool
+    #: The config's breaker at the claim: None when it was closed.
+    breaker_open_until: datetime | None
+    #: Whether more of the config's deliveries were parked.
+    has_backlog: bool
     event_id: UUID
     event_type: str
     content_type: str
     payload: bytes
     attempt_count: int
     claimed_at: datetime
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the config's breaker was open: nothing of it may be sent."""
+        return self.breaker_open_until is not None and self.breaker_open_until > self.claimed_at
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the config's breaker was half-open: how this one fares decides about it."""
+        return self.breaker_open_until is not None and not self.is_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +96,22 @@ class Settled:
     """
 
     delivery_ids: frozenset[UUID]
-    deactivated_webhook_ids: tuple[UUID, ...]
+    deactivated: Mapping[UUID, DeactivationReason]
     ended_chains: tuple[Chain, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChange:
+    """What attempts showed of a config: that it must be held, or (neither of both) may go on.
+
+    `seen` is its breaker as the claim read it: a change on the word of another state is none.
+    """
+
+    webhook_id: UUID
+    seen: datetime | None
+    #: It fails and fails: held for the next cool-down.
+    trips: bool = False
+    #: It asked to be left alone for so long.
+    asked_seconds: float = 0.0
+    #: Failed attempts in a row that led to it, for the log.
+    failures: int = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from core.lifecycle import DeactivationReason
 from core.queue.backlog import park_webhooks
 from core.queue.records import Chain, Connection, Settled, Settlement
 
@@ -18,7 +19,7 @@ WITH input AS (
 ), finished AS (
     DELETE FROM delivery_queue q USING input i
     WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
-    RETURNING q.*, i.final_state, i.outcome, i.position
+    RETURNING q.*, i.final_state, i.outcome, i.status_code, i.position
 ), history AS (
     INSERT INTO finished_deliveries
         (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
@@ -50,7 +51,9 @@ WITH input AS (
         count(*) FILTER (
             WHERE final_state = 'failed' AND outcome <> 'internal_error'
             AND position > coalesce(last_delivered, 0)
-        ) AS failures
+        ) AS failures,
+        -- 410 Gone: nobody will ever be there again, so no further failures are waited for.
+        bool_or(status_code = 410) AS gone
     FROM (
         SELECT *, max(position) FILTER (WHERE final_state = 'delivered')
             OVER (PARTITION BY webhook_id) AS last_delivered
@@ -59,28 +62,33 @@ WITH input AS (
     GROUP BY webhook_id, last_delivered
 ), locked AS (
     -- Healthy configs are not written at all; the others are locked in one order by every engine.
-    SELECT c.id, c.active,
+    SELECT c.id, c.active, t.gone,
         CASE WHEN t.delivered THEN 0 ELSE c.consecutive_failures END + t.failures AS failures
     FROM webhook_configs c JOIN tally t ON t.webhook_id = c.id
-    WHERE t.failures > 0 OR (t.delivered AND c.consecutive_failures > 0)
+    WHERE t.failures > 0 OR t.gone OR (t.delivered AND c.consecutive_failures > 0)
     ORDER BY c.id
     FOR NO KEY UPDATE OF c
+), judged AS (
+    SELECT id, failures, CASE
+        WHEN active AND gone THEN 'gone'
+        WHEN active AND failures >= $10 THEN 'failures'
+    END AS ends_by
+    FROM locked
 ), counted AS (
     UPDATE webhook_configs c
-    SET consecutive_failures = l.failures,
-        active = c.active AND l.failures < $10,
-        deactivation_reason = CASE WHEN c.active AND l.failures >= $10 THEN 'failures'
-            ELSE c.deactivation_reason END,
-        version = c.version + CASE WHEN c.active AND l.failures >= $10 THEN 1 ELSE 0 END,
-        updated_at = CASE WHEN c.active AND l.failures >= $10 THEN now() ELSE c.updated_at END
-    FROM locked l WHERE c.id = l.id
-    RETURNING c.id, l.active AND NOT c.active AS deactivated
+    SET consecutive_failures = j.failures,
+        active = c.active AND j.ends_by IS NULL,
+        deactivation_reason = coalesce(j.ends_by, c.deactivation_reason),
+        version = c.version + (j.ends_by IS NOT NULL)::int,
+        updated_at = CASE WHEN j.ends_by IS NULL THEN c.updated_at ELSE now() END
+    FROM judged j WHERE c.id = j.id
+    RETURNING c.id, j.ends_by
 )
-SELECT id, 'settled' AS kind, NULL AS ordering_key FROM settled
+SELECT id, 'settled' AS kind, NULL AS ordering_key, NULL AS ends_by FROM settled
 UNION ALL
-SELECT id, 'deactivated', NULL FROM counted WHERE deactivated
+SELECT id, 'deactivated', NULL, ends_by FROM counted WHERE ends_by IS NOT NULL
 UNION ALL
-SELECT webhook_id, 'chain', ordering_key FROM finished WHERE ordering_key IS NOT NULL
+SELECT webhook_id, 'chain', ordering_key, NULL FROM finished WHERE ordering_key IS NOT NULL
 """
 
 
@@ -90,7 +98,8 @@ async def settle(
     """End leases with the results of their attempts; to be called in a transaction.
 
     A settlement whose lease no longer holds is ignored as a whole: no attempt, no count. Failures
-    count in the order of the batch, and a delivered one forgives those before it.
+    count in the order of the batch, and a delivered one forgives those before it; a 410 ends its
+    config at once.
     """
     rows = await connection.fetch(
         _SETTLE,
@@ -110,9 +119,13 @@ async def settle(
         [s.remote_address for s in settlements],
         [s.response_excerpt for s in settlements],
     )
-    deactivated = tuple(row["id"] for row in rows if row["kind"] == "deactivated")
+    deactivated = {
+        row["id"]: DeactivationReason(row["ends_by"])
+        for row in rows
+        if row["kind"] == "deactivated"
+    }
     if deactivated:
-        await park_webhooks(connection, deactivated)
+        await park_webhooks(connection, list(deactivated))
     return Settled(
         frozenset(row["id"] for row in rows if row["kind"] == "settled"),
         deactivated,

@@ -10,7 +10,7 @@ on events and webhook_configs, and on delivery_queue for as long as it takes to 
 from alembic import op
 
 revision = "20261123_ordering"
-down_revision = "20261122_watch"
+down_revision = "20261123_breaker"
 branch_labels = None
 depends_on = None
 

@@ -18,6 +18,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from core.config import DatabaseSettings, EgressSettings
 from core.ids import parse_id
 from core.lifecycle import DeliveryState
+from delivery.places import FEW
 from postrider.v1 import (
     admin_service_pb2,
     delivery_pb2,
@@ -495,18 +496,23 @@ async def test_a_backlog_is_let_in_as_fast_as_it_drains_and_not_by_the_sweep_alo
 async def test_no_more_than_max_in_flight_are_sent_at_once(
     platform: Platform, receiver: Receiver
 ) -> None:
-    receiver.default = doors = Doors()
+    doors = Doors()
     merchants = [f"m_{number}" for number in range(6)]
     for merchant_id in merchants:
         await platform.register(receiver.url, merchant_id)
     async with platform.engine(max_in_flight=5, max_in_flight_per_webhook=2):
+        # Those that have never answered would get no more than half of the places.
+        for merchant_id in merchants:
+            await platform.publish(merchant_id=merchant_id)
+        await receiver.wait_for(6)
+        receiver.default = doors
         for merchant_id in merchants:
             await publish_many(platform, 4, merchant_id)
         await doors.wait_for(5)
         doors.open()
-        await receiver.wait_for(24)
+        await receiver.wait_for(30)
     assert doors.most == 5
-    assert len(set(ids(receiver))) == 24
+    assert len(set(ids(receiver))) == 30
 
 
 # What is told.
@@ -603,7 +609,7 @@ async def test_nothing_is_lost_when_the_database_drops_every_session_of_the_engi
     receiver.default = doors = Doors()
     async with platform.engine(delivery_timeout_seconds=2, lease_seconds=4):
         published = await publish_many(platform, 50)
-        await doors.wait_for(32)
+        await doors.wait_for(FEW)
         await drop_sessions()
         doors.open()
         published += await publish_many(platform, 100)
@@ -656,10 +662,13 @@ async def test_however_many_rows_somebody_holds_the_others_wait_for_one_lock_at_
             database_url=database.database_url, database_statement_timeout_seconds=1
         ),
     )
-    receiver.default = doors = Doors()
+    doors = Doors()
     async with platform.engine():
-        for _ in range(30):
-            await platform.publish()
+        # Its places grow with every answer.
+        await publish_many(platform, 30)
+        await _until_finished(pool, 30)
+        receiver.default = doors
+        await publish_many(platform, 30)
         await doors.wait_for(30)
         async with pool.acquire() as connection, connection.transaction():
             await connection.execute("SELECT FROM delivery_queue FOR UPDATE")
@@ -668,13 +677,17 @@ async def test_however_many_rows_somebody_holds_the_others_wait_for_one_lock_at_
             began = monotonic()
             for count in range(1, 4):
                 await platform.publish(merchant_id="m_2")
-                async with asyncio.timeout(AMPLE):
-                    while await finished_states(pool) != {DeliveryState.DELIVERED: count}:
-                        pass
+                await _until_finished(pool, 30 + count)
             # One by one, the thirty would have taken 15 s each time.
             assert monotonic() - began < 10
-    assert await finished_states(pool) == {DeliveryState.DELIVERED: 33}
-    assert len(receiver.webhooks) == 33
+    assert await finished_states(pool) == {DeliveryState.DELIVERED: 63}
+    assert len(receiver.webhooks) == 63
+
+
+async def _until_finished(pool: Any, count: int) -> None:
+    async with asyncio.timeout(AMPLE):
+        while await finished_states(pool) != {DeliveryState.DELIVERED: count}:
+            pass
 
 
 # Stopping.

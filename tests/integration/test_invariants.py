@@ -18,6 +18,7 @@ from tests.factories import (
     failed,
     lease_one,
     make_delivery,
+    make_event,
     make_webhook_config,
     rescheduled,
     settle,
@@ -154,6 +155,24 @@ async def strand_a_limited_backlog(pool: Any, webhook_id: UUID) -> UUID:
     return webhook_id
 
 
+async def strand_the_backlog_of_a_half_open_breaker(pool: Any, webhook_id: UUID) -> UUID:
+    await pool.execute("UPDATE webhook_configs SET breaker_open_until = now(), breaker_trips = 1")
+    await make_delivery(pool, webhook_id, state="parked")
+    return webhook_id
+
+
+async def strand_a_chain(pool: Any, webhook_id: UUID) -> UUID:
+    await pool.execute("UPDATE webhook_configs SET ordered = true")
+    first, second, third = (make_event(ordering_key="k") for _ in range(3))
+    await queue.enqueue_in_order(pool, [first, second, third])
+    await pool.execute("DELETE FROM delivery_queue WHERE state <> 'blocked'")
+    await pool.execute("UPDATE events SET delivery_count = 0 WHERE id = $1", first.id)
+    delivery_id: UUID = await pool.fetchval(
+        "SELECT id FROM delivery_queue WHERE event_id = $1", second.id
+    )
+    return delivery_id
+
+
 async def lose_a_delivery_that_was_attempted(pool: Any, webhook_id: UUID) -> UUID:
     delivery = await lease_one(pool, webhook_id)
     await settle(pool, rescheduled(delivery))
@@ -176,6 +195,8 @@ BREAKS: tuple[tuple[str, Break], ...] = (
     ("inactive_parked", have_it_ready_while_inactive),
     ("backlog_let_in", strand_a_backlog),
     ("backlog_let_in", strand_a_limited_backlog),
+    ("backlog_let_in", strand_the_backlog_of_a_half_open_breaker),
+    ("chain_has_first", strand_a_chain),
     ("finished_config_known", lose_the_config_of_a_finished_one),
     ("finished_attempts_dense", forget_the_attempt_of_a_finished_one),
     ("finished_as_attempted", end_a_delivered_one_with_a_failure),
@@ -228,6 +249,15 @@ async def make_history(pool: Any) -> None:
     await pool.execute("UPDATE webhook_configs SET rate_used_until = now() WHERE id = $1", limited)
     await enqueue_events(pool, 3, merchant_id="m_2")
     await queue.park_webhooks(pool, [limited])
+    held = await make_webhook_config(pool, merchant_id="m_3")
+    await pool.execute(
+        "UPDATE webhook_configs SET breaker_open_until = now() + interval '1 hour' WHERE id = $1",
+        held,
+    )
+    await enqueue_events(pool, 2, merchant_id="m_3")
+    await make_webhook_config(pool, merchant_id="m_4", ordered=True)
+    events = [make_event(merchant_id="m_4", ordering_key="k") for _ in range(3)]
+    await queue.enqueue_in_order(pool, events)
 
 
 async def test_what_is_as_it_should_be_is_not_broken(pool: Any) -> None:
@@ -235,7 +265,7 @@ async def test_what_is_as_it_should_be_is_not_broken(pool: Any) -> None:
     states = {row["state"] for row in await pool.fetch("SELECT state FROM finished_deliveries")}
     assert states == {"delivered", "failed", "cancelled"}
     states = {row["state"] for row in await pool.fetch("SELECT state FROM delivery_queue")}
-    assert states == {"ready", "parked", "leased"}
+    assert states == {"ready", "parked", "leased", "blocked"}
     assert await broken(pool) == {}
 
 
@@ -311,7 +341,7 @@ async def test_nothing_is_said_to_be_broken_while_everything_moves(pool: Any) ->
             for delivery, result in zip(leased, (settlement, failed, rescheduled), strict=False):
                 await settle(pool, result(delivery), limit=10**6)
             await queue.park_leased(pool, leased[3:])
-            await queue.admit(pool, [webhook_id], 32)
+            await queue.admit(pool, {webhook_id: 32})
             done += 1
         return done
 

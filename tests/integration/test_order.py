@@ -214,13 +214,13 @@ async def test_the_next_of_an_inactive_config_is_parked_and_goes_on_when_it_is_a
     _, second, third = await accept(pool, "k", "k", "k")
     [lease] = await queue.claim(pool, 10, 60)
     settled = await settle(pool, failed(lease), limit=1)
-    assert settled.deactivated_webhook_ids == (webhook_id,)
+    assert settled.deactivated == {webhook_id: "failures"}
     await queue.promote(pool, settled.ended_chains)
 
     assert await chain(pool, webhook_id) == [(second.id, "parked"), (third.id, "blocked")]
-    assert await queue.admit(pool, [webhook_id], 32) == set()
+    assert await queue.admit(pool, {webhook_id: 32}) == set()
     await pool.execute("UPDATE webhook_configs SET active = true, deactivation_reason = NULL")
-    assert await queue.admit(pool, [webhook_id], 32) == {webhook_id}
+    assert await queue.admit(pool, {webhook_id: 32}) == {webhook_id}
     assert [(await finish_first(pool)).event_id for _ in range(2)] == [second.id, third.id]
 
 
@@ -237,7 +237,7 @@ async def test_what_is_blocked_takes_no_places_of_its_config(pool: Any) -> None:
     await accept(pool, *["k"] * 40)
     parked = [await make_delivery(pool, webhook_id, state="parked") for _ in range(3)]
 
-    assert await queue.admit(pool, [webhook_id], 8) == {webhook_id}
+    assert await queue.admit(pool, {webhook_id: 8}) == {webhook_id}
     ready = {lease.id for lease in await queue.claim(pool, 100, 60)}
     assert len(ready) == 4
     assert ready > set(parked)

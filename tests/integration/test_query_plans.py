@@ -18,7 +18,16 @@ import pytest
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.ids import new_id
-from core.queue import acceptance, backlog, cancellation, holding, leases, order, settlement
+from core.queue import (
+    acceptance,
+    backlog,
+    breakers,
+    cancellation,
+    holding,
+    leases,
+    order,
+    settlement,
+)
 from core.queue.invariants import INVARIANTS, Invariant
 from server import erasure, history, queue_status
 from tests.conftest import database_settings
@@ -184,7 +193,7 @@ async def test_letting_in_counts_and_chooses_by_the_configs_own_indexes(crowded:
     webhook_ids = await backlog.webhooks_with_backlog(crowded)
     assert len(webhook_ids) == 10
 
-    plan = await _explain(crowded, backlog._ADMIT, webhook_ids, 16)
+    plan = await _explain(crowded, backlog._ADMIT, webhook_ids, [16] * 10)
 
     assert plan.index_scan("delivery_queue_of_webhook").rows <= 16 * len(webhook_ids)
     chosen = plan.index_scan("delivery_queue_parked")
@@ -245,12 +254,22 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
     plan.assert_nothing_is_walked()
 
 
-async def test_enqueueing_finds_the_configs_of_a_merchant_by_their_index(crowded: Any) -> None:
+@pytest.mark.parametrize("statement", ["_ENQUEUE", "_ENQUEUE_CROWD"])
+async def test_enqueueing_finds_configs_and_what_they_have_by_index(
+    crowded: Any, statement: str
+) -> None:
     events = [make_event(merchant_id=f"m_{n}", idempotency_key=f"k{n}") for n in (10, 20, 30)]
 
-    plan = await _explain(crowded, acceptance._ENQUEUE, *acceptance._columns(events))
+    plan = await _explain(crowded, getattr(acceptance, statement), *acceptance._columns(events))
 
     assert plan.index_scan("webhook_configs_of_merchant").rows <= 20
+    # Of a backlog its first row at the most, of the others as many as may be ready.
+    matched = 2 * len(events)
+    parked = plan.index_scan("delivery_queue_parked")
+    assert (parked.rows <= matched, parked.filtered) == (True, 0)
+    if statement == "_ENQUEUE_CROWD":
+        due = plan.index_scan("delivery_queue_of_webhook")
+        assert (due.rows <= matched * acceptance._READY_MAX, due.filtered) == (True, 0)
     plan.assert_nothing_is_walked()
 
 
@@ -259,7 +278,8 @@ async def test_events_without_ordering_keys_look_for_no_chains(crowded: Any) -> 
 
     plan = await _explain(crowded, acceptance._ENQUEUE, *acceptance._columns(events))
 
-    assert "delivery_queue" not in {scan.relation for scan in plan.scans}
+    chains = {"delivery_queue_first", "delivery_queue_blocked"}
+    assert not chains & {scan.index for scan in plan.scans}
     assert "WindowAgg" not in plan.kinds
 
 
@@ -312,6 +332,34 @@ async def test_looking_through_chains_probes_once_a_chain_however_long_it_is(cro
     assert sum(scan.rows for scan in scans) == 50
     assert sum(scan.filtered for scan in scans) == 0
     plan.assert_nothing_is_walked()
+
+
+async def test_a_breaker_opens_by_the_keys_of_its_config_and_of_what_it_has_due(
+    crowded: Any,
+) -> None:
+    [webhook_id, *_] = await backlog.webhooks_with_backlog(crowded)
+    ready = await crowded.fetchval(
+        "SELECT count(*) FROM delivery_queue WHERE webhook_id = $1 AND state <> 'parked'",
+        webhook_id,
+    )
+
+    opening = await _explain(
+        crowded, breakers._OPEN, [webhook_id], [None], [True], [0.0], 5.0, 300.0
+    )
+    closing = await _explain(crowded, breakers._CLOSE, [webhook_id])
+
+    assert opening.index_scan("webhook_configs_pkey").rows == 1
+    due = opening.index_scan("delivery_queue_of_webhook")
+    assert due.rows + due.filtered <= ready
+    assert closing.index_scan("webhook_configs_pkey").rows <= 1
+    for plan in (opening, closing):
+        plan.assert_nothing_is_walked()
+
+
+async def test_a_claim_probes_the_backlogs_of_its_configs_and_reads_none(crowded: Any) -> None:
+    plan = await _explain(crowded, leases._CLAIM, 100, new_id(), timedelta(seconds=60))
+
+    assert plan.index_scan("delivery_queue_parked").rows <= 100
 
 
 async def test_spending_of_a_rate_finds_the_configs_by_key(crowded: Any) -> None:

@@ -117,7 +117,7 @@ async def test_letting_in_leaves_out_what_the_rate_does_not_leave(
             await make_delivery(pool, webhook_id, state=state)
     await _used_until(pool, webhook_id, 1.1)
 
-    await queue.admit(pool, [webhook_id], 16)
+    await queue.admit(pool, {webhook_id: 16})
 
     counts = Counter(await states(pool, webhook_id))
     assert counts["ready"] - due == admitted
@@ -132,6 +132,6 @@ async def test_letting_in_fills_a_configs_own_cap_and_no_more_than_the_operators
     for _ in range(8):
         await make_delivery(pool, webhook_id, state="parked")
 
-    await queue.admit(pool, [webhook_id], 4)
+    await queue.admit(pool, {webhook_id: 4})
 
     assert Counter(await states(pool, webhook_id)) == {"ready": admitted, "parked": 8 - admitted}

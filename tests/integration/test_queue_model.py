@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -28,7 +29,7 @@ from hypothesis.stateful import (
 
 from core import queue
 from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
-from core.queue import Chain, LeasedDelivery, Settlement
+from core.queue import BreakerChange, Chain, LeasedDelivery, Settlement
 from delivery.reclaim import promote_stranded
 from tests.factories import (
     attempts,
@@ -53,11 +54,18 @@ _TABLES = (
     "finished_deliveries",
     "attempts",
 )
-_IS_DUE = "SELECT id FROM delivery_queue WHERE state <> 'parked' AND due_at <= now()"
+_IS_DUE = "SELECT id FROM delivery_queue WHERE due_at <= now()"
+
+_BREAKER = """
+SELECT CASE WHEN breaker_open_until IS NULL THEN 'closed'
+    WHEN breaker_open_until > now() THEN 'open' ELSE 'half-open' END, breaker_trips
+FROM webhook_configs WHERE id = $1
+"""
 
 RESULTS: dict[str, Callable[[LeasedDelivery], Settlement]] = {
     "delivered": settlement,
     "failed": failed,
+    "gone": lambda delivery: failed(delivery, status_code=410),
     "broken": lambda delivery: failed(delivery, outcome=Outcome.INTERNAL_ERROR),
     "retried at once": lambda delivery: rescheduled(delivery, seconds=0),
     "retried later": lambda delivery: rescheduled(delivery, seconds=3600),
@@ -73,6 +81,11 @@ class Config:
     deleted: bool = False
     failures: int = 0
     ordered: bool = False
+    #: The breaker: closed, open or half-open.
+    breaker: str = "closed"
+    trips: int = 0
+    #: Whether it is open only because that was asked for.
+    briefly: bool = False
 
 
 @dataclass
@@ -177,6 +190,52 @@ class QueueMachine(RuleBasedStateMachine):
             )
         )
 
+    @rule(index=INDEX, late=st.booleans(), asked=st.booleans())
+    def open_breaker(self, index: int, late: bool, asked: bool) -> None:
+        webhook_id = self.pick_config(index)
+        config = self.configs[webhook_id]
+        seen = self.run(
+            self.connection.fetchval(
+                "SELECT breaker_open_until FROM webhook_configs WHERE id = $1", webhook_id
+            )
+        )
+        if late:
+            seen = datetime(2000, 1, 1, tzinfo=UTC)
+        # What was asked for is less than what is left of an open breaker.
+        change = BreakerChange(webhook_id, seen, trips=True, asked_seconds=100.0 if asked else 0)
+        due = {row["id"] for row in self.run(self.connection.fetch(_IS_DUE))}
+        opened = self.run(queue.open_breakers(self.connection, [change], 3600, 3600))
+        if late and (not asked or (config.breaker == "open" and not config.briefly)):
+            assert opened == {}
+            return
+        assert opened == {webhook_id: 100.0 if late else 3600.0}
+        config.breaker, config.briefly = "open", late
+        config.trips += not late
+        for delivery_id, delivery in self.deliveries.items():
+            if delivery.webhook_id == webhook_id and delivery.state is READY and delivery_id in due:
+                delivery.state = PARKED
+
+    @rule(index=INDEX)
+    def cool_down(self, index: int) -> None:
+        webhook_id = self.pick_config(index)
+        config = self.configs[webhook_id]
+        if config.breaker == "open":
+            config.breaker = "half-open"
+            self.run(
+                self.connection.execute(
+                    "UPDATE webhook_configs SET breaker_open_until = now() WHERE id = $1",
+                    webhook_id,
+                )
+            )
+
+    @rule(index=INDEX)
+    def close_breaker(self, index: int) -> None:
+        webhook_id = self.pick_config(index)
+        config = self.configs[webhook_id]
+        closed = self.run(queue.close_breakers(self.connection, [webhook_id]))
+        assert closed == ({webhook_id} if config.breaker != "closed" else set())
+        config.breaker, config.trips = "closed", 0
+
     @precondition(lambda self: len(self.living()) > 1 and len(self.configs) < 4)
     @rule(index=INDEX)
     def delete(self, index: int) -> None:
@@ -233,11 +292,14 @@ class QueueMachine(RuleBasedStateMachine):
         assert Counter((r["event_id"], r["webhook_id"]) for r in rows) == Counter(
             (event_id, webhook_id) for event_id in expected for webhook_id in wanted
         )
+        waiting = self.backlogs()
         position = {event.id: n for n, event in enumerate(events)}
         mended = set()
         for row in sorted(rows, key=lambda row: position[row["event_id"]]):
             config = wanted[row["webhook_id"]]
-            made = Delivery(row["webhook_id"], READY if config.active else PARKED)
+            at_once = config.active and config.breaker == "closed"
+            state = READY if at_once and row["webhook_id"] not in waiting else PARKED
+            made = Delivery(row["webhook_id"], state)
             ordering_key = events[position[row["event_id"]]].ordering_key
             if ordering_key and config.ordered:
                 made.chain = Chain(row["webhook_id"], ordering_key)
@@ -259,6 +321,9 @@ class QueueMachine(RuleBasedStateMachine):
             assert lease.id in ready
             assert lease.attempt_count == delivery.attempt_count
             assert (lease.webhook_active, lease.webhook_deleted) == (config.active, config.deleted)
+            assert lease.is_held == (config.breaker == "open")
+            assert lease.is_probe == (config.breaker == "half-open")
+            assert lease.has_backlog == (lease.webhook_id in self.backlogs())
             delivery.state, delivery.lease_id = LEASED, lease.lease_id
             self.leases.append(lease)
 
@@ -296,6 +361,7 @@ class QueueMachine(RuleBasedStateMachine):
         live = [(lease, name) for lease, name in pairs if self.holds(lease)]
         assert settled.delivery_ids == {lease.id for lease, _ in live}
         failed_since: Counter[UUID] = Counter()
+        gone = {lease.webhook_id for lease, name in live if name == "gone"}
         ended = set()
         for lease, name in live:
             delivery, config = self.deliveries[lease.id], self.configs[lease.webhook_id]
@@ -308,20 +374,20 @@ class QueueMachine(RuleBasedStateMachine):
                 delivery.state = READY
             else:
                 delivery.state = DeliveryState.FAILED
-                config.failures += name == "failed"
-                failed_since[lease.webhook_id] += name == "failed"
+                config.failures += name != "broken"
+                failed_since[lease.webhook_id] += name != "broken"
             if delivery.chain and delivery.state is not READY:
                 ended.add(delivery.chain)
         deactivated = {
-            webhook_id
+            webhook_id: "gone" if webhook_id in gone else "failures"
             for webhook_id, count in failed_since.items()
-            if count and self.configs[webhook_id].active
-            if self.configs[webhook_id].failures >= LIMIT
+            if self.configs[webhook_id].active
+            if webhook_id in gone or (count and self.configs[webhook_id].failures >= LIMIT)
         }
-        assert set(settled.deactivated_webhook_ids) == deactivated
-        for webhook_id in deactivated:
+        assert settled.deactivated == deactivated
+        for webhook_id, reason in deactivated.items():
             self.configs[webhook_id].active = False
-            self.configs[webhook_id].reason = "failures"
+            self.configs[webhook_id].reason = reason
             self.park_ready(webhook_id)
         assert set(settled.ended_chains) == ended
         if not crashes:
@@ -380,9 +446,13 @@ class QueueMachine(RuleBasedStateMachine):
         expected = set()
         for webhook_id, config in self.configs.items():
             own = {i: d for i, d in self.deliveries.items() if d.webhook_id == webhook_id}
-            free = size - sum(i in due for i in own)
+            room = size if config.breaker == "closed" else 1
+            free = room - sum(i in due for i, d in own.items() if d.state is not PARKED)
             parked = sorted(i for i, d in own.items() if d.state is PARKED)
-            if (config.active or config.deleted) and parked and free >= (size + 1) // 2:
+            if config.breaker != "closed":
+                parked = [i for i in parked if i in due]
+            may = config.deleted or (config.active and config.breaker != "open")
+            if may and parked and free >= (room + 1) // 2:
                 expected.add(webhook_id)
                 for delivery_id in parked[:free]:
                     self.deliveries[delivery_id].state = READY
@@ -395,7 +465,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert set(backlog) == {
                 d.webhook_id for d in self.deliveries.values() if d.state is PARKED
             }
-            return await queue.admit(self.connection, backlog, size), due
+            return await queue.admit(self.connection, dict.fromkeys(backlog, size)), due
 
     @rule()
     def let_time_pass(self) -> None:
@@ -454,6 +524,8 @@ class QueueMachine(RuleBasedStateMachine):
         for webhook_id, config in self.configs.items():
             expected = (config.active, config.reason, config.failures)
             assert self.run(health(self.connection, webhook_id)) == expected
+            row = self.run(self.connection.fetchrow(_BREAKER, webhook_id))
+            assert tuple(row) == (config.breaker, config.trips)
         [row] = self.run(
             self.connection.fetch("SELECT count(*), sum(delivery_count)::int FROM events")
         )
@@ -473,6 +545,9 @@ class QueueMachine(RuleBasedStateMachine):
     def living(self) -> list[UUID]:
         return [webhook_id for webhook_id, config in self.configs.items() if not config.deleted]
 
+    def backlogs(self) -> set[UUID]:
+        return {d.webhook_id for d in self.deliveries.values() if d.state is PARKED}
+
     def holds(self, lease: LeasedDelivery) -> bool:
         delivery = self.deliveries[lease.id]
         return delivery.state is LEASED and delivery.lease_id == lease.lease_id
@@ -486,7 +561,8 @@ class QueueMachine(RuleBasedStateMachine):
         for chain in chains:
             first = self.first_of(chain)
             if first and first.state is BLOCKED:
-                first.state = READY if self.configs[chain.webhook_id].active else PARKED
+                config = self.configs[chain.webhook_id]
+                first.state = READY if config.active and config.breaker == "closed" else PARKED
 
     def park_ready(self, webhook_id: UUID) -> None:
         for delivery in self.deliveries.values():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core import queue
 from core.ids import new_id
-from core.lifecycle import Outcome
+from core.lifecycle import DeactivationReason, Outcome
 from core.queue import LeasedDelivery, Settled, Settlement
 from tests.factories import (
     STARTED_AT,
@@ -47,7 +47,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
 
     settled = await settle(pool, settlement(delivery, **details))
 
-    assert settled == Settled(frozenset({delivery.id}), ())
+    assert settled == Settled(frozenset({delivery.id}), {})
     assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
     finished = await pool.fetchrow("SELECT * FROM finished_deliveries")
     assert (finished["state"], finished["attempt_count"]) == ("delivered", 1)
@@ -105,7 +105,7 @@ async def test_attempts_are_numbered_without_gaps_whatever_happens_between_them(
     await _lose(pool, delivery)
     [delivery] = await queue.claim(pool, 1, 60)
     await queue.park_leased(pool, [delivery])
-    await queue.admit(pool, [webhook_id], 4)
+    await queue.admit(pool, {webhook_id: 4})
     [delivery] = await queue.claim(pool, 1, 60)
     assert delivery.attempt_count == 1
     await settle(pool, rescheduled(delivery, seconds=0))
@@ -136,7 +136,7 @@ async def test_a_late_settle_changes_nothing_at_all(pool: Any, result: Any, sinc
 
     settled = await settle(pool, result(delivery))
 
-    assert settled == Settled(frozenset(), ())
+    assert settled == Settled(frozenset(), {})
     assert await _everything(pool) == before
 
 
@@ -273,7 +273,7 @@ async def test_a_config_is_deactivated_exactly_at_the_limit(
 
     settled = await settle(pool, failed(a), failed(b), limit=10)
 
-    assert settled.deactivated_webhook_ids == (() if active else (webhook_id,))
+    assert settled.deactivated == ({} if active else {webhook_id: DeactivationReason.FAILURES})
     assert await health(pool, webhook_id) == (active, None if active else "failures", before + 2)
     version, touched = await pool.fetchrow(
         "SELECT version, updated_at > created_at FROM webhook_configs"
@@ -302,7 +302,7 @@ async def test_a_receiver_that_answers_again_within_the_batch_stays_active(pool:
     webhook_id = await make_webhook_config(pool, consecutive_failures=9)
     [a, b] = await lease_many(pool, webhook_id, 2)
 
-    assert (await settle(pool, failed(a), settlement(b))).deactivated_webhook_ids == ()
+    assert (await settle(pool, failed(a), settlement(b))).deactivated == {}
 
     assert await health(pool, webhook_id) == (True, None, 0)
 
@@ -315,7 +315,7 @@ async def test_a_paused_config_is_neither_deactivated_nor_renamed_by_what_was_in
 
     settled = await settle(pool, failed(a), failed(b), limit=10)
 
-    assert settled.deactivated_webhook_ids == ()
+    assert settled.deactivated == {}
     assert await health(pool, webhook_id) == (False, "paused", 11)
     assert await pool.fetchval("SELECT version FROM webhook_configs") == 1
 
@@ -324,11 +324,11 @@ async def test_deactivation_is_reported_once_and_only_a_person_takes_it_back(poo
     webhook_id = await make_webhook_config(pool)
     [a, b, c] = await lease_many(pool, webhook_id, 3)
     reported = [
-        (await settle(pool, result, limit=1)).deactivated_webhook_ids
+        list((await settle(pool, result, limit=1)).deactivated)
         for result in (failed(a), failed(b), settlement(c))
     ]
 
-    assert reported == [(webhook_id,), (), ()]
+    assert reported == [[webhook_id], [], []]
     assert await health(pool, webhook_id) == (False, "failures", 0)
 
 
@@ -368,7 +368,7 @@ async def test_of_concurrent_settles_that_reach_the_limit_one_deactivates(pool: 
 
     results = await asyncio.gather(*(settle(pool, failed(d), limit=4) for d in leased))
 
-    assert [s.deactivated_webhook_ids for s in results].count((webhook_id,)) == 1
+    assert [s.deactivated for s in results].count({webhook_id: DeactivationReason.FAILURES}) == 1
     assert await health(pool, webhook_id) == (False, "failures", 6)
 
 

@@ -764,6 +764,8 @@ def leased(payload: bytes, attempt_count: int = 0) -> LeasedDelivery:
         webhook_version=1,
         webhook_active=True,
         webhook_deleted=False,
+        breaker_open_until=None,
+        has_backlog=False,
         event_id=new_id(),
         event_type="payment.succeeded",
         content_type="application/json; charset=utf-8",

@@ -351,6 +351,7 @@ class QueueStatus(_message.Message):
     LEASED_FIELD_NUMBER: _builtins.int
     OLDEST_DUE_AGE_FIELD_NUMBER: _builtins.int
     BLOCKED_FIELD_NUMBER: _builtins.int
+    BREAKER_OPEN_UNTIL_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
     """The webhook config; empty for the total."""
     merchant_id: _builtins.str
@@ -369,6 +370,12 @@ class QueueStatus(_message.Message):
         waits for its webhook config, so what is parked does not count.
         """
 
+    @_builtins.property
+    def breaker_open_until(self) -> _timestamp_pb2.Timestamp:
+        """Set while the webhook config's breaker is not closed: nothing is sent before this time, and after
+        it one delivery at a time, until one finds the endpoint working. Unset for the total.
+        """
+
     def __init__(
         self,
         *,
@@ -379,10 +386,11 @@ class QueueStatus(_message.Message):
         leased: _builtins.int = ...,
         oldest_due_age: _duration_pb2.Duration | None = ...,
         blocked: _builtins.int = ...,
+        breaker_open_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_due_age", b"oldest_due_age"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["breaker_open_until", b"breaker_open_until", "oldest_due_age", b"oldest_due_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked", "leased", b"leased", "merchant_id", b"merchant_id", "oldest_due_age", b"oldest_due_age", "parked", b"parked", "ready", b"ready", "webhook_id", b"webhook_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked", b"blocked", "breaker_open_until", b"breaker_open_until", "leased", b"leased", "merchant_id", b"merchant_id", "oldest_due_age", b"oldest_due_age", "parked", b"parked", "ready", b"ready", "webhook_id", b"webhook_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

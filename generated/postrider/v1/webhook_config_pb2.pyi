@@ -35,6 +35,8 @@ class _DeactivationReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_De
     """Too many consecutive deliveries failed."""
     DEACTIVATION_REASON_ADMIN: _DeactivationReason.ValueType  # 3
     """An operator deactivated it."""
+    DEACTIVATION_REASON_GONE: _DeactivationReason.ValueType  # 4
+    """Its endpoint answered 410 Gone."""
 
 class DeactivationReason(_DeactivationReason, metaclass=_DeactivationReasonEnumTypeWrapper):
     """Why a webhook config is not active."""
@@ -47,6 +49,8 @@ DEACTIVATION_REASON_FAILURES: DeactivationReason.ValueType  # 2
 """Too many consecutive deliveries failed."""
 DEACTIVATION_REASON_ADMIN: DeactivationReason.ValueType  # 3
 """An operator deactivated it."""
+DEACTIVATION_REASON_GONE: DeactivationReason.ValueType  # 4
+"""Its endpoint answered 410 Gone."""
 Global___DeactivationReason: _TypeAlias = DeactivationReason  # noqa: Y015
 
 @_typing.final
@@ -106,7 +110,7 @@ class WebhookConfig(_message.Message):
     active: _builtins.bool
     """Whether webhooks are sent. A merchant may pause (false) and resume (true). While it is
     false, deliveries are parked, not lost. A config that was deactivated after consecutive
-    failures, or by an operator, comes back only by AdminService.ReactivateWebhookConfig.
+    failures or a 410, or by an operator, comes back only by AdminService.ReactivateWebhookConfig.
     """
     deactivation_reason: Global___DeactivationReason.ValueType
     """Why it is not active; unspecified while it is. Read-only."""

@@ -1,6 +1,12 @@
 """The states and outcomes as a closed set; the database and the protos know the same words."""
 
-from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
+from core.lifecycle import (
+    OPEN_STATES,
+    TRANSITIONS,
+    DeactivationReason,
+    DeliveryState,
+    Outcome,
+)
 from core.models import Attempt, Base, FinishedDelivery, QueuedDelivery, WebhookConfig
 from postrider.v1 import delivery_pb2
 
@@ -39,11 +45,9 @@ def test_the_tables_allow_exactly_these_words() -> None:
     assert _words_of(QueuedDelivery, "delivery_queue_state_open") == OPEN_STATES
     assert _words_of(FinishedDelivery, "finished_deliveries_state_final") == FINAL_STATES
     assert _words_of(Attempt, "attempts_outcome_known") == set(Outcome)
-    assert _words_of(WebhookConfig, "webhook_configs_deactivation_reason_known") == {
-        "paused",
-        "failures",
-        "admin",
-    }
+    assert _words_of(WebhookConfig, "webhook_configs_deactivation_reason_known") == set(
+        DeactivationReason
+    )
 
 
 def test_the_contract_has_exactly_these_words() -> None:

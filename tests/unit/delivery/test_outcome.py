@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from core.addresses import AddressClass
 from core.lifecycle import DeliveryState, Outcome
-from delivery.outcome import final_state, outcome_of_error, outcome_of_status
+from delivery.outcome import (
+    final_state,
+    outcome_of_error,
+    outcome_of_status,
+    receiver_works,
+)
 from delivery.refusal import AddressRefused
 
 KEY: Any = Mock(host="10.1.2.3", port=443, ssl=True)
@@ -166,4 +171,35 @@ def test_only_success_delivers_and_only_a_retryable_failure_waits(
         expected = DeliveryState.FAILED
     else:
         expected = None
-    assert final_state(outcome, backoff) is expected
+    assert final_state(outcome, 503, backoff) is expected
+
+
+def test_410_is_not_tried_again() -> None:
+    assert final_state(Outcome.HTTP_ERROR, 410, 0.5) is DeliveryState.FAILED
+    assert final_state(Outcome.HTTP_ERROR, 404, 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "works"),
+    [
+        (Outcome.SUCCEEDED, 200, True),
+        # It answers, and likes what it got as little as it would like a retry.
+        (Outcome.HTTP_ERROR, 302, True),
+        (Outcome.HTTP_ERROR, 404, True),
+        (Outcome.HTTP_ERROR, 429, False),
+        (Outcome.HTTP_ERROR, 500, False),
+        (Outcome.HTTP_ERROR, 503, False),
+        (Outcome.HTTP_ERROR, 999, False),
+        (Outcome.TIMEOUT, None, False),
+        (Outcome.DNS_ERROR, None, False),
+        (Outcome.CONNECTION_ERROR, None, False),
+        (Outcome.TLS_ERROR, None, False),
+        (Outcome.PROTOCOL_ERROR, None, False),
+        (Outcome.REFUSED, None, None),
+        (Outcome.INTERNAL_ERROR, None, None),
+    ],
+)
+def test_what_an_attempt_says_of_its_receiver(
+    outcome: Outcome, status: int | None, works: bool | None
+) -> None:
+    assert receiver_works(outcome, status) is works

@@ -1,0 +1,82 @@
+"""Breakers: a config that fails and fails is left alone; its deliveries wait and are not spent.
+
+`breaker_open_until` is null while the breaker is closed. Before that time it is open, and nothing
+is let in; after it, half-open, and one delivery at a time is. Written on transitions alone.
+"""
+
+from collections.abc import Collection, Iterable
+from uuid import UUID
+
+from core.queue.records import BreakerChange, Connection
+
+# By the state that the engine's claim saw: engines that come to the same conclusion open it once,
+# and what ends late, from before a probe, does not lengthen the wait. What its receiver asked for
+# counts in any state. Retries keep their places: they are parked when they are due.
+_OPEN = """
+WITH wanted AS (
+    SELECT c.id, t.trips, greatest(
+        w.asked, CASE WHEN t.trips THEN least($5 * 2 ^ least(c.breaker_trips, 30), $6) ELSE 0 END
+    ) AS seconds
+    FROM webhook_configs c
+    JOIN unnest($1::uuid[], $2::timestamptz[], $3::bool[], $4::float8[])
+        AS w(id, seen, trips, asked) ON w.id = c.id
+    CROSS JOIN LATERAL (
+        SELECT w.trips AND c.breaker_open_until IS NOT DISTINCT FROM w.seen AS trips
+    ) t
+    ORDER BY c.id
+    FOR NO KEY UPDATE OF c
+), opened AS (
+    UPDATE webhook_configs c
+    SET breaker_open_until = now() + w.seconds * interval '1 second',
+        breaker_trips = c.breaker_trips + w.trips::int
+    FROM wanted w
+    WHERE c.id = w.id
+        AND now() + w.seconds * interval '1 second' > coalesce(c.breaker_open_until, now())
+    RETURNING c.id, w.seconds
+), parked AS (
+    UPDATE delivery_queue q SET state = 'parked'
+    FROM opened o WHERE q.webhook_id = o.id AND q.state = 'ready' AND q.due_at <= now()
+)
+SELECT id, seconds FROM opened
+"""
+
+
+_CLOSE = """
+UPDATE webhook_configs c SET breaker_open_until = NULL, breaker_trips = 0
+FROM (
+    SELECT id FROM webhook_configs WHERE id = ANY ($1) AND breaker_open_until IS NOT NULL
+    ORDER BY id
+    FOR NO KEY UPDATE
+) half_open
+WHERE c.id = half_open.id
+RETURNING c.id
+"""
+
+
+async def open_breakers(
+    connection: Connection,
+    changes: Iterable[BreakerChange],
+    cooldown_seconds: float,
+    cooldown_max_seconds: float,
+) -> dict[UUID, float]:
+    """Hold configs and park what they have due; returns for how many seconds, by config.
+
+    The first cool-down doubles with every trip until the breaker is closed. At most one change a
+    config; one that came too late is missing from the result.
+    """
+    changes = list(changes)
+    rows = await connection.fetch(
+        _OPEN,
+        [c.webhook_id for c in changes],
+        [c.seen for c in changes],
+        [c.trips for c in changes],
+        [c.asked_seconds for c in changes],
+        cooldown_seconds,
+        cooldown_max_seconds,
+    )
+    return {row["id"]: row["seconds"] for row in rows}
+
+
+async def close_breakers(connection: Connection, webhook_ids: Collection[UUID]) -> set[UUID]:
+    """Let these configs receive as before; returns those whose breaker was not closed."""
+    return {row["id"] for row in await connection.fetch(_CLOSE, list(webhook_ids))}

@@ -1,0 +1,73 @@
+"""What the result of an attempt makes of its delivery, and what is told of it (pure)."""
+
+import random
+from datetime import datetime
+
+import structlog
+
+from core.ids import format_id
+from core.lifecycle import AttemptResult
+from core.queue import LeasedDelivery, Settlement
+from delivery.backoff import backoff_schedule, next_backoff
+from delivery.config import DeliverySettings
+from delivery.outcome import final_state
+from delivery.webhooks import Webhook
+
+log = structlog.get_logger()
+
+
+def asked_seconds(result: AttemptResult, settings: DeliverySettings) -> float:
+    """For how long the receiver wants to be left alone, as far as it is granted; 0: not at all."""
+    wish = result.retry_after_seconds or 0.0
+    return min(wish, settings.retry_after_max_seconds) if wish > 0 else 0.0
+
+
+def judge(
+    delivery: LeasedDelivery,
+    webhook: Webhook,
+    settings: DeliverySettings,
+    started_at: datetime,
+    result: AttemptResult,
+) -> Settlement:
+    """Final state or another attempt, and when: the one place where this is decided."""
+    schedule = backoff_schedule(
+        settings.retry_schedule_seconds, settings.max_retries, webhook.retry_schedule_seconds
+    )
+    # Jitter keeps receivers from being called in step; nobody gains from predicting it.
+    backoff = next_backoff(schedule, delivery.attempt_count + 1, random.random)
+    state = final_state(result.outcome, result.status_code, backoff)
+    # A receiver may ask for more time, never for less.
+    wait = max(backoff or 0.0, asked_seconds(result, settings))
+    return Settlement(
+        delivery_id=delivery.id,
+        lease_id=delivery.lease_id,
+        outcome=result.outcome,
+        status_code=result.status_code,
+        detail=result.detail,
+        started_at=started_at,
+        duration_us=result.duration_us,
+        final_state=state,
+        retry_after_seconds=wait if state is None else 0,
+        dns_us=result.dns_us,
+        connect_us=result.connect_us,
+        first_byte_us=result.first_byte_us,
+        remote_address=result.remote_address,
+        response_excerpt=result.response_excerpt,
+    )
+
+
+def log_attempt(delivery: LeasedDelivery, settlement: Settlement) -> None:
+    """The one line of an attempt: ids and figures, never a payload or a secret."""
+    log.info(
+        "attempt",
+        webhook_id=format_id("wh", delivery.webhook_id),
+        event_id=format_id("evt", delivery.event_id),
+        event_type=delivery.event_type,
+        delivery_id=format_id("dlv", delivery.id),
+        attempt=delivery.attempt_count + 1,
+        outcome=settlement.outcome.value,
+        status=settlement.status_code,
+        duration_ms=settlement.duration_us / 1000,
+        state=settlement.final_state.value if settlement.final_state else "ready",
+        retry_seconds=settlement.retry_after_seconds or None,
+    )
