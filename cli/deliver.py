@@ -9,7 +9,7 @@ import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
 from cli.file_limit import fitting_in_flight
-from cli.migrate import require_schema
+from cli.schema import require_schema
 from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import Pool, open_pool

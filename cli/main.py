@@ -133,8 +133,8 @@ def migrate(down_to: str | None) -> None:
     Needs WEBHOOK_DATABASE_URL. Safe to run while the previous release serves, and from several
     places at once: one migrates, the others wait. Each step is a transaction of its own.
     """
-    from cli.migrate import head  # noqa: PLC0415
     from cli.migrate import migrate as run_migrations  # noqa: PLC0415
+    from cli.schema import head  # noqa: PLC0415
 
     run_migrations(load(DatabaseSettings), down_to=down_to, announce=click.echo)
     click.echo(f"the schema is at {down_to or head()}")

@@ -1,4 +1,4 @@
-"""Running and checking migrations, for `postrider migrate` and for every process at its start."""
+"""Runs the migrations, for `postrider migrate` and the local database."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +7,12 @@ from typing import Any
 import asyncpg
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
 import migrations
 from core.config import DatabaseSettings
-from core.db import CONNECTION_ERRORS, Pool, connect_arguments
+from core.db import CONNECTION_ERRORS, connect_arguments
 from core.errors import ConfigurationError, Unavailable
 
 _SCRIPTS = Path(next(iter(migrations.__path__)))
@@ -73,26 +72,6 @@ def migrate(
     except ValueError:
         # The text of the error may hold a part of the password.
         raise ConfigurationError("WEBHOOK_DATABASE_URL is not a URL of PostgreSQL") from None
-
-
-def head() -> str:
-    """The newest revision this release knows."""
-    return ScriptDirectory.from_config(_config()).get_current_head() or ""
-
-
-async def require_schema(pool: Pool) -> None:
-    """ConfigurationError when the database is behind this release.
-
-    A schema that is newer is fine: migrations are made to be safe beside the previous release.
-    """
-    table = await pool.fetchval("SELECT to_regclass('alembic_version')")
-    found = await pool.fetchval("SELECT version_num FROM alembic_version") if table else None
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if found is None or (found in known and found != head()):
-        raise ConfigurationError(
-            f"the database schema is at {found or 'nothing'}, this release needs {head()}: "
-            "run `postrider migrate` first"
-        )
 
 
 def _config() -> Config:

@@ -10,7 +10,7 @@ import aiohttp
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
-from cli.migrate import require_schema
+from cli.schema import require_schema
 from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import open_pool

@@ -6,7 +6,7 @@ from time import monotonic
 
 import orjson
 
-from cli.migrate import require_schema
+from cli.schema import require_schema
 from core import queue
 from core.config import DatabaseSettings
 from core.db import CONNECTION_ERRORS, open_pool

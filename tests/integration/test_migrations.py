@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,9 +15,9 @@ from pydantic import SecretStr
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
-import migrations
 from cli.embedded_postgres import EmbeddedPostgres
-from cli.migrate import head, migrate, require_schema
+from cli.migrate import migrate
+from cli.schema import head, require_schema, revisions
 from core.config import DatabaseSettings
 from core.errors import ConfigurationError, Unavailable
 from core.models import Base
@@ -69,7 +68,7 @@ _SCHEMA = {
 
 
 # Oldest first; a file's name begins with its date.
-REVISIONS = sorted(path.stem for path in Path(migrations.__path__[0], "versions").glob("2*.py"))
+REVISIONS = revisions()
 
 
 @pytest.fixture
@@ -306,7 +305,7 @@ async def test_a_schema_behind_this_release_is_refused(
 ) -> None:
     # The database is at what is today the newest; this release pretends to know a newer one.
     behind = head()
-    monkeypatch.setattr("cli.migrate.head", lambda: "20990101_newer")
+    monkeypatch.setattr("cli.schema.head", lambda: "20990101_newer")
 
     with pytest.raises(ConfigurationError, match=f"at {behind}.*needs 20990101_newer"):
         await require_schema(pool)
