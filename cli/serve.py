@@ -20,6 +20,7 @@ from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
 from server.app import App
+from server.caller_limits import PingPlaces
 from server.config import AuthSettings, ServerSettings
 from server.database import open_sessions
 from server.database_watch import DatabaseWatch
@@ -90,6 +91,7 @@ async def serve(
                 keyring=keyring,
                 pinger=partial(ping, receivers, settings.server.ping_timeout_seconds),
                 url_policy=UrlPolicy(policy, settings.egress.allowed_ports),
+                ping_places=PingPlaces(settings.server.max_pings_per_merchant),
                 max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
             ),
             events=EventService(

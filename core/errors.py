@@ -76,11 +76,17 @@ class FailedPrecondition(PostriderError):
 
 
 class QuotaExceeded(PostriderError):
-    """A limit is reached; `subject` is what it counts for (a merchant, the service)."""
+    """A limit is reached; `subject` is what it counts for (a merchant, the service).
 
-    def __init__(self, message: str, *, reason: str, subject: str):
+    One of a rate says after how long the same call may be sent again; None: waiting does not help.
+    """
+
+    def __init__(
+        self, message: str, *, reason: str, subject: str, retry_after_seconds: float | None = None
+    ):
         super().__init__(message, reason=reason)
         self.subject = subject
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Aborted(PostriderError):

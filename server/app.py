@@ -21,6 +21,7 @@ from postrider.v1 import (
 from server.admin_listener import AdminListener
 from server.admin_service import AdminService
 from server.authentication import AuthenticationInterceptor
+from server.caller_limits import CallerLimits
 from server.config import ServerSettings
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
@@ -83,9 +84,10 @@ class App:
         self._settings = settings
         self._events = events
         public = _HEALTH_METHODS | (_REFLECTION_METHODS if settings.reflection else frozenset())
+        authentication = AuthenticationInterceptor(verifier, CallerLimits(settings), public)
         self._server = grpc.aio.server(
             # The outer one turns what the inner raises into a status.
-            interceptors=[CallInterceptor(AuthenticationInterceptor(verifier, public))],
+            interceptors=[CallInterceptor(authentication)],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=channel_options(settings),
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from server.caller_limits import CallerLimits
 from server.principal import Principal
 from server.tokens import TokenVerifier, token_refused
 
@@ -31,10 +32,19 @@ def principal() -> Principal:
 
 
 class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
-    """Verifies `authorization: Bearer <JWT>`; public methods are `/package.Service/Method`."""
+    """Verifies `authorization: Bearer <JWT>`; public methods are `/package.Service/Method`.
 
-    def __init__(self, verifier: TokenVerifier, public_methods: frozenset[str] = frozenset()):
+    A caller that is known is then asked for no more than its limits allow.
+    """
+
+    def __init__(
+        self,
+        verifier: TokenVerifier,
+        limits: CallerLimits,
+        public_methods: frozenset[str] = frozenset(),
+    ):
         self._verifier = verifier
+        self._limits = limits
         self._public_methods = public_methods
 
     async def intercept_service(
@@ -45,7 +55,9 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
         if handler_call_details.method not in self._public_methods:
             try:
                 token = _bearer_token(handler_call_details.invocation_metadata)
-                current_principal.set(await self._verifier.verify(token))
+                caller = await self._verifier.verify(token)
+                current_principal.set(caller)
+                self._limits.admit(caller, handler_call_details.method)
             # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
             except Exception as error:
                 _refusal.set(error)

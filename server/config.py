@@ -28,6 +28,35 @@ class ServerSettings(Block):
     max_webhooks_per_merchant: int = Field(
         10, ge=1, le=1000, description="webhook configs one merchant may have at a time"
     )
+    merchant_call_rate: float = Field(
+        100.0,
+        ge=0,
+        description="calls a second that the tokens of one merchant may make of one server process "
+        "in the long run, a stream counting as one; 0 for no limit",
+    )
+    merchant_call_burst: int = Field(
+        500, ge=1, description="such calls at once, after a time without"
+    )
+    service_call_rate: float = Field(
+        5000.0,
+        ge=0,
+        description="the same for each caller that is not of a merchant; 0 for no limit",
+    )
+    service_call_burst: int = Field(
+        10_000, ge=1, description="such calls at once, after a time without"
+    )
+    registration_rate: float = Field(
+        1.0,
+        ge=0,
+        description="creates, updates and pings of webhook configs a second that one merchant may "
+        "make of one server process in the long run; 0 for no limit",
+    )
+    registration_burst: int = Field(
+        60, ge=1, description="such calls at once, after a time without"
+    )
+    max_pings_per_merchant: int = Field(
+        10, ge=1, description="receivers that one server process pings at once for one merchant"
+    )
     max_concurrent_rpcs: int = Field(
         1000, ge=1, description="RPCs served at once; one more is refused with RESOURCE_EXHAUSTED"
     )

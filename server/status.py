@@ -6,6 +6,7 @@ not in the tree of core/errors.py becomes INTERNAL with a reference, and tells t
 """
 
 from collections.abc import Iterable
+from math import ceil
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -81,10 +82,10 @@ def to_status(error: PostriderError) -> status_pb2.Status:
                 subject=error.subject, description=error.message
             )
             details.append(error_details_pb2.QuotaFailure(violations=[violation]))
+            if error.retry_after_seconds is not None:
+                details.append(_retry_info(error.retry_after_seconds))
         case Unavailable():
-            delay = duration_pb2.Duration()
-            delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
-            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+            details.append(_retry_info(error.retry_after_seconds))
     return _status(_CODES[type(error)], error.message, details)
 
 
@@ -95,6 +96,13 @@ def internal_status(reference: str) -> status_pb2.Status:
     )
     message = f"Postrider failed; the call may be sent again. Quote {reference} to its operators."
     return _status(grpc.StatusCode.INTERNAL, message, [info])
+
+
+def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    delay = duration_pb2.Duration()
+    # Rounded up: a caller that comes back too early is refused again.
+    delay.FromMilliseconds(ceil(seconds * 1000))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
 def _bad_request(violations: Iterable[FieldViolation]) -> error_details_pb2.BadRequest:

@@ -15,6 +15,7 @@ from sqlalchemy import select
 
 from core.ids import new_id
 from core.keyring import KeyRing
+from core.lifecycle import AttemptResult
 from core.models import EventType, WebhookConfig
 from core.signing import new_secret, standard_secret
 from core.urls import UrlPolicy
@@ -24,6 +25,7 @@ from postrider.v1 import (
 )
 from server import convert
 from server.authentication import principal
+from server.caller_limits import PingPlaces
 from server.database import Sessions
 from server.event_types import EventTypes, event_type_name, is_event_type_prefix
 from server.pagination import page_size, page_token, parse_page_token
@@ -52,6 +54,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         keyring: KeyRing,
         pinger: Pinger,
         url_policy: UrlPolicy,
+        ping_places: PingPlaces,
         max_webhooks_per_merchant: int,
     ):
         self._sessions = sessions
@@ -59,6 +62,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         self._event_types = event_types
         self._keyring = keyring
         self._pinger = pinger
+        self._ping_places = ping_places
         self._url_policy = url_policy
 
     async def CreateWebhookConfig(
@@ -69,7 +73,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         url = await self._checked_url(draft, UPDATABLE_FIELDS)
         await self._changes.require_room(merchant_id)
         webhook_id, secret = new_id(), new_secret()
-        await self._require_reachable(webhook_id, url, [secret], draft.headers)
+        await self._require_reachable(merchant_id, webhook_id, url, [secret], draft.headers)
         row = await _finish(self._changes.insert(webhook_id, merchant_id, url, draft, secret))
         return pb.CreateWebhookConfigResponse(
             webhook_config=convert.webhook_config_message(row),
@@ -119,7 +123,8 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         url = await self._checked_url(draft, fields, current.events)
         if "url" in fields and url != current.url:
             headers = draft.headers if "headers" in fields else current.headers
-            await self._require_reachable(current.id, url, self._secrets(current), headers)
+            secrets = self._secrets(current)
+            await self._require_reachable(merchant_id, current.id, url, secrets, headers)
         row = await _finish(
             self._changes.update(
                 merchant_id,
@@ -158,9 +163,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         merchant_id = _merchant()
         async with self._sessions() as session:
             row = await load(session, merchant_id, request.id)
-        result = await self._pinger(
-            url=row.url, webhook_id=row.id, secrets=self._secrets(row), headers=row.headers
-        )
+        result = await self._ping(merchant_id, row.id, row.url, self._secrets(row), row.headers)
         if is_reachable(result):
             await self._changes.found_working(row.id)
         return convert.ping_message(result)
@@ -193,12 +196,27 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         return check_draft(draft, fields, self._url_policy, unknown, deprecated)
 
     async def _require_reachable(
-        self, webhook_id: UUID, url: str, secrets: Sequence[str], headers: Mapping[str, str]
+        self,
+        merchant_id: str,
+        webhook_id: UUID,
+        url: str,
+        secrets: Sequence[str],
+        headers: Mapping[str, str],
     ) -> None:
-        result = await self._pinger(
-            url=url, webhook_id=webhook_id, secrets=secrets, headers=headers
-        )
-        require_reachable(result)
+        require_reachable(await self._ping(merchant_id, webhook_id, url, secrets, headers))
+
+    async def _ping(
+        self,
+        merchant_id: str,
+        webhook_id: UUID,
+        url: str,
+        secrets: Sequence[str],
+        headers: Mapping[str, str],
+    ) -> AttemptResult:
+        with self._ping_places.place(merchant_id):
+            return await self._pinger(
+                url=url, webhook_id=webhook_id, secrets=secrets, headers=headers
+            )
 
     def _secrets(self, row: WebhookConfig) -> list[str]:
         """What signs a ping: the present secret, and during an overlap the one before."""

@@ -14,6 +14,8 @@ import pytest_asyncio
 from cli.development_key import ensure_development_key, mint_token
 from core.errors import Unauthenticated, Unavailable
 from server.authentication import AuthenticationInterceptor, current_principal, principal
+from server.caller_limits import CallerLimits
+from server.config import ServerSettings
 from server.keys import PemKeys, VerificationKey
 from server.tokens import TokenVerifier, token_refused
 
@@ -203,7 +205,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     keys = BreakableKeys(PemKeys(pair.public_key_file))
     verifier = TokenVerifier(keys, issuer=ISSUER, audience="postrider", max_lifetime_seconds=3600)
     echo, status = Echo(), StatusInterceptor()
-    authentication = AuthenticationInterceptor(verifier, PUBLIC)
+    authentication = AuthenticationInterceptor(verifier, CallerLimits(ServerSettings()), PUBLIC)
     server = grpc.aio.server(interceptors=(status, authentication))
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Echo", echo.handlers()),)

@@ -290,16 +290,17 @@ async def test_the_eleventh_is_refused_and_names_the_quota_until_one_is_deleted(
 
 
 async def test_of_twenty_creates_at_once_exactly_ten_succeed(
-    platform: Platform, receiver: Receiver, pool: Any
+    start_platform: Callable[..., Any], receiver: Receiver, pool: Any
 ) -> None:
-    async def create() -> str:
+    async def create(platform: Platform) -> str:
         try:
             await platform.register(receiver.url)
         except grpc.aio.AioRpcError as error:
             return error.code().name
         return "OK"
 
-    answers = await asyncio.gather(*(create() for _ in range(20)))
+    async with start_platform(max_pings_per_merchant=20) as platform:
+        answers = await asyncio.gather(*(create(platform) for _ in range(20)))
 
     assert Counter(answers) == {"OK": 10, "RESOURCE_EXHAUSTED": 10}
     assert await stored(pool) == 10

@@ -60,6 +60,15 @@ def test_an_unavailable_part_says_when_to_come_back() -> None:
     assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 2500
 
 
+def test_a_rate_that_is_used_up_says_when_to_come_back_and_never_too_early() -> None:
+    limit = errors.QuotaExceeded("m", reason="R", subject="s", retry_after_seconds=0.0001)
+    status = to_status(limit)
+    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 1
+    assert detail(status, error_details_pb2.QuotaFailure).violations[0].subject == "s"
+    for_good = to_status(errors.QuotaExceeded("m", reason="R", subject="s"))
+    assert not any(d.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for d in for_good.details)
+
+
 @pytest.mark.parametrize("letter", ["x", "漢", "\U0001f600"])
 def test_a_status_fits_into_the_metadata_that_clients_take(letter: str) -> None:
     violations = [FieldViolation(f"f[{n}]", letter * 100, "R") for n in range(1000)]
