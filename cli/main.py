@@ -54,7 +54,7 @@ def server() -> None:
     """
     from cli.serve import ServeSettings, serve  # noqa: PLC0415 - the other commands start faster
     from cli.stop import stop_on_signals  # noqa: PLC0415
-    from server.config import AuthSettings, ServerSettings  # noqa: PLC0415
+    from server.config import AuthSettings, ServerSettings, TlsSettings  # noqa: PLC0415
 
     configure_logs(load(LogSettings))
     settings = ServeSettings(
@@ -63,6 +63,7 @@ def server() -> None:
         egress=load(EgressSettings),
         server=load(ServerSettings),
         auth=load(AuthSettings),
+        tls=load(TlsSettings),
     )
 
     async def run() -> None:

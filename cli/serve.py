@@ -21,7 +21,7 @@ from delivery.ping import ping
 from server.admin_service import AdminService
 from server.app import App
 from server.caller_limits import PingPlaces
-from server.config import AuthSettings, ServerSettings
+from server.config import AuthSettings, ServerSettings, TlsSettings
 from server.database import open_sessions
 from server.database_watch import DatabaseWatch
 from server.delivery_service import DeliveryService
@@ -48,6 +48,8 @@ class ServeSettings:
     egress: EgressSettings
     server: ServerSettings
     auth: AuthSettings
+    #: None: plain text, whatever the environment says.
+    tls: TlsSettings | None = None
 
 
 async def serve(
@@ -85,6 +87,7 @@ async def serve(
         app = App(
             settings.server,
             verifier,
+            tls=settings.tls,
             webhook_configs=WebhookConfigService(
                 sessions=sessions,
                 event_types=event_types,
@@ -114,7 +117,13 @@ async def serve(
             interval_seconds=settings.server.health_interval_seconds,
         )
         await app.start()
-        log.info("serving", address=settings.server.listen_address, port=app.port)
+        log.info(
+            "serving",
+            address=settings.server.listen_address,
+            port=app.port,
+            tls=settings.tls is not None and settings.tls.tls_certificate_file is not None,
+            mtls_port=app.mtls_port or None,
+        )
         async with asyncio.TaskGroup() as background:
             hinting = background.create_task(hints.run())
             watching = background.create_task(watch.run())

@@ -19,7 +19,7 @@ from core.config import (
 )
 from core.errors import ConfigurationError
 from delivery.config import DeliverySettings
-from server.config import AuthSettings, ServerSettings
+from server.config import AuthSettings, ServerSettings, TlsSettings
 
 
 class LocalSettings(Block):
@@ -44,6 +44,7 @@ BLOCKS: tuple[type[Block], ...] = (
     LogSettings,
     ServerSettings,
     AuthSettings,
+    TlsSettings,
     DeliverySettings,
     LocalSettings,
 )

@@ -22,11 +22,13 @@ from server.admin_listener import AdminListener
 from server.admin_service import AdminService
 from server.authentication import AuthenticationInterceptor
 from server.caller_limits import CallerLimits
-from server.config import ServerSettings
+from server.certificates import CertificateCallers
+from server.config import ServerSettings, TlsSettings
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.interceptors import CallInterceptor
 from server.limits import channel_options
+from server.tls import listeners
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
 
@@ -69,22 +71,30 @@ class _GenericMethods:
 
 
 class App:
-    """The server and its health; `port` is known after start()."""
+    """The server and its health; `port` is known after start(), `mtls_port` where there is one."""
 
     def __init__(
         self,
         settings: ServerSettings,
         verifier: TokenVerifier,
         *,
+        tls: TlsSettings | None,
         webhook_configs: WebhookConfigService,
         events: EventService,
         deliveries: DeliveryService,
         admin: AdminService,
     ):
         self._settings = settings
+        self._tls = tls
         self._events = events
         public = _HEALTH_METHODS | (_REFLECTION_METHODS if settings.reflection else frozenset())
-        authentication = AuthenticationInterceptor(verifier, CallerLimits(settings), public)
+        scopes = tls.certificate_scopes if tls else ()
+        authentication = AuthenticationInterceptor(
+            verifier,
+            CallerLimits(settings),
+            public,
+            CertificateCallers(scopes) if scopes else None,
+        )
         self._server = grpc.aio.server(
             # The outer one turns what the inner raises into a status.
             interceptors=[CallInterceptor(authentication)],
@@ -105,6 +115,7 @@ class App:
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
         self._admin = AdminListener(settings, self._health, SERVICE_NAMES)
         self.port = 0
+        self.mtls_port = 0
 
     @property
     def admin_port(self) -> int:
@@ -113,17 +124,26 @@ class App:
 
     async def start(self) -> None:
         """Listen and serve; ConfigurationError when the address cannot be had."""
-        address = self._settings.listen_address
-        try:
-            self.port = self._server.add_insecure_port(address)
-        except RuntimeError:
-            raise ConfigurationError(
-                f"cannot listen on {address}: stop what uses it, or set WEBHOOK_LISTEN_ADDRESS"
-            ) from None
+        self.port, *others = [
+            self._listen(address, credentials)
+            for address, credentials in listeners(self._settings.listen_address, self._tls)
+        ]
+        self.mtls_port = others[0] if others else 0
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self.set_serving(True)
         await self._admin.start()
         await self._server.start()
+
+    def _listen(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        try:
+            if credentials is None:
+                return self._server.add_insecure_port(address)
+            return self._server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise ConfigurationError(
+                f"cannot listen on {address}: stop what uses it, or set WEBHOOK_LISTEN_ADDRESS or "
+                "WEBHOOK_MTLS_LISTEN_ADDRESS"
+            ) from None
 
     async def set_serving(self, serving: bool) -> None:
         """What the probes hear of every service, until stop() has the last word."""

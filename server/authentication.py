@@ -1,10 +1,14 @@
-"""No call gets past this interceptor without a valid token, except to the methods named public.
+"""No call gets past this interceptor without a known caller, except to the methods named public.
+
+A token says who calls. Only a call without any `authorization` may be known by the certificate of
+its connection: a bad token is refused whatever certificate stands behind it.
 
 It decides before the request is read: a refused call costs us its headers only, and a method that
 does not exist looks like any other until the caller is known. Refusals are raised by the handler
 it returns, so that the interceptors outside of this one turn them into statuses.
 """
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import grpc
 
 from server.caller_limits import CallerLimits
+from server.certificates import CertificateCallers
 from server.principal import Principal
 from server.tokens import TokenVerifier, token_refused
 
@@ -21,6 +26,7 @@ type Handler = grpc.RpcMethodHandler[Any, Any]
 # set here is therefore seen by the handler and by what wraps it, and by no other call.
 current_principal: ContextVar[Principal] = ContextVar("current_principal")
 _refusal: ContextVar[Exception] = ContextVar("refusal")
+_method: ContextVar[str] = ContextVar("method")
 
 
 def principal() -> Principal:
@@ -34,7 +40,8 @@ def principal() -> Principal:
 class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
     """Verifies `authorization: Bearer <JWT>`; public methods are `/package.Service/Method`.
 
-    A caller that is known is then asked for no more than its limits allow.
+    `certificates` is None where nobody may call without a token. A caller that is known is then
+    asked for no more than its limits allow.
     """
 
     def __init__(
@@ -42,31 +49,86 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
         verifier: TokenVerifier,
         limits: CallerLimits,
         public_methods: frozenset[str] = frozenset(),
+        certificates: CertificateCallers | None = None,
     ):
         self._verifier = verifier
         self._limits = limits
+        self._certificates = certificates
         self._public_methods = public_methods
+        # As many as there are methods, and one for all that there are not.
+        self._identifying: dict[Handler | None, Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        if handler_call_details.method not in self._public_methods:
+        method = handler_call_details.method
+        if method not in self._public_methods:
             try:
-                token = _bearer_token(handler_call_details.invocation_metadata)
-                caller = await self._verifier.verify(token)
-                current_principal.set(caller)
-                self._limits.admit(caller, handler_call_details.method)
+                values = _authorization(handler_call_details.invocation_metadata)
+                if not values and self._certificates is not None:
+                    _method.set(method)
+                    handler = await continuation(handler_call_details)
+                    identifying = self._identifying.get(handler)
+                    if identifying is None:
+                        identifying = self._by_certificate(self._certificates, handler)
+                        self._identifying[handler] = identifying
+                    return identifying
+                self._admit(await self._verifier.verify(_bearer_token(values)), method)
             # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
             except Exception as error:
                 _refusal.set(error)
                 return _REFUSING
         return await continuation(handler_call_details)
 
+    def _admit(self, caller: Principal, method: str) -> None:
+        current_principal.set(caller)
+        self._limits.admit(caller, method)
 
-def _bearer_token(metadata: Sequence[tuple[str, str | bytes]]) -> str:
-    values = [value for key, value in metadata if key == "authorization"]
+    def _by_certificate(self, certificates: CertificateCallers, handler: Handler | None) -> Handler:
+        """The certificate is known to a handler only: one of streams, which reads when it likes."""
+
+        async def behaviour(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+            self._admit(certificates.identify(context.auth_context()), _method.get())
+            if handler is None:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            async for response in _responses(handler, requests, context):
+                yield response
+
+        return grpc.stream_stream_rpc_method_handler(
+            behaviour,
+            handler.request_deserializer if handler else None,
+            handler.response_serializer if handler else None,
+        )
+
+
+async def _responses(
+    handler: Any, requests: AsyncIterator[Any], context: Any
+) -> AsyncIterator[Any]:
+    """What a handler of any kind answers, as a stream; on the wire they are all the same."""
+    request: Any = requests
+    if not handler.request_streaming:
+        request = await context.read()
+        if request is grpc.aio.EOF:
+            await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
+    if not handler.response_streaming:
+        yield await (handler.unary_unary or handler.stream_unary)(request, context)
+        return
+    responses = (handler.unary_stream or handler.stream_stream)(request, context)
+    if inspect.isawaitable(responses):
+        # A handler may also write to the context instead of yielding.
+        await responses
+        return
+    async for response in responses:
+        yield response
+
+
+def _authorization(metadata: Sequence[tuple[str, str | bytes]]) -> list[str | bytes]:
+    return [value for key, value in metadata if key == "authorization"]
+
+
+def _bearer_token(values: Sequence[str | bytes]) -> str:
     # Of two tokens one would be checked and the other perhaps logged or believed elsewhere.
     if len(values) != 1 or not isinstance(values[0], str):
         raise token_refused()

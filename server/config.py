@@ -1,10 +1,13 @@
 """Settings of the gRPC process alone."""
 
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from core.config import Block, Seconds
+from server.principal import Scope, parse_certificate_scopes
 
 
 class ServerSettings(Block):
@@ -134,5 +137,64 @@ class AuthSettings(Block):
         if (self.jwt_jwks_url is None) == (self.jwt_public_key_file is None):
             raise ValueError(
                 "set exactly one of WEBHOOK_JWT_JWKS_URL and WEBHOOK_JWT_PUBLIC_KEY_FILE"
+            )
+        return self
+
+
+def _certificate_scopes(value: Any) -> Any:
+    return parse_certificate_scopes(value) if isinstance(value, str) else value
+
+
+CertificateScopes = Annotated[
+    tuple[tuple[str, frozenset[Scope]], ...], NoDecode, BeforeValidator(_certificate_scopes)
+]
+
+
+class TlsSettings(Block):
+    """TLS of the gRPC listener, and the callers that their certificates make known."""
+
+    tls_certificate_file: Path | None = Field(
+        None,
+        description="PEM file with the listener's certificate and its chain; none: plain text, for "
+        "loopback and meshes. A changed file counts from the next connection on",
+    )
+    tls_private_key_file: Path | None = Field(
+        None, description="PEM file with the private key of that certificate"
+    )
+    tls_client_ca_file: Path | None = Field(
+        None,
+        description="PEM file with the authorities whose certificates clients must show (mTLS)",
+    )
+    mtls_listen_address: str | None = Field(
+        None,
+        description="host:port of a second listener that alone requires clients' certificates, so "
+        "that WEBHOOK_LISTEN_ADDRESS takes callers without",
+    )
+    certificate_scopes: CertificateScopes = Field(
+        (),
+        description="comma-separated `identity=scope scope` pairs: services that may call without "
+        "a token, by the URI (SPIFFE) or DNS name in the certificate they show (mTLS)",
+    )
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> "TlsSettings":
+        if (self.tls_certificate_file is None) != (self.tls_private_key_file is None):
+            raise ValueError(
+                "set both of WEBHOOK_TLS_CERTIFICATE_FILE and WEBHOOK_TLS_PRIVATE_KEY_FILE, or none"
+            )
+        if self.tls_client_ca_file is not None and self.tls_certificate_file is None:
+            raise ValueError(
+                "WEBHOOK_TLS_CLIENT_CA_FILE needs WEBHOOK_TLS_CERTIFICATE_FILE: clients' "
+                "certificates are shown over TLS only"
+            )
+        if self.mtls_listen_address is not None and self.tls_client_ca_file is None:
+            raise ValueError(
+                "WEBHOOK_MTLS_LISTEN_ADDRESS needs WEBHOOK_TLS_CLIENT_CA_FILE: set whose "
+                "certificates are accepted there"
+            )
+        if self.certificate_scopes and self.tls_client_ca_file is None:
+            raise ValueError(
+                "WEBHOOK_CERTIFICATE_SCOPES needs WEBHOOK_TLS_CLIENT_CA_FILE: set whose "
+                "certificates are accepted"
             )
         return self

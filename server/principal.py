@@ -42,3 +42,26 @@ class Principal:
                 "this call needs a token with a merchant_id claim", reason="MERCHANT_MISSING"
             )
         return self.merchant_id
+
+
+def parse_certificate_scopes(text: str) -> tuple[tuple[str, frozenset[Scope]], ...]:
+    """`identity=scope scope` pairs between commas: what certificates are good for.
+
+    Raises ValueError, which says what is wrong. An identity is a URI (SPIFFE) or a DNS name.
+    """
+    return tuple(_certificate_scopes(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _certificate_scopes(text: str) -> tuple[str, frozenset[Scope]]:
+    identity, _, words = (part.strip() for part in text.rpartition("="))
+    if not (identity and identity.isascii() and identity.isprintable() and " " not in identity):
+        raise ValueError(f"{text!r} must be identity=scope, as in spiffe://bank/pay=events:publish")
+    scopes = words.split()
+    if not scopes or not set(scopes) <= set(Scope):
+        raise ValueError(f"the scopes of {identity} must be among {', '.join(Scope)}")
+    return canonical_identity(identity), frozenset(Scope(word) for word in scopes)
+
+
+def canonical_identity(identity: str) -> str:
+    """How a name of a certificate is compared: DNS names have no case, URIs do."""
+    return identity if "://" in identity else identity.lower()

@@ -143,8 +143,8 @@ def start_platform(database_url: str, ca_file: Path, tmp_path: Path) -> Callable
     """Starts a server with other settings: `async with start_platform(max_payload_bytes=10)`."""
 
     @asynccontextmanager
-    async def start(**server_settings: Any) -> AsyncIterator[Platform]:
-        async with running_platform(database_url, ca_file, tmp_path, **server_settings) as platform:
+    async def start(**settings: Any) -> AsyncIterator[Platform]:
+        async with running_platform(database_url, ca_file, tmp_path, **settings) as platform:
             yield platform
 
     return start

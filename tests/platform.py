@@ -26,7 +26,7 @@ from postrider.v1 import (
     webhook_config_service_pb2,
     webhook_config_service_pb2_grpc,
 )
-from server.config import AuthSettings, ServerSettings
+from server.config import AuthSettings, ServerSettings, TlsSettings
 
 ISSUER = "https://issuer.test"
 #: 32 bytes, 0 to 31; the same as the `keyring` fixture holds.
@@ -127,7 +127,11 @@ def bearer(token: str) -> Metadata:
 
 
 def serve_settings(
-    database_url: str, ca_file: Path, key: DevelopmentKey, **server_settings: Any
+    database_url: str,
+    ca_file: Path,
+    key: DevelopmentKey,
+    tls: TlsSettings | None = None,
+    **server_settings: Any,
 ) -> ServeSettings:
     """Of a server on a free port; receivers on loopback are allowed, on any port."""
     return ServeSettings(
@@ -142,16 +146,25 @@ def serve_settings(
             **{"listen_address": "127.0.0.1:0", "admin_address": None, **server_settings}
         ),
         auth=AuthSettings(jwt_issuer=ISSUER, jwt_public_key_file=key.public_key_file),
+        tls=tls,
     )
 
 
 @asynccontextmanager
 async def running_platform(
-    database_url: str, ca_file: Path, directory: Path, **server_settings: Any
+    database_url: str,
+    ca_file: Path,
+    directory: Path,
+    tls: TlsSettings | None = None,
+    channel_credentials: grpc.ChannelCredentials | None = None,
+    **server_settings: Any,
 ) -> AsyncIterator[Platform]:
-    """A server with such settings, as long as the context lasts."""
+    """A server with such settings, as long as the context lasts.
+
+    With `tls` the platform's own channel needs credentials.
+    """
     key = ensure_development_key(directory / "keys")
-    settings = serve_settings(database_url, ca_file, key, **server_settings)
+    settings = serve_settings(database_url, ca_file, key, tls, **server_settings)
     stop, ready = asyncio.Event(), asyncio.Event()
     ports: list[int] = []
 
@@ -163,7 +176,12 @@ async def running_platform(
     try:
         await _until_ready(ready, task)
         address = f"127.0.0.1:{ports[0]}"
-        async with grpc.aio.insecure_channel(address) as channel:
+        channel = (
+            grpc.aio.insecure_channel(address)
+            if channel_credentials is None
+            else grpc.aio.secure_channel(address, channel_credentials)
+        )
+        async with channel:
             yield Platform(address, key, settings, channel, stop=stop)
     finally:
         stop.set()

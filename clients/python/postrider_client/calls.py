@@ -1,5 +1,7 @@
 """What every call gets: a token, a deadline, and repeats when these can do no harm.
 
+A client without a source of tokens is known by its certificate.
+
 Repeated are reads, and publishes, whose events get an idempotency key when they have none. All else
 is sent once, since a call that was answered UNAVAILABLE may have been carried out.
 """
@@ -50,7 +52,7 @@ class CallPolicy:
 class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
     """Token, deadline and repeats for calls with one request and one answer."""
 
-    def __init__(self, tokens: TokenCache, policy: CallPolicy):
+    def __init__(self, tokens: TokenCache | None, policy: CallPolicy):
         self._tokens = tokens
         self._policy = policy
 
@@ -89,7 +91,7 @@ class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
 class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor):
     """A token for streams of answers, which live as long as the caller reads."""
 
-    def __init__(self, tokens: TokenCache, policy: CallPolicy):
+    def __init__(self, tokens: TokenCache | None, policy: CallPolicy):
         self._tokens = tokens
         self._policy = policy
 
@@ -104,7 +106,7 @@ class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor):
 class StreamStreamCalls(grpc.aio.StreamStreamClientInterceptor):
     """A token for streams of both; who uses one bounds the waits for its answers."""
 
-    def __init__(self, tokens: TokenCache, policy: CallPolicy):
+    def __init__(self, tokens: TokenCache | None, policy: CallPolicy):
         self._tokens = tokens
         self._policy = policy
 
@@ -173,7 +175,11 @@ async def error_of(call: Any) -> grpc.aio.AioRpcError:
     )
 
 
-async def _authorized(tokens: TokenCache, given: Metadata | None, seconds: float) -> Metadata:
+async def _authorized(
+    tokens: TokenCache | None, given: Metadata | None, seconds: float
+) -> Metadata:
+    if tokens is None:
+        return Metadata(*(given or ()))
     try:
         async with asyncio.timeout(max(seconds, 0.0)):
             token = await tokens.get()

@@ -39,17 +39,25 @@ class PostriderClient:
     def __init__(
         self,
         address: str,
-        token_source: TokenSource,
+        token_source: TokenSource | None,
         *,
         tls: bool | grpc.ChannelCredentials = True,
         policy: CallPolicy | None = None,
         refresh_ahead_seconds: float = 60.0,
     ):
         """`tls` is True for the system's authorities, credentials of your own, or False for
-        plain text, which shows the token to whoever is on the way: for loopback and meshes."""
+        plain text, which shows the token to whoever is on the way: for loopback and meshes.
+        Without a `token_source` those credentials have to hold a certificate that Postrider
+        knows; ValueError when there are none."""
+        if token_source is None and isinstance(tls, bool):
+            raise ValueError(
+                "without a token_source, tls must be channel credentials with a certificate"
+            )
         policy = policy or CallPolicy()
         self._policy = policy
-        self._tokens = TokenCache(token_source, refresh_ahead_seconds=refresh_ahead_seconds)
+        self._tokens: TokenCache | None = None
+        if token_source is not None:
+            self._tokens = TokenCache(token_source, refresh_ahead_seconds=refresh_ahead_seconds)
         interceptors: list[grpc.aio.ClientInterceptor] = [
             kind(self._tokens, policy) for kind in (UnaryCalls, UnaryStreamCalls, StreamStreamCalls)
         ]
@@ -98,7 +106,8 @@ class PostriderClient:
     async def close(self) -> None:
         """End the calls that are under way, and the connection."""
         await self._channel.close()
-        await self._tokens.close()
+        if self._tokens is not None:
+            await self._tokens.close()
 
     async def __aenter__(self) -> Self:
         return self
