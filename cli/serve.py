@@ -30,6 +30,7 @@ from server.event_types import EventTypes
 from server.hint import Hints
 from server.ingest import Ingest
 from server.keys import JwksKeys, KeySource, PemKeys
+from server.refusals import Refusals
 from server.tail import Tail
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
@@ -88,6 +89,7 @@ async def serve(
             settings.server,
             verifier,
             tls=settings.tls,
+            refusals=Refusals(sessions),
             webhook_configs=WebhookConfigService(
                 sessions=sessions,
                 event_types=event_types,

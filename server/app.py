@@ -28,6 +28,7 @@ from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.interceptors import CallInterceptor
 from server.limits import channel_options
+from server.refusals import Refusals
 from server.tls import listeners
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
@@ -79,6 +80,7 @@ class App:
         verifier: TokenVerifier,
         *,
         tls: TlsSettings | None,
+        refusals: Refusals,
         webhook_configs: WebhookConfigService,
         events: EventService,
         deliveries: DeliveryService,
@@ -97,7 +99,7 @@ class App:
         )
         self._server = grpc.aio.server(
             # The outer one turns what the inner raises into a status.
-            interceptors=[CallInterceptor(authentication)],
+            interceptors=[CallInterceptor(authentication, refusals)],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=channel_options(settings),
         )

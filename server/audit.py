@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import new_id
 from core.models import AuditEntry
 from server.authentication import principal
+from server.present_call import origin
 from server.request_id import current_request_id
 
 
@@ -20,6 +21,7 @@ def record_change(
     comment: str = "",
 ) -> None:
     """Add the entry to the caller's transaction: neither is there without the other."""
+    came_from = origin()
     session.add(
         AuditEntry(
             id=new_id(),
@@ -31,5 +33,7 @@ def record_change(
             changed_fields=sorted(changed_fields),
             comment=comment,
             request_id=current_request_id.get(),
+            caller_address=came_from.address,
+            user_agent=came_from.user_agent,
         )
     )

@@ -17,6 +17,7 @@ import grpc
 
 from server.caller_limits import CallerLimits
 from server.certificates import CertificateCallers
+from server.present_call import current_message
 from server.principal import Principal
 from server.tokens import TokenVerifier, token_refused
 
@@ -112,6 +113,7 @@ async def _responses(
         request = await context.read()
         if request is grpc.aio.EOF:
             await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
+        current_message.set(request)
     if not handler.response_streaming:
         yield await (handler.unary_unary or handler.stream_unary)(request, context)
         return

@@ -154,6 +154,8 @@ def audit_entry_message(row: AuditEntry) -> admin_service_pb2.AuditEntry:
         changed_fields=row.changed_fields,
         comment=row.comment,
         request_id=row.request_id,
+        caller_address=row.caller_address,
+        user_agent=row.user_agent,
     )
 
 

@@ -15,7 +15,10 @@ import structlog
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from core.errors import PostriderError
 from server.authentication import current_principal
+from server.present_call import current_context
+from server.refusals import Refusals
 from server.request_id import begin_request, current_request_id
 from server.status import internal_status, to_domain_error, to_status
 
@@ -34,8 +37,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     That one is called from here, since each interceptor that gRPC calls has its price in every RPC.
     """
 
-    def __init__(self, inside: grpc.aio.ServerInterceptor):
+    def __init__(self, inside: grpc.aio.ServerInterceptor, refusals: Refusals):
         self._inside = inside
+        self._refusals = refusals
         # As many as there are methods, and one: that of all refusals.
         self._answering: dict[Handler, Handler] = {}
 
@@ -51,36 +55,37 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         answering = self._answering.get(handler)
         if answering is None:
-            answering = self._answering[handler] = _answering(handler)
+            answering = self._answering[handler] = _answering(handler, self._refusals)
         return answering
 
 
-def _answering(handler: Handler) -> Handler:
+def _answering(handler: Handler, refusals: Refusals) -> Handler:
     """The same handler, with a log line and every error as a status."""
     codecs = {
         "request_deserializer": handler.request_deserializer,
         "response_serializer": handler.response_serializer,
     }
     if handler.response_streaming:
-        responses = _streaming(handler.stream_stream or handler.unary_stream)
+        responses = _streaming(handler.stream_stream or handler.unary_stream, refusals)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(responses, **codecs)
         return grpc.unary_stream_rpc_method_handler(responses, **codecs)
-    answer = _unary(handler.stream_unary or handler.unary_unary)
+    answer = _unary(handler.stream_unary or handler.unary_unary, refusals)
     if handler.request_streaming:
         return grpc.stream_unary_rpc_method_handler(answer, **codecs)
     return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-def _unary(behaviour: Any) -> Any:
+def _unary(behaviour: Any, refusals: Refusals) -> Any:
     async def answer(request: Any, context: Context) -> Any:
+        current_context.set(context)
         try:
             response = await behaviour(request, context)
         except asyncio.CancelledError:
             _log("CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, refusals, request)
         else:
             _log("OK")
             return response
@@ -88,8 +93,9 @@ def _unary(behaviour: Any) -> Any:
     return answer
 
 
-def _streaming(behaviour: Any) -> Any:
+def _streaming(behaviour: Any, refusals: Refusals) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
+        current_context.set(context)
         try:
             responses = behaviour(request, context)
             if inspect.isawaitable(responses):
@@ -102,26 +108,29 @@ def _streaming(behaviour: Any) -> Any:
             _log("CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error)
+            await _abort(context, error, refusals, request)
         else:
             _log("OK")
 
     return answer
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception, refusals: Refusals, request: object) -> None:
     if isinstance(error, grpc.aio.AbortError):
         # A handler of a library (health, reflection) has already answered.
         raise error
-    status = _status_of(error)
-    known = rpc_status.to_status(status)
-    _log(known.code.name, message=status.message)
+    method, _ = _present_call.get()
+    domain_error = to_domain_error(error)
+    known = rpc_status.to_status(_status_of(error, domain_error, method))
+    _log(known.code.name, message=known.details, peer=context.peer())
+    if domain_error is not None:
+        await refusals.record(domain_error, method, request)
     await context.abort_with_status(known)
 
 
-def _status_of(error: Exception) -> status_pb2.Status:
-    method, _ = _present_call.get()
-    domain_error = to_domain_error(error)
+def _status_of(
+    error: Exception, domain_error: PostriderError | None, method: str
+) -> status_pb2.Status:
     if domain_error is None:
         log.error("rpc_broke", exc_info=error, method=method, reference=current_request_id.get())
         return internal_status(current_request_id.get())

@@ -1,4 +1,7 @@
-"""audit_entries: every change a caller made, written in the transaction of the change."""
+"""audit_entries: every change a caller made, written in the transaction of the change.
+
+Attempts that were refused stand beside them, each written on its own.
+"""
 
 from datetime import datetime
 from uuid import UUID
@@ -14,14 +17,18 @@ class AuditEntry(Base):
     __table_args__ = (
         Index("audit_entries_of_resource", "resource", "id"),
         Index("audit_entries_of_actor", "actor", "id"),
-        {"comment": "Who changed what; append-only"},
+        {"comment": "Who changed what, and who was refused what; append-only"},
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    actor: Mapped[str] = mapped_column(comment="The sub claim of the caller's token")
-    merchant_id: Mapped[str | None] = mapped_column(comment="Whose resource; null: nobody's")
+    actor: Mapped[str] = mapped_column(
+        comment="The sub claim of the caller's token, or the name in its certificate"
+    )
+    merchant_id: Mapped[str | None] = mapped_column(
+        comment="Whose resource, of a refusal whose caller; null: nobody's"
+    )
     action: Mapped[str] = mapped_column(comment="The RPC, such as UpdateWebhookConfig")
-    resource: Mapped[str] = mapped_column(comment="Id or name of what was changed")
+    resource: Mapped[str] = mapped_column(comment="Id or name of what was changed, or was to be")
     result: Mapped[str] = mapped_column(comment="OK, or the reason of the refusal")
     changed_fields: Mapped[list[str]] = mapped_column(
         ARRAY(Text), server_default=text("'{}'"), comment="Names only, never values"
@@ -30,4 +37,10 @@ class AuditEntry(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     comment: Mapped[str] = mapped_column(
         server_default="", comment="The reason the caller gave, where one is asked for"
+    )
+    caller_address: Mapped[str] = mapped_column(
+        server_default="", comment="Host and port of the caller, or of the gateway before it"
+    )
+    user_agent: Mapped[str] = mapped_column(
+        server_default="", comment="What the caller's library calls itself"
     )

@@ -22,8 +22,9 @@ async def record(pool: Any, actor: str = "a", resource: str = "r", **fields: Any
         entry_id = type(entry_id)(bytes=milliseconds + entry_id.bytes[6:])
     await pool.execute(
         "INSERT INTO audit_entries (id, actor, merchant_id, action, resource, result,"
-        " changed_fields, request_id, created_at, comment)"
-        " VALUES ($1, $2, $3, 'UpdateWebhookConfig', $4, 'OK', '{url}', 'req', $5, 'why')",
+        " changed_fields, request_id, created_at, comment, caller_address, user_agent)"
+        " VALUES ($1, $2, $3, 'UpdateWebhookConfig', $4, 'OK', '{url}', 'req', $5, 'why',"
+        " '[::1]:4711', 'grpc-test/1')",
         entry_id,
         actor,
         fields.get("merchant_id"),
@@ -59,6 +60,8 @@ async def test_an_entry_has_all_that_is_on_record(platform: Platform, pool: Any)
             changed_fields=["url"],
             comment="why",
             request_id="req",
+            caller_address="[::1]:4711",
+            user_agent="grpc-test/1",
         )
     ]
 

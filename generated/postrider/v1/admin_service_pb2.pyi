@@ -492,7 +492,7 @@ Global___InvariantCheck: _TypeAlias = InvariantCheck  # noqa: Y015
 
 @_typing.final
 class AuditEntry(_message.Message):
-    """One change, as the audit log has it."""
+    """One change, or one attempt that was refused, as the audit log has it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -505,20 +505,26 @@ class AuditEntry(_message.Message):
     CHANGED_FIELDS_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CALLER_ADDRESS_FIELD_NUMBER: _builtins.int
+    USER_AGENT_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
-    """The `sub` claim of the caller's token."""
+    """The `sub` claim of the caller's token, or `certificate:` and the name in its certificate."""
     action: _builtins.str
     """The RPC, such as UpdateWebhookConfig."""
     resource: _builtins.str
-    """Id or name of what was changed."""
+    """Id or name of what was changed, or was to be; empty when the request named none."""
     merchant_id: _builtins.str
-    """Whose resource; empty: nobody's."""
+    """Whose resource, of a refusal whose caller; empty: nobody's."""
     result: _builtins.str
     """OK, or the reason of the refusal."""
     comment: _builtins.str
     """The reason the caller gave, where the call asks for one."""
     request_id: _builtins.str
     """The same as in the log line of the call."""
+    caller_address: _builtins.str
+    """Host and port of the caller, or of the gateway before it."""
+    user_agent: _builtins.str
+    """What the caller's library calls itself."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -539,10 +545,12 @@ class AuditEntry(_message.Message):
         changed_fields: _abc.Iterable[_builtins.str] | None = ...,
         comment: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        caller_address: _builtins.str = ...,
+        user_agent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "changed_fields", b"changed_fields", "comment", b"comment", "create_time", b"create_time", "merchant_id", b"merchant_id", "request_id", b"request_id", "resource", b"resource", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "caller_address", b"caller_address", "changed_fields", b"changed_fields", "comment", b"comment", "create_time", b"create_time", "merchant_id", b"merchant_id", "request_id", b"request_id", "resource", b"resource", "result", b"result", "user_agent", b"user_agent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
