@@ -6,10 +6,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
-import aiohttp
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
+from cli.key_set import key_set_fetch
 from cli.schema import require_schema
 from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
@@ -34,8 +34,6 @@ from server.refusals import Refusals
 from server.tail import Tail
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
-
-_KEY_SET_BYTES_MAX = 512 * 1024
 
 log = structlog.get_logger()
 
@@ -144,17 +142,5 @@ async def serve(
 async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:
     if settings.jwt_public_key_file is not None:
         return PemKeys(settings.jwt_public_key_file)
-    issuer = await stack.enter_async_context(
-        aiohttp.ClientSession(trust_env=False, cookie_jar=aiohttp.DummyCookieJar())
-    )
-
-    async def fetch(url: str) -> bytes:
-        async with issuer.get(url, allow_redirects=False, raise_for_status=True) as response:
-            document = bytearray()
-            async for chunk in response.content.iter_any():
-                document += chunk
-                if len(document) > _KEY_SET_BYTES_MAX:
-                    raise ValueError("the key set is too large")
-            return bytes(document)
-
+    fetch = await stack.enter_async_context(key_set_fetch())
     return JwksKeys(settings.jwt_jwks_url or "", fetch)

@@ -29,6 +29,8 @@ FETCH_INTERVAL_SECONDS = 30.0
 FETCH_TIMEOUT_SECONDS = 10.0
 REFRESH_AFTER_SECONDS = 300.0
 STALE_AFTER_SECONDS = 86_400.0
+# Calls that a slow issuer may hold up because of keys it may not even have.
+WAITING_MAX = 100
 # Every key of a file is tried for every token, so their number is what a forged token costs us.
 MAX_PEM_KEYS = 8
 
@@ -121,6 +123,7 @@ class JwksKeys:
         self._loaded_at = float("-inf")
         self._fetched_at = float("-inf")
         self._flight: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     async def keys_for(self, kid: str | None) -> tuple[VerificationKey, ...]:
         if self._age() > STALE_AFTER_SECONDS:
@@ -128,8 +131,12 @@ class JwksKeys:
             self._require_keys()
         elif self._age() > REFRESH_AFTER_SECONDS:
             self._take_off()
-        if kid not in self._keys:
-            await self._refresh()
+        if kid not in self._keys and self._waiting < WAITING_MAX:
+            self._waiting += 1
+            try:
+                await self._refresh()
+            finally:
+                self._waiting -= 1
         key = self._keys.get(kid)
         return () if key is None else (key,)
 

@@ -334,6 +334,28 @@ async def test_flood_of_unknown_kids_fetches_once_in_30_seconds(
     assert issuer.fetches == 4  # at 0, 30, 60 and 90 seconds
 
 
+async def test_flood_of_unknown_kids_holds_few_calls_up_while_the_issuer_is_slow(
+    issuer: FakeIssuer, jwks: JwksKeys, clock: FakeClock
+) -> None:
+    await jwks.keys_for("ed")
+    clock.now += FETCH_INTERVAL_SECONDS
+    issuer.gate.clear()
+    flood = [asyncio.create_task(jwks.keys_for(f"unknown-{number}")) for number in range(1000)]
+    done, waiting = await asyncio.wait(flood, timeout=0)
+    while len(waiting) > keys_module.WAITING_MAX:
+        done, waiting = await asyncio.wait(flood, timeout=0)
+    assert len(waiting) == keys_module.WAITING_MAX
+    assert {task.result() for task in done} == {()}
+    assert len(await jwks.keys_for("ed")) == 1
+    issuer.gate.set()
+    assert set(await asyncio.gather(*flood)) == {()}
+    assert issuer.fetches == 2
+    # They have left their places to the next.
+    clock.now += FETCH_INTERVAL_SECONDS
+    issuer.document = make_jwks(make_jwk(EC, "new"))
+    assert len(await jwks.keys_for("new")) == 1
+
+
 async def test_new_key_of_the_issuer_is_found_on_its_first_token(
     issuer: FakeIssuer, jwks: JwksKeys, clock: FakeClock
 ) -> None:

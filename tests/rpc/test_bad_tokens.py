@@ -1,0 +1,102 @@
+"""The table of bad tokens over the wire: one answer to all of them, and it tells nothing."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from server.authentication import AuthenticationInterceptor, current_principal
+from server.caller_limits import CallerLimits
+from server.config import ServerSettings
+from server.interceptors import CallInterceptor
+from server.refusals import Refusals
+from server.tokens import TokenVerifier, token_refused
+from tests.errors import Refusal, refusal_of
+from tests.platform import Metadata, bearer
+from tests.unit.server.test_tokens import (
+    AUDIENCE,
+    BAD_TOKENS,
+    ISSUER,
+    LIFETIME,
+    FakeClock,
+    FakeKeys,
+    with_claims,
+)
+
+#: Metadata cannot carry the others, so no client can send them.
+SENDABLE = {
+    name: token
+    for name, token in BAD_TOKENS.items()
+    if token.isascii() and token.isprintable() and len(token) < 8000
+}
+REFUSAL = Refusal(StatusCode.UNAUTHENTICATED, token_refused().message, "TOKEN_INVALID")
+
+
+class NobodyIsKnown(Refusals):
+    """In place of the audit log, which strangers must not write to."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def record(self, *_: object) -> None:
+        assert current_principal.get(None) is None
+
+
+@pytest.fixture
+async def call() -> AsyncIterator[Any]:
+    """Calls a server that takes the tokens of test_tokens at their time."""
+    verifier = TokenVerifier(
+        FakeKeys(),
+        issuer=ISSUER,
+        audience=AUDIENCE,
+        max_lifetime_seconds=LIFETIME,
+        clock=FakeClock(),
+    )
+    authentication = AuthenticationInterceptor(verifier, CallerLimits(ServerSettings()))
+    options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 32_768)]
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor(authentication, NobodyIsKnown())], options=options
+    )
+
+    async def echo(request: bytes, _context: Any) -> bytes:
+        return request
+
+    handlers: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+        stub: Any = channel.unary_unary("/test.Echo/Echo")
+
+        def start(metadata: Metadata) -> Any:
+            return stub(b"x", metadata=metadata, timeout=10)
+
+        yield start
+    await server.stop(None)
+
+
+async def test_every_bad_token_has_the_same_answer(call: Any) -> None:
+    assert len(SENDABLE) >= 80
+    assert await call(bearer(with_claims())) == b"x"
+    for name, token in SENDABLE.items():
+        assert await refusal_of(call(bearer(token))) == REFUSAL, name
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        [("authorization", "")],
+        [("authorization", f"Basic {with_claims()}")],
+        [*bearer(with_claims()), *bearer(with_claims())],
+        [*bearer(with_claims()), *bearer("junk")],
+        [("authorization-bin", with_claims().encode())],
+        [("cookie", f"authorization=Bearer {with_claims()}")],
+        [("x-forwarded-authorization", f"Bearer {with_claims()}")],
+    ],
+    ids=["none", "empty", "Basic", "twice", "two", "binary", "cookie", "forwarded"],
+)
+async def test_a_good_token_in_a_wrong_place_is_none(call: Any, metadata: Metadata) -> None:
+    assert await refusal_of(call(metadata)) == REFUSAL
