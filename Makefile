@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check format generate benchmarks release-contract lock clean
+.PHONY: help install run test test-slow check security audit format generate benchmarks release-contract lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ UV_HOME := .tools/uv
 # A uv on the PATH is used as it is; otherwise one is installed into .tools/.
 UV := $(shell command -v uv 2>/dev/null || echo $(UV_HOME)/bin/uv)
 STAMP := $(VENV)/.installed
+SECURITY := .tools/security/.installed
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +49,19 @@ test-slow: install ## The tests that take long: faults under load
 check: install ## The static half of `make test`
 	@BIN=$(BIN) ./tools/check
 
+security: $(SECURITY) ## bandit, and semgrep with this repository's rules (tools/security/rules)
+	@./tools/security/check
+
+audit: $(SECURITY) ## Known vulnerabilities of the locked dependencies; needs the advisories, and fails without
+	@./tools/security/audit
+
+# An environment of its own: semgrep pins older releases of what the service needs.
+$(SECURITY): tools/security/requirements.lock | $(filter $(UV_HOME)/bin/uv,$(UV))
+	@echo "==> installing bandit, pip-audit and semgrep into $(dir $(SECURITY))"
+	@$(UV) venv --quiet --allow-existing $(dir $(SECURITY))
+	@$(UV) pip sync --quiet --python $(dir $(SECURITY))bin/python --require-hashes $<
+	@touch $@
+
 format: install ## Format Python and protobuf sources
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
@@ -68,6 +82,8 @@ release-contract: install ## At a release: make the present protos what `buf bre
 lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml
 	@$(UV) pip compile --quiet --universal --python-version 3.12 --all-extras --group dev \
 	  --generate-hashes --no-emit-index-url --no-header --output-file requirements.lock pyproject.toml
+	@$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
+	  --no-header --output-file tools/security/requirements.lock tools/security/requirements.in
 
 clean: ## Remove the environment and every cache (not .postrider, the local data)
 	@rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -38,8 +38,9 @@ def _run(connection: Connection) -> None:
 
 
 def _set_timeouts(connection: Connection, lock_seconds: float, statement_seconds: float) -> None:
-    connection.execute(text(f"SET lock_timeout = '{lock_seconds * 1000:.0f}ms'"))
-    connection.execute(text(f"SET statement_timeout = '{statement_seconds * 1000:.0f}ms'"))
+    set_config = text("SELECT set_config(:name, :value, false)")
+    for name, seconds in (("lock_timeout", lock_seconds), ("statement_timeout", statement_seconds)):
+        connection.execute(set_config, {"name": name, "value": f"{seconds * 1000:.0f}ms"})
 
 
 async def _run_online() -> None:

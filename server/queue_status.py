@@ -50,6 +50,8 @@ UNION ALL (
     ORDER BY t.ready + t.parked + t.leased + t.blocked DESC, t.webhook_id
 )
 """
+_OF_ALL = _STATUS.format(of_webhook="")
+_OF_ONE = _STATUS.format(of_webhook=" AND webhook_id = :webhook_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,9 @@ async def queue_status(
             "top", f"must be 0 (meaning {_TOP_DEFAULT}) to {_TOP_MAX}", reason="TOP_INVALID"
         )
     arguments: dict[str, object] = {"top": min(top or _TOP_DEFAULT, _TOP_MAX)}
-    of_webhook = ""
     if webhook_id is not None:
-        of_webhook = " AND webhook_id = :webhook_id"
         arguments["webhook_id"] = webhook_id
-    statement = text(_STATUS.format(of_webhook=of_webhook))
+    statement = text(_OF_ALL if webhook_id is None else _OF_ONE)
     async with sessions() as session:
         rows = (await session.execute(statement, arguments)).mappings().all()
     total, *webhooks = (Standing(**row) for row in rows)
