@@ -2,11 +2,11 @@
 
 The table is our own. `ipaddress.is_global` says yes to NAT64 and IPv4-compatible forms of loopback,
 to multicast and to cloud hosts, and its answers change with the Python version. Whatever no row
-calls public is refused.
+calls public is refused. `tests/unit/core/test_iana.py` holds it to the IANA registries.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
@@ -32,6 +32,8 @@ class AddressClass(StrEnum):
     TRANSITION = "transition"
     INFRASTRUCTURE = "infrastructure"
     RESERVED = "reserved"
+    #: By no table: the operator's own, or what it will not have called.
+    DENIED = "denied"
 
 
 # The longest prefix wins, so a row may carve an exception out of a wider one.
@@ -101,6 +103,11 @@ _NETWORKS: dict[AddressClass, tuple[str, ...]] = {
     AddressClass.RESERVED: ("192.0.0.0/24", "240.0.0.0/4", "::/0", "2001::/23"),
 }
 
+# ISATAP puts an IPv4 address behind this interface identifier, under any prefix at all; the two
+# bits left out say whether that address is unique.
+_ISATAP = 0x00005EFE
+_ISATAP_BITS = 0xFCFFFFFF
+
 
 class _RangeTable[N: Network]:
     """The networks cut into ranges that do not overlap, so that a lookup is one bisection."""
@@ -129,16 +136,29 @@ _IPV4 = _RangeTable([row for row in _ROWS if isinstance(row[0], IPv4Network)])
 _IPV6 = _RangeTable([row for row in _ROWS if isinstance(row[0], IPv6Network)])
 
 
+def table() -> Sequence[tuple[Network, AddressClass]]:
+    """The rows, for whoever holds them to another table; the longest prefix of them wins."""
+    return _ROWS
+
+
 def classify(address: Address) -> AddressClass:
     """Judge an address as it is written; nothing inside it is unwrapped."""
-    return (_IPV4 if address.version == 4 else _IPV6).classify(int(address))
+    number = int(address)
+    if address.version == 4:
+        return _IPV4.classify(number)
+    kind = _IPV6.classify(number)
+    if kind is AddressClass.PUBLIC and number >> 32 & _ISATAP_BITS == _ISATAP:
+        return AddressClass.TRANSITION
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
-    """The table, and the networks an operator allows although the table refuses them."""
+    """The table, the networks an operator allows although the table refuses them, and those that
+    it denies whatever else says yes: its own public addresses, its own NAT64 prefixes."""
 
     allowed: tuple[Network, ...] = ()
+    denied: tuple[Network, ...] = ()
 
     def refusal(self, address: Address) -> AddressClass | None:
         """Say why an address must not be dialled; None when it may.
@@ -148,6 +168,8 @@ class AddressPolicy:
         an operator who wrote an IPv6 network such as ::/0 never meant. Its plain form is judged
         like any other.
         """
+        if any(address in network for network in self.denied):
+            return AddressClass.DENIED
         kind = classify(address)
         if kind is AddressClass.PUBLIC:
             return None
