@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
+from cli.egress import url_policy
 from cli.file_limit import fitting_in_flight
 from cli.schema import require_schema
-from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import Pool, open_pool
 from core.keyring import load_keyring
@@ -39,6 +39,7 @@ async def deliver(
 ) -> None:
     """Deliver until `stop`; attempts in flight then finish, and nothing stays leased."""
     keyring = load_keyring(settings.encryption)
+    policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
         pool = await open_pool(
             settings.database, "postrider-delivery", settings.database.database_pool_size
@@ -49,7 +50,7 @@ async def deliver(
         warn_of_allowed_cidrs(settings.egress)
         dialler = await stack.enter_async_context(
             open_dialler(
-                policy=AddressPolicy(settings.egress.allowed_cidrs),
+                policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
             )
@@ -58,7 +59,7 @@ async def deliver(
             settings.delivery.max_in_flight, settings.database.database_pool_size
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
-        engine = Engine(bounded, pool, dialler, keyring)
+        engine = Engine(bounded, pool, dialler, keyring, policy)
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())

@@ -9,13 +9,12 @@ from functools import partial
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
+from cli.egress import url_policy
 from cli.key_set import key_set_fetch
 from cli.schema import require_schema
-from core.addresses import AddressPolicy
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import open_pool
 from core.keyring import load_keyring
-from core.urls import UrlPolicy
 from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
@@ -56,7 +55,7 @@ async def serve(
 ) -> None:
     """Serve until `stop`; `ready` hears the port. Calls in flight then finish."""
     keyring = load_keyring(settings.encryption)
-    policy = AddressPolicy(settings.egress.allowed_cidrs)
+    policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
         pool_size = settings.database.database_pool_size
         # Half for the hot path, half for everything else: neither can starve the other.
@@ -69,7 +68,7 @@ async def serve(
         stack.push_async_callback(sessions.kw["bind"].dispose)
         receivers = await stack.enter_async_context(
             open_dialler(
-                policy=policy,
+                policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
             )
@@ -92,8 +91,8 @@ async def serve(
                 sessions=sessions,
                 event_types=event_types,
                 keyring=keyring,
-                pinger=partial(ping, receivers, settings.server.ping_timeout_seconds),
-                url_policy=UrlPolicy(policy, settings.egress.allowed_ports),
+                pinger=partial(ping, receivers, policy, settings.server.ping_timeout_seconds),
+                url_policy=policy,
                 ping_places=PingPlaces(settings.server.max_pings_per_merchant),
                 max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
             ),

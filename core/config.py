@@ -5,6 +5,7 @@ frozen, built once in `cli`, and passed down; nothing else reads the environment
 their unit in the name. A field's description is its line in the README's table and .env.example.
 """
 
+import re
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "WEBHOOK_"
+_HOST_NAME = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)*")
 
 
 def _comma_separated(parse: Callable[[str], Any] = str) -> BeforeValidator:
@@ -33,8 +35,19 @@ def _parse_port_range(text: str) -> tuple[int, int]:
     return ports
 
 
+def _parse_host_name(text: str) -> str:
+    name = text.lower().rstrip(".")
+    if not _HOST_NAME.fullmatch(name):
+        raise ValueError(
+            f"{text!r} is not a host name: write it without scheme and port, an international one "
+            "in its xn-- form"
+        )
+    return name
+
+
 Network = IPv4Network | IPv6Network
 Networks = Annotated[tuple[Network, ...], NoDecode, _comma_separated(ip_network)]
+HostNames = Annotated[tuple[str, ...], NoDecode, _comma_separated(_parse_host_name)]
 PortRanges = Annotated[tuple[tuple[int, int], ...], NoDecode, _comma_separated(_parse_port_range)]
 Seconds = Annotated[float, Field(gt=0)]
 SecondsList = Annotated[
@@ -102,9 +115,20 @@ class EgressSettings(Block):
         description="comma-separated CIDRs that are dialled although they are private or loopback; "
         "for development, logged as a warning at every start",
     )
+    denied_cidrs: Networks = Field(
+        (),
+        description="comma-separated CIDRs that are never dialled: your own public addresses, "
+        "those your engines send from, and NAT64 prefixes of your own; wins over the allowed",
+    )
+    denied_hosts: HostNames = Field(
+        (),
+        description="comma-separated host names of your own that no webhook URL may name, each "
+        "with all names below it",
+    )
     allowed_ports: PortRanges = Field(
         ((443, 443), (8443, 8443)),
-        description="comma-separated ports, or ranges as 8000-8999, that a webhook URL may name",
+        description="comma-separated ports, or ranges as 8000-8999, that a webhook URL may name; "
+        "well-known ports of other services are not in a range, only by themselves",
     )
     ca_file: Path | None = Field(
         None,

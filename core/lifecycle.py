@@ -55,7 +55,7 @@ class Outcome(StrEnum):
     CONNECTION_ERROR = "connection_error"
     TLS_ERROR = "tls_error"
     PROTOCOL_ERROR = "protocol_error"
-    #: The dialler refused the address: permanent, so it is not retried.
+    #: The URL, or the address behind it, is none that we call: permanent, so it is not retried.
     REFUSED = "refused"
     #: A fault of ours: retried, but never counted against the webhook config.
     INTERNAL_ERROR = "internal_error"

@@ -34,6 +34,14 @@ _REFUSED_SUFFIXES = frozenset(
 _REFUSED_NAMES = frozenset(
     {"metadata.goog", "metadata.tencentyun.com", "api.metadata.cloud.ibm.com"}
 )
+# Where an HTTPS request would be read as another protocol's commands, or reach what administers a
+# machine: SSH, mail, DNS, Windows, container and cluster APIs, databases, caches, queues.
+_SERVICE_PORTS = frozenset(
+    {*(20, 21, 22, 23, 25, 53, 110, 111, 135, 139, 143, 389, 445, 465, 514, 587, 636, 873, 993)}
+    | {*(995, 1433, 1521, 2049, 2181, 2375, 2376, 2379, 2380, 3306, 3389, 4369, 5432, 5672, 5900)}
+    | {*(5984, 5985, 5986, 6379, 6443, 6667, 8500, 9042, 9092, 9200, 9300, 10250, 10255, 11211)}
+    | {*(15672, 27017)}
+)
 _LOCALHOST_ADDRESS = IPv4Address("127.0.0.1")
 
 
@@ -48,10 +56,24 @@ class UrlRefused(ValueError):  # noqa: N818 - named for what happened, as in cor
 
 @dataclass(frozen=True, slots=True)
 class UrlPolicy:
-    """Which addresses and ports (ranges, both ends included) a URL may name."""
+    """Which addresses and ports (ranges, both ends included) a URL may name.
+
+    A well-known port of another service is not let in by a range, only when it is named by itself.
+    `denied_hosts` are lower-case names that are refused with every name below them.
+    """
 
     addresses: AddressPolicy
     ports: tuple[tuple[int, int], ...]
+    denied_hosts: tuple[str, ...] = ()
+
+    def allows_port(self, port: int) -> bool:
+        return 1 <= port <= 65535 and any(
+            low <= port <= high and (low == high or port not in _SERVICE_PORTS)
+            for low, high in self.ports
+        )
+
+    def denies_host(self, name: str) -> bool:
+        return any(name == host or name.endswith(f".{host}") for host in self.denied_hosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +146,7 @@ def _check_length(text: str) -> None:
 
 def _parse_port(text: str | None, policy: UrlPolicy) -> int:
     port = int(text[1:]) if text else 443
-    in_range = any(low <= port <= high for low, high in policy.ports)
-    if not in_range or not 1 <= port <= 65535:
+    if not policy.allows_port(port):
         usable = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in policy.ports)
         raise UrlRefused(
             "URL_PORT_NOT_ALLOWED", f"the port is not one we call; use one of: {usable}"
@@ -161,7 +182,8 @@ def _parse_name(host: str, policy: UrlPolicy) -> str:
         _malformed("write an IPv4 address as four decimal numbers, or use a host name")
     if labels[-1] == "localhost" and policy.addresses.refusal(_LOCALHOST_ADDRESS) is None:
         return name
-    if len(labels) < 2 or labels[-1] in _REFUSED_SUFFIXES or name in _REFUSED_NAMES:
+    refused = labels[-1] in _REFUSED_SUFFIXES or name in _REFUSED_NAMES or policy.denies_host(name)
+    if refused or len(labels) < 2:
         raise UrlRefused(
             "URL_HOST_NOT_ALLOWED",
             "the host is not a public name; use one that can be reached from the internet",

@@ -20,6 +20,7 @@ from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult, Outcome
 from core.queue import Chain, LeasedDelivery, Settled, Settlement
+from core.urls import UrlPolicy
 from delivery.admit import Admission
 from delivery.breaker import Breaker
 from delivery.capacity import Capacity
@@ -57,11 +58,12 @@ class Engine:
         pool: Pool,
         dialler: Dialler,
         keyring: KeyRing,
+        url_policy: UrlPolicy,
     ):
         self._settings = settings
         self._pool = pool
         self._dialler = dialler
-        self._webhooks = WebhookCache(pool, keyring)
+        self._webhooks = WebhookCache(pool, keyring, url_policy)
         self._listener = Listener(pool, settings.poll_seconds)
         self._recorder = Recorder(pool, settings, self._on_settled)
         self._places = Places(settings.max_in_flight, settings.max_in_flight_per_webhook)
@@ -175,11 +177,11 @@ class Engine:
     async def _request(
         self, delivery: LeasedDelivery, webhook: Webhook, started_at: datetime
     ) -> AttemptResult:
+        if webhook.destination is None:
+            return AttemptResult(Outcome.REFUSED, None, webhook.url_refusal)
         if webhook.secret is None:
             detail = "Postrider could not read the signing secret"
             return AttemptResult(Outcome.INTERNAL_ERROR, None, detail)
-        if webhook.destination is None:
-            return AttemptResult(Outcome.INTERNAL_ERROR, None, "Postrider could not read the URL")
         # By the database's time at the claim: what one engine signs with, every other does.
         secrets = webhook.signing_secrets(delivery.claimed_at)
         headers = sign(delivery, secrets, int(started_at.timestamp()))

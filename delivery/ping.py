@@ -7,7 +7,8 @@ from uuid import UUID
 import orjson
 
 from core.ids import format_id, new_id
-from core.lifecycle import AttemptResult
+from core.lifecycle import AttemptResult, Outcome
+from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
 from delivery.destination import Destination
 from delivery.dialler import Dialler
 from delivery.send import send
@@ -16,6 +17,7 @@ from delivery.sign import request_headers
 
 async def ping(
     dialler: Dialler,
+    policy: UrlPolicy,
     timeout_seconds: float,
     *,
     url: str,
@@ -24,7 +26,14 @@ async def ping(
     headers: Mapping[str, str],
     clock: Callable[[], float] = time,
 ) -> AttemptResult:
-    """POST a `webhook.ping` and say what came back; nothing is stored."""
+    """POST a `webhook.ping` and say what came back; nothing is stored.
+
+    A URL that passed once and passes no more is refused like one at an address we do not call.
+    """
+    try:
+        canonical = parse_webhook_url(url, policy).text
+    except UrlRefused as refused:
+        return AttemptResult(Outcome.REFUSED, None, refused.message)
     body = orjson.dumps({"type": "webhook.ping", "webhook_id": format_id("wh", webhook_id)})
     signed = request_headers(
         content_type="application/json",
@@ -34,4 +43,4 @@ async def ping(
         timestamp=int(clock()),
         body=body,
     )
-    return await send(dialler, Destination(url, headers), signed, body, timeout_seconds)
+    return await send(dialler, Destination(canonical, headers), signed, body, timeout_seconds)

@@ -16,6 +16,7 @@ import structlog
 from core.db import Pool
 from core.keyring import KeyRing, UndecryptableSecret
 from core.queue import LeasedDelivery
+from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
 from delivery.destination import Destination
 
 _LOAD = """
@@ -47,12 +48,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """One version of a webhook config; `secret` is None when no key of ours reads it, and
-    `destination` when its URL is none: no call of ours stores such a URL, and other hands may."""
+    """One version of a webhook config; `secret` is None when no key of ours reads it."""
 
     id: UUID
     version: int
+    #: None when the stored URL does not pass: settings became stricter, or this release did, or
+    #: other hands than ours stored it.
     destination: Destination | None
+    #: Then, for the merchant, why.
+    url_refusal: str
     secret: str | None = field(repr=False)
     #: The secret before, which signs beside it until then; it may be gone or past.
     previous_secret: str | None = field(repr=False)
@@ -73,9 +77,10 @@ class Webhook:
 class WebhookCache:
     """Loads what a batch of claimed deliveries needs in at most one query."""
 
-    def __init__(self, pool: Pool, keyring: KeyRing):
+    def __init__(self, pool: Pool, keyring: KeyRing, url_policy: UrlPolicy):
         self._pool = pool
         self._keyring = keyring
+        self._url_policy = url_policy
         self._webhooks: dict[UUID, Webhook] = {}
 
     async def for_deliveries(self, deliveries: Collection[LeasedDelivery]) -> dict[UUID, Webhook]:
@@ -94,10 +99,12 @@ class WebhookCache:
 
     def _webhook(self, row: Any) -> Webhook:
         previous = row["previous_secret_ciphertext"]
+        url, url_refusal = self._judged_url(row["url"])
         return Webhook(
             id=row["id"],
             version=row["version"],
-            destination=_destination(row["id"], row["url"], row["headers"]),
+            destination=Destination(url, orjson.loads(row["headers"])) if url else None,
+            url_refusal=url_refusal,
             secret=self._decrypt(row["id"], row["secret_key_id"], row["secret_ciphertext"]),
             previous_secret=None
             if previous is None
@@ -109,6 +116,16 @@ class WebhookCache:
             max_in_flight=row["max_in_flight"],
         )
 
+    def _judged_url(self, text: str) -> tuple[str | None, str]:
+        """What to call and an empty text, or None and why it is not called.
+
+        The rules are the process's for life, so judging a version once judges each of its attempts.
+        """
+        try:
+            return parse_webhook_url(text, self._url_policy).text, ""
+        except UrlRefused as refused:
+            return None, refused.message
+
     def _is_cached(self, delivery: LeasedDelivery) -> bool:
         cached = self._webhooks.get(delivery.webhook_id)
         return cached is not None and cached.version >= delivery.webhook_version
@@ -119,18 +136,6 @@ class WebhookCache:
         except UndecryptableSecret as error:
             log.error("secret_unreadable", webhook_id=str(webhook_id), reason=str(error))
             return None
-
-
-def _destination(webhook_id: UUID, url: str, headers: str) -> Destination | None:
-    reason = "it has no host"
-    try:
-        destination = Destination(url, orjson.loads(headers))
-        if destination.url.host:
-            return destination
-    except ValueError as error:
-        reason = str(error)
-    log.error("url_unreadable", webhook_id=str(webhook_id), reason=reason)
-    return None
 
 
 def _schedule(webhook_id: UUID, waits: Sequence[float]) -> Sequence[float]:

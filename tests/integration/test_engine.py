@@ -251,6 +251,33 @@ async def test_a_refused_address_is_not_tried_again(
     assert receiver.webhooks == []
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        ("https://printer.local/", "the host is not a public name"),
+        ("https://0x7f000001/", "write an IPv4 address as four decimal numbers"),
+        ("https://169.254.169.254/", "the address is not a public one"),
+        ("https://hooks.shop.com:70000/", "the port is not one we call"),
+    ],
+)
+async def test_a_stored_url_that_passes_no_more_is_refused_for_good(
+    platform: Platform, receiver: Receiver, pool: Any, log: Log, stored: tuple[str, str]
+) -> None:
+    url, detail = stored
+    await platform.register(receiver.url)
+    # As one that an earlier release, or other settings, let in.
+    await pool.execute("UPDATE webhook_configs SET url = $1", url)
+    async with platform.engine(retry_schedule_seconds=(0.02,)):
+        await platform.publish()
+        await log.wait_for("attempt")
+    [delivery] = await deliveries(platform)
+    assert delivery.state == delivery_pb2.DELIVERY_STATE_FAILED
+    [attempt] = delivery.attempts
+    assert attempt.outcome == delivery_pb2.OUTCOME_REFUSED
+    assert attempt.detail.startswith(detail)
+    assert (attempt.remote_address, attempt.status_code) == ("", 0)
+
+
 async def test_a_timeout_is_on_record_as_one_and_retried(
     platform: Platform, receiver: Receiver
 ) -> None:

@@ -29,6 +29,7 @@ from core.ids import format_id, new_id
 from core.lifecycle import AttemptResult, Outcome
 from core.queue import LeasedDelivery
 from core.signing import new_secret, standard_secret, verify
+from core.urls import UrlPolicy
 from delivery.destination import Destination, header_lines
 from delivery.dialler import Dialler, open_dialler
 from delivery.ping import ping
@@ -698,8 +699,15 @@ async def test_the_headers_of_an_attempt_are_exactly_these(dialler: Dialler, sta
 
 async def test_a_ping_is_signed_like_a_delivery(dialler: Dialler, receiver: Receiver) -> None:
     secret, webhook_id = new_secret(), UUID(int=1)
+    policy = UrlPolicy(LOOPBACK_ALLOWED, ((1, 65535),))
     result = await ping(
-        dialler, AMPLE, url=receiver.url, webhook_id=webhook_id, secrets=[secret], headers={}
+        dialler,
+        policy,
+        AMPLE,
+        url=receiver.url,
+        webhook_id=webhook_id,
+        secrets=[secret],
+        headers={},
     )
     assert result.outcome is Outcome.SUCCEEDED
     [request] = receiver.requests

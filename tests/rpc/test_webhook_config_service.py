@@ -180,6 +180,17 @@ async def test_ping_of_a_url_that_fails_is_an_answer_and_not_an_error(
         assert (answer.reachable, answer.status_code) == (reachable, status)
 
 
+async def test_ping_of_a_stored_url_that_passes_no_more_calls_nobody(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    webhook_id = (await platform.register(receiver.url)).webhook_config.id
+    await pool.execute("UPDATE webhook_configs SET url = $1", f"{receiver.url}#")
+    answer = await ping(platform, webhook_id)
+    assert (answer.reachable, answer.status_code) == (False, 0)
+    assert "#" in answer.detail
+    assert len(receiver.requests) == 1
+
+
 async def test_event_types_are_listed_by_name_in_pages(platform: Platform) -> None:
     async def page(size: int = 0, token: str = "") -> pb.ListEventTypesResponse:
         return await platform.webhooks.ListEventTypes(

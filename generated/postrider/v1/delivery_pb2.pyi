@@ -88,7 +88,9 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_PROTOCOL_ERROR: _Outcome.ValueType  # 7
     """The answer was not valid HTTP."""
     OUTCOME_REFUSED: _Outcome.ValueType  # 8
-    """The address is one Postrider never calls (private, loopback, metadata). Not retried."""
+    """The URL or its address is one Postrider does not call: private, loopback, metadata, a port that is
+    not allowed, or nothing that can be called. Not retried.
+    """
     OUTCOME_INTERNAL_ERROR: _Outcome.ValueType  # 9
     """A fault of Postrider itself; never counted against the webhook config."""
 
@@ -112,7 +114,9 @@ OUTCOME_TLS_ERROR: Outcome.ValueType  # 6
 OUTCOME_PROTOCOL_ERROR: Outcome.ValueType  # 7
 """The answer was not valid HTTP."""
 OUTCOME_REFUSED: Outcome.ValueType  # 8
-"""The address is one Postrider never calls (private, loopback, metadata). Not retried."""
+"""The URL or its address is one Postrider does not call: private, loopback, metadata, a port that is
+not allowed, or nothing that can be called. Not retried.
+"""
 OUTCOME_INTERNAL_ERROR: Outcome.ValueType  # 9
 """A fault of Postrider itself; never counted against the webhook config."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
+from cli.egress import url_policy
 from cli.settings import BLOCKS, all_fields, load, refuse_unknown_variables, variable
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.errors import ConfigurationError
@@ -112,6 +114,31 @@ def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert settings.ca_file is None
     assert settings.allowed_ports == ((443, 443), (8443, 8443))
+
+
+def test_denied_hosts_are_read_as_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEBHOOK_DENIED_HOSTS", "API.Pay.com., hooks.pay.com")
+    monkeypatch.setenv("WEBHOOK_DENIED_CIDRS", "93.184.215.0/24,2a00:1450:64::/96")
+
+    policy = url_policy(load(EgressSettings))
+
+    assert policy.denied_hosts == ("api.pay.com", "hooks.pay.com")
+    assert policy.addresses.denied == (
+        ip_network("93.184.215.0/24"),
+        ip_network("2a00:1450:64::/96"),
+    )
+
+
+@pytest.mark.parametrize(
+    "value", ["https://api.pay.com", "api.pay.com:443", "*.pay.com", "bücher.de"]
+)
+def test_a_denied_host_that_would_never_match_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("WEBHOOK_DENIED_HOSTS", value)
+
+    with pytest.raises(ConfigurationError, match=r"WEBHOOK_DENIED_HOSTS: .*not a host name"):
+        load(EgressSettings)
 
 
 def test_environment_wins_over_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,6 +383,30 @@ def test_no_policy_makes_an_impossible_port_possible(port: int) -> None:
     assert refusal(f"https://hooks.shop.com:{port}/", policy).reason == "URL_PORT_NOT_ALLOWED"
 
 
+@pytest.mark.parametrize("port", [22, 2375, 2379, 3306, 5432, 6379, 6443, 9200, 10250, 11211])
+def test_a_range_lets_no_port_of_another_service_in(port: int) -> None:
+    text = f"https://hooks.shop.com:{port}/"
+    everything = UrlPolicy(AddressPolicy(), ((1, 65535),))
+    assert refusal(text, everything).reason == "URL_PORT_NOT_ALLOWED"
+    named = UrlPolicy(AddressPolicy(), ((1, 65535), (port, port)))
+    assert parse_webhook_url(text, named).port == port
+
+
+@pytest.mark.parametrize(
+    "host", ["api.pay.com", "API.Pay.com", "eu.api.pay.com", "xn--bcher-kva.de"]
+)
+def test_a_host_that_the_operator_denies_is_refused_with_all_below_it(host: str) -> None:
+    policy = UrlPolicy(AddressPolicy(), PORTS, denied_hosts=("api.pay.com", "xn--bcher-kva.de"))
+    assert refusal(f"https://{host}/", policy).reason == "URL_HOST_NOT_ALLOWED"
+    assert refusal("https://bücher.de/", policy).reason == "URL_HOST_NOT_ALLOWED"
+
+
+@pytest.mark.parametrize("host", ["pay.com", "notapi.pay.com", "api.pay.com.shop.com"])
+def test_a_denied_host_takes_no_neighbour_with_it(host: str) -> None:
+    policy = UrlPolicy(AddressPolicy(), PORTS, denied_hosts=("api.pay.com",))
+    assert parse_webhook_url(f"https://{host}/", policy).host == host
+
+
 def test_a_port_refusal_names_the_ports_to_use() -> None:
     policy = UrlPolicy(AddressPolicy(), ((443, 443), (8000, 8999)))
     assert "443, 8000-8999" in refusal("https://hooks.shop.com:22/", policy).message
