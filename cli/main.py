@@ -246,5 +246,40 @@ def encryption_key() -> None:
     click.echo(new_key())
 
 
+@main.group()
+def keys() -> None:
+    """Look after the keys that encrypt signing secrets at rest.
+
+    To change the key: add the new one behind the others (`postrider encryption-key` makes one) and
+    restart servers and engines; put it first and restart them again; `postrider keys rotate`; when
+    `postrider keys status` calls the old one not needed, remove it.
+    """
+
+
+@keys.command("status")
+def keys_status() -> None:
+    """Say how many records each encryption key has.
+
+    Needs WEBHOOK_DATABASE_URL and the encryption keys, as the servers have them.
+    """
+    from cli.keys import report  # noqa: PLC0415 - the other commands start faster
+
+    uvloop.run(report(load(DatabaseSettings), load(EncryptionSettings), click.echo))
+
+
+@keys.command("rotate")
+@click.option("--to", metavar="KEY_ID", help="Refuse unless this is the first key.")
+def keys_rotate(to: str | None) -> None:
+    """Encrypt every signing secret with the first key.
+
+    Needs WEBHOOK_DATABASE_URL and the encryption keys. Safe while everything runs, page by page;
+    interrupted, it goes on where it was. Exit code 1 when a record could not be read.
+    """
+    from cli.keys import rotate  # noqa: PLC0415
+
+    if not uvloop.run(rotate(load(DatabaseSettings), load(EncryptionSettings), to, click.echo)):
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     main()

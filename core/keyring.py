@@ -34,6 +34,11 @@ class KeyRing:
     def __repr__(self) -> str:
         return f"KeyRing({', '.join(self._ciphers)})"
 
+    @property
+    def key_ids(self) -> list[str]:
+        """The ids of all keys, the one that encrypts first."""
+        return list(self._ciphers)
+
     def encrypt(self, secret: str, webhook_id: UUID) -> tuple[str, bytes]:
         """The id of the key used, and nonce plus ciphertext."""
         nonce = os.urandom(_NONCE_BYTES)
