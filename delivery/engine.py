@@ -184,7 +184,8 @@ class Engine:
             return AttemptResult(Outcome.INTERNAL_ERROR, None, detail)
         # By the database's time at the claim: what one engine signs with, every other does.
         secrets = webhook.signing_secrets(delivery.claimed_at)
-        headers = sign(delivery, secrets, int(started_at.timestamp()))
+        now = int(started_at.timestamp())
+        headers = sign(delivery, secrets, now, webhook.header_prefix)
         timeout = webhook.timeout_seconds or self._settings.delivery_timeout_seconds
         # Our lease is not the merchant's to outlive: one that ends meanwhile sends twice.
         timeout = min(timeout, self._settings.lease_seconds / 2)

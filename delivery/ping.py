@@ -24,6 +24,7 @@ async def ping(
     webhook_id: UUID,
     secrets: Sequence[str],
     headers: Mapping[str, str],
+    header_prefix: str = "",
     clock: Callable[[], float] = time,
 ) -> AttemptResult:
     """POST a `webhook.ping` and say what came back; nothing is stored.
@@ -41,6 +42,7 @@ async def ping(
         message_id=format_id("evt", new_id()),
         secrets=secrets,
         timestamp=int(clock()),
+        prefix=header_prefix,
         body=body,
     )
     return await send(dialler, Destination(canonical, headers), signed, body, timeout_seconds)

@@ -9,7 +9,9 @@ from core.signing import signature_headers
 from delivery.destination import header_lines
 
 
-def sign(delivery: LeasedDelivery, secrets: Sequence[str], timestamp: int) -> bytes:
+def sign(
+    delivery: LeasedDelivery, secrets: Sequence[str], timestamp: int, prefix: str = ""
+) -> bytes:
     """The header lines of one attempt; retries keep the id and get a new timestamp.
 
     They follow the destination's own; only Content-Length is not among either.
@@ -20,6 +22,7 @@ def sign(delivery: LeasedDelivery, secrets: Sequence[str], timestamp: int) -> by
         message_id=format_id("evt", delivery.event_id),
         secrets=secrets,
         timestamp=timestamp,
+        prefix=prefix,
         body=delivery.payload,
         others={
             "X-Webhook-Delivery": format_id("dlv", delivery.id),
@@ -35,6 +38,7 @@ def request_headers(
     message_id: str,
     secrets: Sequence[str],
     timestamp: int,
+    prefix: str,
     body: bytes,
     others: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
@@ -43,7 +47,7 @@ def request_headers(
         {
             "Content-Type": content_type,
             "X-Webhook-Event": event_type,
-            **signature_headers(secrets, message_id, timestamp, body),
+            **signature_headers(secrets, message_id, timestamp, body, prefix),
             **others,
         }
     )

@@ -22,14 +22,14 @@ from delivery.destination import Destination
 _LOAD = """
 SELECT id, version, url, secret_ciphertext, secret_key_id, previous_secret_ciphertext,
     previous_secret_key_id, previous_secret_expires_at, retry_schedule_seconds, headers,
-    timeout_seconds, rate_limit, max_in_flight
+    header_prefix, timeout_seconds, rate_limit, max_in_flight
 FROM webhook_configs WHERE id = ANY ($1)
 """
 
 _FORGET_EXPIRED_SECRETS = """
 UPDATE webhook_configs c
 SET previous_secret_ciphertext = NULL, previous_secret_key_id = NULL,
-    previous_secret_expires_at = NULL
+    previous_secret_expires_at = NULL, previous_public_key = NULL
 FROM (
     SELECT id FROM webhook_configs WHERE previous_secret_expires_at <= now()
     FOR NO KEY UPDATE SKIP LOCKED
@@ -61,6 +61,8 @@ class Webhook:
     #: The secret before, which signs beside it until then; it may be gone or past.
     previous_secret: str | None = field(repr=False)
     previous_secret_expires_at: datetime | None
+    #: Under which id, timestamp and signature are sent, too; empty: under no other.
+    header_prefix: str
     retry_schedule_seconds: Sequence[float]
     #: None and 0: as the operator set it; a rate of 0: as fast as it can take.
     timeout_seconds: float | None
@@ -110,6 +112,7 @@ class WebhookCache:
             if previous is None
             else self._decrypt(row["id"], row["previous_secret_key_id"], previous),
             previous_secret_expires_at=row["previous_secret_expires_at"],
+            header_prefix=row["header_prefix"],
             retry_schedule_seconds=_schedule(row["id"], row["retry_schedule_seconds"]),
             timeout_seconds=row["timeout_seconds"],
             rate_limit=row["rate_limit"],

@@ -17,6 +17,7 @@ from core.ids import IdKind, format_id, parse_id
 from core.lifecycle import AttemptResult, DeliveryState
 from core.models import AuditEntry, EventType, WebhookConfig
 from core.queue import Finding
+from core.signing import SignatureScheme
 from postrider.v1 import (
     admin_service_pb2,
     delivery_pb2,
@@ -35,7 +36,11 @@ from server.queue_status import Standing
 from server.registration import WebhookDraft
 from server.tail import Recorded
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SCHEMES: Mapping[int, SignatureScheme | None] = {
+    webhook_config_pb2.SIGNATURE_SCHEME_UNSPECIFIED: None,
+    webhook_config_pb2.SIGNATURE_SCHEME_HMAC_SHA256: SignatureScheme.HMAC_SHA256,
+    webhook_config_pb2.SIGNATURE_SCHEME_ED25519: SignatureScheme.ED25519,
+}
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -80,7 +85,19 @@ def webhook_draft(message: webhook_config_pb2.WebhookConfig) -> WebhookDraft:
         rate_limit=message.rate_limit,
         max_in_flight=message.max_in_flight,
         ordered=message.ordered,
+        header_prefix=message.header_prefix,
     )
+
+
+def signature_scheme(value: int, field: str) -> SignatureScheme | None:
+    """The scheme that is asked for; None when none is, InvalidArgument when there is no such."""
+    if value not in _SCHEMES:
+        raise InvalidArgument.of(
+            field,
+            "is none of SIGNATURE_SCHEME_HMAC_SHA256 and SIGNATURE_SCHEME_ED25519",
+            reason="SIGNATURE_SCHEME_INVALID",
+        )
+    return _SCHEMES[value]
 
 
 def overlap_seconds(request: webhook_config_service_pb2.RotateSecretRequest) -> float:
@@ -90,6 +107,8 @@ def overlap_seconds(request: webhook_config_service_pb2.RotateSecretRequest) -> 
 
 def webhook_config_message(row: WebhookConfig) -> webhook_config_pb2.WebhookConfig:
     timeout, expires_at = row.timeout_seconds, row.previous_secret_expires_at
+    # The row keeps the secret before for a moment longer than it signs.
+    overlaps = expires_at is not None and expires_at > datetime.now(UTC)
     reason = f"DEACTIVATION_REASON_{(row.deactivation_reason or 'unspecified').upper()}"
     return webhook_config_pb2.WebhookConfig(
         id=format_id("wh", row.id),
@@ -109,10 +128,13 @@ def webhook_config_message(row: WebhookConfig) -> webhook_config_pb2.WebhookConf
         rate_limit=row.rate_limit,
         max_in_flight=row.max_in_flight,
         ordered=row.ordered,
-        # The row keeps it for a moment longer than it signs.
-        previous_secret_expire_time=_timestamp(expires_at)
-        if expires_at and expires_at > datetime.now(UTC)
-        else None,
+        previous_secret_expire_time=_timestamp(expires_at) if overlaps else None,
+        signature_scheme=webhook_config_pb2.SIGNATURE_SCHEME_ED25519
+        if row.public_key
+        else webhook_config_pb2.SIGNATURE_SCHEME_HMAC_SHA256,
+        public_key=row.public_key or "",
+        previous_public_key=(row.previous_public_key or "") if overlaps else "",
+        header_prefix=row.header_prefix,
     )
 
 

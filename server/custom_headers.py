@@ -8,11 +8,14 @@ import re
 from collections.abc import Mapping
 
 from core.errors import FieldViolation
+from core.signing import prefixed_names
 
 _COUNT_MAX = 20
 _VALUE_BYTES_MAX = 4 * 1024
 _TOTAL_BYTES_MAX = 16 * 1024
 _SHOWN_MAX = 64
+_PREFIX_MAX = 32
+_PREFIX = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
 _DENIED = frozenset(
     {
@@ -42,12 +45,33 @@ def header_violations(field: str, headers: Mapping[str, str]) -> list[FieldViola
     return violations
 
 
+def prefix_violations(field: str, prefix: str, headers: Mapping[str, str]) -> list[FieldViolation]:
+    """At most one: of a prefix for our own headers, which must hide nobody else's."""
+    if not prefix:
+        return []
+    if len(prefix) > _PREFIX_MAX or not _PREFIX.fullmatch(prefix):
+        text = f"is 1 to {_PREFIX_MAX} lower-case letters, digits and single hyphens, as in acme"
+        return [FieldViolation(field, text, "HEADER_PREFIX_INVALID")]
+    names = set(prefixed_names(prefix))
+    if any(_is_denied(name) for name in names):
+        text = "would make headers that frame the request or that Postrider sends: choose another"
+        return [FieldViolation(field, text, "HEADER_PREFIX_INVALID")]
+    if names & {name.lower() for name in headers}:
+        text = "would make a header that `headers` has, too: leave it out there"
+        return [FieldViolation(field, text, "HEADER_PREFIX_INVALID")]
+    return []
+
+
+def _is_denied(lower: str) -> bool:
+    return lower in _DENIED or lower.startswith(_DENIED_PREFIXES)
+
+
 def _name_broken(path: str, name: str, seen: set[str]) -> FieldViolation | None:
     lower = name.lower()
     if not _TOKEN.fullmatch(name):
         text = "a header name is 1 to 128 letters, digits and !#$%&'*+-.^_`|~"
         return FieldViolation(path, text, "HEADER_NAME_INVALID")
-    if lower in _DENIED or lower.startswith(_DENIED_PREFIXES):
+    if _is_denied(lower):
         text = "frames the request or is sent by Postrider: choose another name"
         return FieldViolation(path, text, "HEADER_DENIED")
     if lower in seen:

@@ -28,7 +28,8 @@ _ERASE_CONFIGS = text("""
 UPDATE webhook_configs
 SET url = 'https://erased.invalid/', description = '', headers = '{}', secret_ciphertext = '',
     previous_secret_ciphertext = NULL, previous_secret_key_id = NULL,
-    previous_secret_expires_at = NULL, deleted_at = coalesce(deleted_at, now()),
+    previous_secret_expires_at = NULL, public_key = NULL, previous_public_key = NULL,
+    header_prefix = '', deleted_at = coalesce(deleted_at, now()),
     version = version + 1, updated_at = now()
 WHERE id = ANY (:ids) AND (deleted_at IS NULL OR url <> 'https://erased.invalid/')
 """)

@@ -19,7 +19,13 @@ class Pinger(Protocol):
     """Sends one signed `webhook.ping`; what the receiver does is a value, never an exception."""
 
     async def __call__(
-        self, *, url: str, webhook_id: UUID, secrets: Sequence[str], headers: Mapping[str, str]
+        self,
+        *,
+        url: str,
+        webhook_id: UUID,
+        secrets: Sequence[str],
+        headers: Mapping[str, str],
+        header_prefix: str,
     ) -> AttemptResult: ...
 
 

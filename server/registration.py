@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from core.errors import FieldViolation, InvalidArgument
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
-from server.custom_headers import header_violations
+from server.custom_headers import header_violations, prefix_violations
 from server.event_types import deprecated_event_type, unknown_event_type
 
 UPDATABLE_FIELDS = (
     *("url", "events", "description", "active", "retry_schedule"),
-    *("headers", "timeout", "rate_limit", "max_in_flight", "ordered"),
+    *("headers", "timeout", "rate_limit", "max_in_flight", "ordered", "header_prefix"),
 )
 
 _EVENTS_MAX = 100
@@ -39,6 +39,7 @@ class WebhookDraft:
     rate_limit: float = 0
     max_in_flight: int = 0
     ordered: bool = False
+    header_prefix: str = ""
 
 
 def check_mask(paths: Collection[str]) -> None:
@@ -86,6 +87,9 @@ def check_draft(
         violations += _schedule_violations(draft.retry_schedule_seconds)
     if "headers" in fields:
         violations += header_violations(_path("headers"), draft.headers)
+    if "headers" in fields or "header_prefix" in fields:
+        path = _path("header_prefix")
+        violations += prefix_violations(path, draft.header_prefix, draft.headers)
     violations += _limit_violations(draft, fields)
     if violations:
         raise InvalidArgument(*violations)

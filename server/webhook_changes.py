@@ -18,6 +18,7 @@ from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import DeactivationReason
 from core.models import WebhookConfig
+from core.signing import SignatureScheme, new_secret, public_key
 from server import convert
 from server.audit import record_change
 from server.database import Sessions, driver_connection
@@ -55,6 +56,7 @@ class WebhookChanges:
                 merchant_id=merchant_id,
                 secret_ciphertext=ciphertext,
                 secret_key_id=key_id,
+                public_key=public_key(secret),
                 active=draft.active,
                 deactivation_reason=None if draft.active else DeactivationReason.PAUSED,
                 **_values(url, draft, UPDATABLE_FIELDS),
@@ -98,9 +100,15 @@ class WebhookChanges:
         return row
 
     async def rotate(
-        self, merchant_id: str, text: str, secret: str, overlap_seconds: float
-    ) -> WebhookConfig:
-        """Make `secret` the one that signs; the one before signs beside it for the overlap.
+        self,
+        merchant_id: str,
+        text: str,
+        scheme: SignatureScheme | None,
+        overlap_seconds: float,
+    ) -> tuple[WebhookConfig, str]:
+        """Make a new secret the one that signs, None: by the scheme before, and return it, too.
+
+        The one before signs beside it for the overlap.
 
         A secret that was retired earlier signs no more: of two overlaps the latest counts.
         """
@@ -110,15 +118,20 @@ class WebhookChanges:
                 row.previous_secret_ciphertext = row.secret_ciphertext
                 row.previous_secret_key_id = row.secret_key_id
                 row.previous_secret_expires_at = func.now() + timedelta(seconds=overlap_seconds)
+                row.previous_public_key = row.public_key
             else:
                 _forget_previous_secret(row)
+            present = SignatureScheme.ED25519 if row.public_key else SignatureScheme.HMAC_SHA256
+            secret = new_secret(scheme or present)
             row.secret_key_id, row.secret_ciphertext = self._keyring.encrypt(secret, row.id)
+            row.public_key = public_key(secret)
             row.version += 1
             row.updated_at = func.now()
-            _record(session, "RotateSecret", row, ["secret"])
+            changed = ["secret"] if scheme in {None, present} else ["secret", "signature_scheme"]
+            _record(session, "RotateSecret", row, changed)
             await session.flush()
             await session.refresh(row)
-        return row
+        return row, secret
 
     async def found_working(self, webhook_id: UUID) -> None:
         """A ping came through: what its breaker holds back may go out."""
@@ -193,6 +206,7 @@ def _forget_previous_secret(row: WebhookConfig) -> None:
     row.previous_secret_ciphertext = None
     row.previous_secret_key_id = None
     row.previous_secret_expires_at = None
+    row.previous_public_key = None
 
 
 def _values(url: str, draft: WebhookDraft, fields: Collection[str]) -> dict[str, Any]:
@@ -207,6 +221,7 @@ def _values(url: str, draft: WebhookDraft, fields: Collection[str]) -> dict[str,
         "rate_limit": draft.rate_limit,
         "max_in_flight": draft.max_in_flight,
         "ordered": draft.ordered,
+        "header_prefix": draft.header_prefix,
     }
     return {name: value for name, value in values.items() if name.removesuffix(_UNIT) in fields}
 

@@ -5,7 +5,8 @@ open while a URL is pinged.
 """
 
 import asyncio
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -17,7 +18,7 @@ from core.ids import new_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult
 from core.models import EventType, WebhookConfig
-from core.signing import new_secret, standard_secret
+from core.signing import SignatureScheme, new_secret, standard_secret
 from core.urls import UrlPolicy
 from postrider.v1 import (
     webhook_config_service_pb2,
@@ -71,14 +72,15 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         merchant_id = _merchant()
         draft = convert.webhook_draft(request.webhook_config)
         url = await self._checked_url(draft, UPDATABLE_FIELDS)
+        scheme = convert.signature_scheme(
+            request.webhook_config.signature_scheme, "webhook_config.signature_scheme"
+        )
         await self._changes.require_room(merchant_id)
-        webhook_id, secret = new_id(), new_secret()
-        await self._require_reachable(merchant_id, webhook_id, url, [secret], draft.headers)
+        webhook_id, secret = new_id(), new_secret(scheme or SignatureScheme.HMAC_SHA256)
+        require_reachable(await self._ping(merchant_id, webhook_id, url, [secret], draft))
         row = await _finish(self._changes.insert(webhook_id, merchant_id, url, draft, secret))
         return pb.CreateWebhookConfigResponse(
-            webhook_config=convert.webhook_config_message(row),
-            secret=secret,
-            standard_webhooks_secret=standard_secret(secret),
+            webhook_config=convert.webhook_config_message(row), **_shown_once(row, secret)
         )
 
     async def GetWebhookConfig(
@@ -120,11 +122,15 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
             current = await load(session, merchant_id, request.webhook_config.id)
         check_etag(current, request.webhook_config.etag)
         draft = convert.webhook_draft(request.webhook_config)
+        # These two must go together, so what is not changed of them is judged, too.
+        if "headers" not in fields:
+            draft = replace(draft, headers=current.headers)
+        if "header_prefix" not in fields:
+            draft = replace(draft, header_prefix=current.header_prefix)
         url = await self._checked_url(draft, fields, current.events)
         if "url" in fields and url != current.url:
-            headers = draft.headers if "headers" in fields else current.headers
             secrets = self._secrets(current)
-            await self._require_reachable(merchant_id, current.id, url, secrets, headers)
+            require_reachable(await self._ping(merchant_id, current.id, url, secrets, draft))
         row = await _finish(
             self._changes.update(
                 merchant_id,
@@ -149,12 +155,10 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         merchant_id = _merchant()
         overlap = convert.overlap_seconds(request)
         check_overlap(overlap)
-        secret = new_secret()
-        row = await _finish(self._changes.rotate(merchant_id, request.id, secret, overlap))
+        scheme = convert.signature_scheme(request.signature_scheme, "signature_scheme")
+        row, secret = await _finish(self._changes.rotate(merchant_id, request.id, scheme, overlap))
         return pb.RotateSecretResponse(
-            webhook_config=convert.webhook_config_message(row),
-            secret=secret,
-            standard_webhooks_secret=standard_secret(secret),
+            webhook_config=convert.webhook_config_message(row), **_shown_once(row, secret)
         )
 
     async def PingWebhookConfig(
@@ -163,7 +167,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         merchant_id = _merchant()
         async with self._sessions() as session:
             row = await load(session, merchant_id, request.id)
-        result = await self._ping(merchant_id, row.id, row.url, self._secrets(row), row.headers)
+        result = await self._ping(merchant_id, row.id, row.url, self._secrets(row), row)
         if is_reachable(result):
             await self._changes.found_working(row.id)
         return convert.ping_message(result)
@@ -195,27 +199,21 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
             deprecated = await self._event_types.deprecated(names.difference(subscribed))
         return check_draft(draft, fields, self._url_policy, unknown, deprecated)
 
-    async def _require_reachable(
-        self,
-        merchant_id: str,
-        webhook_id: UUID,
-        url: str,
-        secrets: Sequence[str],
-        headers: Mapping[str, str],
-    ) -> None:
-        require_reachable(await self._ping(merchant_id, webhook_id, url, secrets, headers))
-
     async def _ping(
         self,
         merchant_id: str,
         webhook_id: UUID,
         url: str,
         secrets: Sequence[str],
-        headers: Mapping[str, str],
+        options: WebhookDraft | WebhookConfig,
     ) -> AttemptResult:
         with self._ping_places.place(merchant_id):
             return await self._pinger(
-                url=url, webhook_id=webhook_id, secrets=secrets, headers=headers
+                url=url,
+                webhook_id=webhook_id,
+                secrets=secrets,
+                headers=options.headers,
+                header_prefix=options.header_prefix,
             )
 
     def _secrets(self, row: WebhookConfig) -> list[str]:
@@ -231,6 +229,13 @@ def _merchant() -> str:
     caller = principal()
     caller.require(Scope.MANAGE)
     return caller.merchant()
+
+
+def _shown_once(row: WebhookConfig, secret: str) -> dict[str, str]:
+    """The secret in both spellings; of a key pair nothing, since its private half stays here."""
+    if row.public_key:
+        return {}
+    return {"secret": secret, "standard_webhooks_secret": standard_secret(secret)}
 
 
 async def _finish[T](change: Coroutine[Any, Any, T]) -> T:

@@ -107,3 +107,10 @@ class WebhookConfig(Base):
     ordered: Mapped[bool] = mapped_column(
         server_default=text("false"), comment="Events with an ordering key go in order"
     )
+    public_key: Mapped[str | None] = mapped_column(
+        comment="Of the secret when that is a key pair; null: it signs by HMAC"
+    )
+    previous_public_key: Mapped[str | None] = mapped_column(comment="The same of the secret before")
+    header_prefix: Mapped[str] = mapped_column(
+        server_default="", comment="Id, timestamp and signature are sent under it, too; empty: not"
+    )

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_ED25519
+from postrider.v1.webhook_config_service_pb2 import RotateSecretRequest
 from postrider_client import PostriderClient, Token
 from tests.fakes.receiver import Receiver
 from tests.platform import Platform
@@ -41,6 +43,21 @@ async def test_the_page_publishes_and_verifies_what_arrives(
         assert len(set(ids)) == 1200
         assert await names["publish_many"](client, payments) == ids
     assert await pool.fetchval("SELECT count(*) FROM events") == 1201
+
+
+async def test_the_page_verifies_what_a_key_pair_signed(
+    platform: Platform, receiver: Receiver
+) -> None:
+    verify = page(issue_token=str)["receive_signed_by_key_pair"]
+    created = await platform.register(receiver.url, signature_scheme=SIGNATURE_SCHEME_ED25519)
+    [ping] = receiver.requests
+    assert verify(created.webhook_config, ping.headers, ping.body).id == ping.message_id
+    assert verify(created.webhook_config, ping.headers, ping.body + b" ") is None
+
+    rotated = await platform.webhooks.RotateSecret(
+        RotateSecretRequest(id=created.webhook_config.id), metadata=platform.merchant()
+    )
+    assert verify(rotated.webhook_config, ping.headers, ping.body).id == ping.message_id
 
 
 async def test_an_outage_of_the_server_costs_the_publisher_nothing(

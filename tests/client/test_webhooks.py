@@ -1,10 +1,17 @@
 """verify_webhook beside the signer of the service: what it believes and what it refuses."""
 
+import sys
 from collections.abc import Mapping
 
 import pytest
 
-from core.signing import new_secret, signature_headers, standard_secret
+from core.signing import (
+    SignatureScheme,
+    new_secret,
+    public_key,
+    signature_headers,
+    standard_secret,
+)
 from postrider_client import WebhookRefused, verify_webhook
 
 NOW = 1_800_000_000
@@ -114,3 +121,71 @@ def test_headers_that_are_no_text_are_refused_and_not_a_crash(secret: str, text:
 def test_a_secret_that_is_none_is_an_error_of_ours(secret: str, useless: str) -> None:
     with pytest.raises(ValueError, match="secret"):
         verify_webhook(useless, signed(secret), BODY, now=NOW)
+
+
+# Several secrets, and key pairs.
+
+
+@pytest.fixture
+def pair() -> str:
+    return new_secret(SignatureScheme.ED25519)
+
+
+def public(pair: str) -> str:
+    key = public_key(pair)
+    assert key is not None
+    return key
+
+
+def test_one_of_several_secrets_is_enough(secret: str, pair: str) -> None:
+    others = [new_secret(), public(new_secret(SignatureScheme.ED25519))]
+    for secrets in ([secret, *others], [*others, standard_secret(secret)]):
+        assert verify_webhook(secrets, signed(secret), BODY, now=NOW).id == ID
+    assert verify_webhook([*others, public(pair)], signed(pair), BODY, now=NOW).id == ID
+    for none in (others, []):
+        with pytest.raises(WebhookRefused, match="signature"):
+            verify_webhook(none, signed(secret), BODY, now=NOW)
+
+
+def test_what_a_key_pair_signs_is_believed_by_its_public_key_alone(pair: str) -> None:
+    headers = signed(pair)
+    assert verify_webhook(public(pair), headers, BODY, now=NOW).id == ID
+    stranger = public(new_secret(SignatureScheme.ED25519))
+    for key, changed, body in (
+        (stranger, headers, BODY),
+        (public(pair), headers, BODY + b" "),
+        (public(pair), {**headers, "webhook-id": "evt_2"}, BODY),
+        (public(pair), with_signature(headers, f"t={NOW},v1a=00"), BODY),
+        (public(pair), with_signature(headers, f"t={NOW},v1a=zz"), BODY),
+        (public(pair), with_signature(headers, f"t={NOW}"), BODY),
+    ):
+        with pytest.raises(WebhookRefused, match="signature"):
+            verify_webhook(key, changed, body, now=NOW)
+    with pytest.raises(WebhookRefused, match="timestamp"):
+        verify_webhook(public(pair), headers, BODY, now=NOW + 301)
+
+
+def test_a_public_key_is_never_taken_for_a_secret(pair: str) -> None:
+    # It is no secret, so whoever has it could make this HMAC.
+    forged = signature_headers([public(pair)], ID, NOW, BODY)
+    assert ",v1=" in forged["X-Webhook-Signature"]
+    for value in (
+        forged["X-Webhook-Signature"],
+        forged["X-Webhook-Signature"].replace("v1=", "v1a="),
+    ):
+        with pytest.raises(WebhookRefused, match="signature"):
+            verify_webhook(public(pair), with_signature(forged, value), BODY, now=NOW)
+
+
+@pytest.mark.parametrize("useless", ["whpk_", "whpk_%%%", "whpk_AAAA", "whsk_AAAA"])
+def test_a_key_that_is_none_is_an_error_of_ours_too(pair: str, useless: str) -> None:
+    with pytest.raises(ValueError, match="key"):
+        verify_webhook(useless, signed(pair), BODY, now=NOW)
+
+
+def test_without_the_extra_a_public_key_says_what_to_install(
+    pair: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
+    with pytest.raises(RuntimeError, match=r"postrider-client\[ed25519\]"):
+        verify_webhook(public(pair), signed(pair), BODY, now=NOW)

@@ -8,6 +8,7 @@ from time import monotonic, time
 from typing import Any
 
 import pytest
+import svix.webhooks
 from aiohttp import web
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -18,7 +19,8 @@ from core.signing import standard_secret, verify
 from delivery.webhooks import forget_expired_secrets
 from postrider.v1 import delivery_pb2, delivery_service_pb2, event_pb2, event_service_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
-from postrider.v1.webhook_config_pb2 import WebhookConfig
+from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_ED25519, WebhookConfig
+from postrider_client import WebhookRefused, verify_webhook
 from tests.fakes.receiver import Received, Receiver
 from tests.platform import Platform
 
@@ -316,6 +318,46 @@ async def test_of_three_secrets_the_newest_two_sign(platform: Platform, receiver
         [received] = await receiver.wait_for(1)
     secrets = [created.secret, *(rotation.secret for rotation in rotations)]
     assert [verifies(secret, received) for secret in secrets] == [False, True, True]
+
+
+async def test_a_merchant_of_another_sender_keeps_its_headers_and_its_library(
+    platform: Platform, receiver: Receiver
+) -> None:
+    created = await platform.register(receiver.url, header_prefix="svix")
+    library = svix.webhooks.Webhook(created.standard_webhooks_secret)
+    async with platform.engine():
+        await platform.publish()
+        await receiver.wait_for(1)
+    assert [request.is_ping for request in receiver.requests] == [True, False]
+    for request in receiver.requests:
+        library.verify(
+            request.body, {k: v for k, v in request.headers.items() if k.startswith("svix-")}
+        )
+        assert verifies(created.secret, request)
+
+
+async def test_while_a_config_changes_to_a_key_pair_both_sign_and_then_the_pair_alone(
+    platform: Platform, receiver: Receiver
+) -> None:
+    created = await platform.register(receiver.url)
+    receiver.script.append(500)
+    async with platform.engine(retry_schedule_seconds=(3.0,)):
+        request = pb.RotateSecretRequest(
+            id=created.webhook_config.id,
+            overlap=Duration(seconds=2),
+            signature_scheme=SIGNATURE_SCHEME_ED25519,
+        )
+        rotated = await platform.webhooks.RotateSecret(request, metadata=platform.merchant())
+        await platform.publish()
+        first, second = await receiver.wait_for(2)
+    key = rotated.webhook_config.public_key
+    for received in (first, second):
+        assert verify_webhook(key, received.headers, received.body).id == first.message_id
+    assert verify_webhook(created.secret, first.headers, first.body)
+    assert verifies(created.secret, first)
+    assert not verifies(created.secret, second)
+    with pytest.raises(WebhookRefused):
+        verify_webhook(created.secret, second.headers, second.body)
 
 
 async def test_stored_headers_that_could_break_out_harm_only_their_own_webhooks(

@@ -9,7 +9,10 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
 from core.keyring import KeyRing
+from core.signing import public_key
 from postrider.v1 import webhook_config_service_pb2 as pb
+from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_ED25519 as ED25519
+from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_HMAC_SHA256 as HMAC
 from postrider.v1.webhook_config_pb2 import WebhookConfig
 from tests.errors import refused
 from tests.fakes.receiver import Receiver
@@ -21,12 +24,14 @@ OPTIONS: dict[str, Any] = {
     "rate_limit": 12.5,
     "max_in_flight": 7,
     "ordered": True,
+    "header_prefix": "acme",
 }
 INVALID: dict[str, tuple[Any, dict[str, str]]] = {
     "headers": ({"Host": "x"}, {"webhook_config.headers['Host']": "HEADER_DENIED"}),
     "timeout": (Duration(seconds=31), {"webhook_config.timeout": "TIMEOUT_INVALID"}),
     "rate_limit": (-1.0, {"webhook_config.rate_limit": "RATE_LIMIT_INVALID"}),
     "max_in_flight": (1001, {"webhook_config.max_in_flight": "MAX_IN_FLIGHT_INVALID"}),
+    "header_prefix": ("Acme", {"webhook_config.header_prefix": "HEADER_PREFIX_INVALID"}),
     "events": (["payment*"], {"webhook_config.events[0]": "EVENT_TYPE_UNKNOWN"}),
 }
 
@@ -50,9 +55,14 @@ async def update(platform: Platform, webhook_id: str, *paths: str, **fields: Any
 
 
 async def rotate(
-    platform: Platform, webhook_id: str, *, merchant_id: str = "m_1", seconds: int | None = None
+    platform: Platform,
+    webhook_id: str,
+    *,
+    merchant_id: str = "m_1",
+    seconds: int | None = None,
+    scheme: Any = None,
 ) -> pb.RotateSecretResponse:
-    request = pb.RotateSecretRequest(id=webhook_id)
+    request = pb.RotateSecretRequest(id=webhook_id, signature_scheme=scheme)
     if seconds is not None:
         request.overlap.CopyFrom(Duration(seconds=seconds))
     return await platform.webhooks.RotateSecret(request, metadata=platform.merchant(merchant_id))
@@ -65,6 +75,7 @@ def options_of(config: WebhookConfig) -> dict[str, Any]:
         "rate_limit": config.rate_limit,
         "max_in_flight": config.max_in_flight,
         "ordered": config.ordered,
+        "header_prefix": config.header_prefix,
     }
 
 
@@ -86,7 +97,8 @@ async def test_options_are_off_by_default(platform: Platform, receiver: Receiver
     config = (await platform.register(receiver.url)).webhook_config
     assert not config.headers
     assert not config.HasField("timeout")
-    assert (config.rate_limit, config.max_in_flight, config.ordered) == (0, 0, False)
+    assert (config.rate_limit, config.max_in_flight) == (0, 0)
+    assert (config.ordered, config.header_prefix) == (False, "")
     assert not config.HasField("previous_secret_expire_time")
 
 
@@ -113,7 +125,8 @@ async def test_a_mask_that_names_an_option_without_a_value_turns_it_off(
     config = await update(platform, webhook_id, *OPTIONS)
     assert not config.headers
     assert not config.HasField("timeout")
-    assert (config.rate_limit, config.max_in_flight, config.ordered) == (0, 0, False)
+    assert (config.rate_limit, config.max_in_flight) == (0, 0)
+    assert (config.ordered, config.header_prefix) == (False, "")
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -138,6 +151,23 @@ async def test_a_wrong_option_that_the_mask_leaves_out_is_ignored(
     wrong = {name: value for name, (value, _) in INVALID.items()}
     config = await update(platform, webhook_id, "description", description="x", **wrong)
     assert options_of(config) == OPTIONS
+
+
+async def test_a_prefix_and_the_headers_of_a_config_never_make_one_name_twice(
+    platform: Platform, receiver: Receiver
+) -> None:
+    with_header = (await platform.register(receiver.url, headers={"Acme-Id": "x"})).webhook_config
+    with_prefix = (await platform.register(receiver.url, header_prefix="acme")).webhook_config
+    for change in (
+        update(platform, with_header.id, header_prefix="acme"),
+        update(platform, with_prefix.id, headers={"ACME-Signature": "x"}),
+        platform.register(receiver.url, headers={"acme-timestamp": "1"}, header_prefix="acme"),
+    ):
+        async with refused(StatusCode.INVALID_ARGUMENT, "HEADER_PREFIX_INVALID") as error:
+            await change
+        assert list(error.violations) == ["webhook_config.header_prefix"]
+    both = await update(platform, with_header.id, headers={"X-A": "x"}, header_prefix="acme")
+    assert (dict(both.headers), both.header_prefix) == ({"X-A": "x"}, "acme")
 
 
 # Event types.
@@ -276,3 +306,77 @@ async def test_another_merchants_secret_cannot_be_rotated_nor_any_without_the_sc
             metadata=bearer(platform.token("events:publish", merchant_id="m_1")),
         )
     assert await pool.fetchval("SELECT secret_ciphertext FROM webhook_configs") == before
+
+
+# Signature schemes.
+
+
+async def test_the_private_half_of_a_key_pair_is_shown_by_nothing_and_the_public_one_by_all(
+    platform: Platform, receiver: Receiver, pool: Any, keyring: KeyRing
+) -> None:
+    created = await platform.register(receiver.url, signature_scheme=ED25519)
+    config = created.webhook_config
+    assert (created.secret, created.standard_webhooks_secret) == ("", "")
+    assert config.signature_scheme == ED25519
+    row = await pool.fetchrow("SELECT * FROM webhook_configs")
+    pair = keyring.decrypt(row["secret_key_id"], row["secret_ciphertext"], row["id"])
+    assert pair.startswith("whsk_")
+    assert config.public_key == public_key(pair)
+    listed = await platform.webhooks.ListWebhookConfigs(
+        pb.ListWebhookConfigsRequest(), metadata=platform.merchant()
+    )
+    assert [await get(platform, config.id), *listed.webhook_configs] == [config, config]
+    # The ping was signed by it already.
+    [ping] = receiver.requests
+    assert ping.headers["webhook-signature"].startswith("v1a,")
+
+
+async def test_without_a_choice_a_config_signs_by_hmac_and_has_no_public_key(
+    platform: Platform, receiver: Receiver
+) -> None:
+    for scheme in (None, HMAC):
+        created = await platform.register(receiver.url, signature_scheme=scheme)
+        assert len(created.secret) == 64
+        assert created.webhook_config.signature_scheme == HMAC
+        assert created.webhook_config.public_key == ""
+
+
+async def test_a_rotation_keeps_the_scheme_or_changes_it_and_shows_both_public_keys(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    webhook_id = (await platform.register(receiver.url)).webhook_config.id
+    changed = await rotate(platform, webhook_id, scheme=ED25519)
+    assert changed.secret == ""
+    first = changed.webhook_config
+    assert (first.signature_scheme, first.previous_public_key) == (ED25519, "")
+    fields = "SELECT changed_fields FROM audit_entries ORDER BY id DESC LIMIT 1"
+    assert await pool.fetchval(fields) == ["secret", "signature_scheme"]
+
+    second = (await rotate(platform, webhook_id)).webhook_config
+    assert second.signature_scheme == ED25519
+    assert second.previous_public_key == first.public_key != second.public_key
+    assert await pool.fetchval(fields) == ["secret"]
+
+    back = await rotate(platform, webhook_id, scheme=HMAC)
+    assert len(back.secret) == 64
+    assert back.webhook_config.public_key == ""
+    assert back.webhook_config.previous_public_key == second.public_key
+    await pool.execute("UPDATE webhook_configs SET previous_secret_expires_at = now()")
+    assert (await get(platform, webhook_id)).previous_public_key == ""
+    at_once = (await rotate(platform, webhook_id, scheme=ED25519, seconds=0)).webhook_config
+    assert at_once.previous_public_key == ""
+
+
+async def test_the_scheme_is_not_changed_by_an_update_nor_to_one_there_is_not(
+    platform: Platform, receiver: Receiver
+) -> None:
+    before = (await platform.register(receiver.url)).webhook_config
+    async with refused(StatusCode.INVALID_ARGUMENT, "MASK_FIELD_UNKNOWN"):
+        await update(platform, before.id, signature_scheme=ED25519)
+    async with refused(StatusCode.INVALID_ARGUMENT, "SIGNATURE_SCHEME_INVALID") as error:
+        await rotate(platform, before.id, scheme=7)
+    assert error.violations == {"signature_scheme": "SIGNATURE_SCHEME_INVALID"}
+    async with refused(StatusCode.INVALID_ARGUMENT, "SIGNATURE_SCHEME_INVALID") as error:
+        await platform.register(receiver.url, signature_scheme=7)
+    assert list(error.violations) == ["webhook_config.signature_scheme"]
+    assert await get(platform, before.id) == before

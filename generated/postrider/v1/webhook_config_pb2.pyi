@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SignatureScheme:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SignatureSchemeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SignatureScheme.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIGNATURE_SCHEME_UNSPECIFIED: _SignatureScheme.ValueType  # 0
+    """In RotateSecret: as before."""
+    SIGNATURE_SCHEME_HMAC_SHA256: _SignatureScheme.ValueType  # 1
+    """`v1`: HMAC-SHA256 with a secret that the merchant has, too."""
+    SIGNATURE_SCHEME_ED25519: _SignatureScheme.ValueType  # 2
+    """`v1a`: an Ed25519 key pair. The private key never leaves the service, so that nobody else can
+    sign; the public key is part of the webhook config.
+    """
+
+class SignatureScheme(_SignatureScheme, metaclass=_SignatureSchemeEnumTypeWrapper):
+    """How webhooks are signed."""
+
+SIGNATURE_SCHEME_UNSPECIFIED: SignatureScheme.ValueType  # 0
+"""In RotateSecret: as before."""
+SIGNATURE_SCHEME_HMAC_SHA256: SignatureScheme.ValueType  # 1
+"""`v1`: HMAC-SHA256 with a secret that the merchant has, too."""
+SIGNATURE_SCHEME_ED25519: SignatureScheme.ValueType  # 2
+"""`v1a`: an Ed25519 key pair. The private key never leaves the service, so that nobody else can
+sign; the public key is part of the webhook config.
+"""
+Global___SignatureScheme: _TypeAlias = SignatureScheme  # noqa: Y015
+
 class _DeactivationReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -99,6 +127,10 @@ class WebhookConfig(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     PREVIOUS_SECRET_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ORDERED_FIELD_NUMBER: _builtins.int
+    SIGNATURE_SCHEME_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    PREVIOUS_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    HEADER_PREFIX_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the server, `wh_` and 32 hexadecimal digits. Read-only."""
     merchant_id: _builtins.str
@@ -130,6 +162,19 @@ class WebhookConfig(_message.Message):
     """Whether events with an `ordering_key` are delivered in order: of each key one at a time, the next
     when the one before was delivered, or has failed with its retries spent. A change is about events
     that are accepted after it; what is in the queue stays in its order, or in none.
+    """
+    signature_scheme: Global___SignatureScheme.ValueType
+    """How its webhooks are signed: chosen at creation, where unspecified means HMAC_SHA256, and
+    changed by RotateSecret. Read-only otherwise.
+    """
+    public_key: _builtins.str
+    """With ED25519, what verifies the `v1a` signatures: `whpk_` and base64 of the 32 bytes. Read-only."""
+    previous_public_key: _builtins.str
+    """The same of the secret before the present one, while that signs, too. Read-only."""
+    header_prefix: _builtins.str
+    """For receivers that were written for another sender: with `acme`, every webhook and ping has
+    `acme-id`, `acme-timestamp` and `acme-signature` beside the `webhook-` headers, with the same
+    values. Lower-case letters, digits and hyphens, at most 32. Empty: none.
     """
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -189,10 +234,14 @@ class WebhookConfig(_message.Message):
         max_in_flight: _builtins.int = ...,
         previous_secret_expire_time: _timestamp_pb2.Timestamp | None = ...,
         ordered: _builtins.bool = ...,
+        signature_scheme: Global___SignatureScheme.ValueType = ...,
+        public_key: _builtins.str = ...,
+        previous_public_key: _builtins.str = ...,
+        header_prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "create_time", b"create_time", "previous_secret_expire_time", b"previous_secret_expire_time", "timeout", b"timeout", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "consecutive_failures", b"consecutive_failures", "create_time", b"create_time", "deactivation_reason", b"deactivation_reason", "description", b"description", "etag", b"etag", "events", b"events", "headers", b"headers", "id", b"id", "max_in_flight", b"max_in_flight", "merchant_id", b"merchant_id", "ordered", b"ordered", "previous_secret_expire_time", b"previous_secret_expire_time", "rate_limit", b"rate_limit", "retry_schedule", b"retry_schedule", "timeout", b"timeout", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active", b"_active", "active", b"active", "consecutive_failures", b"consecutive_failures", "create_time", b"create_time", "deactivation_reason", b"deactivation_reason", "description", b"description", "etag", b"etag", "events", b"events", "header_prefix", b"header_prefix", "headers", b"headers", "id", b"id", "max_in_flight", b"max_in_flight", "merchant_id", b"merchant_id", "ordered", b"ordered", "previous_public_key", b"previous_public_key", "previous_secret_expire_time", b"previous_secret_expire_time", "public_key", b"public_key", "rate_limit", b"rate_limit", "retry_schedule", b"retry_schedule", "signature_scheme", b"signature_scheme", "timeout", b"timeout", "update_time", b"update_time", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__active: _TypeAlias = _typing.Literal["active"]  # noqa: Y015
     _WhichOneofArgType__active: _TypeAlias = _typing.Literal["_active", b"_active"]  # noqa: Y015

@@ -55,7 +55,9 @@ class CreateWebhookConfigResponse(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     STANDARD_WEBHOOKS_SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The signing secret, 64 hexadecimal digits. It is shown here and never again: store it now."""
+    """The signing secret, 64 hexadecimal digits. It is shown here and never again: store it now.
+    Empty with ED25519, where the webhook config has the public key.
+    """
     standard_webhooks_secret: _builtins.str
     """The same secret as Standard Webhooks libraries take it (`whsec_…`)."""
     @_builtins.property
@@ -192,7 +194,7 @@ class UpdateWebhookConfigRequest(_message.Message):
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Which fields to change: url, events, description, active, retry_schedule, headers, timeout,
-        rate_limit, max_in_flight, ordered. Required.
+        rate_limit, max_in_flight, ordered, header_prefix. Required.
         """
 
     def __init__(
@@ -285,8 +287,13 @@ class RotateSecretRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
+    SIGNATURE_SCHEME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id of the webhook config."""
+    signature_scheme: _webhook_config_pb2.SignatureScheme.ValueType
+    """How webhooks are signed from now on. Unspecified: as before. During the overlap after a change
+    of scheme, a `v1` and a `v1a` signature are there side by side.
+    """
     @_builtins.property
     def overlap(self) -> _duration_pb2.Duration:
         """How long the present secret keeps signing, 0 s to 7 days. Unset: 24 hours."""
@@ -296,10 +303,11 @@ class RotateSecretRequest(_message.Message):
         *,
         id: _builtins.str = ...,
         overlap: _duration_pb2.Duration | None = ...,
+        signature_scheme: _webhook_config_pb2.SignatureScheme.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "overlap", b"overlap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "overlap", b"overlap", "signature_scheme", b"signature_scheme"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,7 +323,9 @@ class RotateSecretResponse(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     STANDARD_WEBHOOKS_SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The new secret, 64 hexadecimal digits. It is shown here and never again: store it now."""
+    """The new secret, 64 hexadecimal digits. It is shown here and never again: store it now.
+    Empty with ED25519, where the webhook config has the new public key.
+    """
     standard_webhooks_secret: _builtins.str
     """The same secret as Standard Webhooks libraries take it (`whsec_…`)."""
     @_builtins.property

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.custom_headers import header_violations
+from server.custom_headers import header_violations, prefix_violations
 
 
 def reasons(headers: dict[str, str]) -> dict[str, str]:
@@ -59,3 +59,26 @@ def test_number_and_size_are_bounded() -> None:
     full = {f"X-{n}": "x" * 4093 for n in range(4)}
     assert reasons(full) == {}
     assert reasons({**full, "Y": ""}) == {"headers": "HEADERS_TOO_LONG"}
+
+
+@pytest.mark.parametrize("prefix", ["", "svix", "a", "acme-hooks", "x2", "a" * 32, "x-acme"])
+def test_ordinary_prefixes_are_taken(prefix: str) -> None:
+    assert prefix_violations("p", prefix, {"X-Tenant": "a", "acmeid": "b"}) == []
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("Acme", "acme_", "2acme", "-acme", "acme-", "a--b", "a b", "a:b", "a\r\nb", "é", "ａ"),
+        *("a" * 33, "webhook", "webhook-x", "x-webhook", "proxy", "proxy-acme"),
+    ],
+)
+def test_a_prefix_that_is_no_name_or_hides_another_header_is_refused(prefix: str) -> None:
+    [violation] = prefix_violations("p", prefix, {})
+    assert (violation.field, violation.reason) == ("p", "HEADER_PREFIX_INVALID")
+
+
+@pytest.mark.parametrize("name", ["acme-id", "ACME-Timestamp", "Acme-Signature"])
+def test_a_prefix_that_makes_a_header_of_the_merchants_is_refused(name: str) -> None:
+    [violation] = prefix_violations("p", "acme", {name: "x"})
+    assert violation.reason == "HEADER_PREFIX_INVALID"
