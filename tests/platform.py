@@ -130,18 +130,17 @@ def serve_settings(
     database_url: str,
     ca_file: Path,
     key: DevelopmentKey,
+    *,
     tls: TlsSettings | None = None,
+    egress: EgressSettings | None = None,
     **server_settings: Any,
 ) -> ServeSettings:
-    """Of a server on a free port; receivers on loopback are allowed, on any port."""
+    """Of a server on a free port; receivers on loopback are allowed, on any port, by default."""
     return ServeSettings(
         database=DatabaseSettings(database_url=SecretStr(database_url)),
         encryption=EncryptionSettings(encryption_keys=SecretStr(ENCRYPTION_KEYS)),
-        egress=EgressSettings(
-            allowed_cidrs="127.0.0.0/8",
-            allowed_ports="1-65535",
-            ca_file=ca_file,
-        ),
+        egress=egress
+        or EgressSettings(allowed_cidrs="127.0.0.0/8", allowed_ports="1-65535", ca_file=ca_file),
         server=ServerSettings(
             **{"listen_address": "127.0.0.1:0", "admin_address": None, **server_settings}
         ),
@@ -155,8 +154,10 @@ async def running_platform(
     database_url: str,
     ca_file: Path,
     directory: Path,
+    *,
     tls: TlsSettings | None = None,
     channel_credentials: grpc.ChannelCredentials | None = None,
+    egress: EgressSettings | None = None,
     **server_settings: Any,
 ) -> AsyncIterator[Platform]:
     """A server with such settings, as long as the context lasts.
@@ -164,7 +165,7 @@ async def running_platform(
     With `tls` the platform's own channel needs credentials.
     """
     key = ensure_development_key(directory / "keys")
-    settings = serve_settings(database_url, ca_file, key, tls, **server_settings)
+    settings = serve_settings(database_url, ca_file, key, tls=tls, egress=egress, **server_settings)
     stop, ready = asyncio.Event(), asyncio.Event()
     ports: list[int] = []
 
