@@ -4,7 +4,7 @@ import getpass
 from collections.abc import Callable
 
 from cli.checks import require_encryption_keys
-from cli.migrate import require_schema
+from cli.schema import require_schema
 from core.config import DatabaseSettings, EncryptionSettings
 from core.db import open_pool
 from core.errors import ConfigurationError
