@@ -151,7 +151,7 @@ async def test_the_stack_in_the_log_holds_no_secret_token_or_payload(
         raise ZeroDivisionError
 
     secret = "0123456789abcdef" * 4
-    monkeypatch.setattr("server.webhook_config_service.new_secret", lambda: secret)
+    monkeypatch.setattr("server.webhook_config_service.new_secret", lambda _: secret)
     monkeypatch.setattr("server.webhook_changes.record_change", breaks)
     async with refused(StatusCode.INTERNAL, "INTERNAL"):
         await platform.register(receiver.url)
