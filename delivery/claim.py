@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
+
+import structlog
 
 from core import queue
 from core.db import Pool
 from core.queue import LeasedDelivery
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,14 @@ async def claim(pool: Pool, limit: int, lease_seconds: float) -> Claim:
     Such rows are few: what a config has due is parked or cancelled in the statement that stopped
     it, and only retries, and events accepted at that very moment, can still become ready.
     """
+    asked_at = monotonic()
     leased = await queue.claim(pool, limit, lease_seconds)
+    if leased and monotonic() - asked_at > lease_seconds / 2:
+        # The answer of a database that was frozen: the leases began before it, and others may have
+        # taken them back already. An attempt needs up to half a lease.
+        log.warning("claim_came_late", deliveries=len(leased))
+        await queue.release(pool, leased)
+        return Claim(len(leased), ())
     for webhook_id in {d.webhook_id for d in leased if d.webhook_deleted}:
         await queue.cancel_webhook(pool, webhook_id)
     present = [d for d in leased if not d.webhook_deleted]

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from cli.embedded_postgres import EmbeddedPostgres
 from core.lifecycle import DeliveryState
+from delivery.places import FEW
 from postrider.v1 import event_pb2, event_service_pb2
 from tests.fakes.receiver import Receiver
 from tests.ledger import Counts, balance
@@ -100,6 +101,21 @@ async def attempts(pool: Any) -> Counter[str]:
     return Counter(row["outcome"] for row in await pool.fetch("SELECT outcome FROM attempts"))
 
 
+async def warm_up(
+    platform: Platform, receiver: Receiver, pool: Any, merchants: Sequence[str], count: int
+) -> None:
+    """Let the running engines see that these receivers answer, which earns them their places.
+
+    Afterwards nothing of the so many deliveries is left, neither on record nor at the receiver.
+    """
+    await receive(receiver, await publish(platform, merchants, count))
+    async with asyncio.timeout(AMPLE):
+        while await open_deliveries(pool):
+            pass
+    await pool.execute("TRUNCATE finished_deliveries, attempts")
+    receiver.requests.clear()
+
+
 async def receive(receiver: Receiver, acknowledged: Sequence[str]) -> None:
     """Return when every acknowledged event has arrived at least once."""
     wanted = set(acknowledged)
@@ -120,9 +136,9 @@ async def test_after_kill_9_of_the_only_engine_nothing_is_lost_and_duplicates_ar
 ) -> None:
     merchants = ["m_1", "m_2", "m_3", "m_4"]
     secrets = await register(platform, receiver, *merchants)
-    receiver.default = holding = Holding(after=100)
+    receiver.default = holding = Holding(after=200)
     victim = await processes.engine(**BRISK, max_in_flight_per_webhook=32)
-    acknowledged = await publish(platform, merchants, 100)
+    acknowledged = await publish(platform, merchants, 200)
     await receive(receiver, acknowledged)
     acknowledged += await publish(platform, merchants, 300)
     await holding.wait_for(4 * 32)
@@ -257,10 +273,12 @@ async def test_two_servers_and_two_engines_share_the_work(
 ) -> None:
     merchants = [f"m_{number}" for number in range(8)]
     secrets = await register(platform, receiver, *merchants)
-    receiver.default = holding = Holding()
+    holding = Holding()
     engines = await asyncio.gather(
         processes.engine(max_in_flight=20), processes.engine(max_in_flight=20)
     )
+    await warm_up(platform, receiver, pool, merchants, 400)
+    receiver.default = holding
     servers = await asyncio.gather(processes.server(), processes.server())
     acknowledged = []
     for _, address in servers:
@@ -286,24 +304,24 @@ async def test_an_engine_that_wakes_after_its_leases_ended_changes_nothing(
     secrets = await register(platform, receiver, "m_1")
     receiver.default = holding = Holding()
     sleeper = await processes.engine(**BRISK, max_retries=max_retries)
-    acknowledged = await publish(platform, ["m_1"], 10)
-    await holding.wait_for(10)
+    acknowledged = await publish(platform, ["m_1"], FEW)
+    await holding.wait_for(FEW)
     sleeper.send(signal.SIGSTOP)
     other = await processes.engine()
-    await holding.wait_for(20)
+    await holding.wait_for(2 * FEW)
     sleeper.send(signal.SIGCONT)
     # It finds its requests timed out, and must neither put that on record nor end the new leases.
-    await sleeper.wait_for("lease_lost", 10)
-    assert await open_deliveries(pool) == {DeliveryState.LEASED: 10}
+    await sleeper.wait_for("lease_lost", FEW)
+    assert await open_deliveries(pool) == {DeliveryState.LEASED: FEW}
     holding.release()
-    await other.wait_for("attempt", 10)
+    await other.wait_for("attempt", FEW)
     await stop(sleeper, other)
 
     assert not await open_deliveries(pool)
-    assert await attempts(pool) == {"succeeded": 10}
+    assert await attempts(pool) == {"succeeded": FEW}
     assert await pool.fetchval("SELECT consecutive_failures FROM webhook_configs") == 0
     counts = balance(acknowledged, receiver.webhooks, secrets)
-    assert counts == Counts(10, 20, lost=0, duplicate=10, unexpected=0, invalid=0)
+    assert counts == Counts(FEW, 2 * FEW, lost=0, duplicate=FEW, unexpected=0, invalid=0)
 
 
 @pytest.mark.parametrize(
