@@ -27,7 +27,7 @@ from benchmarks.statements import counted
 
 _WEBHOOKS = 50
 _IN_FLIGHT_PER_WEBHOOK = 4
-_DELIVERIES_PER_SECOND = 2000
+_DELIVERIES_PER_SECOND = 5000
 
 _MANY_IN_FLIGHT = 1000
 

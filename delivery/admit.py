@@ -5,20 +5,26 @@ chunks. Beside that every engine looks at all backlogs every second, so that not
 one of them knows, or on its being alive.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
 from uuid import UUID
 
 from core import queue
 from core.db import Pool
 
+#: How soon one for which nothing was let in is asked for again by an engine that is busy.
+_PATIENCE_SECONDS = 0.1
+
 
 class Admission:
     """The backlogs that wait for this engine: those it met since the sweep before the last one."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Pool, clock: Callable[[], float] = monotonic):
         self._pool = pool
+        self._clock = clock
         self._known: set[UUID] = set()
         self._met: set[UUID] = set()
+        self._asked_in_vain: dict[UUID, float] = {}
 
     def meet(self, webhook_ids: Iterable[UUID]) -> None:
         """These configs have parked deliveries, as a claim found or left them."""
@@ -29,19 +35,32 @@ class Admission:
     def is_awaited(self) -> bool:
         return bool(self._known)
 
-    async def refill(self, wanted: Callable[[UUID], int]) -> None:
-        """Let in what the configs that wait for us can take now; `wanted` says how many of each."""
-        # One that is not fed may lack room instead of a backlog, so it is asked for again.
-        self._met |= await self._admit(self._known, wanted)
+    async def refill(self, wanted: Callable[[UUID], int], *, busy: bool = False) -> None:
+        """Let in what the configs that wait for us can take now; `wanted` says how many of each.
+
+        While we are `busy` with what is ready anyway, a config that has enough of that is not asked
+        for again at once.
+        """
+        now = self._clock()
+        waiting = {w for w in self._known if self._asked_in_vain.get(w, now) > now} if busy else ()
+        asked = _hungry(self._known.difference(waiting), wanted)
+        admitted = await self._admit(asked)
+        again_at = now + _PATIENCE_SECONDS
+        self._asked_in_vain |= {w: again_at for w in asked if w not in admitted}
+        self._met |= admitted
 
     async def sweep(self, wanted: Callable[[UUID], int]) -> bool:
         """The same for every config that has a backlog; whether anything was let in."""
         backlogs = await queue.webhooks_with_backlog(self._pool)
-        admitted = await self._admit(backlogs, wanted)
+        admitted = await self._admit(_hungry(backlogs, wanted))
         self._known = self._met | admitted
         self._met = set()
+        self._asked_in_vain = {}
         return bool(admitted)
 
-    async def _admit(self, webhook_ids: Iterable[UUID], wanted: Callable[[UUID], int]) -> set[UUID]:
-        places = {w: count for w in webhook_ids if (count := wanted(w)) > 0}
+    async def _admit(self, places: Mapping[UUID, int]) -> set[UUID]:
         return await queue.admit(self._pool, places) if places else set()
+
+
+def _hungry(webhook_ids: Iterable[UUID], wanted: Callable[[UUID], int]) -> dict[UUID, int]:
+    return {w: count for w in webhook_ids if (count := wanted(w)) > 0}

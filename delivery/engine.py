@@ -98,34 +98,41 @@ class Engine:
         await self._record_the_rest()
 
     async def _claim_until_stopped(self) -> None:
+        busy = False
         while not self._stopping:
             limit = await self._wait_for_room()
             if limit <= 0:
                 continue
             try:
                 self._places.survey()
-                await self._admission.refill(self._capacity.wanted_now)
+                await self._admission.refill(self._capacity.wanted_now, busy=busy)
                 claimed = await claim(self._pool, limit, self._settings.lease_seconds)
                 await self._dispatch(claimed.deliveries)
             except RETRYABLE_ERRORS as error:
                 log.warning("claim_retried", error=repr(error))
                 await asyncio.sleep(_DATABASE_RETRY_SECONDS)
                 continue
-            if claimed.taken < limit:
+            busy = claimed.taken == limit
+            if not busy:
                 await self._listener.wait()
 
     async def _wait_for_room(self) -> int:
         """How many to claim: at once when many may be, else what is free after a short wait.
 
-        Places become free one by one, and a claim costs nearly the same for one as for many.
+        Places become free one by one, and a claim costs nearly the same for one as for many. What
+        is kept for configs with few open is asked for only when nothing else gets free: most of
+        what a claim brings would have to be parked.
         """
         worthwhile = max(min(self._settings.claim_batch, self._settings.max_in_flight) // 4, 1)
+        worthwhile += self._places.reserve
         with suppress(TimeoutError):
             async with asyncio.timeout(_GATHER_SECONDS):
                 while self._room() < worthwhile and not self._stopping:
                     self._room_grew.clear()
                     await self._room_grew.wait()
-        return min(self._room(), self._settings.claim_batch)
+        room = self._room()
+        spare = room - self._places.reserve
+        return min(spare if spare > 0 else room, self._settings.claim_batch)
 
     def _room(self) -> int:
         """Attempts that may still begin. Results that wait for the database take places, too, but

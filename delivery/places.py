@@ -37,6 +37,9 @@ class Places:
 
     def __init__(self, total: int, most: int, clock: Callable[[], float] = monotonic):
         self._total = total
+        #: The last eighth is for those with few open, so that one who falls silent, with many,
+        #: leaves the others room until it has been noticed.
+        self.reserve = total // 8
         self._most = most
         self._clock = clock
         self._standings: dict[UUID, _Standing] = {}
@@ -54,9 +57,7 @@ class Places:
         standing = self._standings.get(webhook_id) or self._newcomer()
         limit = min(standing.limit, self._most, own_cap or self._most)
         if self._is_proven(standing):
-            # The last eighth is for those with few, so that one who falls silent, with many open,
-            # leaves the others room until it has been noticed.
-            spare = self._total - self._total // 8 - self._open
+            spare = self._total - self.reserve - self._open
             limit = min(limit, max(FEW, standing.open + spare))
             return max(limit - standing.open, 0)
         newcomer = standing.is_new and not self._is_silent(standing)
