@@ -29,7 +29,11 @@ _FLOODED = 1000
 _ENGINE = "benchmarks.engine_without_dns"
 
 _CLEAR = "TRUNCATE delivery_queue, events, attempts, finished_deliveries"
-_HEAL = "UPDATE webhook_configs SET active = true, consecutive_failures = 0, version = version + 1"
+_HEAL = """
+UPDATE webhook_configs
+SET active = true, deactivation_reason = NULL, consecutive_failures = 0, breaker_open_until = NULL,
+    breaker_trips = 0, version = version + 1
+"""
 _LOOK_UPS = """
 SELECT count(*) AS failed, count(*) FILTER (WHERE duration_us > 1000000) AS hung
 FROM attempts WHERE outcome = 'dns_error'
