@@ -50,13 +50,14 @@ async def _measure(stack: Stack, seconds: float) -> dict[str, Any]:
             unary_rate = _median(unary, "rate")
             busy = await latencies(pipeline, 0.7 * unary_rate, seconds)
             by_batch, by_unary = [await _statements(pipeline, n, seconds / 2) for n in (_BATCH, 1)]
+    spent = sum(_median(batch, f"{name}_cpu_us") for name in ("server", "engine", "postgres"))
+    spent_bare = _median(bare, "cpu_us")
     return {
         "rate": round(rate),
         "unary_rate": round(unary_rate),
-        "cpu_us_per_webhook": round(
-            sum(_median(batch, f"{name}_cpu_us") for name in ("server", "engine", "postgres"))
-        ),
-        "bare_cpu_us": round(_median(bare, "cpu_us")),
+        "cpu_us_per_webhook": round(spent),
+        "bare_cpu_us": round(spent_bare),
+        "cpu_ratio": round(spent / spent_bare, 2),
         "bare_rate": round(_median(bare, "rate")),
         "statements_per_webhook": round(by_batch, 3),
         "unary_statements_per_webhook": round(by_unary, 3),
