@@ -53,6 +53,7 @@ async def deliver(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
+                proxy=settings.egress.egress_proxy,
             )
         )
         in_flight = fitting_in_flight(

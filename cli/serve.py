@@ -71,6 +71,7 @@ async def serve(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
+                proxy=settings.egress.egress_proxy,
             )
         )
         verifier = TokenVerifier(

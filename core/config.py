@@ -108,7 +108,7 @@ class EncryptionSettings(Block):
 
 
 class EgressSettings(Block):
-    """Which receivers may be dialled at all."""
+    """Which receivers may be dialled at all, and by which way."""
 
     allowed_cidrs: Networks = Field(
         (),
@@ -139,6 +139,12 @@ class EgressSettings(Block):
         300.0,
         description="how old a connection to a receiver may be when a request begins on it; then a "
         "new one is made, to an address that is looked up and judged anew",
+    )
+    egress_proxy: SecretStr | None = Field(
+        None,
+        description="http://host:port of an HTTP proxy, with user:password@ before the host if it "
+        "asks for them, through which all receivers are called (CONNECT); it looks up their names, "
+        "so refusing inner addresses is then its task; HTTPS_PROXY and the like are never read",
     )
 
 

@@ -2,8 +2,10 @@
 
 No socket is opened to an address that the policy refuses, however the address was come by: a name's
 answers are judged all or nothing, and every address, literals included, again as it is dialled.
+Through an operator's proxy (delivery/proxy.py) only literals are ours to judge.
 """
 
+import re
 import socket
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,12 +19,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
+from pydantic import SecretStr
 from yarl import URL
 
 from core.addresses import AddressPolicy
 from delivery.connection import ReceiverConnection
 from delivery.destination import Destination
 from delivery.name_servers import Names, NameServers
+from delivery.proxy import EgressProxy, ProxyError, proxy_away
 from delivery.refusal import AddressRefused, refusal_of, refuse_unless_allowed
 from delivery.resolver import GuardedResolver
 from delivery.tls_sessions import resume_sessions
@@ -30,6 +34,8 @@ from delivery.trust import trusting_context
 
 #: Deadlines are the sender's, over all phases at once.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
+#: What some parser takes for an address: in IPv6, or a name that ends in a number.
+_LITERAL = re.compile(r".*:.*|(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -47,8 +53,10 @@ class Dialling:
     connect_us: int | None = None
     #: When there was a connection to send on, by perf_counter(); and what it leads to.
     connected_at: float | None = None
-    #: Never one that was refused: that is nobody's business.
+    #: Never one that was refused: that is nobody's business. Unknown behind a proxy.
     remote_address: str | None = None
+    #: While the proxy is being reached: what it means to run out of time then.
+    fault: ProxyError | None = None
 
     proxy: ClassVar[None] = None
     ssl: ClassVar[bool] = True
@@ -82,17 +90,23 @@ def open_dialler(
     ca_file: Path | None,
     idle_seconds: float = 15.0,
     age_seconds_max: float = 300.0,
+    proxy: SecretStr | None = None,
     names: Names | None = None,
 ) -> "Dialler":
-    """Open the one dialler of a process; raises ConfigurationError when no CA could be trusted.
+    """Open the one dialler of a process.
+
+    Raises ConfigurationError when no CA could be trusted, or `proxy` is not http://host:port.
 
     A pooled connection is not judged again, so `idle_seconds` and `age_seconds_max` bound how long
     one may outlive a change of DNS. `names` stands in for the system's name servers.
     """
+    egress_proxy = None if proxy is None else EgressProxy(proxy)
     tls = trusting_context(ca_file)
     resume_sessions(tls)
     resolver = GuardedResolver(policy, names or NameServers())
-    return Dialler(resolver, policy, age_seconds_max, ssl=tls, keepalive_timeout=idle_seconds)
+    return Dialler(
+        resolver, policy, age_seconds_max, egress_proxy, ssl=tls, keepalive_timeout=idle_seconds
+    )
 
 
 class Dialler(aiohttp.TCPConnector):
@@ -103,6 +117,7 @@ class Dialler(aiohttp.TCPConnector):
         resolver: AbstractResolver,
         policy: AddressPolicy,
         age_seconds_max: float,
+        proxy: EgressProxy | None = None,
         **options: Any,
     ):
         super().__init__(
@@ -116,13 +131,15 @@ class Dialler(aiohttp.TCPConnector):
         self._factory = partial(ReceiverConnection, loop=self._loop)  # type: ignore[assignment]
         self._policy = policy
         self._age_seconds_max = age_seconds_max
+        self._proxy = proxy
         self._closes_with_us = resolver
 
     async def dial(self, dialling: Dialling, *, anew: bool = False) -> Connection:
         """A connection to send one request on, and what it took in `dialling`.
 
-        With `anew` never a pooled one. Raises AddressRefused, and what aiohttp's connector raises.
-        The caller gives it back by release(), or by close() when an answer is not over.
+        With `anew` never a pooled one. Raises AddressRefused, ProxyError, and what aiohttp's
+        connector raises. The caller gives it back by release(), or by close() when an answer is
+        not over.
         """
         while True:
             connection = await self.connect(cast(aiohttp.ClientRequest, dialling), [], _NO_TIMEOUT)
@@ -148,6 +165,8 @@ class Dialler(aiohttp.TCPConnector):
         dialling: Dialling = request[0]
         token = _dialling.set(dialling)
         try:
+            if self._proxy is not None:
+                return await self._create_tunnelled(dialling, self._proxy)
             return await super()._create_connection(*request, **options)
         except Exception as error:
             # With several addresses aiohappyeyeballs drops what is neither OSError nor
@@ -160,6 +179,31 @@ class Dialler(aiohttp.TCPConnector):
             if dialling.opened:
                 elapsed = int((perf_counter() - began) * 1_000_000)
                 dialling.connect_us = elapsed - (dialling.dns_us or 0)
+
+    async def _create_tunnelled(self, dialling: Dialling, proxy: EgressProxy) -> ResponseHandler:
+        """As aiohttp makes a connection, on a socket that the proxy leads to the receiver."""
+        host = (dialling.url.raw_host or "").rstrip(".")
+        if _LITERAL.fullmatch(host):
+            refuse_unless_allowed(self._policy, host)
+        dialling.opened = True
+        dialling.fault = proxy_away()
+        tunnel = await proxy.reach()
+        dialling.fault = None
+        try:
+            bracketed = f"[{host}]" if ":" in host else host
+            await proxy.open_tunnel(tunnel, f"{bracketed}:{dialling.port}")
+        except BaseException:
+            tunnel.close()
+            raise
+        _, protocol = await self._loop.create_connection(
+            self._factory,
+            sock=tunnel,
+            ssl=self._get_ssl_context(cast(aiohttp.ClientRequest, dialling)),
+            server_hostname=host,
+        )
+        # That of the proxy.
+        cast(ReceiverConnection, protocol).remote_address = None
+        return protocol
 
     async def _resolve_host(self, *host: Any, **options: Any) -> list[ResolveResult]:
         began = perf_counter()

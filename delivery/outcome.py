@@ -9,6 +9,7 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
 from core.lifecycle import DeliveryState, Outcome
+from delivery.proxy import ProxyError
 from delivery.refusal import refusal_of
 
 
@@ -29,10 +30,12 @@ def outcome_of_status(status: int) -> tuple[Outcome, str]:
 def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
     error: BaseException,
 ) -> tuple[Outcome, str] | None:
-    """The outcome of a request that brought no status line; None: not a fault of the receiver."""
+    """The outcome of a request that brought no status line; None: a fault of ours, unforeseen."""
     if refusal_of(error) is not None:
         return Outcome.REFUSED, "the host's address is not a public one; it is never called"
     match error:
+        case ProxyError():
+            return _outcome_of_proxy(error)
         case OSError(errno=errno.EMFILE | errno.ENFILE | errno.ENOMEM | errno.ENOBUFS):
             return None
         case TimeoutError():
@@ -41,6 +44,8 @@ def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
             return Outcome.DNS_ERROR, "the host name does not resolve"
         case aiohttp.ClientConnectorCertificateError():
             return Outcome.TLS_ERROR, _certificate_detail(error.certificate_error)
+        case ssl.SSLCertVerificationError():
+            return Outcome.TLS_ERROR, _certificate_detail(error)
         case aiohttp.ClientSSLError() | ssl.SSLError():
             return Outcome.TLS_ERROR, "the TLS handshake failed"
         case aiohttp.ClientConnectorError():
@@ -76,6 +81,16 @@ def receiver_works(outcome: Outcome, status: int | None) -> bool | None:
     if status is None:
         return False
     return status < 500 and status != http.HTTPStatus.TOO_MANY_REQUESTS
+
+
+def _outcome_of_proxy(error: ProxyError) -> tuple[Outcome, str]:
+    """The proxy is ours, and so are its faults; what it says of the receiver is the receiver's."""
+    match error.status:
+        case None | http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            return Outcome.INTERNAL_ERROR, str(error)
+        case 502 | 503 | 504:
+            return Outcome.CONNECTION_ERROR, "the host cannot be reached"
+    return Outcome.CONNECTION_ERROR, str(error)
 
 
 def _certificate_detail(error: Exception) -> str:

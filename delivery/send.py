@@ -57,7 +57,8 @@ async def send(
             await _drain(answer.body, beginning)
     except Exception as error:
         if answer is None:
-            verdict = outcome_of_error(error)
+            late = isinstance(error, TimeoutError)
+            verdict = outcome_of_error((late and dialling.fault) or error)
             if verdict is None:
                 raise
             return _result(verdict, None, began, perf_counter(), dialling)

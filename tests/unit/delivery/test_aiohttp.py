@@ -22,7 +22,7 @@ from aiohttp.streams import StreamReader
 from delivery.destination import Destination
 from delivery.dialler import Dialling
 
-#: Asked of a request only when it goes through a proxy, which none of ours does.
+#: Asked of a request only when aiohttp itself uses a proxy, which it does for none of ours.
 _OF_PROXIES = {"proxy_headers", "proxy_auth", "headers", "request_info", "host"}
 
 
