@@ -14,6 +14,7 @@ from server.database import Sessions
 from server.event_types import EventTypes, is_event_type_name
 from server.payload_schema import PayloadSchema, SchemaRefused
 from server.registration import description_violations
+from server.update_mask import check_mask
 
 UPDATABLE_FIELDS = ("description", "json_schema", "enforce_schema", "example", "deprecated")
 
@@ -75,7 +76,7 @@ class EventTypeRegister:
         return row
 
     async def update(self, draft: EventTypeDraft, fields: Collection[str]) -> EventType:
-        _check_mask(fields)
+        check_mask(fields, UPDATABLE_FIELDS)
         async with self._sessions.begin() as session:
             row = None
             if is_event_type_name(draft.name):
@@ -104,20 +105,6 @@ class EventTypeRegister:
                 )
         self._event_types.forget()
         return row
-
-
-def _check_mask(paths: Collection[str]) -> None:
-    listing = ", ".join(UPDATABLE_FIELDS)
-    if not paths:
-        raise InvalidArgument.of(
-            "update_mask", f"is required; name what to change of {listing}", reason="MASK_EMPTY"
-        )
-    if unknown := sorted(set(paths) - set(UPDATABLE_FIELDS)):
-        raise InvalidArgument.of(
-            "update_mask",
-            f"cannot change {', '.join(repr(path[:64]) for path in unknown)}; only {listing}",
-            reason="MASK_FIELD_UNKNOWN",
-        )
 
 
 def _check(draft: EventTypeDraft) -> None:

@@ -42,21 +42,6 @@ class WebhookDraft:
     header_prefix: str = ""
 
 
-def check_mask(paths: Collection[str]) -> None:
-    """InvalidArgument unless the mask names at least one field, and only those that can change."""
-    listing = ", ".join(UPDATABLE_FIELDS)
-    if not paths:
-        raise InvalidArgument.of(
-            "update_mask", f"is required; name what to change of {listing}", reason="MASK_EMPTY"
-        )
-    if unknown := sorted(set(paths) - set(UPDATABLE_FIELDS)):
-        raise InvalidArgument.of(
-            "update_mask",
-            f"cannot change {', '.join(repr(path[:64]) for path in unknown)}; only {listing}",
-            reason="MASK_FIELD_UNKNOWN",
-        )
-
-
 def check_overlap(seconds: float) -> None:
     """InvalidArgument unless a retired secret may sign for so long."""
     if not 0 <= seconds <= _OVERLAP_SECONDS_MAX:

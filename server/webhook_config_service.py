@@ -36,9 +36,9 @@ from server.registration import (
     UPDATABLE_FIELDS,
     WebhookDraft,
     check_draft,
-    check_mask,
     check_overlap,
 )
+from server.update_mask import check_mask
 from server.webhook_changes import WebhookChanges, check_etag, load
 
 type Context = grpc.aio.ServicerContext[Any, Any]
@@ -117,7 +117,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
     ) -> pb.UpdateWebhookConfigResponse:
         merchant_id = _merchant()
         fields = set(request.update_mask.paths)
-        check_mask(fields)
+        check_mask(fields, UPDATABLE_FIELDS)
         async with self._sessions() as session:
             current = await load(session, merchant_id, request.webhook_config.id)
         check_etag(current, request.webhook_config.etag)

@@ -653,19 +653,23 @@ async def test_nothing_is_lost_when_the_database_drops_every_session_of_the_engi
     assert await pool.fetchval("SELECT count(*) FROM attempts") == 150
 
 
+def bound_statements(platform: Platform, seconds: float) -> None:
+    """For engines that start from here on; a wait for a lock ends after half of it."""
+    platform.settings = dataclasses.replace(
+        platform.settings,
+        database=DatabaseSettings(
+            database_url=platform.settings.database.database_url,
+            database_statement_timeout_seconds=seconds,
+        ),
+    )
+
+
 async def test_a_result_waits_for_a_row_that_somebody_holds_locked(
     platform: Platform, receiver: Receiver, pool: Any, log: Log
 ) -> None:
     await platform.register(receiver.url)
     await platform.register(receiver.url, "m_2")
-    database = platform.settings.database
-    platform.settings = dataclasses.replace(
-        platform.settings,
-        # A wait for a lock ends after half of it.
-        database=DatabaseSettings(
-            database_url=database.database_url, database_statement_timeout_seconds=0.4
-        ),
-    )
+    bound_statements(platform, 0.4)
     receiver.default = doors = Doors()
     async with platform.engine():
         await platform.publish()
@@ -685,13 +689,7 @@ async def test_however_many_rows_somebody_holds_the_others_wait_for_one_lock_at_
 ) -> None:
     await platform.register(receiver.url)
     await platform.register(receiver.url, "m_2")
-    database = platform.settings.database
-    platform.settings = dataclasses.replace(
-        platform.settings,
-        database=DatabaseSettings(
-            database_url=database.database_url, database_statement_timeout_seconds=1
-        ),
-    )
+    bound_statements(platform, 1)
     doors = Doors()
     async with platform.engine():
         # Its places grow with every answer.
