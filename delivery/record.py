@@ -53,8 +53,7 @@ class Recorder:
         """Take a result, and what it changes about the breaker of its config."""
         self._pending.append(settlement)
         if change is not None:
-            before = self._changes.get(change.webhook_id)
-            self._changes[change.webhook_id] = _merged(before, change) if before else change
+            _merge(self._changes, change)
         self._arrived.set()
 
     async def run(self) -> None:
@@ -118,19 +117,23 @@ class Recorder:
 
     async def _change_breakers(self) -> None:
         while self._changes:
-            opening = [c for c in self._changes.values() if c.trips or c.asked_seconds]
-            closing = [c.webhook_id for c in self._changes.values() if c not in opening]
+            # Others arrive while these are written.
+            changes, self._changes = self._changes, {}
+            opening = [c for c in changes.values() if c.trips or c.asked_seconds]
+            closing = [c.webhook_id for c in changes.values() if c not in opening]
             try:
                 await self._open_breakers(opening)
                 await self._close_breakers(closing)
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
                 if _concerns_everything(error):
                     log.warning("breakers_retried", error=repr(error))
+                    for later in self._changes.values():
+                        _merge(changes, later)
+                    self._changes = changes
                     await asyncio.sleep(_RETRY_SECONDS)
                     continue
                 # Somebody holds a config for long. Its next attempts will say the same again.
                 log.warning("breakers_not_changed", error=repr(error))
-            self._changes.clear()
 
     async def _open_breakers(self, changes: Sequence[BreakerChange]) -> None:
         if not changes:
@@ -168,10 +171,13 @@ class Recorder:
         return [([settlement], Settled(frozenset(), {}))]
 
 
-def _merged(before: BreakerChange, change: BreakerChange) -> BreakerChange:
+def _merge(changes: dict[UUID, BreakerChange], change: BreakerChange) -> None:
     """One change a config: what makes it wait longest."""
+    before = changes.get(change.webhook_id, change)
     longer = before if before.trips and not change.trips else change
-    return replace(longer, asked_seconds=max(before.asked_seconds, change.asked_seconds))
+    changes[change.webhook_id] = replace(
+        longer, asked_seconds=max(before.asked_seconds, change.asked_seconds)
+    )
 
 
 def _concerns_everything(error: BaseException) -> bool:
