@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 from uuid import UUID
 
-from core.errors import FailedPrecondition, InvalidArgument
+from core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from core.lifecycle import AttemptResult, Outcome
 
 #: Answers that say nobody is there who could take webhooks.
@@ -44,6 +44,12 @@ def require_reachable(result: AttemptResult) -> None:
     if result.outcome is Outcome.REFUSED:
         raise InvalidArgument.of(
             "webhook_config.url", result.detail, reason="URL_ADDRESS_NOT_ALLOWED"
+        )
+    if result.outcome is Outcome.INTERNAL_ERROR:
+        raise Unavailable(
+            f"the URL could not be pinged, by a fault on our side: {result.detail}. Repeat the call "
+            "later",
+            reason="PING_NOT_POSSIBLE",
         )
     raise FailedPrecondition(
         f"the URL did not answer the ping: {result.detail}. Make it answer a POST with any 2xx or "

@@ -12,9 +12,11 @@ import pytest
 import trustme
 from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode
+from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook
 
 from core import signing
+from core.config import EgressSettings
 from postrider.v1 import delivery_service_pb2, webhook_config_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
 from tests.errors import refused
@@ -194,6 +196,21 @@ async def test_a_receiver_that_is_silent_is_refused_within_the_ping_timeout(
         ):
             await platform.register(f"https://127.0.0.1:{mute.getsockname()[1]}/")
     assert error.metadata["outcome"] == "timeout"
+    assert await stored(pool) == 0
+
+
+async def test_a_fault_of_ours_is_not_blamed_on_the_url_and_nothing_stored(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    with socket.socket() as away:
+        away.bind(("127.0.0.1", 0))
+        proxy = SecretStr(f"http://127.0.0.1:{away.getsockname()[1]}")
+        async with (
+            start_platform(egress=EgressSettings(egress_proxy=proxy)) as platform,
+            refused(StatusCode.UNAVAILABLE, "PING_NOT_POSSIBLE") as error,
+        ):
+            await platform.register("https://merchant.example.com/")
+    assert "on our side" in error.message
     assert await stored(pool) == 0
 
 
