@@ -47,8 +47,8 @@ def require_reachable(result: AttemptResult) -> None:
         )
     if result.outcome is Outcome.INTERNAL_ERROR:
         raise Unavailable(
-            f"the URL could not be pinged, by a fault on our side: {result.detail}. Repeat the call "
-            "later",
+            f"the URL could not be pinged, by a fault on our side: {result.detail}. Repeat the "
+            "call later",
             reason="PING_NOT_POSSIBLE",
         )
     raise FailedPrecondition(
