@@ -3,8 +3,8 @@
 The words are the same in SQL, Python, protobuf, logs and docs; docs/architecture.md draws them.
 """
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class DeliveryState(StrEnum):
@@ -70,8 +70,7 @@ class DeactivationReason(StrEnum):
     GONE = "gone"
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptResult:
+class AttemptResult(NamedTuple):
     """What came of one request; `duration_us` runs to the status line or to the failure.
 
     `detail` is for the merchant: it says what their side did, and nothing of our network. Of the

@@ -7,8 +7,9 @@ so an accepted event always has its deliveries and their place in the queue.
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import NamedTuple
 from uuid import UUID
 
 import orjson
@@ -54,8 +55,7 @@ def wrong_merchant_id(field: str) -> FieldViolation:
     return FieldViolation(field, "must be 1 to 64 of A-Z a-z 0-9 _ -", "MERCHANT_ID_INVALID")
 
 
-@dataclass(frozen=True, slots=True)
-class EventDraft:
+class EventDraft(NamedTuple):
     """An event as a producer sent it, nothing of it checked; `payload` None when there was none."""
 
     merchant_id: str
@@ -68,8 +68,7 @@ class EventDraft:
     ordering_key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PublishedEvent:
+class PublishedEvent(NamedTuple):
     """An event that is committed, by this call or (duplicate) by an earlier one with its key."""
 
     id: UUID
@@ -209,7 +208,8 @@ class Ingest:
         self, draft: EventDraft, path: str, is_known: bool
     ) -> list[FieldViolation]:
         content_type = draft.content_type or DEFAULT_CONTENT_TYPE
-        if len(content_type) > 128 or not _CONTENT_TYPE.fullmatch(content_type):
+        is_json = _is_json(content_type) if len(content_type) <= 128 else None
+        if is_json is None:
             description = "must be a media type such as application/json, or empty for that"
             return [FieldViolation(f"{path}.content_type", description, "CONTENT_TYPE_INVALID")]
         if draft.payload is None:
@@ -221,7 +221,7 @@ class Ingest:
                 "send a smaller payload that says where the rest is"
             )
             return [FieldViolation(f"{path}.payload", description, "PAYLOAD_TOO_LARGE")]
-        is_json, document = _JSON_TYPE.match(content_type) is not None, None
+        document = None
         if is_json:
             try:
                 document = orjson.loads(draft.payload)
@@ -238,6 +238,14 @@ class Ingest:
             return []
         description = f"does not match the schema of {draft.type}: {fault}"
         return [FieldViolation(f"{path}.payload", description, "PAYLOAD_SCHEMA")]
+
+
+@lru_cache(maxsize=256)
+def _is_json(content_type: str) -> bool | None:
+    """Whether payloads of this type are JSON; None when it is no media type at all."""
+    if not _CONTENT_TYPE.fullmatch(content_type):
+        return None
+    return _JSON_TYPE.match(content_type) is not None
 
 
 def _new_event(draft: EventDraft) -> NewEvent:

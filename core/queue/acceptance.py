@@ -14,6 +14,9 @@ from core.queue.records import Chain, Connection, NewEvent
 #: Channel of the hint that something became due. A hint only: engines poll as well.
 CHANNEL = "postrider_due"
 
+#: Fields of an event that every event has, which are its first ones.
+_REQUIRED = NewEvent._fields.index("payload") + 1
+
 #: Events of one merchant, at once or in a second, from which on they are a crowd.
 CROWD = 25
 
@@ -169,9 +172,9 @@ async def enqueue(
     Returns delivery count and time by event id, for those accepted; an event missing from it met
     an idempotency key that was there before (or earlier in `events`).
     """
-    columns = _columns(events)
-    statement = _ENQUEUE_CROWD if crowd or max(columns[-1], default=0) > CROWD else _ENQUEUE
-    rows = await connection.fetch(statement, *columns)
+    ranks = _ranks(events) if crowd or len(events) > CROWD else ()
+    statement = _ENQUEUE_CROWD if crowd or max(ranks, default=0) > CROWD else _ENQUEUE
+    rows = await connection.fetch(statement, *_columns(events), ranks)
     return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
 
 
@@ -188,7 +191,7 @@ async def enqueue_in_order(
         connection.transaction(isolation="read_committed"),
     ):
         await lock_keys(connection, events)
-        rows = await connection.fetch(_ENQUEUE_IN_ORDER, *_columns(events))
+        rows = await connection.fetch(_ENQUEUE_IN_ORDER, *_columns(events), ())
     keys = {e.id: e.ordering_key for e in events}
     blocked = {Chain(w, keys[row["id"]] or "") for row in rows for w in row["blocked_for"]}
     if blocked:
@@ -198,25 +201,25 @@ async def enqueue_in_order(
     return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
 
 
-def _columns(events: Sequence[NewEvent]) -> list[list[Any]]:
-    """The statements' parameters; the last are each event's rank among those of its merchant."""
+def _columns(events: Sequence[NewEvent]) -> list[Sequence[Any]]:
+    """The statements' parameters, a field of the events each.
+
+    What none of them has is an empty array, which unnest fills up with nulls: of what is sent,
+    every single value has its price.
+    """
+    required, optional = slice(_REQUIRED), slice(_REQUIRED, None)
+    columns: list[Sequence[Any]] = list(zip(*events, strict=True))
+    return [*columns[required], *(column if any(column) else () for column in columns[optional])]
+
+
+def _ranks(events: Sequence[NewEvent]) -> list[int]:
+    """Each event's place among those of its merchant, from 1."""
     seen: Counter[str] = Counter()
     ranks = []
     for event in events:
         seen[event.merchant_id] += 1
         ranks.append(seen[event.merchant_id])
-    return [
-        [e.id for e in events],
-        [e.merchant_id for e in events],
-        [e.type for e in events],
-        [e.content_type for e in events],
-        [e.payload for e in events],
-        [e.idempotency_key for e in events],
-        [e.content_hash for e in events],
-        [e.not_before for e in events],
-        [e.ordering_key for e in events],
-        ranks,
-    ]
+    return ranks
 
 
 async def redeliver(connection: Connection, merchant_id: str, delivery_id: UUID) -> UUID | None:

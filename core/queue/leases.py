@@ -62,7 +62,7 @@ async def claim(connection: Connection, limit: int, lease_seconds: float) -> lis
     """Take up to `limit` due deliveries under one new lease, the longest due first."""
     lease_id = new_id()
     rows = await connection.fetch(_CLAIM, limit, lease_id, timedelta(seconds=lease_seconds))
-    return [LeasedDelivery(lease_id=lease_id, **row) for row in rows]
+    return [LeasedDelivery(lease_id, *row) for row in rows]
 
 
 async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:

@@ -1,9 +1,13 @@
-"""What goes into the queue and comes out of it."""
+"""What goes into the queue and comes out of it.
+
+Named tuples where one is made for each event or delivery: they can be changed as little as frozen
+dataclasses, and are made in a third of the time.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from core.lifecycle import DeactivationReason, DeliveryState, Outcome
@@ -12,8 +16,7 @@ from core.lifecycle import DeactivationReason, DeliveryState, Outcome
 type Connection = Any
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(NamedTuple):
     """An event that passed validation; `content_hash` matters only beside an idempotency key."""
 
     id: UUID
@@ -35,12 +38,14 @@ class Chain:
     ordering_key: str
 
 
-@dataclass(frozen=True, slots=True)
-class LeasedDelivery:
-    """A claimed delivery with all an attempt needs except its webhook config."""
+class LeasedDelivery(NamedTuple):
+    """A claimed delivery with all an attempt needs except its webhook config.
 
-    id: UUID
+    After the lease, the claim's columns in their order.
+    """
+
     lease_id: UUID
+    id: UUID
     webhook_id: UUID
     #: Version of the config at the claim, and whether it may be called at all.
     webhook_version: int
@@ -68,8 +73,7 @@ class LeasedDelivery:
         return self.breaker_open_until is not None and not self.is_held
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """The result of one attempt, and what follows: a final state, or a wait before the next."""
 
     delivery_id: UUID

@@ -6,7 +6,7 @@ most of them parked, and a history as long.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.ids import new_id
 from core.queue import (
+    NewEvent,
     acceptance,
     backlog,
     breakers,
@@ -260,7 +261,12 @@ async def test_enqueueing_finds_configs_and_what_they_have_by_index(
 ) -> None:
     events = [make_event(merchant_id=f"m_{n}", idempotency_key=f"k{n}") for n in (10, 20, 30)]
 
-    plan = await _explain(crowded, getattr(acceptance, statement), *acceptance._columns(events))
+    plan = await _explain(
+        crowded,
+        getattr(acceptance, statement),
+        *acceptance._columns(events),
+        acceptance._ranks(events),
+    )
 
     assert plan.index_scan("webhook_configs_of_merchant").rows <= 20
     # Of a backlog its first row at the most, of the others as many as may be ready.
@@ -276,7 +282,9 @@ async def test_enqueueing_finds_configs_and_what_they_have_by_index(
 async def test_events_without_ordering_keys_look_for_no_chains(crowded: Any) -> None:
     events = [make_event(merchant_id="m_1") for _ in range(3)]
 
-    plan = await _explain(crowded, acceptance._ENQUEUE, *acceptance._columns(events))
+    plan = await _explain(
+        crowded, acceptance._ENQUEUE, *acceptance._columns(events), acceptance._ranks(events)
+    )
 
     chains = {"delivery_queue_first", "delivery_queue_blocked"}
     assert not chains & {scan.index for scan in plan.scans}
@@ -291,7 +299,12 @@ async def test_enqueueing_in_order_reads_the_ends_of_its_chains_only(crowded: An
     keys = [f"key {n}" for n in range(1, 21)]
     events = [make_event(merchant_id=merchant_id, ordering_key=key) for key in keys]
 
-    plan = await _explain(crowded, acceptance._ENQUEUE_IN_ORDER, *acceptance._columns(events))
+    plan = await _explain(
+        crowded,
+        acceptance._ENQUEUE_IN_ORDER,
+        *acceptance._columns(events),
+        acceptance._ranks(events),
+    )
 
     # In each chain 24 wait, in every second one behind a first.
     last = plan.index_scan("delivery_queue_blocked")
@@ -503,6 +516,10 @@ async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
     assert (parked.kind, parked.rows) == ("Index Only Scan", 14_000)
     blocked = [scan for scan in plan.scans if "blocked" in (scan.index or "")]
     assert [(scan.kind, scan.rows) for scan in blocked] == [("Index Only Scan", 4_800)]
+
+
+def _parameters(events: Sequence[NewEvent]) -> list[Sequence[Any]]:
+    return [*acceptance._columns(events), acceptance._ranks(events)]
 
 
 async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:

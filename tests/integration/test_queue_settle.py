@@ -1,7 +1,6 @@
 """Settling: results of attempts into the database, all or nothing of each, and what they count."""
 
 import asyncio
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -447,7 +446,7 @@ async def _everything(pool: Any) -> list[Any]:
 
 async def test_held_are_those_whose_rows_somebody_has_locked_and_no_others(pool: Any) -> None:
     mine, theirs = await lease_many(pool, await make_webhook_config(pool), 2)
-    gone = dataclasses.replace(mine, id=new_id())
+    gone = mine._replace(id=new_id())
     settlements = [settlement(delivery) for delivery in (mine, theirs, gone)]
     async with pool.acquire() as idle, idle.transaction():
         await idle.execute("SELECT FROM delivery_queue WHERE id = $1 FOR UPDATE", theirs.id)
