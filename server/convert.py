@@ -255,15 +255,25 @@ def _not_before(message: event_pb2.EventInput) -> datetime | None:
 
 
 def event_message(event: PublishedEvent | EventRow) -> event_pb2.Event:
-    return event_pb2.Event(
-        id=format_id("evt", event.id),
-        merchant_id=event.merchant_id,
-        type=event.type,
-        create_time=_timestamp(event.created_at),
-        delivery_count=event.delivery_count,
-        not_before=_timestamp(event.not_before),
-        ordering_key=event.ordering_key or "",
-    )
+    message = event_pb2.Event()
+    fill_event(message, event)
+    return message
+
+
+def fill_event(message: event_pb2.Event, event: PublishedEvent | EventRow) -> None:
+    """Set the fields of an empty message: in its place, which costs half of making it to be copied.
+
+    Every accepted event is answered so.
+    """
+    message.id = format_id("evt", event.id)
+    message.merchant_id = event.merchant_id
+    message.type = event.type
+    _fill_time(message.create_time, event.created_at)
+    message.delivery_count = event.delivery_count
+    if event.not_before is not None:
+        _fill_time(message.not_before, event.not_before)
+    if event.ordering_key:
+        message.ordering_key = event.ordering_key
 
 
 def delivery_state_filter(
@@ -375,9 +385,16 @@ def time_filter(request: Message, field: str) -> datetime | None:
 def _timestamp(moment: datetime | None) -> Any:
     if moment is None:
         return None
-    # FromDatetime does the same ten times as slowly, and every accepted event has one.
+    message = Timestamp()
+    _fill_time(message, moment)
+    return message
+
+
+def _fill_time(message: Timestamp, moment: datetime) -> None:
+    # FromDatetime does the same ten times as slowly.
     since = moment - _EPOCH
-    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
+    message.seconds = since.days * 86_400 + since.seconds
+    message.nanos = since.microseconds * 1000
 
 
 def _seconds(duration: Duration) -> float:

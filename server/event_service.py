@@ -63,9 +63,9 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         [result] = await self._ingest.publish([convert.event_draft(request.event)], "event")
         if isinstance(result, PostriderError):
             raise result
-        return pb.PublishEventResponse(
-            event=convert.event_message(result), duplicate=result.duplicate
-        )
+        response = pb.PublishEventResponse(duplicate=result.duplicate)
+        convert.fill_event(response.event, result)
+        return response
 
     async def PublishEvents(
         self, request: pb.PublishEventsRequest, context: Context
@@ -182,7 +182,9 @@ def _result(result: PublishedEvent | PostriderError) -> pb.PublishResult:
             status=pb.PUBLISH_STATUS_REJECTED, reason=result.reason, message=result.message
         )
     status = pb.PUBLISH_STATUS_DUPLICATE if result.duplicate else pb.PUBLISH_STATUS_ACCEPTED
-    return pb.PublishResult(status=status, event=convert.event_message(result))
+    message = pb.PublishResult(status=status)
+    convert.fill_event(message.event, result)
+    return message
 
 
 def _not_ascending(sequence: int, last: int) -> InvalidArgument:

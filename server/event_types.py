@@ -80,8 +80,11 @@ class EventTypes:
 
     async def unknown(self, names: Collection[str]) -> set[str]:
         """Those of `names` that nobody has registered. The others may then be asked about."""
-        await self._refresh()
+        if not self._is_fresh():
+            await self._refresh()
         missing = set(names) - self._known.keys()
+        if not missing:
+            return missing
         askable = [name for name in missing if is_event_type_name(name)]
         if askable:
             async with self._reading:
@@ -106,13 +109,12 @@ class EventTypes:
         return {row["name"] for row in rows}
 
     async def _refresh(self) -> None:
-        if not self._is_fresh():
-            # All who come meanwhile share the answer, and the failure: in a row they would wait for
-            # a database that is away one after the other.
-            if self._refreshing is None:
-                self._refreshing = asyncio.create_task(self._read_all())
-                self._refreshing.add_done_callback(self._refreshed)
-            await asyncio.shield(self._refreshing)
+        # All who come meanwhile share the answer, and the failure: in a row they would wait for a
+        # database that is away one after the other.
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._read_all())
+            self._refreshing.add_done_callback(self._refreshed)
+        await asyncio.shield(self._refreshing)
 
     async def _read_all(self) -> None:
         async with self._reading:

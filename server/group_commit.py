@@ -7,7 +7,7 @@ what one for twenty costs.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 from core.db import CONNECTION_ERRORS, RETRYABLE_ERRORS
@@ -26,8 +26,7 @@ _EVENTS_ENOUGH = 100
 type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Mapping[UUID, Result]]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Call[Result]:
+class _Call[Result](NamedTuple):
     events: Sequence[NewEvent]
     stored: asyncio.Future[Mapping[UUID, Result]]
 

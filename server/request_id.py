@@ -1,9 +1,9 @@
 """The id of the present call: in its log line, its audit entry, and the errors its caller sees."""
 
 import re
-import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
+from random import getrandbits
 
 METADATA_KEY = "x-request-id"
 
@@ -14,8 +14,12 @@ current_request_id: ContextVar[str] = ContextVar("current_request_id", default="
 
 def begin_request(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """Take the caller's id when it is well-formed, else make one; it holds for this call's task."""
-    given = next((value for key, value in metadata if key == METADATA_KEY), "")
-    if not isinstance(given, str) or not _WELL_FORMED.fullmatch(given):
-        given = secrets.token_hex(8)
-    current_request_id.set(given)
-    return given
+    for key, value in metadata:
+        if key == METADATA_KEY and isinstance(value, str) and _WELL_FORMED.fullmatch(value):
+            request_id = value
+            break
+    else:
+        # It tells calls apart, and is no secret.
+        request_id = f"{getrandbits(64):016x}"
+    current_request_id.set(request_id)
+    return request_id
