@@ -58,13 +58,14 @@ async def serve(
     policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
         pool_size = settings.database.database_pool_size
-        # Half for the hot path, half for everything else: neither can starve the other.
-        pool = await open_pool(settings.database, "postrider-server", max(pool_size // 2, 1))
+        # Most for the hot path, the rest for everything else: neither can starve the other.
+        rest = max(pool_size * 2 // 5, 1)
+        pool = await open_pool(settings.database, "postrider-server", max(pool_size - rest, 1))
         stack.push_async_callback(pool.close)
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
-        sessions = open_sessions(settings.database, max(pool_size - pool_size // 2, 1))
+        sessions = open_sessions(settings.database, rest)
         stack.push_async_callback(sessions.kw["bind"].dispose)
         receivers = await stack.enter_async_context(
             open_dialler(

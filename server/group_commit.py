@@ -3,6 +3,9 @@
 A call that comes alone commits at once, and so do a few. Where calls come in crowds, the first of
 the next commit waits a little for the others, since a commit for one costs PostgreSQL and us nearly
 what one for twenty costs.
+
+What comes in floods has commits of its own, which give way: while others publish beside it, they
+are smaller, go one at a time, and leave as much time between them as they take.
 """
 
 import asyncio
@@ -22,6 +25,10 @@ _CROWD = 4
 #: ... and the next call waits so long for its company; unless this many events wait.
 _COMPANY_SECONDS = 0.005
 _EVENTS_ENOUGH = 100
+#: Events in a commit that gives way: what others may have to wait for.
+_EVENTS_GIVING_WAY = 200
+#: Commits are in use for so long after a call.
+_IN_USE_SECONDS = 0.25
 
 type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Mapping[UUID, Result]]]
 
@@ -34,12 +41,14 @@ class _Call[Result](NamedTuple):
 class GroupCommit[Result]:
     """Calls `store` with the events of one or more calls, never of part of one."""
 
-    def __init__(self, store: Store[Result]):
+    def __init__(self, store: Store[Result], gives_way_to: "Sequence[GroupCommit[Result]]" = ()):
         self._store = store
+        self._gives_way_to = gives_way_to
         self._waiting: list[_Call[Result]] = []
         self._commits: set[asyncio.Task[None]] = set()
         self._committing = 0
         self._waiting_since = 0.0
+        self._called_at = float("-inf")
         self._crowd = 0
 
     async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, Result]:
@@ -49,15 +58,20 @@ class GroupCommit[Result]:
         """
         loop = asyncio.get_running_loop()
         call = _Call(events, loop.create_future())
+        self._called_at = loop.time()
         if not self._waiting:
-            self._waiting_since = loop.time()
+            self._waiting_since = self._called_at
         self._waiting.append(call)
-        if self._committing < _COMMITS_MAX:
+        if self._committing < (1 if self._gives_way() else _COMMITS_MAX):
             self._committing += 1
             task = asyncio.create_task(self._commit_waiting())
             self._commits.add(task)
             task.add_done_callback(self._commits.discard)
         return await call.stored
+
+    def _gives_way(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        return any(now - other._called_at < _IN_USE_SECONDS for other in self._gives_way_to)
 
     async def _commit_waiting(self) -> None:
         try:
@@ -67,10 +81,12 @@ class GroupCommit[Result]:
             self._committing -= 1
 
     async def _until_nobody_waits(self) -> None:
+        loop = asyncio.get_running_loop()
         while self._waiting:
             await self._await_company()
             if not (calls := self._take()):
                 break
+            began = loop.time()
             try:
                 await self._commit(calls)
             except Exception as error:
@@ -85,6 +101,8 @@ class GroupCommit[Result]:
                         self._waiting = []
                     for call in calls:
                         _fail(call, error)
+            if self._gives_way():
+                await asyncio.sleep(loop.time() - began)
 
     async def _await_company(self) -> None:
         if self._crowd < _CROWD:
@@ -107,9 +125,10 @@ class GroupCommit[Result]:
 
     def _take(self) -> list[_Call[Result]]:
         count = size = 0
+        most = _EVENTS_GIVING_WAY if self._gives_way() else _EVENTS_MAX
         for call in self._waiting:
             size += len(call.events)
-            if count and size > _EVENTS_MAX:
+            if count and size > most:
                 break
             count += 1
         calls, self._waiting = self._waiting[:count], self._waiting[count:]

@@ -4,6 +4,7 @@ Storing, fan-out and queueing are core/queue.enqueue: a single statement, hence 
 so an accepted event always has its deliveries and their place in the queue.
 """
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from core import queue
 from core.db import Pool
 from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
-from core.queue import NewEvent
-from server.crowds import Crowds
+from core.queue import CROWD, NewEvent
+from server.crowds import FLOOD, Crowds
 from server.event_types import EventTypes, unknown_event_type
 from server.group_commit import GroupCommit
 from server.hint import Hints
@@ -33,6 +34,8 @@ _CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[a-z0-9-]+)?",
 _JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", _ANY_CASE)
 DEFAULT_CONTENT_TYPE = "application/json"
 _NOT_BEFORE_MAX = timedelta(days=30)
+#: Events of one call that are not put in front of others' single ones.
+_LARGE = 100
 
 type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Mapping[UUID, tuple[int, datetime]]]]
 
@@ -81,6 +84,10 @@ class PublishedEvent(NamedTuple):
     duplicate: bool
 
 
+type _Result = PublishedEvent | PostriderError
+type _Stored = dict[UUID, _Result]
+
+
 class Ingest:
     """The way in: drafts go in, committed events or the reasons against them come out."""
 
@@ -90,15 +97,22 @@ class Ingest:
         self._hints = hints
         self._max_payload_bytes = max_payload_bytes
         self._crowds = Crowds()
-        self._commits = GroupCommit(lambda events: self._store(self._enqueue, events))
-        # Apart, so that only who asks for an order ever waits for one.
-        self._commits_in_order = GroupCommit(
-            lambda events: self._store(queue.enqueue_in_order, events)
-        )
 
-    async def publish(
-        self, drafts: Sequence[EventDraft], path: str
-    ) -> list[PublishedEvent | PostriderError]:
+        async def store(events: Sequence[NewEvent]) -> _Stored:
+            return await self._store(self._enqueue, events)
+
+        async def store_in_order(events: Sequence[NewEvent]) -> _Stored:
+            return await self._store(queue.enqueue_in_order, events)
+
+        # Apart, so that only who asks for an order ever waits for one, ...
+        self._commits = GroupCommit(store)
+        self._commits_in_order = GroupCommit(store_in_order)
+        # ... and nobody else for what one merchant floods us with.
+        others = (self._commits, self._commits_in_order)
+        self._floods = GroupCommit(store, gives_way_to=others)
+        self._floods_in_order = GroupCommit(store_in_order, gives_way_to=others)
+
+    async def publish(self, drafts: Sequence[EventDraft], path: str) -> list[_Result]:
         """A result for each draft, in order. Accepted ones are durable when this returns.
 
         `path` names a draft in the errors, with its index for `{}`.
@@ -108,25 +122,32 @@ class Ingest:
         for index, draft in enumerate(drafts):
             violations = self._violations(draft, path.format(index), unknown_types)
             checked.append(InvalidArgument(*violations) if violations else _new_event(draft))
+            if index % _LARGE == _LARGE - 1:
+                # The turn of other calls.
+                await asyncio.sleep(0)
         events = [event for event in checked if isinstance(event, NewEvent)]
-        in_order = any(event.ordering_key for event in events)
-        commits = self._commits_in_order if in_order else self._commits
-        stored = await commits.store(events) if events else {}
+        stored = await self._commits_for(events).store(events) if events else {}
         return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
+
+    def _commits_for(self, events: Sequence[NewEvent]) -> GroupCommit[_Result]:
+        in_order = any(event.ordering_key for event in events)
+        merchants = {event.merchant_id for event in events}
+        self._crowds.notice(event.merchant_id for event in events)
+        if len(events) > _LARGE or self._crowds.most_of(merchants) > FLOOD:
+            return self._floods_in_order if in_order else self._floods
+        return self._commits_in_order if in_order else self._commits
 
     async def _enqueue(
         self, pool: Pool, events: Sequence[NewEvent]
     ) -> dict[UUID, tuple[int, datetime]]:
-        crowd = self._crowds.notice(event.merchant_id for event in events)
+        crowd = self._crowds.most_of({event.merchant_id for event in events}) > CROWD
         return await queue.enqueue(pool, events, crowd=crowd)
 
-    async def _store(
-        self, enqueue: _Enqueue, events: Sequence[NewEvent]
-    ) -> dict[UUID, PublishedEvent | PostriderError]:
+    async def _store(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> _Stored:
         accepted = await enqueue(self._pool, events)
         if any(delivery_count for delivery_count, _ in accepted.values()):
             self._hints.give()
-        stored: dict[UUID, PublishedEvent | PostriderError] = {}
+        stored: _Stored = {}
         repeated = []
         for event in events:
             if (row := accepted.get(event.id)) is None:
@@ -147,14 +168,12 @@ class Ingest:
             stored |= await self._published_before(repeated)
         return stored
 
-    async def _published_before(
-        self, events: Sequence[NewEvent]
-    ) -> dict[UUID, PublishedEvent | PostriderError]:
+    async def _published_before(self, events: Sequence[NewEvent]) -> _Stored:
         rows = await self._pool.fetch(
             _PREVIOUS, [e.merchant_id for e in events], [e.idempotency_key for e in events]
         )
         previous = {(row["merchant_id"], row["key"]): row for row in rows}
-        results: dict[UUID, PublishedEvent | PostriderError] = {}
+        results: _Stored = {}
         for event in events:
             row = previous[event.merchant_id, event.idempotency_key]
             if row["content_hash"] != event.content_hash:

@@ -11,22 +11,22 @@ class Clock:
         return self.now
 
 
-def test_many_events_of_one_merchant_in_a_second_are_a_crowd_and_of_many_merchants_are_none() -> (
-    None
-):
+def test_each_merchants_events_of_a_second_are_counted() -> None:
     crowds = Crowds(Clock())
-    assert not any(crowds.notice([f"m_{n}"]) for n in range(10 * CROWD))
-    assert [crowds.notice(["m_0"]) for _ in range(CROWD)] == [False] * (CROWD - 1) + [True]
-    assert not crowds.notice(["m_1"])
-    assert crowds.notice(["m_1", "m_0"])
+    crowds.notice(["m_0", "m_1", "m_0"])
+    crowds.notice(["m_0"])
+    assert crowds.most_of(["m_1"]) == 1
+    assert crowds.most_of(["m_1", "m_0", "m_2"]) == 3
+    assert crowds.most_of([]) == 0
 
 
 def test_a_crowd_outlives_its_second_and_thins_out() -> None:
     clock = Clock()
     crowds = Crowds(clock)
-    assert crowds.notice(["m_0"] * (4 * CROWD))
-    crowd = []
-    for _ in range(3):
+    crowds.notice(["m_0"] * (4 * CROWD) + ["m_1"] * CROWD)
+    counts = []
+    for _ in range(4):
         clock.now += 1
-        crowd.append(crowds.notice(["m_0"]))
-    assert crowd == [True, True, False]
+        crowds.notice([])
+        counts.append((crowds.most_of(["m_0"]), crowds.most_of(["m_1"])))
+    assert counts == [(2 * CROWD, 0), (CROWD, 0), (0, 0), (0, 0)]

@@ -193,3 +193,43 @@ async def test_a_large_call_waits_for_nobody(database: Database, waits: list[flo
     await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
     await commits.store([event() for _ in range(100)])
     assert waits == []
+
+
+@pytest.fixture
+def in_use_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.group_commit._IN_USE_SECONDS", 60)
+
+
+@pytest.mark.usefixtures("in_use_for_long")
+async def test_what_gives_way_does_so_while_others_are_in_use(
+    database: Database, waits: list[float]
+) -> None:
+    others = GroupCommit(database.store)
+    floods = GroupCommit(database.store, gives_way_to=[others])
+    calls = [[event() for _ in range(100)] for _ in range(9)]
+
+    await asyncio.gather(*(floods.store(call) for call in calls))
+    assert max(map(len, database.batches)) > 200
+    assert waits == []
+
+    database.batches.clear()
+    await others.store([event()])
+    await asyncio.gather(*(floods.store(call) for call in calls))
+    assert all(len(batch) <= 200 for batch in database.batches)
+    # After each of its commits.
+    assert len(waits) == len(database.batches) - 1
+
+
+@pytest.mark.usefixtures("in_use_for_long")
+async def test_what_gives_way_has_one_commit_at_a_time(database: Database) -> None:
+    others = GroupCommit(database.store)
+    floods = GroupCommit(database.store, gives_way_to=[others])
+    await others.store([event()])
+    database.batches.clear()
+    database.open.clear()
+    calls = [asyncio.create_task(floods.store([event() for _ in range(150)])) for _ in range(3)]
+    await asyncio.gather(*(asyncio.create_task(database.asked.wait()) for _ in range(4)))
+    assert len(database.batches) == 1
+    database.open.set()
+    await asyncio.gather(*calls)
+    assert len(database.batches) == 3
