@@ -36,6 +36,7 @@ from delivery.reclaim import promote_stranded, reclaim
 from delivery.record import Recorder
 from delivery.send import send
 from delivery.sign import sign
+from delivery.vacuum import keep_clean
 from delivery.webhooks import Webhook, WebhookCache, forget_expired_secrets
 
 _DATABASE_RETRY_SECONDS = 0.5
@@ -91,6 +92,7 @@ class Engine:
                 group.create_task(self._recorder.run()),
                 group.create_task(self._listener.run()),
                 group.create_task(self._sweep_forever()),
+                group.create_task(keep_clean(self._pool)),
             ]
             await self._claim_until_stopped()
             await self._drain()

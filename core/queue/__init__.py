@@ -29,6 +29,7 @@ from core.queue.records import (
     Settlement,
 )
 from core.queue.settlement import settle
+from core.queue.upkeep import has_many_dead, vacuum
 from core.queue.verification import Finding, check_invariants
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "close_breakers",
     "enqueue",
     "enqueue_in_order",
+    "has_many_dead",
     "held",
     "hint",
     "open_breakers",
@@ -61,5 +63,6 @@ __all__ = [
     "release",
     "settle",
     "spend_rate",
+    "vacuum",
     "webhooks_with_backlog",
 ]
