@@ -16,6 +16,7 @@ from core.queue.backlog import (
 )
 from core.queue.breakers import close_breakers, open_breakers
 from core.queue.cancellation import cancel_webhook
+from core.queue.depth import Depth, depth
 from core.queue.holding import held
 from core.queue.leases import claim, reclaim, release
 from core.queue.order import chains_after, promote
@@ -38,6 +39,7 @@ __all__ = [
     "BreakerChange",
     "Chain",
     "Connection",
+    "Depth",
     "Finding",
     "LeasedDelivery",
     "NewEvent",
@@ -49,6 +51,7 @@ __all__ = [
     "check_invariants",
     "claim",
     "close_breakers",
+    "depth",
     "enqueue",
     "enqueue_in_order",
     "has_many_dead",
