@@ -119,6 +119,8 @@ def running_stack() -> Iterator[Stack]:
             "WEBHOOK_ALLOWED_CIDRS": "127.0.0.0/8",
             "WEBHOOK_ALLOWED_PORTS": "1-65535",
             "WEBHOOK_CA_FILE": str(ca_file),
+            "WEBHOOK_SERVER_METRICS_ADDRESS": "off",
+            "WEBHOOK_DELIVERY_METRICS_ADDRESS": "off",
             "WEBHOOK_JWT_ISSUER": ISSUER,
             "WEBHOOK_JWT_PUBLIC_KEY_FILE": str(key.public_key_file),
         }

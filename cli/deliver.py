@@ -2,21 +2,27 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
 from cli.egress import url_policy
+from cli.engine_metrics import EngineMetrics
 from cli.file_limit import fitting_in_flight
+from cli.metrics import Metrics
+from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import Pool, open_pool
 from core.keyring import load_keyring
+from delivery.census import Census
 from delivery.config import DeliverySettings
 from delivery.dialler import open_dialler
 from delivery.engine import Engine
+from delivery.measures import EngineMeasures
 
 #: Given up after that, a pool ends its connections without a word.
 _CLOSE_SECONDS = 2.0
@@ -35,9 +41,15 @@ class DeliverSettings:
 
 
 async def deliver(
-    settings: DeliverSettings, stop: asyncio.Event, ready: Callable[[], None] = lambda: None
+    settings: DeliverSettings,
+    stop: asyncio.Event,
+    ready: Callable[[], None] = lambda: None,
+    publish: Callable[[Metrics], AbstractAsyncContextManager[None]] | None = None,
 ) -> None:
-    """Deliver until `stop`; attempts in flight then finish, and nothing stays leased."""
+    """Deliver until `stop`; attempts in flight then finish, and nothing stays leased.
+
+    The metrics are published as the settings say, or by `publish` for as long as its context lasts.
+    """
     keyring = load_keyring(settings.encryption)
     policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
@@ -60,7 +72,14 @@ async def deliver(
             settings.delivery.max_in_flight, settings.database.database_pool_size
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
-        engine = Engine(bounded, pool, dialler, keyring, policy)
+        measures = EngineMeasures(settings.delivery.metrics_merchants)
+        engine = Engine(bounded, pool, dialler, keyring, policy, measures=measures)
+        census = Census(pool)
+        stack.push_async_callback(census.close)
+        publish = publish or partial(
+            listening, Place.of(settings.delivery, "delivery_metrics_address")
+        )
+        await stack.enter_async_context(publish(EngineMetrics(measures, pool, census)))
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())

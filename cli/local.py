@@ -79,7 +79,7 @@ async def running_platform(
     listen_address: str,
     receiver_port: int,
     ca_file: Path,
-    admin_listener: bool = True,
+    operator_listeners: bool = True,
 ) -> AsyncIterator[LocalPlatform]:
     """Server and engine until the end of the context."""
     key = ensure_development_key(directory / "keys")
@@ -90,9 +90,11 @@ async def running_platform(
     )
     server = load(ServerSettings, reflection=True).model_copy(
         update={"listen_address": listen_address}
-        | ({} if admin_listener else {"admin_address": None})
+        | ({} if operator_listeners else {"admin_address": None, "server_metrics_address": None})
     )
-    delivery = load(DeliverySettings)
+    delivery = load(DeliverySettings).model_copy(
+        update={} if operator_listeners else {"delivery_metrics_address": None}
+    )
     stop_serving, stop_delivering = asyncio.Event(), asyncio.Event()
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(

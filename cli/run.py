@@ -102,7 +102,7 @@ async def _demo(
             listen_address="127.0.0.1:0",
             receiver_port=receiver.port,
             ca_file=ca_file,
-            admin_listener=False,
+            operator_listeners=False,
         ) as platform,
     ):
         # Its own merchant, so that it disturbs nobody on a database that is not its own.

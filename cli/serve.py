@@ -11,14 +11,16 @@ import structlog
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
 from cli.egress import url_policy
 from cli.key_set import key_set_fetch
+from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
+from cli.server_metrics import ServerMetrics
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import open_pool
 from core.keyring import load_keyring
 from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
-from server.app import App
+from server.app import METHODS, App
 from server.caller_limits import PingPlaces
 from server.config import AuthSettings, ServerSettings, TlsSettings
 from server.database import open_sessions
@@ -29,6 +31,7 @@ from server.event_types import EventTypes
 from server.hint import Hints
 from server.ingest import Ingest
 from server.keys import JwksKeys, KeySource, PemKeys
+from server.measures import ServerMeasures
 from server.refusals import Refusals
 from server.tail import Tail
 from server.tokens import TokenVerifier
@@ -75,8 +78,9 @@ async def serve(
                 proxy=settings.egress.egress_proxy,
             )
         )
+        keys = await _keys(settings.auth, stack)
         verifier = TokenVerifier(
-            await _keys(settings.auth, stack),
+            keys,
             issuer=settings.auth.jwt_issuer,
             audience=settings.auth.jwt_audience,
             max_lifetime_seconds=settings.auth.jwt_max_lifetime_seconds,
@@ -84,11 +88,13 @@ async def serve(
         event_types = EventTypes(pool)
         hints = Hints(pool)
         tail = Tail(pool)
+        measures = ServerMeasures(METHODS)
         app = App(
             settings.server,
             verifier,
             tls=settings.tls,
             refusals=Refusals(sessions),
+            measures=measures,
             webhook_configs=WebhookConfigService(
                 sessions=sessions,
                 event_types=event_types,
@@ -99,23 +105,36 @@ async def serve(
                 max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
             ),
             events=EventService(
-                Ingest(pool, event_types, hints, settings.server.max_payload_bytes), pool
+                Ingest(pool, event_types, hints, settings.server.max_payload_bytes, measures),
+                pool,
             ),
             deliveries=DeliveryService(
                 pool,
                 sessions,
                 hints,
                 tail=tail,
+                measures=measures,
                 keyring=keyring,
                 watch_keep_alive_seconds=settings.server.watch_keep_alive_seconds,
                 watch_backlog=settings.server.watch_backlog,
             ),
             admin=AdminService(sessions, pool, hints, event_types),
         )
+
+        async def report_database(is_up: bool) -> None:
+            measures.database_up = is_up
+            await app.set_serving(is_up)
+
         watch = DatabaseWatch(
             settings.database,
-            app.set_serving,
+            report_database,
             interval_seconds=settings.server.health_interval_seconds,
+        )
+        await stack.enter_async_context(
+            listening(
+                Place.of(settings.server, "server_metrics_address"),
+                ServerMetrics(measures, pool, keys),
+            )
         )
         await app.start()
         log.info(

@@ -55,6 +55,11 @@ SecondsList = Annotated[
 ]
 
 
+def none_when_off(value: str | None) -> str | None:
+    """For addresses that may be `off`; an empty variable counts as not set, here as everywhere."""
+    return value if value and value.lower() != "off" else None
+
+
 class Block(BaseSettings):
     """Base of the settings blocks: from the environment, frozen, values masked where secret."""
 

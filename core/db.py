@@ -53,17 +53,43 @@ def connect_arguments(settings: DatabaseSettings, application_name: str) -> dict
     }
 
 
+class StatementCounter:
+    """How many statements have been sent."""
+
+    statements = 0
+
+
 class _Connection(asyncpg.Connection):  # type: ignore[misc]
     """Nothing here changes a session, so it costs no round trip to put one back into the pool.
 
     asyncpg still rolls back a transaction that was left open.
     """
 
+    #: The pool it belongs to, once it does.
+    counter = StatementCounter()
+
     def get_reset_query(self) -> str:
         return ""
 
+    # The ways to send one that we use; that of a transaction, for its BEGIN and COMMIT, is execute.
+    def execute(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().execute(*arguments, **options)
 
-class _BoundedPool(asyncpg.pool.Pool):  # type: ignore[misc]
+    def fetch(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().fetch(*arguments, **options)
+
+    def fetchrow(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().fetchrow(*arguments, **options)
+
+    def fetchval(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().fetchval(*arguments, **options)
+
+
+class _BoundedPool(asyncpg.pool.Pool, StatementCounter):  # type: ignore[misc]
     """asyncpg's pool, but nobody waits for a free connection longer than for a new one."""
 
     def __init__(self, dsn: str, *, timeout: float, size: int, **arguments: Any):
@@ -76,10 +102,14 @@ class _BoundedPool(asyncpg.pool.Pool):  # type: ignore[misc]
             loop=None,
             connection_class=_Connection,
             record_class=asyncpg.Record,
+            init=self._count_for,
             timeout=timeout,
             **arguments,
         )
         self._acquire_timeout = timeout
+
+    async def _count_for(self, connection: _Connection) -> None:
+        connection.counter = self
 
     def acquire(self, *, timeout: float | None = None) -> Any:
         return super().acquire(timeout=timeout or self._acquire_timeout)

@@ -8,6 +8,7 @@ import structlog
 
 from core import queue
 from core.db import Pool
+from core.measures import Histogram
 from core.queue import LeasedDelivery
 
 log = structlog.get_logger()
@@ -21,15 +22,18 @@ class Claim:
     deliveries: Sequence[LeasedDelivery]
 
 
-async def claim(pool: Pool, limit: int, lease_seconds: float) -> Claim:
+async def claim(pool: Pool, limit: int, lease_seconds: float, took: Histogram) -> Claim:
     """Claim up to `limit` deliveries; put those that may not be sent now where they belong.
 
     Such rows are few: what a config has due is parked or cancelled in the statement that stopped
-    it, and only retries, and events accepted at that very moment, can still become ready.
+    it, and only retries, and events accepted at that very moment, can still become ready. `took`
+    hears how long the statement that claims took.
     """
     asked_at = monotonic()
     leased = await queue.claim(pool, limit, lease_seconds)
-    if leased and monotonic() - asked_at > lease_seconds / 2:
+    seconds = monotonic() - asked_at
+    took.observe(seconds)
+    if leased and seconds > lease_seconds / 2:
         # The answer of a database that was frozen: the leases began before it, and others may have
         # taken them back already. An attempt needs up to half a lease.
         log.warning("claim_came_late", deliveries=len(leased))

@@ -1,8 +1,8 @@
 """Settings of the delivery engine alone."""
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from core.config import Block, Seconds, SecondsList
+from core.config import Block, Seconds, SecondsList, none_when_off
 
 #: Engine processes that one supervisor keeps.
 MAX_PROCESSES = 64
@@ -78,6 +78,20 @@ class DeliverySettings(Block):
         description="engine processes that one `postrider delivery` keeps running, each with its "
         "own places in flight and database connections; one uses at most one core",
     )
+    delivery_metrics_address: str | None = Field(
+        "127.0.0.1:9465",
+        description="host:port where Prometheus finds the metrics of the engines of one `postrider "
+        "delivery`, however many, and probes find /live and /ready; `off` for none",
+    )
+    metrics_merchants: int = Field(
+        20,
+        ge=0,
+        le=1000,
+        description="merchants whose deliveries an engine's metrics tell apart: those with the "
+        "most lately; the others are one figure",
+    )
+
+    _off = field_validator("delivery_metrics_address")(none_when_off)
 
     @model_validator(mode="after")
     def _lease_outlives_attempt(self) -> "DeliverySettings":

@@ -29,6 +29,7 @@ from delivery.config import DeliverySettings
 from delivery.dialler import Dialler
 from delivery.judge import asked_seconds, judge, log_attempt
 from delivery.listen import Listener
+from delivery.measures import EngineMeasures
 from delivery.outcome import receiver_works
 from delivery.places import Places
 from delivery.rate_limit import RateLimits
@@ -60,13 +61,17 @@ class Engine:
         dialler: Dialler,
         keyring: KeyRing,
         url_policy: UrlPolicy,
+        *,
+        measures: EngineMeasures,
     ):
         self._settings = settings
         self._pool = pool
         self._dialler = dialler
         self._webhooks = WebhookCache(pool, keyring, url_policy)
         self._listener = Listener(pool, settings.poll_seconds)
-        self._recorder = Recorder(pool, settings, self._on_settled)
+        self._measures = measures
+        measures.in_flight_limit = settings.max_in_flight
+        self._recorder = Recorder(pool, settings, measures, self._on_settled)
         self._places = Places(settings.max_in_flight, settings.max_in_flight_per_webhook)
         self._capacity = Capacity(
             self._webhooks, self._places, RateLimits(pool, self._listener.expect_retry)
@@ -108,7 +113,10 @@ class Engine:
             try:
                 self._places.survey()
                 await self._admission.refill(self._capacity.wanted_now, busy=busy)
-                claimed = await claim(self._pool, limit, self._settings.lease_seconds)
+                claimed = await claim(
+                    self._pool, limit, self._settings.lease_seconds, self._measures.claim
+                )
+                self._measures.database_reached()
                 await self._dispatch(claimed.deliveries)
             except RETRYABLE_ERRORS as error:
                 log.warning("claim_retried", error=repr(error))
@@ -160,6 +168,7 @@ class Engine:
 
     def _begin(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
         self._in_flight += 1
+        self._measures.in_flight += 1
         task = asyncio.create_task(self._attempt(delivery, webhook, claimed_at))
         self._attempts[task] = delivery
         task.add_done_callback(self._on_attempt_done)
@@ -180,6 +189,7 @@ class Engine:
             self._places.end(webhook.id, works)
         settlement = judge(delivery, webhook, self._settings, started_at, result)
         log_attempt(delivery, settlement)
+        self._measures.attempt_ended(delivery, settlement)
         asked = asked_seconds(result, self._settings)
         self._recorder.put(settlement, self._breaker.judge(delivery, works, asked))
 
@@ -202,6 +212,7 @@ class Engine:
 
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
         delivery = self._attempts.pop(task)
+        self._measures.in_flight -= 1
         self._room_grew.set()
         if not task.cancelled() and (error := task.exception()):
             # A bug, and no result to record: the lease will end, and the delivery be tried again.
@@ -214,10 +225,14 @@ class Engine:
         for settlement in batch:
             if settlement.delivery_id not in settled.delivery_ids:
                 # Another engine has it, or its config was deleted: it is theirs to record.
+                self._measures.leases_lost += 1
                 log.warning("lease_lost", delivery_id=format_id("dlv", settlement.delivery_id))
-            elif settlement.final_state is None:
+                continue
+            self._measures.settled(settlement)
+            if settlement.final_state is None:
                 self._listener.expect_retry(settlement.retry_after_seconds)
         for webhook_id, reason in settled.deactivated.items():
+            self._measures.deactivations[reason] += 1
             log.warning(
                 "webhook_deactivated", webhook_id=format_id("wh", webhook_id), reason=reason.value
             )
@@ -238,7 +253,9 @@ class Engine:
             except RETRYABLE_ERRORS as error:
                 log.warning("sweep_retried", error=repr(error))
             else:
+                self._measures.database_reached()
                 if reclaimed:
+                    self._measures.leases_reclaimed += reclaimed
                     log.warning("leases_reclaimed", deliveries=reclaimed)
                 if reclaimed or promoted or admitted:
                     self._listener.wake()

@@ -53,6 +53,9 @@ def judge(
         first_byte_us=result.first_byte_us,
         remote_address=result.remote_address,
         response_excerpt=result.response_excerpt,
+        number=delivery.attempt_count + 1,
+        merchant_id=delivery.merchant_id,
+        owed_since=delivery.owed_since,
     )
 
 

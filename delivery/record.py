@@ -8,6 +8,7 @@ they change about breakers is written before them, so that no delivery slips in 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from time import perf_counter
 from uuid import UUID
 
 import asyncpg
@@ -18,6 +19,7 @@ from core.db import RETRYABLE_ERRORS, Pool
 from core.ids import format_id
 from core.queue import BreakerChange, Settled, Settlement
 from delivery.config import DeliverySettings
+from delivery.measures import EngineMeasures
 
 #: Settlements in one statement; more wait for the next one.
 _BATCH_MAX = 500
@@ -33,10 +35,12 @@ class Recorder:
         self,
         pool: Pool,
         settings: DeliverySettings,
+        measures: EngineMeasures,
         on_settled: Callable[[Sequence[Settlement], Settled], None],
     ):
         self._pool = pool
         self._settings = settings
+        self._measures = measures
         self._on_settled = on_settled
         self._pending: list[Settlement] = []
         # A settle met somebody's lock: look for what is held before each, until nothing is.
@@ -81,9 +85,12 @@ class Recorder:
                 async with self._pool.acquire() as connection, connection.transaction():
                     held = await queue.held(connection, batch) if self._wary else frozenset()
                     free = [s for s in batch if s.delivery_id not in held]
+                    began = perf_counter()
                     settled = await queue.settle(
                         connection, free, self._settings.max_consecutive_failures
                     )
+                # With its commit, which is the dear part.
+                self._measures.settle.observe(perf_counter() - began)
                 self._wary = bool(held)
                 await self._postpone([s for s in batch if s.delivery_id in held], not free)
                 return [(free, settled)]
@@ -144,6 +151,7 @@ class Recorder:
             self._settings.breaker_cooldown_seconds,
             self._settings.breaker_cooldown_max_seconds,
         )
+        self._measures.breakers_opened += len(opened)
         for change in changes:
             if change.webhook_id in opened:
                 log.warning(
@@ -156,7 +164,9 @@ class Recorder:
 
     async def _close_breakers(self, webhook_ids: Sequence[UUID]) -> None:
         if webhook_ids:
-            for webhook_id in await queue.close_breakers(self._pool, webhook_ids):
+            closed = await queue.close_breakers(self._pool, webhook_ids)
+            self._measures.breakers_closed += len(closed)
+            for webhook_id in closed:
                 log.info("breaker_closed", webhook_id=format_id("wh", webhook_id))
 
     def _set_aside(

@@ -28,13 +28,14 @@ from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.interceptors import CallInterceptor
 from server.limits import channel_options
+from server.measures import ServerMeasures
 from server.refusals import Refusals
 from server.tls import listeners
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
 
-SERVICE_NAMES = tuple(
-    module.DESCRIPTOR.services_by_name[name].full_name
+_SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name]
     for module, name in (
         (webhook_config_service_pb2, "WebhookConfigService"),
         (event_service_pb2, "EventService"),
@@ -42,6 +43,7 @@ SERVICE_NAMES = tuple(
         (admin_service_pb2, "AdminService"),
     )
 )
+SERVICE_NAMES = tuple(service.full_name for service in _SERVICES)
 
 # Probes of an orchestrator carry no token.
 _HEALTH_METHODS = frozenset(
@@ -52,6 +54,13 @@ _REFLECTION_METHODS = frozenset(
     f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
     for version in ("v1", "v1alpha")
 )
+
+#: Every method that is served, as /package.Service/Method, and whether it is a stream.
+METHODS = {
+    f"/{service.full_name}/{method.name}": method.client_streaming or method.server_streaming
+    for service in (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"])
+    for method in service.methods
+} | dict.fromkeys(_REFLECTION_METHODS, True)
 
 #: Says only that the process lives, for a probe that restarts it: no restart mends the database.
 LIVENESS = "liveness"
@@ -81,6 +90,7 @@ class App:
         *,
         tls: TlsSettings | None,
         refusals: Refusals,
+        measures: ServerMeasures,
         webhook_configs: WebhookConfigService,
         events: EventService,
         deliveries: DeliveryService,
@@ -99,7 +109,7 @@ class App:
         )
         self._server = grpc.aio.server(
             # The outer one turns what the inner raises into a status.
-            interceptors=[CallInterceptor(authentication, refusals)],
+            interceptors=[CallInterceptor(authentication, refusals, measures)],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=channel_options(settings),
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from core.config import Block, Seconds
+from core.config import Block, Seconds, none_when_off
 from server.principal import Scope, parse_certificate_scopes
 
 
@@ -21,6 +21,11 @@ class ServerSettings(Block):
         "127.0.0.1:50052",
         description="host:port where operators' tools find health, reflection and channelz without "
         "a token, so keep it on loopback; `off` for none",
+    )
+    server_metrics_address: str | None = Field(
+        "127.0.0.1:9464",
+        description="host:port where Prometheus finds the metrics of a server, by HTTP and without "
+        "a token: [::]:9464 for all interfaces; `off` for none",
     )
     reflection: bool = Field(
         False, description="serve gRPC reflection without a token, for grpcurl in development"
@@ -110,11 +115,7 @@ class ServerSettings(Block):
         15.0, description="how long running RPCs may finish after SIGTERM"
     )
 
-    @field_validator("admin_address")
-    @classmethod
-    def _off(cls, value: str | None) -> str | None:
-        # An empty variable counts as not set, here as everywhere.
-        return value if value and value.lower() != "off" else None
+    _off = field_validator("admin_address", "server_metrics_address")(none_when_off)
 
 
 class AuthSettings(Block):

@@ -28,6 +28,7 @@ from server.history import (
     has_webhook,
     list_deliveries,
 )
+from server.measures import ServerMeasures
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Scope
 from server.resume_token import ResumeTokens
@@ -48,6 +49,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         hints: Hints,
         *,
         tail: Tail,
+        measures: ServerMeasures,
         keyring: KeyRing,
         watch_keep_alive_seconds: float,
         watch_backlog: int,
@@ -56,6 +58,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         self._sessions = sessions
         self._hints = hints
         self._tail = tail
+        self._measures = measures
         self._keyring = keyring
         self._watch_keep_alive_seconds = watch_keep_alive_seconds
         self._watch_backlog = watch_backlog
@@ -138,9 +141,15 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             keep_alive_seconds=self._watch_keep_alive_seconds,
             expires_at=principal().expires_at,
         )
-        async with aclosing(watch.follow(start or Position(since.xmin if since else 0))) as told:
-            async for news in told:
-                yield convert.watch_message(news.recorded, tokens.seal(news.position))
+        self._measures.watchers += 1
+        try:
+            async with aclosing(
+                watch.follow(start or Position(since.xmin if since else 0))
+            ) as told:
+                async for news in told:
+                    yield convert.watch_message(news.recorded, tokens.seal(news.position))
+        finally:
+            self._measures.watchers -= 1
 
     async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
         row = await find_delivery(self._pool, merchant_id, convert.id_of("dlv", text))

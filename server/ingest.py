@@ -10,6 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from time import perf_counter
 from typing import NamedTuple
 from uuid import UUID
 
@@ -24,6 +25,7 @@ from server.crowds import FLOOD, Crowds
 from server.event_types import EventTypes, unknown_event_type
 from server.group_commit import GroupCommit
 from server.hint import Hints
+from server.measures import ServerMeasures
 
 _MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: Of idempotency and of ordering.
@@ -91,11 +93,19 @@ type _Stored = dict[UUID, _Result]
 class Ingest:
     """The way in: drafts go in, committed events or the reasons against them come out."""
 
-    def __init__(self, pool: Pool, event_types: EventTypes, hints: Hints, max_payload_bytes: int):
+    def __init__(
+        self,
+        pool: Pool,
+        event_types: EventTypes,
+        hints: Hints,
+        max_payload_bytes: int,
+        measures: ServerMeasures,
+    ):
         self._pool = pool
         self._event_types = event_types
         self._hints = hints
         self._max_payload_bytes = max_payload_bytes
+        self._measures = measures
         self._crowds = Crowds()
 
         async def store(events: Sequence[NewEvent]) -> _Stored:
@@ -126,6 +136,7 @@ class Ingest:
                 # The turn of other calls.
                 await asyncio.sleep(0)
         events = [event for event in checked if isinstance(event, NewEvent)]
+        self._measures.events_rejected += len(checked) - len(events)
         stored = await self._commits_for(events).store(events) if events else {}
         return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
 
@@ -144,7 +155,11 @@ class Ingest:
         return await queue.enqueue(pool, events, crowd=crowd)
 
     async def _store(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> _Stored:
+        began = perf_counter()
         accepted = await enqueue(self._pool, events)
+        self._measures.commit.observe(perf_counter() - began)
+        self._measures.commit_events.observe(len(events))
+        self._measures.events_accepted += len(accepted)
         if any(delivery_count for delivery_count, _ in accepted.values()):
             self._hints.give()
         stored: _Stored = {}
@@ -177,6 +192,7 @@ class Ingest:
         for event in events:
             row = previous[event.merchant_id, event.idempotency_key]
             if row["content_hash"] != event.content_hash:
+                self._measures.events_rejected += 1
                 results[event.id] = AlreadyExists(
                     "this idempotency key was used for another event: use a new key for a new "
                     "event, and the same type, content type, payload, not_before and ordering key "
@@ -184,6 +200,7 @@ class Ingest:
                     reason="IDEMPOTENCY_KEY_REUSED",
                 )
             else:
+                self._measures.events_duplicate += 1
                 results[event.id] = PublishedEvent(
                     id=row["id"],
                     merchant_id=event.merchant_id,

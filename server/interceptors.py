@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 
 from core.errors import PostriderError
 from server.authentication import current_principal
+from server.measures import ServerMeasures
 from server.present_call import current_context
 from server.refusals import Refusals
 from server.request_id import begin_request, current_request_id
@@ -37,9 +38,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     That one is called from here, since each interceptor that gRPC calls has its price in every RPC.
     """
 
-    def __init__(self, inside: grpc.aio.ServerInterceptor, refusals: Refusals):
+    def __init__(
+        self, inside: grpc.aio.ServerInterceptor, refusals: Refusals, measures: ServerMeasures
+    ):
         self._inside = inside
         self._refusals = refusals
+        self._measures = measures
         # As many as there are methods, and one: that of all refusals.
         self._answering: dict[Handler, Handler] = {}
 
@@ -48,52 +52,56 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        _present_call.set((handler_call_details.method, perf_counter()))
+        method = handler_call_details.method
+        _present_call.set((method, perf_counter()))
         begin_request(handler_call_details.invocation_metadata)
         handler = await self._inside.intercept_service(continuation, handler_call_details)
         if handler is None:
+            self._measures.rpc_ended(method, grpc.StatusCode.UNIMPLEMENTED.name, 0.0)
             return None
         answering = self._answering.get(handler)
         if answering is None:
-            answering = self._answering[handler] = _answering(handler, self._refusals)
+            answering = self._answering[handler] = _answering(
+                handler, self._refusals, self._measures
+            )
         return answering
 
 
-def _answering(handler: Handler, refusals: Refusals) -> Handler:
+def _answering(handler: Handler, refusals: Refusals, measures: ServerMeasures) -> Handler:
     """The same handler, with a log line and every error as a status."""
     codecs = {
         "request_deserializer": handler.request_deserializer,
         "response_serializer": handler.response_serializer,
     }
     if handler.response_streaming:
-        responses = _streaming(handler.stream_stream or handler.unary_stream, refusals)
+        responses = _streaming(handler.stream_stream or handler.unary_stream, refusals, measures)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(responses, **codecs)
         return grpc.unary_stream_rpc_method_handler(responses, **codecs)
-    answer = _unary(handler.stream_unary or handler.unary_unary, refusals)
+    answer = _unary(handler.stream_unary or handler.unary_unary, refusals, measures)
     if handler.request_streaming:
         return grpc.stream_unary_rpc_method_handler(answer, **codecs)
     return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-def _unary(behaviour: Any, refusals: Refusals) -> Any:
+def _unary(behaviour: Any, refusals: Refusals, measures: ServerMeasures) -> Any:
     async def answer(request: Any, context: Context) -> Any:
         current_context.set(context)
         try:
             response = await behaviour(request, context)
         except asyncio.CancelledError:
-            _log("CANCELLED")
+            _log(measures, "CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, refusals, request)
+            await _abort(context, error, refusals, measures, request)
         else:
-            _log("OK")
+            _log(measures, "OK")
             return response
 
     return answer
 
 
-def _streaming(behaviour: Any, refusals: Refusals) -> Any:
+def _streaming(behaviour: Any, refusals: Refusals, measures: ServerMeasures) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
         current_context.set(context)
         try:
@@ -105,24 +113,31 @@ def _streaming(behaviour: Any, refusals: Refusals) -> Any:
             async for response in responses:
                 yield response
         except (asyncio.CancelledError, GeneratorExit):
-            _log("CANCELLED")
+            _log(measures, "CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, refusals, request)
+            await _abort(context, error, refusals, measures, request)
         else:
-            _log("OK")
+            _log(measures, "OK")
 
     return answer
 
 
-async def _abort(context: Context, error: Exception, refusals: Refusals, request: object) -> None:
+async def _abort(
+    context: Context,
+    error: Exception,
+    refusals: Refusals,
+    measures: ServerMeasures,
+    request: object,
+) -> None:
+    method, began = _present_call.get()
     if isinstance(error, grpc.aio.AbortError):
         # A handler of a library (health, reflection) has already answered.
+        measures.rpc_ended(method, context.code().name, perf_counter() - began)
         raise error
-    method, _ = _present_call.get()
     domain_error = to_domain_error(error)
     known = rpc_status.to_status(_status_of(error, domain_error, method))
-    _log(known.code.name, message=known.details, peer=context.peer())
+    _log(measures, known.code.name, message=known.details, peer=context.peer())
     if domain_error is not None:
         await refusals.record(domain_error, method, request)
     await context.abort_with_status(known)
@@ -139,14 +154,16 @@ def _status_of(
     return to_status(domain_error)
 
 
-def _log(code: str, **fields: str) -> None:
+def _log(measures: ServerMeasures, code: str, **fields: str) -> None:
     method, began = _present_call.get()
+    seconds = perf_counter() - began
+    measures.rpc_ended(method, code, seconds)
     principal = current_principal.get(None)
     log.info(
         "rpc",
         method=method,
         code=code,
-        duration_ms=round((perf_counter() - began) * 1000, 3),
+        duration_ms=round(seconds * 1000, 3),
         request_id=current_request_id.get(),
         subject=principal.subject if principal else None,
         merchant_id=principal.merchant_id if principal else None,

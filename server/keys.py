@@ -126,10 +126,10 @@ class JwksKeys:
         self._waiting = 0
 
     async def keys_for(self, kid: str | None) -> tuple[VerificationKey, ...]:
-        if self._age() > STALE_AFTER_SECONDS:
+        if self.age_seconds > STALE_AFTER_SECONDS:
             await self._refresh()
             self._require_keys()
-        elif self._age() > REFRESH_AFTER_SECONDS:
+        elif self.age_seconds > REFRESH_AFTER_SECONDS:
             self._take_off()
         if kid not in self._keys and self._waiting < WAITING_MAX:
             self._waiting += 1
@@ -140,11 +140,13 @@ class JwksKeys:
         key = self._keys.get(kid)
         return () if key is None else (key,)
 
-    def _age(self) -> float:
+    @property
+    def age_seconds(self) -> float:
+        """Since the key set was last fetched well; infinity before that."""
         return self._clock() - self._loaded_at
 
     def _require_keys(self) -> None:
-        if self._age() > STALE_AFTER_SECONDS:
+        if self.age_seconds > STALE_AFTER_SECONDS:
             wait = self._fetched_at + FETCH_INTERVAL_SECONDS - self._clock()
             raise Unavailable(
                 "tokens cannot be verified at present: the issuer's keys are away; try again",

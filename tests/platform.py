@@ -110,7 +110,7 @@ class Platform:
             database=self.settings.database,
             encryption=self.settings.encryption,
             egress=self.settings.egress,
-            delivery=DeliverySettings(**delivery_settings),
+            delivery=DeliverySettings(**{"delivery_metrics_address": None, **delivery_settings}),
         )
         stop, ready = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(deliver(settings, stop, ready.set))
@@ -142,7 +142,12 @@ def serve_settings(
         egress=egress
         or EgressSettings(allowed_cidrs="127.0.0.0/8", allowed_ports="1-65535", ca_file=ca_file),
         server=ServerSettings(
-            **{"listen_address": "127.0.0.1:0", "admin_address": None, **server_settings}
+            **{
+                "listen_address": "127.0.0.1:0",
+                "admin_address": None,
+                "server_metrics_address": None,
+                **server_settings,
+            }
         ),
         auth=AuthSettings(jwt_issuer=ISSUER, jwt_public_key_file=key.public_key_file),
         tls=tls,

@@ -139,6 +139,8 @@ def environment_of(database_url: str, ca_file: Path, public_key_file: Path) -> d
         "WEBHOOK_JWT_PUBLIC_KEY_FILE": str(public_key_file),
         "WEBHOOK_LISTEN_ADDRESS": "127.0.0.1:0",
         "WEBHOOK_ADMIN_ADDRESS": "off",
+        "WEBHOOK_SERVER_METRICS_ADDRESS": "off",
+        "WEBHOOK_DELIVERY_METRICS_ADDRESS": "off",
         "WEBHOOK_LOG_FORMAT": "json",
     }
 

@@ -56,10 +56,13 @@ class LeasedDelivery(NamedTuple):
     #: Whether more of the config's deliveries were parked.
     has_backlog: bool
     event_id: UUID
+    merchant_id: str
     event_type: str
     content_type: str
     payload: bytes
     attempt_count: int
+    #: When it was accepted or asked for again, or later: its event's not_before.
+    owed_since: datetime
     claimed_at: datetime
 
     @property
@@ -90,6 +93,10 @@ class Settlement(NamedTuple):
     first_byte_us: int | None = None
     remote_address: str | None = None
     response_excerpt: str = ""
+    #: Which attempt it was, whose, and since when it was owed: for who counts what is settled.
+    number: int = 1
+    merchant_id: str = ""
+    owed_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

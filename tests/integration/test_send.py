@@ -774,10 +774,12 @@ def leased(payload: bytes, attempt_count: int = 0) -> LeasedDelivery:
         breaker_open_until=None,
         has_backlog=False,
         event_id=new_id(),
+        merchant_id="m_1",
         event_type="payment.succeeded",
         content_type="application/json; charset=utf-8",
         payload=payload,
         attempt_count=attempt_count,
+        owed_since=datetime.datetime.now(datetime.UTC),
         claimed_at=datetime.datetime.now(datetime.UTC),
     )
 

@@ -11,6 +11,7 @@ from server.authentication import AuthenticationInterceptor, current_principal
 from server.caller_limits import CallerLimits
 from server.config import ServerSettings
 from server.interceptors import CallInterceptor
+from server.measures import ServerMeasures
 from server.refusals import Refusals
 from server.tokens import TokenVerifier, token_refused
 from tests.errors import Refusal, refusal_of
@@ -57,7 +58,8 @@ async def call() -> AsyncIterator[Any]:
     authentication = AuthenticationInterceptor(verifier, CallerLimits(ServerSettings()))
     options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 32_768)]
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(authentication, NobodyIsKnown())], options=options
+        interceptors=[CallInterceptor(authentication, NobodyIsKnown(), ServerMeasures({}))],
+        options=options,
     )
 
     async def echo(request: bytes, _context: Any) -> bytes:

@@ -30,10 +30,12 @@ def delivery(webhook_id: object = ONE, open_until: datetime | None = None) -> Le
         breaker_open_until=open_until,
         has_backlog=False,
         event_id=new_id(),
+        merchant_id="m_1",
         event_type="payment.succeeded",
         content_type="application/json",
         payload=b"{}",
         attempt_count=0,
+        owed_since=NOW,
         claimed_at=NOW,
     )
 

@@ -1,0 +1,81 @@
+"""What an engine says when Prometheus asks."""
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client.metrics_core import Metric
+
+from cli import metric_families as families
+from cli.metrics import pool_metrics, process_metrics
+from core.db import Pool
+from delivery.census import Census, Reading
+from delivery.measures import EngineMeasures
+
+
+class EngineMetrics:
+    """Of the one engine of this process."""
+
+    def __init__(self, measures: EngineMeasures, pool: Pool, census: Census):
+        self._measures = measures
+        self._pool = pool
+        self._census = census
+
+    async def scrape(self) -> Sequence[Metric]:
+        reading = await self._census.reading()
+        return [
+            *_engine(self._measures),
+            *_database(reading),
+            *pool_metrics(self._pool, database_up=reading.database_up),
+            *process_metrics(),
+        ]
+
+    async def is_ready(self) -> bool:
+        return self._measures.is_ready
+
+
+def _engine(measures: EngineMeasures) -> Iterable[Metric]:
+    yield families.ATTEMPTS.of({(o.value,): count for o, count in measures.attempts.items()})
+    yield families.DELIVERIES.of({(s.value,): count for s, count in measures.deliveries.items()})
+    yield families.DELIVERY_ATTEMPTS.one(measures.delivery_attempts)
+    yield families.ATTEMPT_DURATION.of(
+        {
+            ("dns",): measures.dns,
+            ("connect",): measures.connect,
+            ("first_byte",): measures.first_byte,
+            ("whole",): measures.whole,
+        }
+    )
+    yield families.PUBLISH_TO_FIRST_ATTEMPT.one(measures.publish_to_first_attempt)
+    yield families.PUBLISH_TO_DELIVERED.one(measures.publish_to_delivered)
+    yield families.DEACTIVATIONS.of({(r.value,): n for r, n in measures.deactivations.items()})
+    yield families.BREAKER_CHANGES.of(
+        {("open",): measures.breakers_opened, ("closed",): measures.breakers_closed}
+    )
+    yield families.LEASES_RECLAIMED.one(measures.leases_reclaimed)
+    yield families.LEASES_LOST.one(measures.leases_lost)
+    yield families.IN_FLIGHT.one(measures.in_flight)
+    yield families.IN_FLIGHT_LIMIT.one(measures.in_flight_limit)
+    yield families.CLAIM_DURATION.one(measures.claim)
+    yield families.SETTLE_DURATION.one(measures.settle)
+    yield families.MERCHANT_DELIVERIES.of(
+        {
+            (merchant_id, state.value): count
+            for merchant_id, tally in measures.merchants.tallies().items()
+            for state, count in tally.items()
+        }
+    )
+
+
+def _database(reading: Reading) -> Iterable[Metric]:
+    depth = reading.depth
+    yield families.QUEUE_DELIVERIES.of(
+        {(s.value,): count for s, count in depth.deliveries.items()} if depth else {}
+    )
+    yield families.QUEUE_OLDEST_DUE_AGE.one(depth.oldest_due_age_seconds if depth else None)
+    yield families.WEBHOOK_CONFIGS.of(
+        {(status,): count for status, count in (reading.configs or {}).items()}
+    )
+    yield families.BREAKERS.of(
+        {("open",): depth.open_breakers, ("half_open",): depth.half_open_breakers} if depth else {}
+    )
+    yield families.PARTITION_DAYS_AHEAD.one(reading.partition_days_ahead)
+    yield families.CLOCK_SKEW.one(reading.clock_skew_seconds)

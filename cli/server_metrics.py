@@ -1,0 +1,59 @@
+"""What a server says when Prometheus asks."""
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client.metrics_core import Metric
+
+from cli import metric_families as families
+from cli.metrics import pool_metrics, process_metrics
+from core.db import Pool
+from server.keys import JwksKeys, KeySource
+from server.measures import ServerMeasures
+
+
+class ServerMetrics:
+    """Of the one server of this process."""
+
+    def __init__(self, measures: ServerMeasures, pool: Pool, keys: KeySource):
+        self._measures = measures
+        self._pool = pool
+        self._keys = keys
+
+    async def scrape(self) -> Sequence[Metric]:
+        return [
+            *_server(self._measures, self._keys),
+            *pool_metrics(self._pool, database_up=self._measures.database_up),
+            *process_metrics(),
+        ]
+
+    async def is_ready(self) -> bool:
+        return self._measures.database_up
+
+
+def _server(measures: ServerMeasures, keys: KeySource) -> Iterable[Metric]:
+    yield families.RPCS.of(
+        {
+            (method, code): count
+            for method, of_method in measures.methods.items()
+            for code, count in of_method.codes.items()
+        }
+    )
+    yield families.RPC_DURATION.of(
+        {
+            (method,): of_method.duration
+            for method, of_method in measures.methods.items()
+            if of_method.duration is not None
+        }
+    )
+    yield families.EVENTS.of(
+        {
+            ("accepted",): measures.events_accepted,
+            ("duplicate",): measures.events_duplicate,
+            ("rejected",): measures.events_rejected,
+        }
+    )
+    yield families.COMMIT_DURATION.one(measures.commit)
+    yield families.COMMIT_EVENTS.one(measures.commit_events)
+    age = keys.age_seconds if isinstance(keys, JwksKeys) else float("inf")
+    yield families.JWKS_AGE.one(age if age < float("inf") else None)
+    yield families.WATCHERS.one(measures.watchers)

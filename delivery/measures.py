@@ -1,0 +1,77 @@
+"""What one engine counts of itself, for whoever asks."""
+
+from collections.abc import Callable
+from time import monotonic
+
+from core.lifecycle import DeactivationReason, DeliveryState, Outcome
+from core.measures import LONG, REQUEST, SHORT, Histogram
+from core.queue import LeasedDelivery, Settlement
+from delivery.busiest import BusiestMerchants
+
+#: Claims and sweeps ask the database every second, so this is long.
+_QUIET_SECONDS_MAX = 10.0
+#: A delivery has 1 attempt, 4 by default, 21 at most.
+_ATTEMPTS = (1, 2, 3, 4, 6, 11, 21)
+_MICRO = 1e-6
+
+
+class EngineMeasures:
+    """Counts since the process began; nothing here is read by the engine itself."""
+
+    def __init__(self, merchants: int, clock: Callable[[], float] = monotonic):
+        self._clock = clock
+        self._reached_at = float("-inf")
+        self.attempts = dict.fromkeys(Outcome, 0)
+        self.deliveries = {DeliveryState.DELIVERED: 0, DeliveryState.FAILED: 0}
+        self.merchants = BusiestMerchants(merchants, clock)
+        self.delivery_attempts = Histogram(_ATTEMPTS)
+        self.dns = Histogram(REQUEST)
+        self.connect = Histogram(REQUEST)
+        self.first_byte = Histogram(REQUEST)
+        self.whole = Histogram(REQUEST)
+        self.publish_to_first_attempt = Histogram(LONG)
+        self.publish_to_delivered = Histogram(LONG)
+        self.deactivations = {DeactivationReason.FAILURES: 0, DeactivationReason.GONE: 0}
+        self.breakers_opened = 0
+        self.breakers_closed = 0
+        self.leases_reclaimed = 0
+        self.leases_lost = 0
+        self.in_flight = 0
+        self.in_flight_limit = 0
+        self.claim = Histogram(SHORT)
+        self.settle = Histogram(SHORT)
+
+    def database_reached(self) -> None:
+        """A claim or a sweep went through."""
+        self._reached_at = self._clock()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has reached the queue lately."""
+        return self._clock() - self._reached_at <= _QUIET_SECONDS_MAX
+
+    def attempt_ended(self, delivery: LeasedDelivery, settlement: Settlement) -> None:
+        """An attempt has its result, whether or not that can be recorded."""
+        self.attempts[settlement.outcome] += 1
+        self.whole.observe(settlement.duration_us * _MICRO)
+        if settlement.dns_us is not None:
+            self.dns.observe(settlement.dns_us * _MICRO)
+        if settlement.connect_us is not None:
+            self.connect.observe(settlement.connect_us * _MICRO)
+        if settlement.first_byte_us is not None:
+            self.first_byte.observe(settlement.first_byte_us * _MICRO)
+        if delivery.attempt_count == 0:
+            waited = settlement.started_at - delivery.owed_since
+            self.publish_to_first_attempt.observe(waited.total_seconds())
+
+    def settled(self, settlement: Settlement) -> None:
+        """A result is on record. What it ended is finished, by this engine and by no other."""
+        state = settlement.final_state
+        if state is None:
+            return
+        self.deliveries[state] += 1
+        self.delivery_attempts.observe(settlement.number)
+        self.merchants.count(settlement.merchant_id, state)
+        if state is DeliveryState.DELIVERED and settlement.owed_since is not None:
+            took = (settlement.started_at - settlement.owed_since).total_seconds()
+            self.publish_to_delivered.observe(took + settlement.duration_us * _MICRO)
