@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # Before anything imports grpc: its core writes to stderr, past our logs.
@@ -95,8 +96,10 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     """
     from cli.deliver import DeliverSettings, deliver  # noqa: PLC0415
     from cli.lifeline import EngineEnd  # noqa: PLC0415
+    from cli.metrics_listener import Place  # noqa: PLC0415
     from cli.stop import stop_on_signals  # noqa: PLC0415
     from cli.supervise import supervise  # noqa: PLC0415
+    from cli.supervisor_metrics import telling  # noqa: PLC0415
     from delivery.config import DeliverySettings  # noqa: PLC0415
 
     configure_logs(load(LogSettings))
@@ -108,7 +111,8 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     )
     processes = processes or settings.delivery.delivery_processes
     if processes > 1:
-        sys.exit(asyncio.run(supervise(processes)))
+        place = Place.of(settings.delivery, "delivery_metrics_address")
+        sys.exit(asyncio.run(supervise(processes, place)))
 
     async def run() -> None:
         stop = stop_on_signals()
@@ -117,7 +121,7 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
         else:
             end = EngineEnd(lifeline)
             end.pass_stop_on(stop)
-            await deliver(settings, stop, end.say_ready)
+            await deliver(settings, stop, end.say_ready, partial(telling, end))
 
     uvloop.run(run())
 

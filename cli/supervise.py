@@ -6,7 +6,7 @@ The engines are programs started anew, never forks of a running loop, and each i
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -15,7 +15,9 @@ import click
 import structlog
 
 from cli.lifeline import SupervisorEnd
+from cli.metrics_listener import Place, listening
 from cli.stop import stop_on_signals
+from cli.supervisor_metrics import SupervisorMetrics
 
 _FIRST_DELAY_SECONDS = 0.5
 _LONGEST_DELAY_SECONDS = 30.0
@@ -25,14 +27,20 @@ _SETTLED_SECONDS = 60.0
 log = structlog.get_logger()
 
 
-async def supervise(count: int) -> int:
+async def supervise(count: int, place: Place) -> int:
     """Keep `count` engines delivering until SIGTERM, then let them drain; returns the exit code.
 
     The first starts alone. What keeps it from delivering (settings, the schema, the database) would
     keep the others from it, too, so its exit code is ours then and nothing is tried again. From
     then on an engine that ends is started anew, after a delay that grows while it keeps ending.
+    The metrics of all of them are at `place`.
     """
     engines = [_EngineProcess(number) for number in range(1, count + 1)]
+    async with listening(place, SupervisorMetrics(engines)):
+        return await _keep_all(engines)
+
+
+async def _keep_all(engines: Sequence["_EngineProcess"]) -> int:
 
     def kill_all() -> None:
         for engine in engines:
@@ -57,7 +65,7 @@ class _EngineProcess:
     """One engine, through all the processes it takes."""
 
     def __init__(self, number: int):
-        self._number = number
+        self.number = number
         self._process: asyncio.subprocess.Process | None = None
         self._lifeline: SupervisorEnd | None = None
         self.delivers = False
@@ -79,8 +87,12 @@ class _EngineProcess:
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
             )
-        log.info("engine_started", engine=self._number, pid=self._process.pid)
+        log.info("engine_started", engine=self.number, pid=self._process.pid)
         self.delivers = await self._lifeline.engine_delivers()
+
+    async def ask(self) -> bytes | None:
+        """What it answers; None while it does not deliver, or when it does not answer in time."""
+        return await self._lifeline.ask() if self._lifeline is not None and self.delivers else None
 
     async def keep(self, stop: asyncio.Event) -> bool:
         """Start it anew whenever it ends, until `stop`; returns whether it then ended cleanly."""
@@ -95,7 +107,7 @@ class _EngineProcess:
             if monotonic() - began > _SETTLED_SECONDS:
                 delay = _FIRST_DELAY_SECONDS
             code = await self.exit_code()
-            log.error("engine_ended", engine=self._number, exit_code=code, restart_seconds=delay)
+            log.error("engine_ended", engine=self.number, exit_code=code, restart_seconds=delay)
             self._forget()
             await _first(asyncio.sleep(delay), stop.wait())
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
@@ -119,6 +131,7 @@ class _EngineProcess:
         if self._lifeline is not None:
             self._lifeline.close()
         self._process = self._lifeline = None
+        self.delivers = False
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:
