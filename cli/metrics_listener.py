@@ -61,7 +61,7 @@ async def _listen(runner: web.AppRunner, place: Place) -> None:
     host, _, port = address.rpartition(":")
     try:
         await web.TCPSite(runner, host.strip("[]"), int(port)).start()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         if not place.is_default:
             raise ConfigurationError(
                 f"cannot listen on {address} for metrics ({_reason(error)}): stop what uses it, "
@@ -76,10 +76,9 @@ async def _listen(runner: web.AppRunner, place: Place) -> None:
     log.info("metrics_listening", address=address, port=runner.addresses[0][1])
 
 
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or repr(error)
-    return "it is not host:port"
+def _reason(error: Exception) -> str:
+
+    return (error.strerror or repr(error)) if isinstance(error, OSError) else "it is not host:port"
 
 
 def _application(metrics: Metrics) -> web.Application:

@@ -32,10 +32,11 @@ async def partition_days_ahead(connection: Connection, now: datetime) -> int:
         of_table = ranges.setdefault(row["name"], [])
         if found := _RANGE.search(row["bounds"] or ""):
             of_table.append((_time(found[1]), _time(found[2])))
-    return min((_days_covered(of_table, now) for of_table in ranges.values()), default=0)
+    return min((days_covered(of_table, now) for of_table in ranges.values()), default=0)
 
 
-def _days_covered(ranges: Iterable[Range], now: datetime) -> int:
+def days_covered(ranges: Iterable[Range], now: datetime) -> int:
+    """Whole days from `now` to the end of the ranges, or to the first moment between them."""
     covered_until = now
     for begin, end in sorted(ranges):
         if begin <= covered_until < end:

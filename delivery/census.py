@@ -15,7 +15,7 @@ import structlog
 
 from core.db import CONNECTION_ERRORS, Pool
 from core.partitions import partition_days_ahead
-from core.queue import Depth, depth
+from core.queue import Depth, measure_depth
 
 #: What is so old is told again.
 FRESH_SECONDS = 5.0
@@ -64,6 +64,8 @@ class Reading:
     #: Webhook configs by status: active, or why not.
     configs: Mapping[str, int] | None = None
     partition_days_ahead: int | None = None
+    #: Unix time.
+    retention_last_run: float | None = None
 
 
 class Census:
@@ -110,7 +112,7 @@ class Census:
             return
         self._latest = replace(
             self._latest,
-            depth=await _unless_refused(depth(connection)),
+            depth=await _unless_refused(measure_depth(connection)),
             configs=await _unless_refused(_configs(connection)),
             partition_days_ahead=await _unless_refused(
                 partition_days_ahead(connection, row["now"])

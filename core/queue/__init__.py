@@ -16,7 +16,7 @@ from core.queue.backlog import (
 )
 from core.queue.breakers import close_breakers, open_breakers
 from core.queue.cancellation import cancel_webhook
-from core.queue.depth import Depth, depth
+from core.queue.depth import Depth, measure_depth
 from core.queue.holding import held
 from core.queue.leases import claim, reclaim, release
 from core.queue.order import chains_after, promote
@@ -51,12 +51,12 @@ __all__ = [
     "check_invariants",
     "claim",
     "close_breakers",
-    "depth",
     "enqueue",
     "enqueue_in_order",
     "has_many_dead",
     "held",
     "hint",
+    "measure_depth",
     "open_breakers",
     "park_leased",
     "park_webhooks",

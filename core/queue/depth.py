@@ -95,7 +95,7 @@ class Depth:
     half_open_breakers: int
 
 
-async def depth(connection: Connection) -> Depth:
+async def measure_depth(connection: Connection) -> Depth:
     """Read in a transaction of its own, on a connection rather than a pool.
 
     Of a state more than COUNTED_MAX are estimated, as at least that many; of configs not more than

@@ -24,12 +24,14 @@ from core.queue import (
     backlog,
     breakers,
     cancellation,
+    depth,
     holding,
     leases,
     order,
     settlement,
 )
 from core.queue.invariants import INVARIANTS, Invariant
+from delivery import census
 from server import erasure, history, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
@@ -516,6 +518,39 @@ async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
     assert (parked.kind, parked.rows) == ("Index Only Scan", 14_000)
     blocked = [scan for scan in plan.scans if "blocked" in (scan.index or "")]
     assert [(scan.kind, scan.rows) for scan in blocked] == [("Index Only Scan", 4_800)]
+
+
+async def test_how_deep_the_queue_is_reads_no_more_of_a_state_than_is_counted(crowded: Any) -> None:
+    # As all our connections have it.
+    await crowded.execute("SET enable_seqscan = off")
+    await crowded.execute(depth._WALK_INDEXES.replace("LOCAL ", ""))
+    plan = await _explain(crowded, depth._DEPTH, 1000)
+    oldest = await _explain(crowded, depth._OLDEST_DUE)
+    breakers = await _explain(crowded, depth._BREAKERS, 1000)
+    await crowded.execute("RESET enable_seqscan; RESET enable_bitmapscan; RESET enable_sort")
+
+    read = {scan.index: scan.rows for scan in plan.scans if scan.index != "pg_class_oid_index"}
+    assert read == {
+        "delivery_queue_due": 1000,
+        "delivery_queue_parked": 1000,
+        "delivery_queue_lease": 1000,
+        "delivery_queue_blocked_of_webhook": 1000,
+    }
+    assert {(scan.index, scan.rows) for scan in oldest.scans} == {
+        ("delivery_queue_due", 1),
+        ("delivery_queue_lease", 1),
+    }
+    # One probe for each of 10 configs with a backlog, and one that finds no more.
+    assert breakers.index_scan("delivery_queue_parked").rows <= 11
+    for one in (plan, oldest, breakers):
+        one.assert_nothing_is_walked()
+
+
+async def test_webhook_configs_are_counted_by_their_indexes(crowded: Any) -> None:
+    plan = await _explain(crowded, census._CONFIGS, 1000)
+
+    assert plan.index_scan("webhook_configs_of_merchant").rows == 1000
+    assert all(scan.rows <= 1000 for scan in plan.scans)
 
 
 def _parameters(events: Sequence[NewEvent]) -> list[Sequence[Any]]:

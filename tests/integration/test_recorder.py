@@ -6,6 +6,7 @@ from uuid import UUID
 
 from core.queue import BreakerChange
 from delivery.config import DeliverySettings
+from delivery.measures import EngineMeasures
 from delivery.record import Recorder
 from tests.factories import failed, lease_one, make_webhook_config, promptly, until_blocked
 
@@ -21,7 +22,7 @@ async def is_open(pool: Any, webhook_id: UUID) -> bool:
 async def test_keeps_a_breaker_change_that_came_while_another_was_written(pool: Any) -> None:
     held, other = await make_webhook_config(pool), await make_webhook_config(pool)
     first, second = await lease_one(pool, held), await lease_one(pool, other)
-    recorder = Recorder(pool, DeliverySettings(), lambda _batch, _settled: None)
+    recorder = Recorder(pool, DeliverySettings(), EngineMeasures(0), lambda _batch, _settled: None)
     recorder.put(failed(first), BreakerChange(held, None, trips=True))
 
     async with pool.acquire() as connection:
