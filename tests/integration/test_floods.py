@@ -11,6 +11,7 @@ from server.crowds import FLOOD
 from server.event_types import EventTypes
 from server.hint import Hints
 from server.ingest import EventDraft, Ingest, PublishedEvent
+from server.measures import ServerMeasures
 from tests.factories import EVENT_TYPE, promptly, until_blocked
 
 KEYS = ("k1", "k2")
@@ -24,7 +25,8 @@ def draft(merchant_id: str, key: str = "", ordering_key: str = "") -> EventDraft
 
 @pytest.fixture
 def ingest(pool: Any) -> Ingest:
-    return Ingest(pool, EventTypes(pool), Hints(pool), max_payload_bytes=1000)
+    measures = ServerMeasures({})
+    return Ingest(pool, EventTypes(pool), Hints(pool), max_payload_bytes=1000, measures=measures)
 
 
 async def hold_keys(connection: Any) -> None:
