@@ -12,7 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 import migrations
 from core.config import DatabaseSettings
-from core.db import CONNECTION_ERRORS, connect_arguments
+from core.connection import Connector
+from core.db import CONNECTION_ERRORS
 from core.errors import ConfigurationError, Unavailable
 
 _SCRIPTS = Path(next(iter(migrations.__path__)))
@@ -37,10 +38,9 @@ def migrate(
 
     config = _config()
     # No limit of the client's own: a migration may take longer than any query; env.py bounds it.
-    config.attributes["connect_arguments"] = {
-        **connect_arguments(settings, "postrider-migrate"),
-        "command_timeout": None,
-    }
+    config.attributes["connector"] = Connector(
+        settings, "postrider-migrate", limit_statements=False
+    )
     config.attributes["lock_timeout_seconds"] = lock_timeout_seconds
     config.attributes["on_version_apply"] = on_version_apply
     try:

@@ -73,7 +73,8 @@ class DatabaseSettings(Block):
     """Where PostgreSQL is, and how long we are willing to wait for it."""
 
     database_url: SecretStr = Field(
-        description="PostgreSQL 15 or newer, as postgresql://user:password@host:5432/database. "
+        description="PostgreSQL 15 or newer, as postgresql://user:password@host:5432/database; of "
+        "several hosts (host1:5432,host2:5432) the one that takes writes. "
         "`postrider run` and `demo` start their own when it is not set."
     )
     database_pool_size: int = Field(

@@ -5,7 +5,6 @@
 
 import asyncio
 
-import asyncpg
 from alembic import context
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -44,10 +43,9 @@ def _set_timeouts(connection: Connection, lock_seconds: float, statement_seconds
 
 
 async def _run_online() -> None:
-    arguments = context.config.attributes["connect_arguments"]
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: asyncpg.connect(**arguments),
+        async_creator=context.config.attributes["connector"].connect,
         poolclass=NullPool,
     )
     try:

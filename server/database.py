@@ -1,10 +1,9 @@
 """SQLAlchemy over the same connections as core/db.py, for the calls that are not hot."""
 
-import asyncpg
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from core.config import DatabaseSettings
-from core.db import connect_arguments
+from core.connection import Connector
 from core.queue import Connection
 
 type Sessions = async_sessionmaker[AsyncSession]
@@ -12,11 +11,9 @@ type Sessions = async_sessionmaker[AsyncSession]
 
 def open_sessions(settings: DatabaseSettings, size: int) -> Sessions:
     """Sessions on a pool of at most `size` connections; objects stay readable after a commit."""
-    arguments = connect_arguments(settings, "postrider-server")
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        # asyncpg reads the URL itself, so every form it knows (several hosts, sockets) works.
-        async_creator=lambda: asyncpg.connect(**arguments),
+        async_creator=Connector(settings, "postrider-server").connect,
         pool_size=size,
         max_overflow=0,
         pool_timeout=settings.database_connect_timeout_seconds,

@@ -12,7 +12,8 @@ import asyncpg
 import structlog
 
 from core.config import DatabaseSettings
-from core.db import CONNECTION_ERRORS, connect_arguments
+from core.connection import Connector
+from core.db import CONNECTION_ERRORS
 
 log = structlog.get_logger()
 
@@ -27,7 +28,7 @@ class DatabaseWatch:
         *,
         interval_seconds: float,
     ):
-        self._arguments = connect_arguments(settings, "postrider-health")
+        self._connector = Connector(settings, "postrider-health")
         # A look may need a second connection; the setting bounds both together.
         self._patience = settings.database_connect_timeout_seconds / 2
         self._report = report
@@ -63,7 +64,7 @@ class DatabaseWatch:
         try:
             async with asyncio.timeout(self._patience):
                 if self._connection is None:
-                    self._connection = await asyncpg.connect(**self._arguments)
+                    self._connection = await self._connector.connect()
                 writable: bool = await self._connection.fetchval("SELECT NOT pg_is_in_recovery()")
                 return writable
         # Refused, cut, silent, out of connections, starting up: whatever it is, it is not there.

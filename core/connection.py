@@ -1,0 +1,201 @@
+"""Opens connections to the PostgreSQL server that takes writes, of the hosts the URL names.
+
+They are asked in turn, beginning with the one that accepted last. The next does not wait for one
+that is silent, so a primary that vanished costs half a second and not the whole deadline.
+"""
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import asyncpg
+
+from core.config import DatabaseSettings
+
+#: How long a host may be silent before the next one is asked as well.
+_NEXT_HOST_SECONDS = 0.5
+#: Silence after which the other end of a connection is asked whether it is there, and again.
+_PROBE_AFTER_SECONDS = 5
+_PROBE_AGAIN_SECONDS = 2
+
+#: What a host says to the settings themselves: more helpful than that another host is away.
+_REFUSED = (
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+)
+
+#: asyncpg has no types of its own; what it returns is described where it is used.
+type Connection = Any
+
+
+class StatementCounter:
+    """How many statements have been sent."""
+
+    statements = 0
+
+
+class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
+    """Nothing here changes a session, so it costs no round trip to put one back into the pool.
+
+    asyncpg still rolls back a transaction that was left open.
+    """
+
+    #: The pool it belongs to, once it does.
+    counter = StatementCounter()
+
+    def get_reset_query(self) -> str:
+        return ""
+
+    # The ways to send one that we use; that of a transaction, for its BEGIN and COMMIT, is execute.
+    def execute(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().execute(*arguments, **options)
+
+    def fetch(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().fetch(*arguments, **options)
+
+    def fetchrow(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().fetchrow(*arguments, **options)
+
+    def fetchval(self, *arguments: Any, **options: Any) -> Any:
+        self.counter.statements += 1
+        return super().fetchval(*arguments, **options)
+
+
+class Connector:
+    """Connects as the settings say, whenever asked."""
+
+    def __init__(
+        self, settings: DatabaseSettings, application_name: str, *, limit_statements: bool = True
+    ):
+        self._url = settings.database_url.get_secret_value()
+        self._patience = settings.database_connect_timeout_seconds
+        patience = settings.database_statement_timeout_seconds
+        self._arguments = {
+            # A little longer than PostgreSQL itself, which then can say why.
+            "command_timeout": patience + 1 if limit_statements else None,
+            "server_settings": _server_settings(application_name, patience),
+        }
+        self._accepted_last = ""
+
+    async def connect(self, **_: Any) -> Connection:
+        """A connection that can write, unless the URL asks for another kind.
+
+        Raises what asyncpg.connect does, and ConnectionError when none of several hosts will do.
+        It ends by itself when the other end vanishes. The arguments are those of asyncpg's pool,
+        which knows nothing that is not known here.
+        """
+        hosts = _hosts(self._url)
+        async with asyncio.timeout(self._patience):
+            if len(hosts) == 1:
+                connection = await self._open(*hosts.values())
+            else:
+                # Stable, so the others stay in the operator's order.
+                order = sorted(hosts, key=lambda host: host != self._accepted_last)
+                self._accepted_last, connection = await self._race({h: hosts[h] for h in order})
+        _end_when_the_other_vanishes(connection, self._patience)
+        return connection
+
+    async def _open(self, url: str) -> Connection:
+        # Where the URL asks for another kind of server, that counts.
+        target = None if "target_session_attrs=" in url else "read-write"
+        return await asyncpg.connect(
+            url,
+            target_session_attrs=target,
+            connection_class=PooledConnection,
+            **self._arguments,
+        )
+
+    async def _race(self, urls: Mapping[str, str]) -> tuple[str, Connection]:
+        """The first host to accept, and the connection; the others are given up."""
+        waiting = list(urls)
+        attempts: dict[asyncio.Task[Connection], str] = {}
+        faults: dict[str, BaseException] = {}
+        try:
+            while waiting or len(faults) < len(attempts):
+                if waiting:
+                    host = waiting.pop(0)
+                    attempts[asyncio.create_task(self._open(urls[host]))] = host
+                await asyncio.wait(
+                    [attempt for attempt in attempts if not attempt.done()],
+                    timeout=_NEXT_HOST_SECONDS if waiting else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for attempt, host in attempts.items():
+                    if attempt.done() and host not in faults:
+                        fault = attempt.exception()
+                        if fault is None:
+                            attempts.pop(attempt)
+                            return host, attempt.result()
+                        faults[host] = fault
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+                attempt.add_done_callback(_discard)
+        for fault in faults.values():
+            if isinstance(fault, _REFUSED):
+                raise fault
+        said = [f"{host}: {str(fault) or type(fault).__name__}" for host, fault in faults.items()]
+        raise ConnectionError("; ".join(said))
+
+
+def _discard(attempt: asyncio.Task[Connection]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().terminate()
+
+
+def _server_settings(application_name: str, statement_seconds: float) -> dict[str, str]:
+    return {
+        "application_name": application_name,
+        "TimeZone": "UTC",
+        "statement_timeout": f"{statement_seconds * 1000:.0f}",
+        "lock_timeout": f"{statement_seconds * 500:.0f}",
+        "idle_in_transaction_session_timeout": "10000",
+        "synchronous_commit": "on",
+        # Every statement here is short; compiling one costs more than it saves.
+        "jit": "off",
+        # Every one has its index. Statistics of a table that was empty then (a new day's
+        # partition) would talk the planner out of it, and a cached plan would stay so.
+        "enable_seqscan": "off",
+    }
+
+
+def _hosts(url: str) -> dict[str, str]:
+    """For each host of the URL, one that names it alone; asyncpg reads the rest of them.
+
+    It could read several, but asks the second when the first has spoken or the time is over.
+    """
+    parts = urlsplit(url)
+    before, at, netloc = parts.netloc.rpartition("@")
+    query = dict(parse_qsl(parts.query))
+    hosts = (netloc or query.get("host", "")).split(",")
+    if len(hosts) == 1:
+        return {hosts[0]: url}
+    if netloc:
+        return {host: parts._replace(netloc=f"{before}{at}{host}").geturl() for host in hosts}
+    ports = query.get("port", "5432").split(",")
+    ports = ports * len(hosts) if len(ports) == 1 else ports
+    if len(ports) != len(hosts):
+        raise ValueError(f"it names {len(hosts)} hosts and {len(ports)} ports")
+    return {
+        f"{host}:{port}": parts._replace(
+            query=urlencode(query | {"host": host, "port": port})
+        ).geturl()
+        for host, port in zip(hosts, ports, strict=True)
+    }
+
+
+def _end_when_the_other_vanishes(connection: Connection, seconds: float) -> None:
+    """A machine that lost its power says no good-bye; by default that is noticed after minutes."""
+    sock = connection._transport.get_extra_info("socket")
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_AGAIN_SECONDS)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

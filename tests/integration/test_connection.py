@@ -1,0 +1,162 @@
+"""Which of several hosts is connected to, and how a connection notices that the other end vanished.
+
+The hosts are directories with a socket: the session's PostgreSQL, one that is silent, one that
+nobody serves.
+"""
+
+import asyncio
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import pytest
+import uvloop
+
+from cli.migrate import migrate
+from core.connection import Connector
+from core.db import open_pool
+from core.errors import ConfigurationError, Unavailable
+from server.database import open_sessions
+from tests.conftest import database_settings
+from tests.fakes.postgres_proxy import PostgresProxy
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    # The path of a socket may be 107 bytes long, which tmp_path nearly is.
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+async def silent() -> AsyncIterator[Path]:
+    """A host that takes connections and says nothing, as a frozen server does."""
+
+    async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+
+    held: list[asyncio.StreamWriter] = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, ".s.PGSQL.5432")
+        async with await asyncio.start_unix_server(say_nothing, path):
+            yield Path(directory)
+            for writer in held:
+                writer.transport.abort()
+
+
+def naming(database_url: str, *before: Path, after: Path | None = None) -> str:
+    """The URL with further hosts."""
+    served = parse_qs(urlsplit(database_url).query)["host"][0]
+    hosts = ",".join(map(str, (*before, served, *([after] if after else []))))
+    return database_url.replace(f"host={served}", f"host={hosts}")
+
+
+def connector(url: str, **settings: Any) -> Connector:
+    return Connector(database_settings(url).model_copy(update=settings), "test")
+
+
+async def test_a_host_that_is_down_is_passed_over(database_url: str, elsewhere: Path) -> None:
+    connection = await connector(naming(database_url, elsewhere)).connect()
+    assert await connection.fetchval("SELECT 1") == 1
+    await connection.close()
+
+
+async def test_a_silent_host_does_not_take_the_time_of_the_next(
+    database_url: str, silent: Path
+) -> None:
+    several = connector(naming(database_url, silent), database_connect_timeout_seconds=60.0)
+    began = time.monotonic()
+    async with asyncio.timeout(30):
+        connection = await several.connect()
+    first = time.monotonic() - began
+    await connection.close()
+    # From then on the host that accepted is asked first.
+    began = time.monotonic()
+    connection = await several.connect()
+    assert time.monotonic() - began < first / 2
+    await connection.close()
+
+
+async def test_a_host_that_only_reads_is_passed_over(
+    postgres: Any, database_url: str, elsewhere: Path
+) -> None:
+    name = urlsplit(database_url).path[1:]
+    connection = await asyncpg.connect(postgres.url())
+    await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await connection.close()
+
+    with pytest.raises(ConnectionError, match="target attribute requirement"):
+        await connector(naming(database_url, elsewhere)).connect()
+    with pytest.raises(Unavailable, match="target attribute requirement"):
+        await open_pool(database_settings(database_url), "test", 1)
+    reading = await connector(f"{database_url}&target_session_attrs=read-only").connect()
+    await reading.close()
+
+
+async def test_a_refusal_is_told_rather_than_that_others_are_away(
+    postgres: Any, elsewhere: Path
+) -> None:
+    url = naming(postgres.url("not_there"), elsewhere, after=elsewhere)
+    with pytest.raises(ConfigurationError, match='database "not_there" does not exist'):
+        await open_pool(database_settings(url), "test", 1)
+
+
+async def test_each_host_that_is_away_is_named(elsewhere: Path) -> None:
+    url = f"postgresql:///test?host={elsewhere},{elsewhere}/other&port=5432,5433"
+    with pytest.raises(Unavailable) as caught:
+        await open_pool(database_settings(url), "test", 1)
+    assert f"{elsewhere}:5432: " in caught.value.message
+    assert f"{elsewhere}/other:5433: " in caught.value.message
+
+
+async def test_hosts_and_ports_must_fit(elsewhere: Path) -> None:
+    url = f"postgresql:///test?host={elsewhere},{elsewhere},{elsewhere}&port=5432,5433"
+    with pytest.raises(ConfigurationError, match="3 hosts and 2 ports"):
+        await open_pool(database_settings(url), "test", 1)
+
+
+async def test_everything_that_connects_knows_several_hosts(
+    database_url: str, elsewhere: Path
+) -> None:
+    settings = database_settings(naming(database_url, elsewhere))
+    await asyncio.to_thread(migrate, settings)
+    pool = await open_pool(settings, "test", 1)
+    await pool.close()
+    sessions = open_sessions(settings, 1)
+    async with sessions() as session:
+        assert (await session.connection()).closed is False
+    await sessions.kw["bind"].dispose()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+async def test_over_tcp_a_vanished_machine_is_noticed_in_seconds(
+    database_url: str, run: Callable[[Coroutine[Any, Any, Any]], Any]
+) -> None:
+    query = parse_qs(urlsplit(database_url).query)
+    upstream = Path(query["host"][0], f".s.PGSQL.{query['port'][0]}")
+    name = urlsplit(database_url).path[1:]
+
+    async def options() -> dict[str, int]:
+        server = await asyncio.start_server(PostgresProxy(upstream).serve, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            url = f"postgresql://postgres@127.0.0.1:{port}/{name}?sslmode=disable"
+            connection = await connector(url).connect()
+            sock = connection._transport.get_extra_info("socket")
+            found = {
+                "keepalive": sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                "idle": sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                "unacknowledged": sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+            }
+            await connection.close()
+            # The proxy's two ends go after it.
+            await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+        return found
+
+    found = await asyncio.to_thread(run, options())
+    assert found == {"keepalive": 1, "idle": 5, "unacknowledged": 5000}
