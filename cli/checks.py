@@ -21,7 +21,7 @@ async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
     if missing:
         raise ConfigurationError(
             f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, "
-            "which is not configured: add it to WEBHOOK_ENCRYPTION_KEYS"
+            "which is not configured: add it to WEBHOOK_ENCRYPTION_KEYS, or to its file"
         )
 
 

@@ -18,6 +18,7 @@ from cli.schema import require_schema
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import Pool, open_pool
 from core.keyring import load_keyring
+from core.secret_file import keep_looking
 from delivery.census import Census
 from delivery.config import DeliverySettings
 from delivery.dialler import open_dialler
@@ -65,7 +66,7 @@ async def deliver(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
-                proxy=settings.egress.egress_proxy,
+                proxy=settings.egress.secret("egress_proxy"),
             )
         )
         in_flight = fitting_in_flight(
@@ -83,12 +84,14 @@ async def deliver(
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())
+            looking = group.create_task(keep_looking(keyring.current))
             log.info("delivering")
             ready()
             await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("stopping")
             engine.stop()
             stopping.cancel()
+            looking.cancel()
 
 
 async def _close(pool: Pool) -> None:

@@ -44,7 +44,8 @@ async def rotate(
     if to is not None and to != first:
         raise ConfigurationError(
             f"{to} is not the first key of the setting, {first} is: the first one encrypts, so put "
-            f"{to} before it, restart servers and engines, then rotate"
+            f"{to} before it (and restart servers and engines, unless a file holds the keys), "
+            "then rotate"
         )
     async with await open_pool(database, _APPLICATION, 2) as pool:
         await require_schema(pool)

@@ -4,7 +4,6 @@ What the environment sets is used; what it leaves out is made and kept in the da
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from cli.development_key import DevelopmentKey, ensure_development_key, mint_tok
 from cli.embedded_postgres import default_data_dir, embedded_postgres
 from cli.migrate import migrate
 from cli.serve import ServeSettings, serve
-from cli.settings import LocalSettings, load, variable
+from cli.settings import LocalSettings, is_set, load
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.errors import ConfigurationError
 from core.keyring import new_key
@@ -59,7 +58,7 @@ def local_database(
     directory: Path, pg_bin: Path | None, announce: Announce
 ) -> Iterator[DatabaseSettings]:
     """WEBHOOK_DATABASE_URL if it is set, else a PostgreSQL of our own; migrated either way."""
-    if os.environ.get(variable("database_url")):
+    if is_set("database_url"):
         settings = load(DatabaseSettings)
         migrate(settings, announce=announce)
         yield settings
@@ -141,7 +140,7 @@ def _egress_to(receiver_port: int, ca_file: Path) -> EgressSettings:
 
 def _encryption_keys(directory: Path) -> SecretStr | None:
     """The development key of this data directory, made once."""
-    if os.environ.get(variable("encryption_keys_file")):
+    if is_set("encryption_keys"):
         return None
     path = directory / "encryption-key"
     try:

@@ -254,9 +254,10 @@ def encryption_key() -> None:
 def keys() -> None:
     """Look after the keys that encrypt signing secrets at rest.
 
-    To change the key: add the new one behind the others (`postrider encryption-key` makes one) and
-    restart servers and engines; put it first and restart them again; `postrider keys rotate`; when
-    `postrider keys status` calls the old one not needed, remove it.
+    To change the key: add the new one behind the others (`postrider encryption-key` makes one);
+    when every server and engine has it, put it first; `postrider keys rotate`; when `postrider keys
+    status` calls the old one not needed, remove it. They take what changes in
+    WEBHOOK_ENCRYPTION_KEYS_FILE by themselves, and need a restart after each step without it.
     """
 
 

@@ -17,6 +17,7 @@ from cli.server_metrics import ServerMetrics
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.db import open_pool
 from core.keyring import load_keyring
+from core.secret_file import keep_looking
 from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
@@ -75,7 +76,7 @@ async def serve(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
-                proxy=settings.egress.egress_proxy,
+                proxy=settings.egress.secret("egress_proxy"),
             )
         )
         keys = await _keys(settings.auth, stack)
@@ -148,6 +149,7 @@ async def serve(
             hinting = background.create_task(hints.run())
             watching = background.create_task(watch.run())
             tailing = background.create_task(tail.run())
+            looking = background.create_task(keep_looking(keyring.current))
             ready(app.port)
             await stop.wait()
             log.info("stopping")
@@ -155,8 +157,8 @@ async def serve(
             watching.cancel()
             tail.stop()
             await app.stop()
-            hinting.cancel()
-            tailing.cancel()
+            for task in (hinting, tailing, looking):
+                task.cancel()
 
 
 async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:

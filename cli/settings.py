@@ -16,6 +16,7 @@ from core.config import (
     EgressSettings,
     EncryptionSettings,
     LogSettings,
+    variable,
 )
 from core.errors import ConfigurationError
 from delivery.config import DeliverySettings
@@ -52,7 +53,7 @@ BLOCKS: tuple[type[Block], ...] = (
 
 def load[B: Block](block: type[B], **fallbacks: Any) -> B:
     """A block from the environment; `fallbacks` stand in for what the environment leaves out."""
-    given = {name: value for name, value in fallbacks.items() if not os.environ.get(variable(name))}
+    given = {name: value for name, value in fallbacks.items() if not is_set(name)}
     try:
         return block(**given)
     except ValidationError as error:
@@ -75,9 +76,10 @@ def all_fields() -> Iterator[tuple[str, FieldInfo]]:
         yield from block.model_fields.items()
 
 
-def variable(field_name: str) -> str:
-    """The environment variable of a field."""
-    return f"{ENV_PREFIX}{field_name.upper()}"
+def is_set(field_name: str) -> bool:
+    """Whether the environment says anything of it, for a secret also by naming its file."""
+    name = variable(field_name)
+    return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -6,13 +6,15 @@ their unit in the name. A field's description is its line in the README's table 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from core.secret_file import Secret
 
 ENV_PREFIX = "WEBHOOK_"
 _HOST_NAME = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)*")
@@ -61,21 +63,66 @@ def none_when_off(value: str | None) -> str | None:
 
 
 class Block(BaseSettings):
-    """Base of the settings blocks: from the environment, frozen, values masked where secret."""
+    """Base of the settings blocks: from the environment, frozen, values masked where secret.
+
+    A secret is two fields, `name` and `name_file`: the value itself, or a file that holds it.
+    """
 
     # An empty variable counts as not set, as compose files and CI leave them.
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
     )
 
+    #: The secrets that must be set, each with a hint where to get one.
+    needed_secrets: ClassVar[Mapping[str, str]] = {}
+
+    def secret(self, name: str) -> Secret:
+        """The secret of that name, from wherever it was set."""
+        return Secret(variable(name), getattr(self, name), getattr(self, f"{name}_file"))
+
+    @classmethod
+    def secret_names(cls) -> list[str]:
+        return [name for name in cls.model_fields if f"{name}_file" in cls.model_fields]
+
+    @model_validator(mode="after")
+    def _one_source_each(self) -> Self:
+        for name in self.secret_names():
+            sources = (variable(name), f"{variable(name)}_FILE")
+            given = [getattr(self, source) is not None for source in (name, f"{name}_file")]
+            if all(given):
+                raise ValueError(f"set {sources[0]} or {sources[1]}, not both")
+            if not any(given) and name in self.needed_secrets:
+                raise ValueError(
+                    f"{sources[0]} is not set: set it, or {sources[1]} to a file that holds it"
+                    f"{self.needed_secrets[name]}"
+                )
+        return self
+
+
+def variable(field_name: str) -> str:
+    """The environment variable of a field."""
+    return f"{ENV_PREFIX}{field_name.upper()}"
+
 
 class DatabaseSettings(Block):
     """Where PostgreSQL is, and how long we are willing to wait for it."""
 
-    database_url: SecretStr = Field(
+    needed_secrets: ClassVar[Mapping[str, str]] = {"database_url": ""}
+
+    database_url: SecretStr | None = Field(
+        None,
         description="PostgreSQL 15 or newer, as postgresql://user:password@host:5432/database; of "
         "several hosts (host1:5432,host2:5432) the one that takes writes. "
-        "`postrider run` and `demo` start their own when it is not set."
+        "`postrider run` and `demo` start their own when it is not set.",
+    )
+    database_url_file: Path | None = Field(
+        None, description="a file that holds the same, read anew for each connection"
+    )
+    database_password: SecretStr | None = Field(
+        None, description="the password, instead of one in the URL"
+    )
+    database_password_file: Path | None = Field(
+        None, description="a file that holds the same, read anew for each connection"
     )
     database_pool_size: int = Field(
         10,
@@ -94,23 +141,20 @@ class DatabaseSettings(Block):
 class EncryptionSettings(Block):
     """The keys that encrypt signing secrets at rest (AES-256-GCM)."""
 
+    needed_secrets: ClassVar[Mapping[str, str]] = {
+        "encryption_keys": " (`postrider encryption-key` prints a new key)"
+    }
+
     encryption_keys: SecretStr | None = Field(
         None,
         description="comma-separated `id:key` pairs, each key 32 bytes in base64; the first "
         "encrypts, all decrypt. Make one with `postrider encryption-key`.",
     )
     encryption_keys_file: Path | None = Field(
-        None, description="a file that holds the same, for secrets mounted by a secret manager"
+        None,
+        description="a file that holds the same, one pair a line or comma-separated; read anew "
+        "when it has changed",
     )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "EncryptionSettings":
-        if (self.encryption_keys is None) == (self.encryption_keys_file is None):
-            raise ValueError(
-                "set exactly one of WEBHOOK_ENCRYPTION_KEYS and WEBHOOK_ENCRYPTION_KEYS_FILE "
-                "(`postrider encryption-key` prints a new key)"
-            )
-        return self
 
 
 class EgressSettings(Block):
@@ -151,6 +195,9 @@ class EgressSettings(Block):
         description="http://host:port of an HTTP proxy, with user:password@ before the host if it "
         "asks for them, through which all receivers are called (CONNECT); it looks up their names, "
         "so refusing inner addresses is then its task; HTTPS_PROXY and the like are never read",
+    )
+    egress_proxy_file: Path | None = Field(
+        None, description="a file that holds the same, read anew when it has changed"
     )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import asyncpg
 
 from core.config import DatabaseSettings
+from core.secret_file import Renewed
 
 #: How long a host may be silent before the next one is asked as well.
 _NEXT_HOST_SECONDS = 0.5
@@ -72,7 +73,9 @@ class Connector:
     def __init__(
         self, settings: DatabaseSettings, application_name: str, *, limit_statements: bool = True
     ):
-        self._url = settings.database_url.get_secret_value()
+        self._url = Renewed(settings.secret("database_url"), str)
+        password = settings.secret("database_password")
+        self._password = Renewed(password, str) if password.given else None
         self._patience = settings.database_connect_timeout_seconds
         patience = settings.database_statement_timeout_seconds
         self._arguments = {
@@ -89,7 +92,7 @@ class Connector:
         It ends by itself when the other end vanishes. The arguments are those of asyncpg's pool,
         which knows nothing that is not known here.
         """
-        hosts = _hosts(self._url)
+        hosts = _hosts(self._url.current())
         async with asyncio.timeout(self._patience):
             if len(hosts) == 1:
                 connection = await self._open(*hosts.values())
@@ -105,6 +108,7 @@ class Connector:
         target = None if "target_session_attrs=" in url else "read-write"
         return await asyncpg.connect(
             url,
+            password=self._password.current() if self._password else None,
             target_session_attrs=target,
             connection_class=PooledConnection,
             **self._arguments,

@@ -8,6 +8,7 @@ import base64
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from core.config import EncryptionSettings
 from core.errors import ConfigurationError
+from core.secret_file import Renewed, Secret
 
 _NONCE_BYTES = 12
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
@@ -27,27 +29,35 @@ class UndecryptableSecret(Exception):  # noqa: N818 - named for what happened, a
 class KeyRing:
     """An ordered set of named keys: the first encrypts, all decrypt."""
 
-    def __init__(self, keys: dict[str, bytes]):
+    def __init__(self, keys: Mapping[str, bytes]):
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
-        self.current_key_id = next(iter(keys))
 
     def __repr__(self) -> str:
-        return f"KeyRing({', '.join(self._ciphers)})"
+        return f"KeyRing({', '.join(self.key_ids)})"
+
+    def current(self) -> Mapping[str, AESGCM]:
+        """The keys as they are now; whoever needs two of them takes them at once."""
+        return self._ciphers
 
     @property
     def key_ids(self) -> list[str]:
         """The ids of all keys, the one that encrypts first."""
-        return list(self._ciphers)
+        return list(self.current())
+
+    @property
+    def current_key_id(self) -> str:
+        """The id of the key that encrypts."""
+        return self.key_ids[0]
 
     def encrypt(self, secret: str, webhook_id: UUID) -> tuple[str, bytes]:
         """The id of the key used, and nonce plus ciphertext."""
         nonce = os.urandom(_NONCE_BYTES)
-        cipher = self._ciphers[self.current_key_id]
-        return self.current_key_id, nonce + cipher.encrypt(nonce, secret.encode(), webhook_id.bytes)
+        key_id, cipher = next(iter(self.current().items()))
+        return key_id, nonce + cipher.encrypt(nonce, secret.encode(), webhook_id.bytes)
 
     def decrypt(self, key_id: str, record: bytes, webhook_id: UUID) -> str:
         """The secret; UndecryptableSecret when this ring cannot read the record."""
-        cipher = self._ciphers.get(key_id)
+        cipher = self.current().get(key_id)
         if cipher is None:
             raise UndecryptableSecret(f"no encryption key with id {key_id!r}")
         nonce, ciphertext = record[:_NONCE_BYTES], record[_NONCE_BYTES:]
@@ -60,7 +70,21 @@ class KeyRing:
 
     def missing(self, key_ids: set[str]) -> set[str]:
         """Those of the given key ids that this ring does not hold."""
-        return key_ids - self._ciphers.keys()
+        return key_ids - self.current().keys()
+
+
+class ConfiguredKeyRing(KeyRing):
+    """The keys of the settings; those of a file as it is whenever one of them is used."""
+
+    def __init__(self, secret: Secret):
+        self._keys = Renewed(
+            secret,
+            lambda text: KeyRing(_parse(text, secret.source)),
+            show=lambda ring: ring.key_ids,
+        )
+
+    def current(self) -> Mapping[str, AESGCM]:
+        return self._keys.current().current()
 
 
 def new_key() -> str:
@@ -70,22 +94,17 @@ def new_key() -> str:
 
 def load_keyring(settings: EncryptionSettings) -> KeyRing:
     """The ring as configured; ConfigurationError when it cannot be read."""
-    if settings.encryption_keys_file is not None:
-        source = f"WEBHOOK_ENCRYPTION_KEYS_FILE ({settings.encryption_keys_file})"
-        try:
-            text = settings.encryption_keys_file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{source} cannot be read: {error}") from None
-    else:
-        source = "WEBHOOK_ENCRYPTION_KEYS"
-        text = settings.encryption_keys.get_secret_value() if settings.encryption_keys else ""
+    return ConfiguredKeyRing(settings.secret("encryption_keys"))
+
+
+def _parse(text: str, source: str) -> dict[str, bytes]:
     pairs = [_parse_pair(pair, source) for pair in text.replace("\n", ",").split(",") if pair]
     if not pairs:
         raise ConfigurationError(f"{source} is empty; `postrider encryption-key` prints a new key")
     keys = dict(pairs)
     if len(keys) < len(pairs):
         raise ConfigurationError(f"{source} has two keys with the same id; each needs its own")
-    return KeyRing(keys)
+    return keys
 
 
 def _parse_pair(pair: str, source: str) -> tuple[str, bytes]:

@@ -19,10 +19,10 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
-from pydantic import SecretStr
 from yarl import URL
 
 from core.addresses import AddressPolicy
+from core.secret_file import Secret
 from delivery.connection import ReceiverConnection
 from delivery.destination import Destination
 from delivery.name_servers import Names, NameServers
@@ -90,7 +90,7 @@ def open_dialler(
     ca_file: Path | None,
     idle_seconds: float = 15.0,
     age_seconds_max: float = 300.0,
-    proxy: SecretStr | None = None,
+    proxy: Secret | None = None,
     names: Names | None = None,
 ) -> "Dialler":
     """Open the one dialler of a process.
@@ -100,7 +100,7 @@ def open_dialler(
     A pooled connection is not judged again, so `idle_seconds` and `age_seconds_max` bound how long
     one may outlive a change of DNS. `names` stands in for the system's name servers.
     """
-    egress_proxy = None if proxy is None else EgressProxy(proxy)
+    egress_proxy = EgressProxy(proxy) if proxy is not None and proxy.given else None
     tls = trusting_context(ca_file)
     resume_sessions(tls)
     resolver = GuardedResolver(policy, names or NameServers())

@@ -9,12 +9,13 @@ import re
 import socket
 import ssl
 from base64 import b64encode
+from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
 import structlog
-from pydantic import SecretStr
 
 from core.errors import ConfigurationError
+from core.secret_file import Renewed, Secret
 
 _URL = re.compile(
     r"http://(?:(?P<userinfo>[^@/?#\s]+)@)?"
@@ -44,32 +45,45 @@ def proxy_away() -> ProxyError:
     return ProxyError("the egress proxy cannot be reached")
 
 
-class EgressProxy:
-    """Where the proxy is and what it is told; nothing here shows the credentials."""
+@dataclass(frozen=True, slots=True)
+class _Proxy:
+    host: str
+    port: int
+    #: A whole header line, or nothing.
+    authorization: bytes = field(repr=False)
 
-    def __init__(self, url: SecretStr):
+    @classmethod
+    def parse(cls, url: str) -> "_Proxy":
         """Raises ConfigurationError, without the value, for anything but http://host:port."""
-        match = _URL.fullmatch(url.get_secret_value())
+        match = _URL.fullmatch(url)
         if match is None or not 1 <= int(match["port"]) <= 65535:
             raise ConfigurationError(
                 "WEBHOOK_EGRESS_PROXY is not the URL of an HTTP proxy: write http://host:port or "
                 "http://user:password@host:port, without a path and with special characters of "
                 "the password percent-encoded, or unset it to call receivers directly"
             )
-        self._host = match["ipv6"] or match["host"]
-        self._port = int(match["port"])
-        self._authorization = b""
+        authorization = b""
         if match["userinfo"]:
             credentials = b64encode(unquote_to_bytes(match["userinfo"]))
-            self._authorization = b"Proxy-Authorization: Basic %b\r\n" % credentials
+            authorization = b"Proxy-Authorization: Basic %b\r\n" % credentials
+        return cls(match["ipv6"] or match["host"], int(match["port"]), authorization)
+
+
+class EgressProxy:
+    """Where the proxy is and what it is told; nothing here shows the credentials."""
+
+    def __init__(self, url: Secret):
+        """Raises ConfigurationError, without the value, for anything but http://host:port."""
+        self._setting = Renewed(url, _Proxy.parse)
 
     async def reach(self) -> socket.socket:
         """A socket that is connected to the proxy; raises ProxyError."""
         loop = asyncio.get_running_loop()
         failure: OSError | None = None
+        proxy = self._setting.current()
         try:
             # As the system does it, search domains included: the name is the operator's.
-            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            found = await loop.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
         except OSError as error:
             found, failure = [], error
         for family, kind, protocol, _, address in found:
@@ -99,7 +113,7 @@ class EgressProxy:
         request = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (
             target,
             target,
-            self._authorization,
+            self._setting.current().authorization,
         )
         try:
             await loop.sock_sendall(connected, request)

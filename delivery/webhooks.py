@@ -131,7 +131,10 @@ class WebhookCache:
 
     def _is_cached(self, delivery: LeasedDelivery) -> bool:
         cached = self._webhooks.get(delivery.webhook_id)
-        return cached is not None and cached.version >= delivery.webhook_version
+        if cached is None or cached.secret is None:
+            # No key read it: by now the operator may have given us the one that does.
+            return False
+        return cached.version >= delivery.webhook_version
 
     def _decrypt(self, webhook_id: UUID, key_id: str, ciphertext: bytes) -> str | None:
         try:

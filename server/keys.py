@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt import PyJWK
 
 from core.errors import ConfigurationError, Unavailable
+from core.secret_file import Renewed, Secret
 
 FETCH_INTERVAL_SECONDS = 30.0
 FETCH_TIMEOUT_SECONDS = 10.0
@@ -66,20 +67,21 @@ class KeySource(Protocol):
 
 
 class PemKeys:
-    """The keys of a PEM file, read once. PEM knows no `kid`, so each key is a candidate."""
+    """The keys of a PEM file, as it is. PEM knows no `kid`, so each key is a candidate."""
 
     def __init__(self, path: Path):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise _unusable_file(path, f"cannot be read ({error.strerror})") from error
-        blocks = list(_PEM_BLOCK.finditer(content))
-        if not 1 <= len(blocks) <= MAX_PEM_KEYS:
-            raise _unusable_file(path, f"must hold 1 to {MAX_PEM_KEYS} PEM public keys")
-        self._keys = tuple(_key_from_pem(path, *block.group(1, 0)) for block in blocks)
+        def parse(text: str) -> tuple[VerificationKey, ...]:
+            blocks = list(_PEM_BLOCK.finditer(text.encode()))
+            if not 1 <= len(blocks) <= MAX_PEM_KEYS:
+                raise _unusable_file(path, f"must hold 1 to {MAX_PEM_KEYS} PEM public keys")
+            return tuple(_key_from_pem(path, *block.group(1, 0)) for block in blocks)
+
+        self._keys = Renewed(
+            Secret("WEBHOOK_JWT_PUBLIC_KEY", file=path), parse, public=True, show=len
+        )
 
     async def keys_for(self, kid: str | None) -> tuple[VerificationKey, ...]:  # noqa: ARG002
-        return self._keys
+        return self._keys.current()
 
 
 def _key_from_pem(path: Path, label: bytes, block: bytes) -> VerificationKey:

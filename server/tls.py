@@ -5,7 +5,6 @@ have. It takes TLS 1.2 and 1.3 only, by itself. Its Python half can require a cl
 or not ask for one, nothing between: for callers of both kinds there is a second address.
 """
 
-import os
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from core.errors import ConfigurationError
+from core.secret_file import readable_by_all, stamp
 from server.config import TlsSettings
 
 log = structlog.get_logger()
@@ -56,12 +56,12 @@ class CertificateFiles:
         """The new configuration, None if there is none. A fault is logged once for each change."""
         with self._loading:
             try:
-                stamp = self._stamp()
-                if stamp == self._seen:
+                found = self._stamp()
+                if found == self._seen:
                     return None
                 # Before the files are read: what changes meanwhile is seen the next time.
-                self._seen = stamp
-                self._loaded = self._load(stamp)
+                self._seen = found
+                self._loaded = self._load(found)
             except ConfigurationError as error:
                 log.error("tls_files_unusable", error=error.message, kept=self._expiry())
                 return None
@@ -72,20 +72,10 @@ class CertificateFiles:
         return self._loaded.expires_at.isoformat()
 
     def _stamp(self) -> tuple[object, ...]:
-        """Tells one set of files from another, also when a link to them has moved."""
-        stamp: list[object] = []
-        for path in (self._certificate, self._private_key, self._client_ca):
-            if path is not None:
-                try:
-                    found = os.stat(path)
-                except OSError as error:
-                    # Part of the stamp, so that a file that is away for long is logged once.
-                    stamp.append(error.errno)
-                else:
-                    stamp += [found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size]
-        return tuple(stamp)
+        paths = (self._certificate, self._private_key, self._client_ca)
+        return tuple(stamp(path) for path in paths if path is not None)
 
-    def _load(self, stamp: tuple[object, ...]) -> _Loaded:
+    def _load(self, seen: tuple[object, ...]) -> _Loaded:
         chain = _read("TLS_CERTIFICATE_FILE", self._certificate)
         key = _read("TLS_PRIVATE_KEY_FILE", self._private_key)
         authorities = None
@@ -102,7 +92,7 @@ class CertificateFiles:
                 f"{leaf.not_valid_after_utc:%Y-%m-%d}; put one there that is valid now",
             )
         configuration = grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
-        return _Loaded(stamp, configuration, leaf.not_valid_after_utc)
+        return _Loaded(seen, configuration, leaf.not_valid_after_utc)
 
     def _check_pair(self, leaf: x509.Certificate, key: bytes) -> None:
         public_key = leaf.public_key()
@@ -122,6 +112,11 @@ class CertificateFiles:
                 "TLS_PRIVATE_KEY_FILE",
                 self._private_key,
                 f"is not the key of {self._certificate}; its own certificate must come first there",
+            )
+        if readable_by_all(self._private_key):
+            log.warning(
+                "secret_file_readable_by_all",
+                setting=f"WEBHOOK_TLS_PRIVATE_KEY_FILE: {self._private_key}",
             )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from cli.settings import BLOCKS, variable
-from core.config import Block
+from cli.settings import BLOCKS
+from core.config import Block, variable
 
 ROOT = Path(__file__).parent.parent
 UNITS = {"_seconds": "s", "_bytes": "bytes"}
@@ -40,7 +40,8 @@ def table() -> str:
     for block in BLOCKS:
         rows.append(f"| **{_title(block)}** | | |")
         for name, field in block.model_fields.items():
-            rows.append(f"| `{variable(name)}` | {_cell(name, field)} | {_meaning(field)} |")
+            default = "required" if name in block.needed_secrets else _cell(name, field)
+            rows.append(f"| `{variable(name)}` | {default} | {_meaning(field)} |")
     return "\n".join(rows) + "\n"
 
 

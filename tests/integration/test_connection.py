@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -17,6 +18,7 @@ import asyncpg
 import pytest
 import uvloop
 
+from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.connection import Connector
 from core.db import open_pool
@@ -83,7 +85,7 @@ async def test_a_silent_host_does_not_take_the_time_of_the_next(
 
 
 async def test_a_host_that_only_reads_is_passed_over(
-    postgres: Any, database_url: str, elsewhere: Path
+    postgres: EmbeddedPostgres, database_url: str, elsewhere: Path
 ) -> None:
     name = urlsplit(database_url).path[1:]
     connection = await asyncpg.connect(postgres.url())
@@ -99,7 +101,7 @@ async def test_a_host_that_only_reads_is_passed_over(
 
 
 async def test_a_refusal_is_told_rather_than_that_others_are_away(
-    postgres: Any, elsewhere: Path
+    postgres: EmbeddedPostgres, elsewhere: Path
 ) -> None:
     url = naming(postgres.url("not_there"), elsewhere, after=elsewhere)
     with pytest.raises(ConfigurationError, match='database "not_there" does not exist'):
@@ -155,8 +157,52 @@ async def test_over_tcp_a_vanished_machine_is_noticed_in_seconds(
             }
             await connection.close()
             # The proxy's two ends go after it.
-            await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+            if others := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(others)
         return found
 
     found = await asyncio.to_thread(run, options())
     assert found == {"keepalive": 1, "idle": 5, "unacknowledged": 5000}
+
+
+async def test_a_new_password_in_its_file_is_that_of_new_connections(
+    postgres: EmbeddedPostgres, database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("first\n")
+    # The one in the URL is not asked: a file is where passwords are changed.
+    url = database_url.replace("postgres@", "by_password:stale@")
+    settings = database_settings(url).model_copy(update={"database_password_file": file})
+    async with asking_for_a_password(postgres) as admin:
+        pool = await open_pool(settings, "test", 2)
+        sessions = open_sessions(settings, 1)
+        old = await pool.acquire()
+        await admin.execute("ALTER ROLE by_password PASSWORD 'second'")
+        with pytest.raises(asyncpg.InvalidPasswordError):
+            await pool.fetchval("SELECT 1")
+        file.write_text("second\n")
+        assert await pool.fetchval("SELECT 1") == 1
+        assert await old.fetchval("SELECT 1") == 1
+        async with sessions() as session:
+            await session.connection()
+        await sessions.kw["bind"].dispose()
+        await pool.release(old)
+        await pool.close()
+    assert "stale" not in repr(settings)
+
+
+@asynccontextmanager
+async def asking_for_a_password(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
+    """A role `by_password`, with the password "first", whom the server asks for it."""
+    rules = postgres.data_dir / "pg_hba.conf"
+    before = rules.read_text()
+    rules.write_text(f"local all by_password scram-sha-256\n{before}")
+    admin = await asyncpg.connect(postgres.url())
+    try:
+        await admin.execute("CREATE ROLE by_password LOGIN PASSWORD 'first'")
+        await admin.execute("SELECT pg_reload_conf()")
+        yield admin
+    finally:
+        await admin.execute("DROP ROLE by_password")
+        await admin.close()
+        rules.write_text(before)

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from ipaddress import ip_network
@@ -20,6 +20,7 @@ from core.config import EgressSettings
 from core.errors import ConfigurationError
 from core.ids import new_id
 from core.lifecycle import AttemptResult, Outcome
+from core.secret_file import Secret
 from core.signing import new_secret
 from core.urls import UrlPolicy
 from delivery.destination import Destination
@@ -71,7 +72,7 @@ def opening(ca_file: Path, names: FakeNames) -> Callable[..., Dialler]:
         return open_dialler(
             policy=policy or AddressPolicy(),
             ca_file=ca_file,
-            proxy=SecretStr(proxy_url),
+            proxy=Secret("WEBHOOK_EGRESS_PROXY", SecretStr(proxy_url)),
             names=names,
             **options,
         )
@@ -363,3 +364,21 @@ async def test_anything_but_the_url_of_a_proxy_is_refused_at_the_start(
     assert caught.value.message.startswith("WEBHOOK_EGRESS_PROXY is not the URL of an HTTP proxy")
     assert "http://host:port" in caught.value.message
     assert "canary" not in caught.value.message
+
+
+async def test_credentials_from_a_file_are_those_of_the_next_tunnel(
+    proxy: ConnectProxy, ca_file: Path, names: FakeNames, tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy"
+    file.write_text(proxy.url("one:old@") + "\n")
+    secret = Secret("WEBHOOK_EGRESS_PROXY", file=file)
+    proxy.instead = answering(b"HTTP/1.1 407 no\r\n\r\n")
+    async with open_dialler(
+        policy=AddressPolicy(), ca_file=ca_file, proxy=secret, names=names
+    ) as dialler:
+        for content in (None, proxy.url("one:new@"), "nonsense"):
+            if content is not None:
+                file.write_text(content)
+            await post(dialler)
+    told = [request.partition("Basic ")[2].split("\r\n")[0] for request in proxy.requests]
+    assert [b64decode(text) for text in told] == [b"one:old", b"one:new", b"one:new"]

@@ -14,9 +14,11 @@ import pytest
 import structlog
 from aiohttp import web
 from google.protobuf.field_mask_pb2 import FieldMask
+from pydantic import SecretStr
 
-from core.config import DatabaseSettings, EgressSettings
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.ids import parse_id
+from core.keyring import load_keyring, new_key
 from core.lifecycle import DeliveryState
 from delivery.places import FEW
 from postrider.v1 import (
@@ -29,7 +31,7 @@ from postrider.v1 import (
     webhook_config_service_pb2,
 )
 from tests.fakes.receiver import Receiver
-from tests.platform import Platform
+from tests.platform import ENCRYPTION_KEYS, Platform
 
 AMPLE = 20.0
 
@@ -604,6 +606,32 @@ async def test_an_unreadable_secret_is_our_fault_alone(
     assert log.named("secret_unreadable")
     config = await config_of(platform, created.webhook_config.id)
     assert (config.active, config.consecutive_failures) == (True, 0)
+
+
+async def test_an_unreadable_secret_is_read_once_its_key_is_in_the_file(
+    platform: Platform, receiver: Receiver, pool: Any, log: Log, tmp_path: Path
+) -> None:
+    file = tmp_path / "encryption-keys"
+    file.write_text(ENCRYPTION_KEYS)
+    platform.settings = dataclasses.replace(
+        platform.settings, encryption=EncryptionSettings(encryption_keys_file=file)
+    )
+    created = await platform.register(receiver.url)
+    webhook_id = parse_id("wh", created.webhook_config.id)
+    assert webhook_id is not None
+    pair = new_key()
+    elsewhere = load_keyring(EncryptionSettings(encryption_keys=SecretStr(pair)))
+    async with platform.engine(max_retries=20, retry_schedule_seconds=(0.02,)):
+        # As a server does that has the new key already, where this engine's file comes late.
+        await pool.execute(
+            "UPDATE webhook_configs SET secret_key_id = $2, secret_ciphertext = $3 WHERE id = $1",
+            *(webhook_id, *elsewhere.encrypt(created.secret, webhook_id)),
+        )
+        await platform.publish()
+        await log.wait_for("secret_unreadable", 1, timeout=AMPLE)
+        file.write_text(f"{ENCRYPTION_KEYS}\n{pair}\n")
+        await receiver.wait_for(1)
+    assert log.named("secret_file_loaded")
 
 
 async def test_an_event_is_sent_on_the_hint_long_before_the_poll(

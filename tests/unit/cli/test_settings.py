@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cli.egress import url_policy
-from cli.settings import BLOCKS, all_fields, load, refuse_unknown_variables, variable
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from cli.settings import BLOCKS, all_fields, load, refuse_unknown_variables
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, variable
 from core.errors import ConfigurationError
 from delivery.config import DeliverySettings
 from server.config import AuthSettings
@@ -60,7 +60,7 @@ def test_known_variables_pass() -> None:
 
 
 def test_missing_setting_is_named() -> None:
-    with pytest.raises(ConfigurationError, match=r"^WEBHOOK_DATABASE_URL is not set$"):
+    with pytest.raises(ConfigurationError, match=r"^WEBHOOK_DATABASE_URL is not set: set it, or"):
         load(DatabaseSettings)
 
 
@@ -159,6 +159,8 @@ def test_blocks_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults_alone_are_valid_but_for_what_is_required() -> None:
     required = {name for name, field in all_fields() if field.is_required()}
 
-    assert required == {"database_url", "jwt_issuer"}
+    assert required == {"jwt_issuer"}
+    needed = {name for block in BLOCKS for name in block.needed_secrets}
+    assert needed == {"database_url", "encryption_keys"}
     assert not any(name.startswith("WEBHOOK_") for name in os.environ)
     assert len(BLOCKS) == len(set(BLOCKS))

@@ -157,7 +157,7 @@ async def test_concatenated_pem_keys_are_candidates_each_with_its_own_algorithm(
 @pytest.mark.parametrize(
     ("content", "mend"),
     [
-        (b"", "must hold 1 to 8"),
+        (b"", "is empty"),
         (b"ssh-ed25519 AAAA somebody@example", "must hold 1 to 8"),
         (public_pem(ED) * (MAX_PEM_KEYS + 1), "must hold 1 to 8"),
         (private_pem(RSA), "openssl pkey -pubout"),
@@ -194,6 +194,21 @@ def test_unusable_pem_file_says_in_one_line_what_to_do(
         PemKeys(path)
     assert caught.value.message.startswith(f"WEBHOOK_JWT_PUBLIC_KEY_FILE: {path} ")
     assert "\n" not in caught.value.message
+
+
+async def test_a_changed_pem_file_counts_at_the_next_token_and_a_bad_one_never(
+    tmp_path: Path, logged: list[Any]
+) -> None:
+    path = tmp_path / "key.pem"
+    path.write_bytes(public_pem(RSA))
+    keys = PemKeys(path)
+    path.write_bytes(public_pem(EC) + public_pem(RSA))
+    both = await keys.keys_for(None)
+    assert [key.algorithm for key in both] == ["ES256", "RS256"]
+    path.write_bytes(private_pem(RSA))
+    assert await keys.keys_for(None) == both
+    assert await keys.keys_for(None) == both
+    assert [entry["event"] for entry in logged] == ["secret_file_loaded", "secret_file_unusable"]
 
 
 def test_absent_pem_file_is_named(tmp_path: Path) -> None:
