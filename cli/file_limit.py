@@ -10,6 +10,11 @@ _OTHER_FILES = 32
 log = structlog.get_logger()
 
 
+def files_for(in_flight: int, database_connections: int) -> int:
+    """How many files an engine opens at most, with so many attempts in flight."""
+    return 2 * in_flight + database_connections + _OTHER_FILES
+
+
 def fitting_in_flight(wanted: int, database_connections: int) -> int:
     """How many attempts can be in flight at once: `wanted`, or as many as there are files for.
 
@@ -17,7 +22,7 @@ def fitting_in_flight(wanted: int, database_connections: int) -> int:
     are idle: those of one attempt stay for the next one to the same receiver.
     """
     reserved = database_connections + _OTHER_FILES
-    needed = 2 * wanted + reserved
+    needed = files_for(wanted, database_connections)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted

@@ -25,7 +25,6 @@ from delivery.config import MAX_PROCESSES
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         try:
-            refuse_unknown_variables(os.environ)
             super().invoke(ctx)
         except PostriderError as error:
             for line in error.message.splitlines():
@@ -35,14 +34,19 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="postrider")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Postrider delivers webhooks: gRPC in, signed HTTPS out, PostgreSQL in between.
 
     Try it on this machine with `postrider run`. In production, `postrider migrate` once, then any
     number of `postrider server` and `postrider delivery` on one database.
 
-    Settings are environment variables that begin with WEBHOOK_; the README lists them all.
+    Settings are environment variables that begin with WEBHOOK_; the README lists them all, and
+    `postrider config` says how they stand.
     """
+    # That command tells everything that is wrong, not only this.
+    if ctx.invoked_subcommand != "config":
+        refuse_unknown_variables(os.environ)
 
 
 @main.command()
@@ -143,6 +147,37 @@ def migrate(down_to: str | None) -> None:
 
     run_migrations(load(DatabaseSettings), down_to=down_to, announce=click.echo)
     click.echo(f"the schema is at {down_to or head()}")
+
+
+@main.command()
+@click.option(
+    "--for",
+    "process",
+    type=click.Choice(["server", "delivery", "all"]),
+    default="all",
+    show_default=True,
+    help="Whose settings to look at.",
+)
+@click.option("--check", is_flag=True, help="Ask the database and the issuer, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def config(process: str, check: bool, as_json: bool) -> None:
+    """Show every setting, where it comes from, and all that is wrong with them.
+
+    Secrets are masked. With --check, it connects: is the database there, at this release's schema,
+    with keys that read its secrets, and a clock like this machine's; can the issuer's keys be had.
+    Exits with 0 when nothing is wrong and 1 when something is.
+    """
+    from cli.configuration import read_configuration  # noqa: PLC0415 - the others start faster
+    from cli.configuration_checks import faults_outside  # noqa: PLC0415
+
+    # Their settings may be what is wrong.
+    configure_logs(LogSettings.model_construct(log_level="error", log_format="auto"))
+    found = read_configuration(process)
+    if check:
+        found = found.with_problems(asyncio.run(faults_outside(found.blocks)))
+    click.echo(found.report(as_json=as_json))
+    if found.problems:
+        sys.exit(1)
 
 
 @main.command()

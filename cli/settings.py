@@ -57,17 +57,23 @@ def load[B: Block](block: type[B], **fallbacks: Any) -> B:
     try:
         return block(**given)
     except ValidationError as error:
-        raise ConfigurationError("\n".join(_explain(error))) from None
+        raise ConfigurationError("\n".join(explain(error))) from None
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    """ConfigurationError for a WEBHOOK_ variable that is no setting: most likely it is misspelt."""
+    """ConfigurationError for WEBHOOK_ variables that are no setting: most likely misspelt."""
+    if unknown := list(unknown_variables(environment)):
+        raise ConfigurationError("\n".join(unknown))
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """What is to be said of each WEBHOOK_ variable that is no setting."""
     known = {variable(name) for name, _ in all_fields()}
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             advice = f"did you mean {close[0]}?" if close else "the README lists them all"
-            raise ConfigurationError(f"{name} is not a setting; {advice}")
+            yield f"{name} is not a setting; {advice}"
 
 
 def all_fields() -> Iterator[tuple[str, FieldInfo]]:
@@ -82,7 +88,8 @@ def is_set(field_name: str) -> bool:
     return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def explain(error: ValidationError) -> Iterator[str]:
+    """A line for each fault, with its variable and without its value."""
     for fault in error.errors(include_input=False, include_url=False):
         # The value stays out of the message: it may be a secret.
         message = fault["msg"].removeprefix("Value error, ")
@@ -91,3 +98,24 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{name} is not set" if fault["type"] == "missing" else f"{name}: {message}"
         else:
             yield message
+
+
+def plain(value: Any) -> str:
+    """A value of a setting as somebody would write it into the environment."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}" if value < 1e6 else str(value)
+        case tuple():
+            return ",".join(_plain_item(item) for item in value)
+    return str(value)
+
+
+def _plain_item(item: Any) -> str:
+    if isinstance(item, tuple):
+        low, high = item
+        return str(low) if low == high else f"{low}-{high}"
+    return plain(item)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import asyncpg
 
 from core.config import DatabaseSettings
+from core.errors import ConfigurationError
 from core.secret_file import Renewed
 
 #: How long a host may be silent before the next one is asked as well.
@@ -73,7 +74,7 @@ class Connector:
     def __init__(
         self, settings: DatabaseSettings, application_name: str, *, limit_statements: bool = True
     ):
-        self._url = Renewed(settings.secret("database_url"), str)
+        self._hosts = Renewed(settings.secret("database_url"), _url_of_each_host)
         password = settings.secret("database_password")
         self._password = Renewed(password, str) if password.given else None
         self._patience = settings.database_connect_timeout_seconds
@@ -92,7 +93,7 @@ class Connector:
         It ends by itself when the other end vanishes. The arguments are those of asyncpg's pool,
         which knows nothing that is not known here.
         """
-        hosts = _hosts(self._url.current())
+        hosts = self._hosts.current()
         async with asyncio.timeout(self._patience):
             if len(hosts) == 1:
                 connection = await self._open(*hosts.values())
@@ -168,12 +169,22 @@ def _server_settings(application_name: str, statement_seconds: float) -> dict[st
     }
 
 
-def _hosts(url: str) -> dict[str, str]:
+def _url_of_each_host(url: str) -> dict[str, str]:
     """For each host of the URL, one that names it alone; asyncpg reads the rest of them.
 
     It could read several, but asks the second when the first has spoken or the time is over.
+    ConfigurationError, without the URL, for what is none of PostgreSQL.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"postgresql", "postgres"}:
+        raise ConfigurationError(
+            "WEBHOOK_DATABASE_URL is not a URL of PostgreSQL: write it as "
+            "postgresql://user:password@host:5432/database, with special characters of the "
+            "password percent-encoded"
+        )
     before, at, netloc = parts.netloc.rpartition("@")
     query = dict(parse_qsl(parts.query))
     hosts = (netloc or query.get("host", "")).split(",")
@@ -184,7 +195,10 @@ def _hosts(url: str) -> dict[str, str]:
     ports = query.get("port", "5432").split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
     if len(ports) != len(hosts):
-        raise ValueError(f"it names {len(hosts)} hosts and {len(ports)} ports")
+        raise ConfigurationError(
+            f"WEBHOOK_DATABASE_URL names {len(hosts)} hosts and {len(ports)} ports: give each host "
+            "its port, or all of them one"
+        )
     return {
         f"{host}:{port}": parts._replace(
             query=urlencode(query | {"host": host, "port": port})

@@ -174,7 +174,7 @@ class JwksKeys:
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
                 document = await self._fetch(self._url)
-            keys = _keys_from_jwks(document)
+            keys = keys_from_jwks(document)
         # Whatever is wrong out there, the old keys stay.
         except Exception as error:
             _log.warning("jwks_fetch_failed", url=self._url, error=repr(error))
@@ -203,8 +203,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _keys_from_jwks(document: bytes) -> dict[str | None, VerificationKey]:
-    """The usable keys by `kid`; the only key of a set also answers a token that names none."""
+def keys_from_jwks(document: bytes) -> dict[str | None, VerificationKey]:
+    """The usable keys by `kid`; the only key of a set also answers a token that names none.
+
+    ValueError when there is none, and others for what is no key set.
+    """
     keys: dict[str | None, VerificationKey] = {}
     usable: list[VerificationKey] = []
     for jwk in orjson.loads(document)["keys"]:

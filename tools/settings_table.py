@@ -6,11 +6,10 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from cli.settings import BLOCKS
+from cli.settings import BLOCKS, plain
 from core.config import Block, variable
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +57,7 @@ def _env_lines() -> Iterator[str]:
         for name, field in block.model_fields.items():
             yield ""
             yield f"# {_meaning(field)}"
-            default = "" if field.is_required() else _plain(field.get_default())
+            default = "" if field.is_required() else plain(field.get_default())
             yield f"#{variable(name)}={default}"
     yield ""
 
@@ -74,29 +73,9 @@ def _meaning(field: FieldInfo) -> str:
 def _cell(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    text = _plain(field.get_default())
+    text = plain(field.get_default())
     unit = next((f" {unit}" for suffix, unit in UNITS.items() if name.endswith(suffix)), "")
     return f"`{text}`{unit}" if text else "none"
-
-
-def _plain(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}" if value < 1e6 else str(value)
-        case tuple():
-            return ",".join(_plain_item(item) for item in value)
-    return str(value)
-
-
-def _plain_item(item: Any) -> str:
-    if isinstance(item, tuple):
-        low, high = item
-        return str(low) if low == high else f"{low}-{high}"
-    return _plain(item)
 
 
 if __name__ == "__main__":
