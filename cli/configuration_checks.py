@@ -149,6 +149,7 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
         "SELECT extract(epoch FROM clock_timestamp())::float8 AS clock,"
         " current_setting('server_version_num')::int / 10000 AS version,"
         " current_setting('fsync')::bool AS fsync,"
+        " NOT current_setting('enable_seqscan')::bool AS settings_arrived,"
         " current_setting('max_connections')::int"
         " - current_setting('superuser_reserved_connections')::int AS connections"
     )
@@ -167,6 +168,11 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
         found.append(
             "the database runs with fsync = off, so a crash of its machine loses events that were "
             "accepted: turn it on"
+        )
+    if not row["settings_arrived"]:
+        found.append(
+            "a pooler keeps back what our sessions ask for, timeouts among it: give that to the "
+            "role (docs/postgresql.md)"
         )
     database, delivery = blocks.get(DatabaseSettings), blocks.get(DeliverySettings)
     size = database.database_pool_size if database else 0

@@ -6,6 +6,8 @@ and SQLAlchemy would cost an engine 20 MB for as long as it runs.
 
 from pathlib import Path
 
+import asyncpg
+
 import migrations
 from core.db import Pool
 from core.errors import ConfigurationError
@@ -27,7 +29,13 @@ async def require_schema(pool: Pool) -> None:
 
     A schema that is newer is fine: migrations are made to be safe beside the previous release.
     """
-    table = await pool.fetchval("SELECT to_regclass('alembic_version')")
+    try:
+        table = await pool.fetchval("SELECT to_regclass('alembic_version')")
+    except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
+        raise ConfigurationError(
+            "a pooler stands before the database and gives each transaction another connection: "
+            "use its session mode, or none (docs/postgresql.md)"
+        ) from None
     found = await pool.fetchval("SELECT version_num FROM alembic_version") if table else None
     if found is None or (found in revisions() and found != head()):
         raise ConfigurationError(
