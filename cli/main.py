@@ -44,6 +44,8 @@ def main(ctx: click.Context) -> None:
     Settings are environment variables that begin with WEBHOOK_; the README lists them all, and
     `postrider config` says how they stand.
     """
+    # To stderr, where it spoils nobody's JSON. The settings of logs may be what is wrong.
+    configure_logs(LogSettings.model_construct(log_level="warning", log_format="auto"))
     # That command tells everything that is wrong, not only this.
     if ctx.invoked_subcommand != "config":
         refuse_unknown_variables(os.environ)
@@ -170,8 +172,6 @@ def config(process: str, check: bool, as_json: bool) -> None:
     from cli.configuration import read_configuration  # noqa: PLC0415 - the others start faster
     from cli.configuration_checks import faults_outside  # noqa: PLC0415
 
-    # Their settings may be what is wrong.
-    configure_logs(LogSettings.model_construct(log_level="error", log_format="auto"))
     found = read_configuration(process)
     if check:
         found = found.with_problems(asyncio.run(faults_outside(found.blocks)))

@@ -50,6 +50,13 @@ def _clean_environment() -> None:
             del os.environ[name]
 
 
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """No test depends on how a command that ran in this process has set its logs up."""
+    yield
+    structlog.reset_defaults()
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
     """One server for the session, with a migrated template database.

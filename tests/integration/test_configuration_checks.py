@@ -22,11 +22,6 @@ from tests.platform import ENCRYPTION_KEYS
 OF_THESE_TESTS = "fsync = off"
 
 
-@pytest.fixture(autouse=True)
-def _logs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.main.configure_logs", lambda _: None)
-
-
 @pytest.fixture
 async def issuer() -> AsyncIterator[str]:
     """Where an issuer has a key set without a key."""

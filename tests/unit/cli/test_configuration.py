@@ -17,11 +17,6 @@ from tests.fakes.authority import Authority
 CANARY = "c4n4ry"
 
 
-@pytest.fixture(autouse=True)
-def _logs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.main.configure_logs", lambda _: None)
-
-
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """What is needed, and not a word too much."""
