@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from cli.metrics import Metrics
 from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
-from core.db import Pool, open_pool
+from core.db import close_soon, open_pool
 from core.keyring import load_keyring
 from core.secret_file import keep_looking
 from delivery.census import Census
@@ -24,9 +24,6 @@ from delivery.config import DeliverySettings
 from delivery.dialler import open_dialler
 from delivery.engine import Engine
 from delivery.measures import EngineMeasures
-
-#: Given up after that, a pool ends its connections without a word.
-_CLOSE_SECONDS = 2.0
 
 log = structlog.get_logger()
 
@@ -57,7 +54,7 @@ async def deliver(
         pool = await open_pool(
             settings.database, "postrider-delivery", settings.database.database_pool_size
         )
-        stack.push_async_callback(_close, pool)
+        stack.push_async_callback(close_soon, pool.close)
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
@@ -92,10 +89,3 @@ async def deliver(
             engine.stop()
             stopping.cancel()
             looking.cancel()
-
-
-async def _close(pool: Pool) -> None:
-    """Say good-bye to the database, unless it does not listen."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_CLOSE_SECONDS):
-            await pool.close()

@@ -15,7 +15,7 @@ from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
 from cli.server_metrics import ServerMetrics
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
-from core.db import open_pool
+from core.db import close_soon, open_pool
 from core.keyring import load_keyring
 from core.secret_file import keep_looking
 from delivery.dialler import open_dialler
@@ -65,12 +65,12 @@ async def serve(
         # Most for the hot path, the rest for everything else: neither can starve the other.
         rest = max(pool_size * 2 // 5, 1)
         pool = await open_pool(settings.database, "postrider-server", max(pool_size - rest, 1))
-        stack.push_async_callback(pool.close)
+        stack.push_async_callback(close_soon, pool.close)
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
         sessions = open_sessions(settings.database, rest)
-        stack.push_async_callback(sessions.kw["bind"].dispose)
+        stack.push_async_callback(close_soon, sessions.kw["bind"].dispose)
         receivers = await stack.enter_async_context(
             open_dialler(
                 policy=policy.addresses,

@@ -1,5 +1,8 @@
 """Pools of connections to PostgreSQL with bounded waits, and what their errors mean."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
@@ -27,6 +30,9 @@ RETRYABLE_ERRORS = (
     asyncpg.exceptions.TransactionRollbackError,
     asyncpg.exceptions.LockNotAvailableError,
 )
+
+#: Given up after that, connections are ended without a word.
+_CLOSE_SECONDS = 2.0
 
 #: asyncpg has no types of its own; what it returns is described where it is used.
 type Pool = Any
@@ -72,3 +78,10 @@ async def open_pool(settings: DatabaseSettings, application_name: str, size: int
         raise ConfigurationError(f"PostgreSQL refused the connection: {error}") from error
     except ValueError as error:
         raise ConfigurationError(f"WEBHOOK_DATABASE_URL is not usable: {error}") from None
+
+
+async def close_soon(close: Callable[[], Awaitable[None]]) -> None:
+    """Say good-bye to the database, unless it does not listen: a stop must not wait for it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await close()

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -209,3 +211,30 @@ async def test_a_lock_that_somebody_holds_for_too_long_is_unavailable_and_not_a_
         await other.execute("LOCK TABLE events")
         async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await platform.publish()
+
+
+@pytest.mark.slow
+async def test_a_server_with_calls_under_way_stops_in_time_while_it_is_frozen(
+    own_postgres: OwnPostgres, ca_file: Path, tmp_path: Path
+) -> None:
+    assert own_postgres.server is not None
+    url = own_postgres.server.url()
+    async with AsyncExitStack() as stack:
+        platform = await stack.enter_async_context(
+            running_platform(url, ca_file, tmp_path, server_drain_seconds=0.1)
+        )
+        await platform.publish()
+        with own_postgres.frozen():
+            # Both hold a connection, and PostgreSQL will not say when it has it back.
+            calls = [asyncio.ensure_future(platform.publish()), list_configs(platform)]
+            await asyncio.sleep(0.5)
+            began = monotonic()
+            await stack.aclose()
+            assert monotonic() - began < 8
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+def list_configs(platform: Platform) -> Any:
+    return platform.webhooks.ListWebhookConfigs(
+        configs.ListWebhookConfigsRequest(), metadata=platform.merchant()
+    )
