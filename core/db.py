@@ -22,6 +22,8 @@ CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
     asyncpg.exceptions.OperatorInterventionError,
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
+    # Of a process at work: its new password has not reached the file, or the server, yet.
+    asyncpg.exceptions.InvalidAuthorizationSpecificationError,
 )
 
 #: After these the same statement may simply be sent again.
@@ -68,6 +70,8 @@ async def open_pool(settings: DatabaseSettings, application_name: str, size: int
     timeout = settings.database_connect_timeout_seconds
     try:
         return await _BoundedPool(connector, timeout=timeout, size=size)
+    except asyncpg.exceptions.InvalidAuthorizationSpecificationError as error:
+        raise ConfigurationError(f"PostgreSQL refused the connection: {error}") from error
     except CONNECTION_ERRORS as error:
         raise Unavailable(
             "the database cannot be reached; check WEBHOOK_DATABASE_URL and that PostgreSQL runs "

@@ -1,7 +1,10 @@
-"""Every secret is changed in its file, as docs/runbook.md says, while deliveries go on."""
+"""The lines of docs/runbook.md under "Rotate keys", as they stand there, while deliveries go on."""
 
+import asyncio
 import itertools
 import os
+import re
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -10,46 +13,75 @@ from typing import Any
 
 import asyncpg
 import pytest
+from cryptography import x509
 
 from cli.development_key import ensure_development_key
 from core.keyring import new_key
 from core.signing import verify
 from postrider.v1 import webhook_config_service_pb2 as pb
+from tests.fakes.authority import Authority
 from tests.fakes.receiver import Received
 from tests.own_postgres import OwnPostgres
 from tests.platform import ENCRYPTION_KEYS
-from tests.processes import Process
+from tests.processes import POSTRIDER, Process
 from tests.scene import BRISK, Conclude, Scene
 
-pytestmark = pytest.mark.slow
+PAGE = (Path(__file__).parents[2] / "docs" / "runbook.md").read_text()
+SECTION = re.split(r"^## ", PAGE.partition("\n## Rotate keys\n")[2], flags=re.MULTILINE)[0]
+LINES = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+(
+    ADD_KEY,
+    PUT_IT_FIRST,
+    ROTATE,
+    STATUS,
+    TAKE_THE_OTHERS_OUT,
+    ADD_ISSUER,
+    TAKE_THE_OLD_ISSUER_OUT,
+    CHANGE_CERTIFICATE,
+    SHOW_CERTIFICATE,
+    CHANGE_PASSWORD,
+    TELL_PASSWORD,
+    ROTATE_SECRET,
+) = LINES
+
 ROLE = "by_password"
+NEEDED = ("psql", "openssl", "grpcurl")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not all(map(shutil.which, NEEDED)), reason=f"needs {', '.join(NEEDED)}"),
+]
 
 
-class Mount:
-    """Files as Kubernetes mounts secrets: links through `..data`, which leads to a version."""
+class Operator:
+    """Types the lines, with these files and the settings of the processes in the environment."""
 
-    def __init__(self, directory: Path, **files: str) -> None:
+    def __init__(self, directory: Path, **files: str | bytes) -> None:
         self._directory = directory
-        self._files: dict[str, str] = {}
-        self._version = 0
+        self.environment: dict[str, str] = {}
         directory.mkdir()
-        self.put(**files)
+        for name, content in files.items():
+            self.write(name, content)
 
     def path(self, name: str) -> Path:
         return self._directory / name
 
-    def put(self, **files: str) -> None:
-        self._files |= files
-        self._version += 1
-        version = self._directory / f"..{self._version}"
-        version.mkdir()
-        for name, text in self._files.items():
-            (version / name).touch(mode=0o640)
-            (version / name).write_text(text)
-            if not self.path(name).is_symlink():
-                self.path(name).symlink_to(Path("..data", name))
-        (self._directory / "..new").symlink_to(version.name)
-        os.replace(self._directory / "..new", self._directory / "..data")
+    def write(self, name: str, content: str | bytes) -> None:
+        fresh = self._directory / "fresh"
+        fresh.touch(mode=0o640)
+        fresh.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(fresh, self.path(name))
+
+    async def types(self, line: str) -> str:
+        shell = await asyncio.create_subprocess_exec(
+            *("sh", "-euc", line),
+            env=self.environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        output, _ = await shell.communicate()
+        assert shell.returncode == 0, f"{line}\n{output.decode()}"
+        return output.decode()
 
 
 @asynccontextmanager
@@ -65,92 +97,153 @@ async def asking_for_a_password(own_postgres: OwnPostgres) -> AsyncIterator[Any]
     await admin.close()
 
 
-async def test_every_secret_is_changed_by_files_alone_while_deliveries_go_on(
+async def test_everything_secret_is_changed_while_deliveries_go_on(
     start_scene: Callable[..., AbstractAsyncContextManager[Scene]],
     conclude: Conclude,
     database_url: str,
     own_postgres: OwnPostgres,
     tmp_path: Path,
 ) -> None:
+    assert own_postgres.server is not None
     issuers = [ensure_development_key(tmp_path / name) for name in ("keys", "next")]
-    pems = [issuer.public_key_file.read_text() for issuer in issuers]
-    mount = Mount(tmp_path / "mount", keys=ENCRYPTION_KEYS, password="first\n", issuer=pems[0])
+    certificates = [Authority().issue(ips=("127.0.0.1",)) for _ in range(2)]
+    operator = Operator(
+        tmp_path / "secrets",
+        KEYS=ENCRYPTION_KEYS + "\n",
+        ISSUER_PEM=issuers[0].public_key_file.read_bytes(),
+        NEXT_PEM=issuers[1].public_key_file.read_bytes(),
+        TLS_CERTIFICATE=certificates[0].certificate,
+        TLS_KEY=certificates[0].private_key,
+        NEXT_CERTIFICATE=certificates[1].certificate,
+        NEXT_KEY=certificates[1].private_key,
+        PASSWORD_FILE="first\n",
+        NEXT_PASSWORD='it\'s the "second"\n',
+    )
     settings = {
         "database_url": database_url.replace("postgres@", f"{ROLE}@"),
-        "database_password_file": mount.path("password"),
+        "database_password_file": operator.path("PASSWORD_FILE"),
         "encryption_keys": None,
-        "encryption_keys_file": mount.path("keys"),
-        "jwt_public_key_file": mount.path("issuer"),
+        "encryption_keys_file": operator.path("KEYS"),
+        "jwt_public_key_file": operator.path("ISSUER_PEM"),
+    }
+    tls = {
+        "tls_certificate_file": operator.path("TLS_CERTIFICATE"),
+        "tls_private_key_file": operator.path("TLS_KEY"),
     }
     async with asking_for_a_password(own_postgres) as admin, start_scene(**settings) as scene:
-        server = scene.processes._started[0]
         engines = await scene.processes.start(
             "delivery", "--processes=2", **(BRISK | {"lease_seconds": 8} | settings)
         )
         await engines.wait_for("delivering", 2)
         scene.engines.append(engines)
+        server, tls_address = await scene.processes.server(**settings, **tls)
+        platform = scene.platform
+        operator.environment = {
+            "PATH": f"{POSTRIDER.parent}:{os.environ['PATH']}",
+            **scene.processes.environment,
+            **{f"WEBHOOK_{name.upper()}": str(value) for name, value in settings.items() if value},
+            **{path.name: str(path) for path in operator.path(".").iterdir()},
+            "TLS_ADDRESS": tls_address,
+            "ADDRESS": platform.address,
+            "DATABASE_ADMIN_URL": own_postgres.server.url(),
+            "DATABASE_ROLE": ROLE,
+        }
+        del operator.environment["WEBHOOK_ENCRYPTION_KEYS"]
         async with scene.load.running() as load:
             await load.arrived_more(100)
-            await change_the_encryption_key(scene, mount, server, engines, settings)
+            await change_the_encryption_key(scene, operator, server, engines)
             await load.arrived_more(100)
 
-            await admin.execute(f"ALTER ROLE {ROLE} PASSWORD 'second'")
-            mount.put(password="second\n")
+            await operator.types(CHANGE_PASSWORD)
             in_flight = await scene.leased()
             await admin.execute(
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'"  # noqa: S608
             )
+            repeated = load.repeated
+            async with asyncio.timeout(20):
+                while load.repeated == repeated:
+                    await admin.execute("SELECT pg_sleep(0.05)")
+            await operator.types(TELL_PASSWORD)
             await load.arrived_more(100)
 
-            mount.put(issuer="".join(pems))
-            scene.platform.key = issuers[1]
-            scene.platform.tokens.clear()
+            await operator.types(ADD_ISSUER)
+            platform.key = issuers[1]
+            platform.tokens.clear()
             await load.arrived_more(100)
-            old = {**scene.platform.tokens}
-            mount.put(issuer=pems[1])
+            await operator.types(TAKE_THE_OLD_ISSUER_OUT)
+            platform.tokens.clear()
             await load.arrived_more(100)
-            assert old == {name: scene.platform.tokens[name] for name in old}
 
-            await change_a_signing_secret(scene)
+            await change_a_signing_secret(scene, operator)
             await load.arrived_more(100)
+        shown = [await operator.types(SHOW_CERTIFICATE)]
+        await operator.types(CHANGE_CERTIFICATE)
+        shown.append(await operator.types(SHOW_CERTIFICATE))
+        for issued, text in zip(certificates, shown, strict=True):
+            serial = x509.load_pem_x509_certificate(issued.certificate).serial_number
+            assert f"serial={serial:X}" in text.replace("serial=0", "serial=")
         await conclude(scene, "every secret changed", in_flight)
+        assert server.lives
+        assert engines.named("engine_ended") == []
         for process in (server, engines):
-            assert process.lives
-            assert len(process.named("secret_file_readable_by_all")) == 0
-            assert process.named("database_away") == []
+            assert process.named("secret_file_readable_by_all") == []
 
 
 async def change_the_encryption_key(
-    scene: Scene, mount: Mount, server: Process, engines: Process, settings: dict[str, Any]
+    scene: Scene, operator: Operator, server: Process, engines: Process
 ) -> None:
-    old, new = ENCRYPTION_KEYS, new_key()
-    new_id = new.partition(":")[0]
-
     changes = itertools.count(1)
 
-    async def everybody_has(*pairs: str) -> None:
-        mount.put(keys="\n".join(pairs) + "\n")
+    async def everybody_has_it() -> None:
         change = next(changes)
         await server.wait_for("secret_file_loaded", change)
         await engines.wait_for("secret_file_loaded", 2 * change)
 
-    await everybody_has(old, new)
-    await everybody_has(new, old)
+    await operator.types(ADD_KEY)
+    await everybody_has_it()
+    await operator.types(PUT_IT_FIRST)
+    await everybody_has_it()
+    new_id, old_id = server.named("secret_file_loaded")[-1]["holds"]
     await register_and_receive(scene, "m_registered_with_the_new_key")
     found = await scene.pool.fetchval(
         "SELECT secret_key_id FROM webhook_configs WHERE merchant_id LIKE 'm_registered_%'"
     )
     assert found == new_id
-    rotating = await scene.processes.start("keys", "rotate", "--to", new_id, **settings)
-    assert await rotating.exit_code() == 0, rotating.lines
-    await everybody_has(new)
+    await operator.types(ROTATE)
+    assert f"{old_id}: 0 records (not needed)" in await operator.types(STATUS)
+    await operator.types(TAKE_THE_OTHERS_OUT)
+    await everybody_has_it()
     left = await scene.pool.fetch("SELECT DISTINCT secret_key_id FROM webhook_configs")
     assert [row["secret_key_id"] for row in left] == [new_id]
 
-    mount.put(keys=new[:-9])
+    good = operator.path("KEYS").read_text()
+    operator.write("KEYS", new_key()[:-9])
     await server.wait_for("secret_file_unusable")
     await engines.wait_for("secret_file_unusable", 2)
     await register_and_receive(scene, "m_while_the_file_is_broken")
+    operator.write("KEYS", good)
+    await everybody_has_it()
+
+
+async def change_a_signing_secret(scene: Scene, operator: Operator) -> None:
+    """The old secret, which the ledger goes on with, signs beside the new for the overlap."""
+    platform, merchant_id = scene.platform, "m_1"
+    [config] = (
+        await platform.webhooks.ListWebhookConfigs(
+            pb.ListWebhookConfigsRequest(), metadata=platform.merchant(merchant_id)
+        )
+    ).webhook_configs
+    operator.environment |= {
+        "MERCHANT_TOKEN": platform.token("webhooks:manage", merchant_id=merchant_id),
+        "WEBHOOK": config.id,
+    }
+    schema = "-protoset deploy/envoy/postrider.binpb "
+    answer = await operator.types(ROTATE_SECRET.replace("-plaintext ", f"-plaintext {schema}"))
+    [new] = re.findall(r'"secret": "([0-9a-f]{64})"', answer)
+    received = await receive_one(scene, merchant_id)
+    signature = received.headers["X-Webhook-Signature"]
+    for secret in (new, scene.secrets[f"/hook/{merchant_id}"]):
+        assert verify(secret, received.message_id, received.body, signature, now=time())
 
 
 async def register_and_receive(scene: Scene, merchant_id: str) -> None:
@@ -163,20 +256,3 @@ async def receive_one(scene: Scene, merchant_id: str) -> Received:
     scene.load.acknowledged.append(event.id)
     await scene.load.all_arrived()
     return next(r for r in scene.receiver.webhooks if r.message_id == event.id)
-
-
-async def change_a_signing_secret(scene: Scene) -> None:
-    """The old secret, which the ledger goes on with, signs beside the new for the overlap."""
-    platform, merchant_id = scene.platform, "m_1"
-    [config] = (
-        await platform.webhooks.ListWebhookConfigs(
-            pb.ListWebhookConfigsRequest(), metadata=platform.merchant(merchant_id)
-        )
-    ).webhook_configs
-    rotated = await platform.webhooks.RotateSecret(
-        pb.RotateSecretRequest(id=config.id), metadata=platform.merchant(merchant_id)
-    )
-    received = await receive_one(scene, merchant_id)
-    signature = received.headers["X-Webhook-Signature"]
-    for secret in (rotated.secret, scene.secrets[f"/hook/{merchant_id}"]):
-        assert verify(secret, received.message_id, received.body, signature, now=time())
