@@ -15,8 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from cli.metrics import Metrics
-from cli.settings import variable
-from core.config import Block
+from core.config import Block, variable
 from core.errors import ConfigurationError
 
 log = structlog.get_logger()
