@@ -4,10 +4,7 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +15,20 @@ from aiohttp import web
 
 from postrider.v1 import delivery_pb2, delivery_service_pb2
 from tests.fakes.receiver import Receiver
-from tests.platform import ISSUER, Platform
+from tests.pages import (
+    ROOT,
+    Environment,
+    answer,
+    as_buf_curl,
+    as_written,
+    blocks,
+    needs_grpcurl,
+    prepared,
+    started,
+)
+from tests.platform import Platform
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "operators.md").read_text()
-SETUP, *LINES = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-SCHEMA = "deploy/envoy/postrider.binpb"
+SETUP, *LINES = blocks((ROOT / "docs" / "operators.md").read_text())
 
 #: For each line its method, and what its answer holds; $NAMES are those of the environment.
 PROMISES = (
@@ -75,63 +80,6 @@ PROMISES = (
     ("EraseMerchant", ('"deletedWebhookConfigs": 1', '"erasedEvents": "3"')),
 )
 
-needs_grpcurl = pytest.mark.skipif(
-    shutil.which("grpcurl") is None, reason="grpcurl is not installed"
-)
-
-type Environment = dict[str, str]
-
-
-def sh(line: str, environment: Environment) -> str:
-    """What a line that has to succeed prints."""
-    done = subprocess.run(
-        ["sh", "-euc", line],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def as_written(line: str, environment: Environment) -> list[str]:
-    return ["sh", "-euc", line]
-
-
-def as_buf_curl(line: str, environment: Environment) -> list[str]:
-    """The same call; what grpcurl's arguments are, the shell itself tells."""
-    if not line.startswith("grpcurl "):
-        return as_written(line, environment)
-    told = sh(f"grpcurl() {{ printf '%s\\0' \"$@\"; }}\n{line}", environment)
-    *given, address, method = told.removesuffix("\0").split("\0")
-    command = ["buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
-    # Only the server describes the health service.
-    command += ["--schema", SCHEMA] if method.startswith("postrider.") else []
-    arguments = iter(given)
-    for argument in arguments:
-        match argument:
-            case "-plaintext":
-                pass
-            case "-protoset" | "-max-time":
-                next(arguments)
-            case "-H" | "-d":
-                command += [argument, next(arguments)]
-            case _:
-                raise AssertionError(f"translate {argument}")
-    return [*command, f"http://{address}/{method}"]
-
-
-async def answer(command: list[str], environment: Environment) -> str:
-    """What a call that has to succeed prints, as JSON in one spelling."""
-    process = await started(command, environment)
-    async with asyncio.timeout(30):
-        printed, complaint = await process.communicate()
-    assert process.returncode == 0, f"{command}\n{printed.decode()}{complaint.decode()}"
-    return json.dumps(json.loads(printed))
-
 
 async def watched(
     command: list[str], environment: Environment, platform: Platform, until: str
@@ -154,20 +102,6 @@ async def watched(
         await process.communicate()
     assert "delivery" not in seen[0]
     return json.dumps(seen)
-
-
-async def started(command: list[str], environment: Environment) -> asyncio.subprocess.Process:
-    program = shutil.which(command[0], path=environment["PATH"])
-    assert program
-    return await asyncio.create_subprocess_exec(
-        program,
-        *command[1:],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
 
 
 async def _printed(stream: asyncio.StreamReader, printed: str, until: str) -> str:
@@ -217,19 +151,6 @@ async def failed_delivery(platform: Platform, merchant_id: str) -> str:
     return str(listed.deliveries[0].id)
 
 
-def prepared(data_dir: Path) -> Environment:
-    """What the page's first block sets, on a platform whose issuer is the tests'."""
-    environment = {
-        "HOME": str(data_dir),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "WEBHOOK_DATA_DIR": str(data_dir),
-        "WEBHOOK_JWT_ISSUER": ISSUER,
-    }
-    names = re.findall(r"^([A-Z_]+)=", SETUP, re.MULTILINE)
-    values = sh(f"{SETUP}printf '%s\\n' {' '.join(f'"${name}"' for name in names)}", environment)
-    return environment | dict(zip(names, values.splitlines(), strict=True))
-
-
 @pytest.mark.parametrize(
     "client",
     [
@@ -247,7 +168,7 @@ async def test_every_line_answers_its_question(
     since = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     async with start_platform(reflection=True, admin_address="127.0.0.1:0") as platform:
         [admin_port] = [e["port"] for e in logged if e["event"] == "admin_listening"]
-        environment = await asyncio.to_thread(prepared, tmp_path)
+        environment = await asyncio.to_thread(prepared, SETUP, tmp_path)
         merchant_id = environment["MERCHANT"]
         environment |= {
             "ADDRESS": platform.address,
@@ -276,7 +197,7 @@ async def test_a_watch_ends_with_its_time_as_the_page_says(
     [line] = [line for line in LINES if "WatchDeliveries" in line]
     assert " -max-time 60 " in line
     async with start_platform(reflection=True) as platform:
-        environment = await asyncio.to_thread(prepared, tmp_path)
+        environment = await asyncio.to_thread(prepared, SETUP, tmp_path)
         created = await platform.register(receiver.url, environment["MERCHANT"])
         environment |= {"ADDRESS": platform.address, "WEBHOOK": created.webhook_config.id}
         shorter = line.replace(" -max-time 60 ", " -max-time 1 ")
