@@ -4,18 +4,34 @@ Every engine runs this, a page at a time and without waiting for another's locks
 depends on any one of them being alive.
 """
 
+import structlog
+
 from core import queue
 from core.db import Pool
+from core.ids import format_id
 from core.queue import Chain
 
 _PAGE = 500
+#: Once or twice is an engine's own trouble; what is sent thrice without a result may be its cause.
+_SUSPICIOUS = 3
+
+log = structlog.get_logger()
 
 
 async def reclaim(pool: Pool) -> int:
-    """Return every delivery whose lease has ended; returns how many."""
+    """Return every delivery whose lease has ended; returns how many. Names those that often do."""
     total = 0
-    while reclaimed := len(await queue.reclaim(pool, _PAGE)):
-        total += reclaimed
+    while reclaimed := await queue.reclaim(pool, _PAGE):
+        total += len(reclaimed)
+        for delivery_id, webhook_id, times in await queue.reclaimed_often(
+            pool, reclaimed, _SUSPICIOUS
+        ):
+            log.warning(
+                "delivery_ends_engines",
+                delivery_id=format_id("dlv", delivery_id),
+                webhook_id=format_id("wh", webhook_id),
+                times=times,
+            )
     return total
 
 

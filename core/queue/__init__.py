@@ -18,7 +18,7 @@ from core.queue.breakers import close_breakers, open_breakers
 from core.queue.cancellation import cancel_webhook
 from core.queue.depth import Depth, measure_depth
 from core.queue.holding import held
-from core.queue.leases import claim, reclaim, release
+from core.queue.leases import claim, reclaim, reclaimed_often, release
 from core.queue.order import chains_after, promote
 from core.queue.records import (
     BreakerChange,
@@ -62,6 +62,7 @@ __all__ = [
     "park_webhooks",
     "promote",
     "reclaim",
+    "reclaimed_often",
     "redeliver",
     "release",
     "settle",

@@ -59,6 +59,10 @@ FROM expired WHERE q.id = expired.id
 RETURNING q.id
 """
 
+_RECLAIMED_OFTEN = """
+SELECT id, webhook_id, reclaim_count FROM delivery_queue WHERE id = ANY ($1) AND reclaim_count >= $2
+"""
+
 
 async def claim(connection: Connection, limit: int, lease_seconds: float) -> list[LeasedDelivery]:
     """Take up to `limit` due deliveries under one new lease, the longest due first."""
@@ -75,6 +79,14 @@ async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) 
 async def reclaim(connection: Connection, limit: int) -> list[UUID]:
     """Return up to `limit` deliveries whose lease has ended to the queue."""
     return [row["id"] for row in await connection.fetch(_RECLAIM, limit)]
+
+
+async def reclaimed_often(
+    connection: Connection, delivery_ids: Sequence[UUID], times: int
+) -> list[tuple[UUID, UUID, int]]:
+    """Of these, the deliveries reclaimed so many times in all: id, webhook id, how many."""
+    rows = await connection.fetch(_RECLAIMED_OFTEN, delivery_ids, times)
+    return [(row["id"], row["webhook_id"], row["reclaim_count"]) for row in rows]
 
 
 def fences(deliveries: Sequence[LeasedDelivery]) -> tuple[list[UUID], list[UUID]]:

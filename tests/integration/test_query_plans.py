@@ -191,6 +191,12 @@ async def test_a_reclaim_walks_the_leases_that_ended(crowded: Any) -> None:
     whole = (await _explain(crowded, leases._RECLAIM, ended + 100)).index_scan(lease.index or "")
     assert (whole.rows, whole.filtered) == (ended, 0)
 
+    ids = [row["id"] for row in await crowded.fetch("SELECT id FROM delivery_queue LIMIT 100")]
+    often = await _explain(crowded, leases._RECLAIMED_OFTEN, ids, 3)
+    looked_at = often.index_scan("delivery_queue_pkey")
+    assert looked_at.rows + looked_at.filtered == 100
+    often.assert_nothing_is_walked()
+
 
 async def test_letting_in_counts_and_chooses_by_the_configs_own_indexes(crowded: Any) -> None:
     webhook_ids = await backlog.webhooks_with_backlog(crowded)

@@ -12,7 +12,8 @@ import asyncpg
 import pytest
 
 from core import queue
-from core.ids import new_id
+from core.ids import format_id, new_id
+from delivery.reclaim import reclaim
 from tests.factories import (
     EVENT_TYPE,
     attempts,
@@ -555,6 +556,28 @@ async def test_the_first_reclaim_is_due_at_once_and_each_later_one_later(pool: A
     expected = [0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 511, 511]
     assert waits == pytest.approx(expected, abs=0.5)
     assert await attempts(pool) == []
+
+
+async def test_a_delivery_that_is_reclaimed_again_and_again_is_named(
+    pool: Any, logged: list[Any]
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    for count in (0, 1, 2):
+        delivery_id = await make_delivery(
+            pool, webhook_id, state="leased", lease_in=-1, reclaim_count=count
+        )
+
+    assert await reclaim(pool) == 3
+
+    assert logged == [
+        {
+            "event": "delivery_ends_engines",
+            "log_level": "warning",
+            "delivery_id": format_id("dlv", delivery_id),
+            "webhook_id": format_id("wh", webhook_id),
+            "times": 3,
+        }
+    ]
 
 
 async def test_reclaims_come_by_pages_the_longest_ended_first(pool: Any) -> None:
