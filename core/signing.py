@@ -13,6 +13,7 @@ import base64
 import hashlib
 import hmac
 import secrets
+from binascii import b2a_base64
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -68,12 +69,13 @@ def signature_headers(
     """
     message = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
     signatures = [_signature(secret, message) for secret in secrets]
-    standard = " ".join(f"{v},{base64.b64encode(code).decode()}" for v, code in signatures)
+    standard = " ".join([f"{v},{_base64(code)}" for v, code in signatures])
+    hexadecimal = ",".join([f"{v}={code.hex()}" for v, code in signatures])
     headers = {
         ID_HEADER: message_id,
         TIMESTAMP_HEADER: str(timestamp),
         STANDARD_SIGNATURE_HEADER: standard,
-        SIGNATURE_HEADER: ",".join([f"t={timestamp}", *(f"{v}={c.hex()}" for v, c in signatures)]),
+        SIGNATURE_HEADER: f"t={timestamp},{hexadecimal}",
     }
     if prefix:
         names = prefixed_names(prefix)
@@ -116,6 +118,10 @@ def _signature(secret: str, message: bytes) -> tuple[str, bytes]:
     if secret.startswith(_PRIVATE):
         return "v1a", _private_key(secret).sign(message)
     return "v1", hmac.digest(secret.encode(), message, hashlib.sha256)
+
+
+def _base64(code: bytes) -> str:
+    return b2a_base64(code, newline=False).decode()
 
 
 # Its public half is computed anew for each object: most of what a signature costs.

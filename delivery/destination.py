@@ -56,11 +56,11 @@ def header_lines(headers: Mapping[str, str]) -> bytes:
     Raises ValueError, without the value, for anything but printable ASCII: a line break in a value
     would be the beginning of another header, or of another request.
     """
-    lines = [f"{name}: {value}" for name, value in headers.items()]
-    if not _is_plain("".join(lines)):
-        name = next(line for line in lines if not _is_plain(line)).partition(": ")[0]
+    text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if text.count("\n") != len(headers) or not _is_plain(text.replace("\r\n", "")):
+        name = next(name for name, value in headers.items() if not _is_plain(name + value))
         raise ValueError(f"the header {name!r} holds a character that no header may hold")
-    return "\r\n".join([*lines, ""]).encode("ascii")
+    return text.encode("ascii")
 
 
 def _is_plain(text: str) -> bool:

@@ -11,8 +11,8 @@ from core.queue.records import Chain, Connection, Settled, Settlement
 _SETTLE = """
 WITH input AS (
     SELECT * FROM unnest(
-        $1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::timestamptz[], $7::int[],
-        $8::text[], $9::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[]
+        $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::text[], $7::timestamptz[], $8::int[],
+        $9::text[], $10::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[]
     ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
         duration_us, final_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
         response_excerpt, position)
@@ -71,7 +71,7 @@ WITH input AS (
 ), judged AS (
     SELECT id, failures, CASE
         WHEN active AND gone THEN 'gone'
-        WHEN active AND failures >= $10 THEN 'failures'
+        WHEN active AND failures >= $1 THEN 'failures'
     END AS ends_by
     FROM locked
 ), counted AS (
@@ -91,6 +91,9 @@ UNION ALL
 SELECT webhook_id, 'chain', ordering_key, NULL FROM finished WHERE ordering_key IS NOT NULL
 """
 
+#: The fields of a settlement that the statement takes, which are its first ones.
+_COLUMNS = Settlement._fields.index("response_excerpt") + 1
+
 
 async def settle(
     connection: Connection, settlements: Sequence[Settlement], max_consecutive_failures: int
@@ -101,24 +104,12 @@ async def settle(
     count in the order of the batch, and a delivered one forgives those before it; a 410 ends its
     config at once.
     """
-    rows = await connection.fetch(
-        _SETTLE,
-        [s.delivery_id for s in settlements],
-        [s.lease_id for s in settlements],
-        [s.outcome for s in settlements],
-        [s.status_code for s in settlements],
-        [s.detail for s in settlements],
-        [s.started_at for s in settlements],
-        [s.duration_us for s in settlements],
-        [s.final_state for s in settlements],
-        [s.retry_after_seconds for s in settlements],
-        max_consecutive_failures,
-        [s.dns_us for s in settlements],
-        [s.connect_us for s in settlements],
-        [s.first_byte_us for s in settlements],
-        [s.remote_address for s in settlements],
-        [s.response_excerpt for s in settlements],
-    )
+    if not settlements:
+        return Settled(frozenset(), {})
+    columns = list(zip(*settlements, strict=True))[:_COLUMNS]
+    # A phase that none of them had is an empty array, which unnest fills up with nulls.
+    present = [c if any(value is not None for value in c) else () for c in columns]
+    rows = await connection.fetch(_SETTLE, max_consecutive_failures, *present)
     deactivated = {
         row["id"]: DeactivationReason(row["ends_by"])
         for row in rows
