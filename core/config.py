@@ -133,6 +133,11 @@ class DatabaseSettings(Block):
     database_connect_timeout_seconds: Seconds = Field(
         5.0, description="how long to wait for a connection before a call is refused"
     )
+    database_connection_seconds: Seconds = Field(
+        1800.0,
+        description="how old a connection may be when it is given back; then the next use makes a "
+        "new one, to whatever the URL and the password's file say by then",
+    )
     database_statement_timeout_seconds: Seconds = Field(
         10.0, description="after which PostgreSQL itself cancels a statement"
     )

@@ -5,7 +5,9 @@ that is silent, so a primary that vanished costs half a second and not the whole
 """
 
 import asyncio
+import random
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -46,6 +48,12 @@ class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
 
     #: The pool it belongs to, once it does.
     counter = StatementCounter()
+    #: By the monotonic clock; set once it is connected.
+    old_at = float("inf")
+
+    @property
+    def is_old(self) -> bool:
+        return time.monotonic() >= self.old_at
 
     def get_reset_query(self) -> str:
         return ""
@@ -78,6 +86,7 @@ class Connector:
         password = settings.secret("database_password")
         self._password = Renewed(password, str) if password.given else None
         self._patience = settings.database_connect_timeout_seconds
+        self._age = settings.database_connection_seconds
         patience = settings.database_statement_timeout_seconds
         self._arguments = {
             # A little longer than PostgreSQL itself, which then can say why.
@@ -102,6 +111,8 @@ class Connector:
                 order = sorted(hosts, key=lambda host: host != self._accepted_last)
                 self._accepted_last, connection = await self._race({h: hosts[h] for h in order})
         _end_when_the_other_vanishes(connection, self._patience)
+        # Not all of them at once.
+        connection.old_at = time.monotonic() + self._age * random.uniform(0.9, 1.1)  # noqa: S311
         return connection
 
     async def _open(self, url: str) -> Connection:

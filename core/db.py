@@ -63,6 +63,14 @@ class _BoundedPool(asyncpg.pool.Pool, StatementCounter):  # type: ignore[misc]
     def acquire(self, *, timeout: float | None = None) -> Any:
         return super().acquire(timeout=timeout or self._acquire_timeout)
 
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:
+        held = connection._con  # None once it was given back, or ended.
+        if held is not None and held.is_old:
+            # Without a good-bye, whose answer would have to be waited for.
+            held.terminate()
+        else:
+            await super().release(connection, timeout=timeout)
+
 
 async def open_pool(settings: DatabaseSettings, application_name: str, size: int) -> Pool:
     """A pool of at most `size` connections; Unavailable when the database cannot be reached."""

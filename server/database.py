@@ -18,6 +18,7 @@ def open_sessions(settings: DatabaseSettings, size: int) -> Sessions:
         max_overflow=0,
         pool_timeout=settings.database_connect_timeout_seconds,
         pool_pre_ping=True,
+        pool_recycle=int(settings.database_connection_seconds),
     )
     return async_sessionmaker(engine, expire_on_commit=False)
 

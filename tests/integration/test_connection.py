@@ -206,3 +206,19 @@ async def asking_for_a_password(postgres: EmbeddedPostgres) -> AsyncIterator[Any
         await admin.execute("DROP ROLE by_password")
         await admin.close()
         rules.write_text(before)
+
+
+async def test_a_connection_that_grew_old_is_replaced_when_it_was_used(database_url: str) -> None:
+    settings = database_settings(database_url)
+    brief = settings.model_copy(update={"database_connection_seconds": 1e-6})
+    backends: dict[str, set[int]] = {}
+    for name, those in (("old", brief), ("young", settings)):
+        pool = await open_pool(those, "test", 1)
+        backends[name] = {await pool.fetchval("SELECT pg_backend_pid()") for _ in range(3)}
+        async with pool.acquire() as connection, connection.transaction():
+            backends[name] |= {await connection.fetchval("SELECT pg_backend_pid()")}
+            # Never in the middle of its use.
+            assert {await connection.fetchval("SELECT pg_backend_pid()")} <= backends[name]
+        assert pool.get_size() == (0 if name == "old" else 1)
+        await pool.close()
+    assert [len(backends["old"]), len(backends["young"])] == [4, 1]
