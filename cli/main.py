@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import signal
 import sys
 from datetime import timedelta
 from functools import partial
@@ -24,6 +25,10 @@ from delivery.config import MAX_PROCESSES
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> None:
+        if os.getpid() == 1:
+            # In a container. From the first process the kernel keeps what it does not handle, so a
+            # stop would wait until it kills. Servers and engines replace this by their own.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             super().invoke(ctx)
         except PostriderError as error:
