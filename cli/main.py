@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports grpc: its core writes to stderr, past our logs.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -21,6 +22,9 @@ from core.errors import ConfigurationError, PostriderError, Unavailable
 from core.keyring import new_key
 from core.logs import configure_logs
 from delivery.config import MAX_PROCESSES
+
+if TYPE_CHECKING:
+    from cli.health import Process
 
 
 class _Group(click.Group):
@@ -211,6 +215,49 @@ def verify(seconds: float, as_json: bool) -> None:
     click.echo(report)
     if not clean:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("process", type=click.Choice(["server", "delivery"]), required=False)
+@click.argument("question", required=False)
+@click.option("--address", metavar="HOST:PORT", help="Where to ask, instead of what is set.")
+@click.option(
+    "--seconds",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 60),
+    help="How long an answer may take.",
+)
+def health(
+    process: "Process | None",
+    question: str | None,
+    address: str | None,
+    seconds: float,
+) -> None:
+    """Ask the processes on this machine whether they are well.
+
+    `health server [SERVICE]` asks grpc.health.v1 at WEBHOOK_ADMIN_ADDRESS: for all services, for
+    one by its name, or for `liveness`, which is not about the database. `health delivery
+    [live|ready]` asks the engines at WEBHOOK_DELIVERY_METRICS_ADDRESS. `health` alone asks
+    whichever run here.
+
+    Exits with 0 when what was asked is well, 1 when it is not or does not answer, and 2 when the
+    question was wrong.
+    """
+    from cli.health import ask, ask_all  # noqa: PLC0415 - the other commands start faster
+    from delivery.config import DeliverySettings  # noqa: PLC0415
+    from server.config import ServerSettings  # noqa: PLC0415
+
+    addresses: dict[Process, str | None] = {
+        "server": load(ServerSettings).admin_address,
+        "delivery": load(DeliverySettings).delivery_metrics_address,
+    }
+    if process is not None:
+        click.echo(ask(process, address or addresses[process], question, seconds))
+    elif address is None:
+        click.echo(ask_all(addresses, seconds))
+    else:
+        raise ConfigurationError("say who is at --address: `health server` or `health delivery`")
 
 
 @main.command()
