@@ -79,11 +79,15 @@ benchmarks: install ## Measure every promise anew, on an idle machine: docs/perf
 release-contract: install ## At a release: make the present protos what `buf breaking` compares with
 	@$(BIN)/buf build protos --exclude-source-info --output protos/released.binpb
 
-lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml
-	@$(UV) pip compile --quiet --universal --python-version 3.12 --all-extras --group dev \
-	  --generate-hashes --no-emit-index-url --no-header --output-file requirements.lock pyproject.toml
-	@$(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url \
-	  --no-header --output-file tools/security/requirements.lock tools/security/requirements.in
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.12 --generate-hashes --no-emit-index-url --no-header
+# Of what the image needs, the same versions as everywhere.
+SUBLOCK := $(LOCK) --no-annotate --constraints requirements.lock
+
+lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml, then the others
+	@$(LOCK) --all-extras --group dev --output-file requirements.lock pyproject.toml
+	@$(SUBLOCK) --output-file requirements-production.lock pyproject.toml
+	@$(SUBLOCK) --output-file tools/image/requirements.lock tools/image/requirements.in
+	@$(LOCK) --output-file tools/security/requirements.lock tools/security/requirements.in
 
 clean: ## Remove the environment and every cache (not .postrider, the local data)
 	@rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
