@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check security audit format generate benchmarks release-contract lock clean
+.PHONY: help install run test test-slow check deploy-check security audit format generate benchmarks release-contract lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,7 @@ UV_HOME := .tools/uv
 UV := $(shell command -v uv 2>/dev/null || echo $(UV_HOME)/bin/uv)
 STAMP := $(VENV)/.installed
 SECURITY := .tools/security/.installed
+DEPLOY := .tools/deploy/.installed
 
 help: ## Show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +50,9 @@ test-slow: install ## The tests that take long: faults under load
 check: install ## The static half of `make test`
 	@BIN=$(BIN) ./tools/check
 
+deploy-check: $(DEPLOY) ## Containerfile, compose file and Kubernetes manifests, by the rules of those who read them
+	@./tools/deploy/check
+
 security: $(SECURITY) ## bandit, and semgrep with this repository's rules (tools/security/rules)
 	@./tools/security/check
 
@@ -60,6 +64,13 @@ $(SECURITY): tools/security/requirements.lock | $(filter $(UV_HOME)/bin/uv,$(UV)
 	@echo "==> installing bandit, pip-audit and semgrep into $(dir $(SECURITY))"
 	@$(UV) venv --quiet --allow-existing $(dir $(SECURITY))
 	@$(UV) pip sync --quiet --python $(dir $(SECURITY))bin/python --require-hashes $<
+	@touch $@
+
+# Rules and schemas are big, and nobody needs them to run or to test the service.
+$(DEPLOY): tools/deploy/requirements.lock | $(filter $(UV_HOME)/bin/uv,$(UV))
+	@echo "==> installing hadolint and the schemas of Compose and Kubernetes into $(dir $(DEPLOY))"
+	@$(UV) venv --quiet --allow-existing $(dir $(DEPLOY))
+	@$(UV) pip sync --quiet --python $(dir $(DEPLOY))bin/python --require-hashes $<
 	@touch $@
 
 format: install ## Format Python and protobuf sources
@@ -87,6 +98,7 @@ lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from p
 	@$(LOCK) --all-extras --group dev --output-file requirements.lock pyproject.toml
 	@$(SUBLOCK) --output-file requirements-production.lock pyproject.toml
 	@$(SUBLOCK) --output-file tools/image/requirements.lock tools/image/requirements.in
+	@$(LOCK) --no-annotate --output-file tools/deploy/requirements.lock tools/deploy/requirements.in
 	@$(LOCK) --output-file tools/security/requirements.lock tools/security/requirements.in
 
 clean: ## Remove the environment and every cache (not .postrider, the local data)
