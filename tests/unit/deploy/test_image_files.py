@@ -1,12 +1,14 @@
 """What the image is made from: one lock, one release, and nothing a build need not see."""
 
 import re
+import shlex
 import tomllib
 from pathlib import PurePosixPath
 
 import pytest
 
 from tests.containerfile import ROOT, Step, steps, visible
+from tests.deployment import port_of, unknown
 from tests.locks import pinned
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,6 +64,16 @@ def test_what_runs_is_a_process_and_no_shell_and_nobody() -> None:
     assert "RUN" not in order[order.index("COPY") :]
     [check] = [step.value for step in stage if step.instruction == "HEALTHCHECK"]
     assert check.endswith('CMD ["postrider", "health"]')
+
+
+def test_it_listens_where_others_reach_it_but_for_the_listener_without_tokens() -> None:
+    given = dict(pair.split("=", 1) for value in of("ENV") for pair in shlex.split(value))
+    addresses = {name: value for name, value in given.items() if name.startswith("WEBHOOK_")}
+    assert unknown(addresses) == []
+    assert "WEBHOOK_ADMIN_ADDRESS" not in addresses
+    assert addresses == {name: f"0.0.0.0:{port_of(name)}" for name in addresses}
+    [exposed] = of("EXPOSE")
+    assert exposed.split() == [str(port_of(name)) for name in addresses]
 
 
 @pytest.mark.parametrize(
