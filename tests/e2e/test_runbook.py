@@ -22,6 +22,20 @@ BEGIN = "Before you begin"
 #: By section what each of its lines is for, and what its answer holds; $NAMES are of the
 #: environment.
 PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "Install": (
+        ("encryption-key", (":",)),
+        ("migrate", ("the schema is at",)),
+        ("health server", ("server: SERVING", "delivery: ready")),
+        ("up{", ('job="postrider-server"', 'job="postrider-delivery"', "=> 1")),
+        ("verify", ("everything was looked at",)),
+    ),
+    "Scale": (
+        ("postrider_attempts_total", ("{} => ",)),
+        ("postrider_attempt_duration_seconds", ("{} => 0.",)),
+        ("process_cpu_seconds_total", ('job="postrider-server"', 'job="postrider-delivery"')),
+        ("postrider_in_flight", ("instance=",)),
+        ("postrider_build_info", ('{job="postrider-server"} => 1', '"postrider-delivery"} => 2')),
+    ),
     "A merchant says nothing arrived": (
         ("ListEvents", ('"id": "$EVENT"', '"type": "payment.succeeded"')),
         (
