@@ -12,7 +12,7 @@ from core.queue.records import Connection
 COUNTED_MAX = 10_000
 
 # With its statistics from before a flood, the planner would read all of a state and sort it.
-_WALK_INDEXES = "SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off"
+_IN_INDEX_ORDER = "SET LOCAL enable_sort = off"
 
 # Each state has an index of its own, whose rows PostgreSQL knows as of the last (auto)vacuum or
 # analyze. As the planner does, they are taken to be as dense today. The orders are those of the
@@ -102,7 +102,7 @@ async def measure_depth(connection: Connection) -> Depth:
     that many are looked at.
     """
     async with connection.transaction(readonly=True):
-        await connection.execute(_WALK_INDEXES)
+        await connection.execute(_IN_INDEX_ORDER)
         rows = await connection.fetch(_DEPTH, COUNTED_MAX)
         age = await connection.fetchval(_OLDEST_DUE)
         breakers = await connection.fetchrow(_BREAKERS, COUNTED_MAX)

@@ -1,11 +1,14 @@
 """What an engine counts of its deliveries, read through its listener."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.metrics_core import Metric
 
+from cli.metrics_listener import Place, listening
 from core.errors import ConfigurationError
 from core.lifecycle import Outcome
 from tests.e2e.test_processes import open_deliveries
@@ -19,6 +22,16 @@ ANYWHERE = "127.0.0.1:0"
 def port_in(logged: list[Any]) -> int:
     [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
     return int(port)
+
+
+class Silent:
+    """Has nothing to say."""
+
+    async def scrape(self) -> Sequence[Metric]:
+        return []
+
+    async def is_ready(self) -> bool:
+        return False
 
 
 async def said_once_nothing_is_open(pool: Any, logged: list[Any]) -> Scrape:
@@ -146,6 +159,19 @@ async def test_an_address_that_was_set_and_is_taken_is_an_error_that_names_the_s
         with pytest.raises(ConfigurationError, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):
             async with platform.engine(delivery_metrics_address=taken):
                 pass
+
+
+async def test_a_default_address_that_is_taken_costs_the_metrics_and_nothing_else(
+    platform: Platform, logged: list[Any]
+) -> None:
+    async with platform.engine(delivery_metrics_address=ANYWHERE):
+        taken = Place(f"127.0.0.1:{port_in(logged)}", "WEBHOOK_DELIVERY_METRICS_ADDRESS", True)
+        async with listening(taken, Silent()):
+            [warning] = [entry for entry in logged if entry["event"] == "metrics_listener_off"]
+            assert (await scrape(port_in(logged))).sum("postrider_in_flight") == 0
+
+    assert warning["log_level"] == "warning"
+    assert "WEBHOOK_DELIVERY_METRICS_ADDRESS" in warning["message"]
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:http", "[::1]:99999"])

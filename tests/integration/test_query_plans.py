@@ -529,11 +529,11 @@ async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
 async def test_how_deep_the_queue_is_reads_no_more_of_a_state_than_is_counted(crowded: Any) -> None:
     # As all our connections have it.
     await crowded.execute("SET enable_seqscan = off")
-    await crowded.execute(depth._WALK_INDEXES.replace("LOCAL ", ""))
+    await crowded.execute(depth._IN_INDEX_ORDER.replace("LOCAL ", ""))
     plan = await _explain(crowded, depth._DEPTH, 1000)
     oldest = await _explain(crowded, depth._OLDEST_DUE)
     breakers = await _explain(crowded, depth._BREAKERS, 1000)
-    await crowded.execute("RESET enable_seqscan; RESET enable_bitmapscan; RESET enable_sort")
+    await crowded.execute("RESET enable_seqscan; RESET enable_sort")
 
     read = {scan.index: scan.rows for scan in plan.scans if scan.index != "pg_class_oid_index"}
     assert read == {

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from cli.server_metrics import ServerMetrics
 from core.errors import ConfigurationError, Unavailable
 from server import keys as keys_module
 from server.keys import (
@@ -25,6 +26,7 @@ from server.keys import (
     PemKeys,
     VerificationKey,
 )
+from server.measures import ServerMeasures
 
 # Said here again, since they are promises: to the issuer, and about its outages.
 FETCH_INTERVAL_SECONDS = 30
@@ -485,3 +487,38 @@ async def test_failed_fetch_says_so_in_the_log(
     with pytest.raises(Unavailable):
         await jwks.keys_for("ed")
     assert "jwks_fetch_failed" in capsys.readouterr().out
+
+
+async def test_the_age_counts_from_the_last_fetch_that_went_well(
+    jwks: JwksKeys, issuer: FakeIssuer, clock: FakeClock
+) -> None:
+    metrics = ServerMetrics(ServerMeasures({}), Pool(), jwks)
+    assert await age_told(metrics) == []
+
+    await jwks.keys_for("ed")
+    clock.now += 400
+    issuer.document = OSError("away")
+    await jwks.keys_for("ed")
+    await land(jwks)
+
+    assert await age_told(metrics) == [400]
+
+
+class Pool:
+    """As much of a pool as is told of it."""
+
+    statements = 0
+
+    def get_idle_size(self) -> int:
+        return 0
+
+    get_size = get_max_size = get_idle_size
+
+
+async def age_told(metrics: ServerMetrics) -> list[float]:
+    return [
+        sample.value
+        for metric in await metrics.scrape()
+        for sample in metric.samples
+        if sample.name == "postrider_jwks_age_seconds"
+    ]
