@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric
 from cli.metrics_listener import Place, listening
 from core.errors import ConfigurationError
 from core.lifecycle import Outcome
+from delivery.config import DeliverySettings
 from tests.e2e.test_processes import open_deliveries
 from tests.fakes.receiver import Receiver
 from tests.platform import Platform
@@ -175,9 +176,9 @@ async def test_a_default_address_that_is_taken_costs_the_metrics_and_nothing_els
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:http", "[::1]:99999"])
-async def test_what_is_no_address_is_an_error_that_names_the_setting(
-    platform: Platform, address: str
-) -> None:
+async def test_what_is_no_address_is_an_error_that_names_the_setting(address: str) -> None:
+    place = Place.of(DeliverySettings(delivery_metrics_address=address), "delivery_metrics_address")
+
     with pytest.raises(ConfigurationError, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):
-        async with platform.engine(delivery_metrics_address=address):
+        async with listening(place, Silent()):
             pass
