@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -15,9 +16,10 @@ from cli.file_limit import fitting_in_flight
 from cli.metrics import Metrics
 from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, RetentionSettings
 from core.db import close_soon, open_pool
 from core.keyring import load_keyring
+from core.retention import retain
 from core.secret_file import keep_looking
 from delivery.census import Census
 from delivery.config import DeliverySettings
@@ -30,12 +32,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class DeliverSettings:
-    """Everything the delivery engine reads."""
+    """Everything the delivery engine reads; without `retention` it removes nothing."""
 
     database: DatabaseSettings
     encryption: EncryptionSettings
     egress: EgressSettings
     delivery: DeliverySettings
+    retention: RetentionSettings | None
 
 
 async def deliver(
@@ -81,11 +84,17 @@ async def deliver(
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())
-            looking = group.create_task(keep_looking(keyring.current))
+            helping: set[asyncio.Task[Any]] = {
+                stopping,
+                group.create_task(keep_looking(keyring.current)),
+            }
+            if settings.retention is not None:
+                retaining = retain(settings.database, settings.retention, pool)
+                helping.add(group.create_task(retaining))
             log.info("delivering")
             ready()
             await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("stopping")
             engine.stop()
-            stopping.cancel()
-            looking.cancel()
+            for task in helping:
+                task.cancel()

@@ -20,7 +20,7 @@ from cli.embedded_postgres import default_data_dir, embedded_postgres
 from cli.migrate import migrate
 from cli.serve import ServeSettings, serve
 from cli.settings import LocalSettings, is_set, load
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, RetentionSettings
 from core.errors import ConfigurationError
 from core.keyring import new_key
 from delivery.config import DeliverySettings
@@ -79,8 +79,9 @@ async def running_platform(
     receiver_port: int,
     ca_file: Path,
     operator_listeners: bool = True,
+    retention: RetentionSettings | None = None,
 ) -> AsyncIterator[LocalPlatform]:
-    """Server and engine until the end of the context."""
+    """Server and engine until the end of the context; without `retention` nothing is removed."""
     key = ensure_development_key(directory / "keys")
     encryption = load(EncryptionSettings, encryption_keys=_encryption_keys(directory))
     egress = _egress_to(receiver_port, ca_file)
@@ -104,7 +105,7 @@ async def running_platform(
         )
     )
     delivering = asyncio.create_task(
-        deliver(DeliverSettings(database, encryption, egress, delivery), stop_delivering)
+        deliver(DeliverSettings(database, encryption, egress, delivery, retention), stop_delivering)
     )
     processes = (serving, delivering)
     try:

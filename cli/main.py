@@ -17,7 +17,13 @@ import click
 import uvloop
 
 from cli.settings import LocalSettings, load, refuse_unknown_variables
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, LogSettings
+from core.config import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    RetentionSettings,
+)
 from core.errors import ConfigurationError, PostriderError, Unavailable
 from core.keyring import new_key
 from core.logs import configure_logs
@@ -123,6 +129,7 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
         encryption=load(EncryptionSettings),
         egress=load(EgressSettings),
         delivery=load(DeliverySettings),
+        retention=load(RetentionSettings),
     )
     processes = processes or settings.delivery.delivery_processes
     if processes > 1:
@@ -258,6 +265,22 @@ def health(
         click.echo(ask_all(addresses, seconds))
     else:
         raise ConfigurationError("say who is at --address: `health server` or `health delivery`")
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Say what a run would do, and change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def retention(dry_run: bool, as_json: bool) -> None:
+    """Make the days ahead, and remove what has been kept for long enough.
+
+    Needs WEBHOOK_DATABASE_URL, and the WEBHOOK_RETENTION_ settings as the engines have them: these
+    do the same by themselves every hour. Safe beside everything that runs, in short steps;
+    interrupted, the next run goes on with what is left. A run is in the audit log.
+    """
+    from cli.retention import retain_once  # noqa: PLC0415 - the other commands start faster
+
+    settings = load(RetentionSettings)
+    retain_once(load(DatabaseSettings), settings, click.echo, dry_run=dry_run, as_json=as_json)
 
 
 @main.command()

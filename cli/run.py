@@ -18,7 +18,7 @@ from cli.demo_receiver import Receipt, receiving
 from cli.local import LocalPlatform, local_database, make_directory, running_platform
 from cli.settings import LocalSettings, load
 from cli.stop import stop_on_signals
-from core.config import DatabaseSettings, LogSettings
+from core.config import DatabaseSettings, LogSettings, RetentionSettings
 from core.logs import configure_logs
 from server.config import ServerSettings
 
@@ -72,6 +72,7 @@ async def _run(
             listen_address=load(ServerSettings).listen_address,
             receiver_port=receiver.port,
             ca_file=ca_file,
+            retention=load(RetentionSettings),
         ) as platform,
     ):
         _step(f"gRPC server on 127.0.0.1:{platform.port}, logs in {directory / 'postrider.log'}")

@@ -16,6 +16,7 @@ from core.config import (
     EgressSettings,
     EncryptionSettings,
     LogSettings,
+    RetentionSettings,
     variable,
 )
 from core.errors import ConfigurationError
@@ -47,6 +48,7 @@ BLOCKS: tuple[type[Block], ...] = (
     AuthSettings,
     TlsSettings,
     DeliverySettings,
+    RetentionSettings,
     LocalSettings,
 )
 

@@ -206,6 +206,48 @@ class EgressSettings(Block):
     )
 
 
+class RetentionSettings(Block):
+    """How long what is over is kept; 0 keeps it for ever."""
+
+    retention_delivered_days: int = Field(
+        30,
+        ge=0,
+        le=36_500,
+        description="how many days after its end a delivered delivery is kept, with its attempts "
+        "and its event; 0: for ever",
+    )
+    retention_undelivered_days: int = Field(
+        90,
+        ge=0,
+        le=36_500,
+        description="the same of a delivery that failed or was cancelled; not less than that of "
+        "delivered ones; 0: for ever",
+    )
+    retention_idempotency_days: int = Field(
+        30,
+        ge=0,
+        le=36_500,
+        description="for how many days the same idempotency key gives the same event; 0: for ever",
+    )
+    retention_audit_days: int = Field(
+        2557,
+        ge=0,
+        le=36_500,
+        description="how many days an entry of the audit log is kept, by default 7 years; 0: for "
+        "ever",
+    )
+
+    @model_validator(mode="after")
+    def _failures_stay_longer(self) -> "RetentionSettings":
+        delivered, undelivered = self.retention_delivered_days, self.retention_undelivered_days
+        if undelivered and (not delivered or undelivered < delivered):
+            raise ValueError(
+                "WEBHOOK_RETENTION_UNDELIVERED_DAYS must be 0 (for ever) or at least "
+                "WEBHOOK_RETENTION_DELIVERED_DAYS: what failed is looked for longer"
+            )
+        return self
+
+
 class LogSettings(Block):
     """What is logged and how it looks."""
 

@@ -56,6 +56,12 @@ async def list_events(
     pool: Pool, merchant_id: str, wanted: EventFilter, limit: int
 ) -> list[EventRow]:
     """At most `limit` events of a merchant, newest first."""
+    statement, arguments = _page(merchant_id, wanted, limit)
+    return [EventRow(**row) for row in await pool.fetch(statement, *arguments)]
+
+
+def _page(merchant_id: str, wanted: EventFilter, limit: int) -> tuple[str, list[object]]:
+    """The statement of a page, with its arguments."""
     lowest = _first_id(wanted.start, -_SKEW_MS) if wanted.start else UUID(int=0)
     highest = _first_id(wanted.end, _SKEW_MS) if wanted.end else _ID_MAX
     if wanted.before is not None:
@@ -70,8 +76,7 @@ async def list_events(
         if value is not None:
             arguments.append(value)
             filters += f" AND {condition} ${len(arguments)}"
-    rows = await pool.fetch(_LIST.format(filters=filters), *arguments)
-    return [EventRow(**row) for row in rows]
+    return _LIST.format(filters=filters), arguments
 
 
 def _first_id(moment: datetime, offset_ms: int) -> UUID:

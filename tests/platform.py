@@ -104,13 +104,16 @@ class Platform:
         )
 
     @asynccontextmanager
-    async def engine(self, **delivery_settings: Any) -> AsyncIterator[None]:
-        """A delivery engine beside the server, drained at the end."""
+    async def engine(
+        self, *, retention: Any = None, **delivery_settings: Any
+    ) -> AsyncIterator[None]:
+        """A delivery engine beside the server, drained at the end; `retention` are its settings."""
         settings = DeliverSettings(
             database=self.settings.database,
             encryption=self.settings.encryption,
             egress=self.settings.egress,
             delivery=DeliverySettings(**{"delivery_metrics_address": None, **delivery_settings}),
+            retention=retention,
         )
         stop, ready = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(deliver(settings, stop, ready.set))

@@ -8,6 +8,7 @@ from core.models.event_type import EventType
 from core.models.finished_delivery import FinishedDelivery
 from core.models.idempotency_key import IdempotencyKey
 from core.models.queued_delivery import QueuedDelivery
+from core.models.retention_run import RetentionRun
 from core.models.webhook_config import WebhookConfig
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "FinishedDelivery",
     "IdempotencyKey",
     "QueuedDelivery",
+    "RetentionRun",
     "WebhookConfig",
 ]

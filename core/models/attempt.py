@@ -1,4 +1,4 @@
-"""attempts: one HTTP request each; append-only, partitioned like events."""
+"""attempts: one HTTP request each; append-only, in parts like events."""
 
 from datetime import datetime
 from uuid import UUID
@@ -23,12 +23,14 @@ class Attempt(Base):
         Index("attempts_recorded", "recorded_xid"),
         {
             "comment": "HTTP requests made for deliveries; append-only",
-            "postgresql_partition_by": "RANGE (delivery_id)",
+            "postgresql_partition_by": "LIST (kept)",
         },
     )
 
-    delivery_id: Mapped[UUID] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True, comment="1 for the first")
+    __mapper_args__ = {"primary_key": ["delivery_id", "number"]}  # noqa: RUF012 - SQLAlchemy wants it so
+
+    delivery_id: Mapped[UUID] = mapped_column()
+    number: Mapped[int] = mapped_column(comment="1 for the first")
     outcome: Mapped[str] = mapped_column()
     status_code: Mapped[int | None] = mapped_column(comment="HTTP status, when there was an answer")
     detail: Mapped[str] = mapped_column(comment="The outcome in words, for people")
@@ -45,4 +47,8 @@ class Attempt(Base):
         BigInteger,
         server_default=text("pg_current_xact_id()::text::bigint"),
         comment="Transaction that recorded it; null: before there was this",
+    )
+    kept: Mapped[bool | None] = mapped_column(
+        server_default=text("false"),
+        comment="Whether it outlives its day; null: from before there were days",
     )

@@ -1,27 +1,32 @@
-"""events: what producers published; append-only, partitioned by day through the time in the id."""
+"""events: what producers published; append-only, in parts by day through the time in the id."""
 
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import Index, LargeBinary, func
+from sqlalchemy import Index, LargeBinary, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.models.base import Base
 
 
 class Event(Base):
-    """UUIDv7 ids start with their time: ranges of ids are ranges of days, so the id is the key."""
+    """UUIDv7 ids start with their time: ranges of ids are ranges of days.
+
+    The id is the primary key of each part; the whole cannot have it without `kept`.
+    """
 
     __tablename__ = "events"
     __table_args__ = (
         Index("events_of_merchant", "merchant_id", "id"),
         {
             "comment": "Published events; append-only",
-            "postgresql_partition_by": "RANGE (id)",
+            "postgresql_partition_by": "LIST (kept)",
         },
     )
 
-    id: Mapped[UUID] = mapped_column(primary_key=True, comment="UUIDv7; seen as webhook-id")
+    __mapper_args__ = {"primary_key": ["id"]}  # noqa: RUF012 - SQLAlchemy wants it so
+
+    id: Mapped[UUID] = mapped_column(comment="UUIDv7; seen as webhook-id")
     merchant_id: Mapped[str] = mapped_column()
     type: Mapped[str] = mapped_column()
     content_type: Mapped[str] = mapped_column()
@@ -33,4 +38,8 @@ class Event(Base):
     )
     ordering_key: Mapped[str | None] = mapped_column(
         comment="In order with others of this key; null: in none"
+    )
+    kept: Mapped[bool | None] = mapped_column(
+        server_default=text("false"),
+        comment="Whether it outlives its day; null: from before there were days",
     )

@@ -1,4 +1,4 @@
-"""finished_deliveries: deliveries in a final state; append-only, partitioned like events."""
+"""finished_deliveries: deliveries in a final state; append-only, in parts like events."""
 
 from datetime import datetime
 from uuid import UUID
@@ -26,11 +26,13 @@ class FinishedDelivery(Base):
         ),
         {
             "comment": "Deliveries in a final state; append-only",
-            "postgresql_partition_by": "RANGE (id)",
+            "postgresql_partition_by": "LIST (kept)",
         },
     )
 
-    id: Mapped[UUID] = mapped_column(primary_key=True)
+    __mapper_args__ = {"primary_key": ["id"]}  # noqa: RUF012 - SQLAlchemy wants it so
+
+    id: Mapped[UUID] = mapped_column()
     state: Mapped[str] = mapped_column(comment="delivered, failed or cancelled")
     webhook_id: Mapped[UUID] = mapped_column()
     event_id: Mapped[UUID] = mapped_column()
@@ -41,4 +43,8 @@ class FinishedDelivery(Base):
     finished_at: Mapped[datetime] = mapped_column(server_default=func.now())
     redelivery_of: Mapped[UUID | None] = mapped_column(
         comment="The delivery it repeats at somebody's request"
+    )
+    kept: Mapped[bool | None] = mapped_column(
+        server_default=text("false"),
+        comment="Whether it outlives its day; null: from before there were days",
     )

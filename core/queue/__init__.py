@@ -30,6 +30,7 @@ from core.queue.records import (
     Settlement,
 )
 from core.queue.settlement import settle
+from core.queue.still_open import old_events_of_open, open_between, standing
 from core.queue.upkeep import has_many_dead, vacuum
 from core.queue.verification import Finding, check_invariants
 
@@ -57,6 +58,8 @@ __all__ = [
     "held",
     "hint",
     "measure_depth",
+    "old_events_of_open",
+    "open_between",
     "open_breakers",
     "park_leased",
     "park_webhooks",
@@ -67,6 +70,7 @@ __all__ = [
     "release",
     "settle",
     "spend_rate",
+    "standing",
     "vacuum",
     "webhooks_with_backlog",
 ]

@@ -156,6 +156,8 @@ FROM finished_deliveries f
 JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
 JOIN events e ON e.id = f.event_id
 WHERE f.id = $2 AND f.merchant_id = $1
+-- Retention waits for us before it removes the delivery, and then finds that its event is needed.
+FOR KEY SHARE OF f
 RETURNING id
 """  # noqa: S608 - of constants
 

@@ -74,6 +74,12 @@ async def lose_an_event(pool: Any, webhook_id: UUID) -> UUID:
     return delivery_id
 
 
+async def lose_the_event_of_a_finished_one(pool: Any, webhook_id: UUID) -> UUID:
+    delivery_id = await finish(pool, webhook_id)
+    await pool.execute("DELETE FROM events")
+    return delivery_id
+
+
 async def lose_the_config_of_an_open_one(pool: Any, webhook_id: UUID) -> UUID:
     return await make_delivery(pool, new_id())
 
@@ -198,6 +204,7 @@ BREAKS: tuple[tuple[str, Break], ...] = (
     ("backlog_let_in", strand_the_backlog_of_a_half_open_breaker),
     ("chain_has_first", strand_a_chain),
     ("finished_config_known", lose_the_config_of_a_finished_one),
+    ("finished_event_stored", lose_the_event_of_a_finished_one),
     ("finished_attempts_dense", forget_the_attempt_of_a_finished_one),
     ("finished_as_attempted", end_a_delivered_one_with_a_failure),
     ("finished_as_attempted", end_a_failed_one_with_a_success),

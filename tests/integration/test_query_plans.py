@@ -6,6 +6,7 @@ most of them parked, and a history as long.
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ import pytest
 
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
+from core.db import connect_arguments
 from core.ids import new_id
 from core.queue import (
     NewEvent,
@@ -29,10 +31,12 @@ from core.queue import (
     leases,
     order,
     settlement,
+    still_open,
 )
 from core.queue.invariants import INVARIANTS, Invariant
+from core.retention import age, days, keep
 from delivery import census
-from server import erasure, history, queue_status
+from server import erasure, event_history, history, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
 
@@ -91,9 +95,13 @@ async def crowded(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
     """A connection to a database with all these rows, analysed."""
     admin = await asyncpg.connect(postgres.url())
     await admin.execute("CREATE DATABASE query_plans")
-    url = postgres.url("query_plans")
-    await asyncio.to_thread(migrate, database_settings(url))
-    connection = await asyncpg.connect(url)
+    settings = database_settings(postgres.url("query_plans"))
+    await asyncio.to_thread(migrate, settings)
+    # As everything of ours connects.
+    connection = await asyncpg.connect(**connect_arguments(settings, "query-plans"))
+    today = await days.today(connection)
+    for number in range(-30, 8):
+        assert await days.make_day(connection, today.later(number))
     await connection.execute(_CROWD)
     await connection.execute("VACUUM ANALYZE")
     yield connection
@@ -112,6 +120,7 @@ class Scan:
     rows: float
     filtered: float
     pages: int
+    entered: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +130,15 @@ class Plan:
     kinds: set[str]
 
     def index_scan(self, index: str) -> Scan:
-        """The one scan of this index; fails when there is none."""
+        """The scan of this index, `_day_` standing for any day; fails when there is none."""
         found = [scan for scan in self.scans if scan.index == index]
         assert found, f"{index} is not used, but {[(s.kind, s.relation) for s in self.scans]}"
-        return found[0]
+        # Of several days, the one that has something.
+        return max(found, key=lambda scan: scan.rows + scan.filtered)
+
+    def days_entered(self, table: str) -> int:
+        """How many days of a table were really looked into."""
+        return sum(s.entered for s in self.scans if re.fullmatch(rf"{table}_\d{{8}}", s.relation))
 
     def assert_nothing_is_walked(self) -> None:
         """Every table that grows is entered by an index.
@@ -141,7 +155,9 @@ async def test_a_claim_walks_the_due_index_and_reads_no_more_than_it_takes(crowd
     due = plan.index_scan("delivery_queue_due")
     assert (due.rows, due.filtered) == (100, 0)
     assert plan.index_scan("delivery_queue_pkey").rows == 100
-    assert plan.index_scan("events_default_pkey").rows == 100
+    assert plan.index_scan("events_day_pkey").rows == 100
+    # Of all the days there are.
+    assert plan.days_entered("events") == 1
     plan.assert_nothing_is_walked()
 
 
@@ -446,15 +462,19 @@ async def test_finished_deliveries_and_their_attempts_are_read_by_key(crowded: A
         crowded, "SELECT * FROM attempts WHERE delivery_id = ANY ($1) ORDER BY number", ids
     )
 
-    assert finished.index_scan("finished_deliveries_default_pkey").rows == 50
-    assert attempts.index_scan("attempts_default_pkey").rows == 50
+    assert finished.index_scan("finished_deliveries_day_pkey").rows == 50
+    assert (finished.days_entered("finished_deliveries"), attempts.days_entered("attempts")) == (
+        1,
+        1,
+    )
+    assert attempts.index_scan("attempts_day_pkey").rows == 50
 
 
 @pytest.mark.parametrize(
     ("column", "index"),
     [
-        ("webhook_id", "finished_deliveries_default_webhook_id_id_idx"),
-        ("event_id", "finished_deliveries_default_event_id_idx"),
+        ("webhook_id", "finished_deliveries_day_webhook_id_id_idx"),
+        ("event_id", "finished_deliveries_day_event_id_idx"),
     ],
 )
 async def test_a_page_of_the_history_is_read_in_the_order_of_an_index(
@@ -559,6 +579,46 @@ async def test_webhook_configs_are_counted_by_their_indexes(crowded: Any) -> Non
     assert all(scan.rows <= 1000 for scan in plan.scans)
 
 
+async def test_a_time_of_the_history_enters_its_days_only(crowded: Any) -> None:
+    now = datetime.now(UTC)
+    times = history.DeliveryFilter(start_at=now - timedelta(days=2), end_at=now)
+    statement, arguments = history._page("m_1", times, 51)
+    listed = await _explain(crowded, statement, *arguments)
+    wanted = event_history.EventFilter(start=now - timedelta(days=2), end=now)
+    statement, arguments = event_history._page("m_1", wanted, 51)
+    events = await _explain(crowded, statement, *arguments)
+
+    assert listed.days_entered("finished_deliveries") == 3
+    assert 3 <= events.days_entered("events") <= 4
+
+
+@pytest.mark.parametrize("dry", [False, True])
+async def test_a_page_of_retention_reads_that_page(crowded: Any, dry: bool) -> None:
+    today = await days.today(crowded)
+    end = datetime(9999, 1, 1, tzinfo=UTC)
+    last = UUID(int=(1 << 128) - 1)
+    part, first = today.part("finished_deliveries"), UUID(int=0)
+    await crowded.execute(age._OPEN_EVENTS)
+    moved = "" if dry else keep._FINISHED_MOVED
+    statement = keep._FINISHED.format(part=part, moved=moved)
+    plans = [await _explain(crowded, statement, first, end, 100)]
+    removed = "" if dry else age._FINISHED_REMOVED.format(part=part)
+    statement = age._FINISHED.format(part=part, removed=removed)
+    plans += [await _explain(crowded, statement, first, last, 100, end, end)]
+    part = today.part("events")
+    removed = "" if dry else age._EVENTS_REMOVED.format(part=part)
+    statement = age._EVENTS.format(part=part, removed=removed)
+    plans += [await _explain(crowded, statement, first, last, 100, end)]
+    plans += [await _explain(crowded, keep._NEEDED, first, last, 100)]
+    plans += [await _explain(crowded, still_open._EVENTS, first, last, 100)]
+    plans += [await _explain(crowded, still_open._OPEN, first, last, 100)]
+
+    for plan in plans:
+        plan.assert_nothing_is_walked()
+        # Of 20,000; of an index by event a little more than what is shown.
+        assert max(s.rows + s.filtered for s in plan.scans if s.kind != "CTE Scan") <= 300, plan
+
+
 def _parameters(events: Sequence[NewEvent]) -> list[Sequence[Any]]:
     return [*acceptance._columns(events), acceptance._ranks(events)]
 
@@ -578,10 +638,11 @@ async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:
         Scan(
             kind=node["Node Type"],
             relation=node.get("Relation Name", ""),
-            index=node.get("Index Name"),
+            index=re.sub(r"_\d{8}_", "_day_", node.get("Index Name", "")) or None,
             rows=round(node["Actual Rows"] * node["Actual Loops"]),
             filtered=round(node.get("Rows Removed by Filter", 0) * node["Actual Loops"]),
             pages=_pages(node),
+            entered=node["Actual Loops"] > 0,
         )
         for node in _nodes(root)
         if "Scan" in node["Node Type"] and ("Relation Name" in node or "Index Name" in node)

@@ -250,7 +250,8 @@ async def history(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
     await admin.execute("CREATE DATABASE delivery_history")
     url = postgres.url("delivery_history")
     await asyncio.to_thread(migrate, database_settings(url))
-    connection = await asyncpg.connect(url)
+    # As everything of ours connects.
+    connection = await asyncpg.connect(url, server_settings={"enable_seqscan": "off"})
     await connection.execute(_HISTORY)
     await connection.execute("VACUUM ANALYZE")
     yield connection

@@ -193,8 +193,8 @@ async def test_a_time_range_reads_its_part_of_the_merchants_index_only(
     await list_events(explained, "m_1", EventFilter(start=middle, end=later), 101)
     assert "Seq Scan" not in explained.plan
     assert "events_default_merchant_id_id_idx" in explained.plan, explained.plan
-    [rows] = re.findall(r"Index Scan.*actual rows=(\d+)", explained.plan)
-    assert int(rows) == 10
+    rows = re.findall(r"Index Scan.*actual rows=(\d+)", explained.plan)
+    assert sum(map(int, rows)) == 10
 
 
 class Explained:
@@ -205,8 +205,11 @@ class Explained:
         self.plan = ""
 
     async def fetch(self, statement: str, *arguments: Any) -> list[Any]:
-        rows = await self._pool.fetch(
-            f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, BUFFERS OFF) {statement}", *arguments
-        )
+        async with self._pool.acquire() as connection:
+            # As everything of ours connects.
+            await connection.execute("SET enable_seqscan = off")
+            rows = await connection.fetch(
+                f"EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, BUFFERS OFF) {statement}", *arguments
+            )
         self.plan = "\n".join(row[0] for row in rows)
         return []

@@ -1,0 +1,157 @@
+"""Days: the parts of events and history, each with the rows whose ids are of one day in UTC.
+
+Every statement here takes its locks at once or gives way, since behind a lock that waits all others
+queue. A row whose day has no part of its own goes to the default part: none is ever refused.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from core.db import Pool
+from core.ids import first_id_at
+
+type Connection = Any
+
+#: How many whole days ahead have their parts.
+AHEAD = 7
+#: The key by whose range a table's days are divided.
+KEYS = {"events": "id", "finished_deliveries": "id", "attempts": "delivery_id"}
+#: A delivery and its attempts come and go together.
+HISTORY = ("finished_deliveries", "attempts")
+EVENTS = ("events",)
+
+_NAME = re.compile(r"(events|finished_deliveries|attempts)_(\d{8})")
+
+_PARTS = """
+SELECT c.relname AS name, greatest(c.reltuples, 0)::bigint AS rows,
+    pg_total_relation_size(c.oid) AS bytes
+FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+WHERE i.inhparent = ANY ($1::regclass[])
+ORDER BY c.relname
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """A day in UTC, as a range of ids: from `low` to before `high`."""
+
+    date: date
+
+    @property
+    def low(self) -> UUID:
+        return first_id_at(datetime.combine(self.date, time(), UTC))
+
+    @property
+    def high(self) -> UUID:
+        return self.later(1).low
+
+    @property
+    def end(self) -> datetime:
+        return datetime.combine(self.date, time(), UTC) + timedelta(days=1)
+
+    def later(self, days: int) -> "Day":
+        return Day(self.date + timedelta(days=days))
+
+    def part(self, table: str) -> str:
+        return f"{table}_{self.date:%Y%m%d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A day's part of a table; `rows` is PostgreSQL's estimate, `bytes` with indexes."""
+
+    table: str
+    day: Day
+    rows: int
+    bytes: int
+
+
+async def parts(connection: Connection, tables: Sequence[str] = tuple(KEYS)) -> list[Part]:
+    """The parts of these tables that are of one day."""
+    rows = await connection.fetch(_PARTS, [f"{table}_by_day" for table in tables])
+    found = ((_NAME.fullmatch(row["name"]), row) for row in rows)
+    return [
+        Part(
+            match[1],
+            Day(datetime.strptime(match[2], "%Y%m%d").replace(tzinfo=UTC).date()),
+            row["rows"],
+            row["bytes"],
+        )
+        for match, row in found
+        if match
+    ]
+
+
+async def today(connection: Connection) -> Day:
+    """By the database's clock."""
+    return Day(await connection.fetchval("SELECT (now() AT TIME ZONE 'UTC')::date"))
+
+
+async def days_ahead(connection: Pool) -> int:
+    """How many whole days after today have a part in every table; -1: not even today.
+
+    Up to the first gap, from the catalogue alone; for the metric postrider_partition_days_ahead.
+    """
+    there = [{part.day for part in await parts(connection, (table,))} for table in KEYS]
+    complete = set.intersection(*there)
+    day, count = await today(connection), -1
+    while day in complete:
+        day, count = day.later(1), count + 1
+    return count
+
+
+async def missing_days(connection: Connection) -> list[Day]:
+    """Today and the days ahead that have no parts yet."""
+    there = {(part.table, part.day) for part in await parts(connection)}
+    first = await today(connection)
+    wanted = [first.later(number) for number in range(AHEAD + 1)]
+    return [day for day in wanted if any((table, day) not in there for table in KEYS)]
+
+
+async def make_day(connection: Connection, day: Day) -> bool:
+    """Make the day's parts in all three tables, or, where one has rows of it already, in none.
+
+    Attaching does not lock the table, only the default part, which is read for rows of the day: it
+    is nearly empty. Rows that are there already stay there and are removed row by row.
+    """
+    try:
+        async with connection.transaction():
+            for table in KEYS:
+                if await _default_has(connection, table, day):
+                    return False
+                name = day.part(table)
+                await connection.execute(
+                    f"CREATE TABLE {name} (LIKE {table}_default INCLUDING ALL)"
+                )
+                await connection.execute(
+                    f"ALTER TABLE {table}_by_day ATTACH PARTITION {name} "
+                    f"FOR VALUES FROM ('{day.low}') TO ('{day.high}')"
+                )
+    except (asyncpg.CheckViolationError, asyncpg.DuplicateTableError):
+        # Came in between.
+        return False
+    return True
+
+
+async def lock_days(connection: Connection, tables: Sequence[str]) -> None:
+    """In a transaction: nobody reads or writes these tables' days until it ends."""
+    for table in tables:
+        await connection.execute(f"LOCK TABLE ONLY {table}_by_day IN ACCESS EXCLUSIVE MODE")
+
+
+async def drop_parts(connection: Connection, tables: Sequence[str], day: Day) -> None:
+    names = ", ".join(day.part(table) for table in tables)
+    await connection.execute(f"DROP TABLE IF EXISTS {names}")
+
+
+async def _default_has(connection: Connection, table: str, day: Day) -> bool:
+    of_day = f"{KEYS[table]} >= $1 AND {KEYS[table]} < $2"
+    query = f"SELECT EXISTS (SELECT FROM {table}_default WHERE {of_day})"  # noqa: S608 - of constants
+    found: bool = await connection.fetchval(query, day.low, day.high)
+    return found
