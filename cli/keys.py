@@ -1,9 +1,9 @@
 """`postrider keys`: which encryption keys are in use, and moving records to the first of them."""
 
-import getpass
 from collections.abc import Callable
 
 from cli.checks import require_encryption_keys
+from cli.operator import present_operator
 from cli.schema import require_schema
 from core.config import DatabaseSettings, EncryptionSettings
 from core.db import open_pool
@@ -52,7 +52,7 @@ async def rotate(
         await require_encryption_keys(pool, keyring)
         left = _left(keyring, await count_records(pool))
         done, unreadable = 0, []
-        async for page in rotate_records(pool, keyring, actor=f"cli:{getpass.getuser()}"):
+        async for page in rotate_records(pool, keyring, present_operator()):
             done += page.records
             unreadable += page.unreadable
             announce(f"{done} of {max(left, done)} records are encrypted with {first} now")

@@ -8,13 +8,23 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 import migrations
+from cli.operator import present_operator
 from core.config import DatabaseSettings
 from core.connection import Connector
 from core.db import CONNECTION_ERRORS
 from core.errors import ConfigurationError, Unavailable
+from core.operator import RECORD_COMMAND, Operator, command_entry
+
+_CAN_RECORD = """
+SELECT EXISTS (
+    SELECT FROM pg_attribute
+    WHERE attrelid = to_regclass('audit_entries') AND attname = 'user_agent' AND NOT attisdropped
+)
+"""
 
 _SCRIPTS = Path(next(iter(migrations.__path__)))
 
@@ -28,12 +38,16 @@ def migrate(
 ) -> None:
     """Bring the schema to this release's revision, or down to `down_to` (a revision, or "base").
 
-    Runs its own event loop. Each step is announced; a step that fails leaves nothing of itself. A
+    Runs its own event loop. Each step is announced, and in the audit log unless the database was
+    empty at the beginning; a step that fails leaves nothing of itself. A
     step that does not get a lock soon gives way: behind it, every query would queue.
     """
 
-    def on_version_apply(*, step: Any, **_: Any) -> None:
+    recorder = _Recorder(present_operator())
+
+    def on_version_apply(*, ctx: Any, step: Any, **_: Any) -> None:
         verb = "applied" if step.is_upgrade else "undid"
+        recorder.record(ctx.connection, verb, step)
         announce(f"{verb} {step.up_revision_id}")
 
     config = _config()
@@ -72,6 +86,28 @@ def migrate(
     except ValueError:
         # The text of the error may hold a part of the password.
         raise ConfigurationError("WEBHOOK_DATABASE_URL is not a URL of PostgreSQL") from None
+
+
+class _Recorder:
+    """Writes the audit entry of a step in its transaction."""
+
+    def __init__(self, operator: Operator):
+        self._operator = operator
+        self._began_empty = False
+
+    def record(self, connection: Connection, verb: str, step: Any) -> None:
+        if step.is_upgrade and not step.source_revision_ids:
+            self._began_empty = True
+        # Far enough back there is no audit log, or one without all the columns.
+        if self._began_empty or not connection.scalar(text(_CAN_RECORD)):
+            return
+        entry = command_entry(
+            self._operator,
+            action="Migrate",
+            resource=f"schema:{step.up_revision_id}",
+            comment=verb,
+        )
+        connection.exec_driver_sql(RECORD_COMMAND, entry)
 
 
 def _config() -> Config:

@@ -1,12 +1,12 @@
 """`postrider retention`: one run of it, or a look at what one would do, for people or programs."""
 
 import asyncio
-import getpass
 from collections.abc import Callable
 
 import asyncpg
 import orjson
 
+from cli.operator import present_operator
 from cli.schema import require_schema
 from core import retention
 from core.config import DatabaseSettings, RetentionSettings
@@ -52,7 +52,7 @@ async def _retain(
         await require_schema(pool)
     if dry_run:
         return await retention.look(database, settings)
-    return await retention.run(database, settings, f"cli:{getpass.getuser()}", announce)
+    return await retention.run(database, settings, present_operator(), announce)
 
 
 def _summary(done: Done, *, dry_run: bool) -> str:

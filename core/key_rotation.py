@@ -10,8 +10,8 @@ from typing import Any
 from uuid import UUID
 
 from core.db import Pool
-from core.ids import new_id
 from core.keyring import KeyRing, UndecryptableSecret
+from core.operator import RECORD_COMMAND, Operator, command_entry
 
 _PAGE = 200
 
@@ -38,12 +38,6 @@ SET secret_key_id = $2, secret_ciphertext = $3,
 WHERE id = $1
 """
 
-_AUDIT = """
-INSERT INTO audit_entries
-    (id, actor, action, resource, result, changed_fields, request_id, comment)
-VALUES ($1, $2, 'RotateEncryptionKey', $3, 'OK', '{secret}', '', '')
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class RotatedPage:
@@ -58,7 +52,9 @@ async def count_records(pool: Pool) -> dict[str, int]:
     return {row["key_id"]: row["records"] for row in await pool.fetch(_COUNT)}
 
 
-async def rotate_records(pool: Pool, keyring: KeyRing, actor: str) -> AsyncGenerator[RotatedPage]:
+async def rotate_records(
+    pool: Pool, keyring: KeyRing, operator: Operator
+) -> AsyncGenerator[RotatedPage]:
     """Encrypt every record with the ring's first key, a page at a time.
 
     To stop anywhere is safe: the next run goes on with what is left. The audit entry is in the
@@ -73,8 +69,13 @@ async def rotate_records(pool: Pool, keyring: KeyRing, actor: str) -> AsyncGener
             page, changes = _encrypt_anew(keyring, rows)
             await connection.executemany(_PUT, changes)
             if changes and not recorded:
-                resource = f"encryption_key:{keyring.current_key_id}"
-                await connection.execute(_AUDIT, new_id(), actor, resource)
+                entry = command_entry(
+                    operator,
+                    action="RotateEncryptionKey",
+                    resource=f"encryption_key:{keyring.current_key_id}",
+                    changed_fields=["secret"],
+                )
+                await connection.execute(RECORD_COMMAND, *entry)
                 recorded = True
         last = rows[-1]["id"]
         yield page

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 
 from core.errors import InvalidArgument
 from core.models import AuditEntry
@@ -32,6 +33,11 @@ async def list_audit_entries(
     sessions: Sessions, wanted: AuditFilter, limit: int
 ) -> Sequence[AuditEntry]:
     """At most `limit` entries, newest first; InvalidArgument for a filter nothing can match."""
+    async with sessions() as session:
+        return (await session.scalars(_page(wanted, limit))).all()
+
+
+def _page(wanted: AuditFilter, limit: int) -> Select[Any]:
     query = select(AuditEntry).order_by(AuditEntry.id.desc()).limit(limit)
     for field, column in (("actor", AuditEntry.actor), ("resource", AuditEntry.resource)):
         text = getattr(wanted, field)
@@ -50,8 +56,7 @@ async def list_audit_entries(
         query = query.where(AuditEntry.id < last, AuditEntry.created_at < wanted.end)
     if wanted.before is not None:
         query = query.where(AuditEntry.id < wanted.before)
-    async with sessions() as session:
-        return (await session.scalars(query)).all()
+    return query
 
 
 def _first_id_at(moment: datetime, shift: timedelta) -> UUID:

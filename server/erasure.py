@@ -2,8 +2,9 @@
 
 Every step finds by itself what is left of it, so an erasure that broke off is ended by a second.
 The ids, types, times and outcomes of events and deliveries stay: that something was delivered, not
-what. An erased event has no content type, which no other event lacks. What is accepted after an
-erasure began is a new beginning, and stays.
+what. Of the audit log stays what was done when, and not by whom of the merchant's people. An erased
+event has no content type, which no other event lacks. What is accepted after an erasure began is a
+new beginning, and stays.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from server.database import Sessions
 #: Rows of one statement: tens of milliseconds, so that nobody waits long for what it locks.
 _CHUNK = 500
 _FIRST = UUID(int=0)
+#: What only a caller of the scope webhooks:admin, who has no merchant, can do to a merchant.
+_OPERATORS_ACTIONS = ("DeactivateWebhookConfig", "EraseMerchant", "ReactivateWebhookConfig")
 
 # Of configs that were deleted before, too; their rows stay, so that the history keeps its ids.
 _ERASE_CONFIGS = text("""
@@ -56,6 +59,26 @@ SELECT count(*) FILTER (WHERE whole) AS erased, (array_agg(id ORDER BY id DESC))
 FROM chunk
 """
 
+# That it was one of the merchant's people stays, and what was done to which id with what result;
+# who that was goes, from where and with what, and what a refused request named without its being
+# an id. What operators did to the merchant is theirs: of that the reasons go, as of configs below.
+_ERASE_ENTRIES = """
+WITH chunk AS (
+    SELECT id, actor = 'erased' OR (result = 'OK' AND action = ANY ($5)) AS done
+    FROM audit_entries
+    WHERE merchant_id = $1 AND id > $2 AND created_at <= $4 ORDER BY id LIMIT $3
+), erased AS (
+    UPDATE audit_entries a
+    SET actor = 'erased', caller_address = '', user_agent = '', request_id = '', comment = '',
+        resource = CASE
+            WHEN a.result = 'OK' OR a.resource IN ('', $1)
+                OR a.resource ~ '^(wh|evt|dlv)_[0-9a-f]{32}$' THEN a.resource
+            ELSE 'erased' END
+    FROM chunk c WHERE a.id = c.id AND NOT c.done
+)
+SELECT 0 AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id FROM chunk
+"""
+
 # What a receiver answered, and where it was, is as personal as what it was sent.
 _ERASE_ATTEMPTS = """
 WITH chunk AS (
@@ -87,6 +110,7 @@ async def erase_merchant(sessions: Sessions, pool: Pool, merchant_id: str) -> Er
         pass
     events = await _erase_in_chunks(pool, _ERASE_EVENTS, merchant_id, began_at)
     await _erase_in_chunks(pool, _ERASE_ATTEMPTS, merchant_id, began_at)
+    await _erase_in_chunks(pool, _ERASE_ENTRIES, merchant_id, began_at, _OPERATORS_ACTIONS)
     return Erased(sum(deleted_at is None for deleted_at in configs.values()), events)
 
 
@@ -117,10 +141,12 @@ async def _erase_configs(
     return configs, began_at
 
 
-async def _erase_in_chunks(pool: Pool, statement: str, merchant_id: str, began_at: datetime) -> int:
+async def _erase_in_chunks(
+    pool: Pool, statement: str, merchant_id: str, began_at: datetime, *more: object
+) -> int:
     erased, last_id = 0, _FIRST
     while True:
-        row = await pool.fetchrow(statement, merchant_id, last_id, _CHUNK, began_at)
+        row = await pool.fetchrow(statement, merchant_id, last_id, _CHUNK, began_at, *more)
         if row["last_id"] is None:
             return erased
         erased += row["erased"]

@@ -1,6 +1,7 @@
 """audit_entries: every change a caller made, written in the transaction of the change.
 
-Attempts that were refused stand beside them, each written on its own.
+Attempts that were refused stand beside them, each written on its own, and the commands of ours that
+change something.
 """
 
 from datetime import datetime
@@ -17,6 +18,13 @@ class AuditEntry(Base):
     __table_args__ = (
         Index("audit_entries_of_resource", "resource", "id"),
         Index("audit_entries_of_actor", "actor", "id"),
+        # Erasing a merchant takes what is personal from its own.
+        Index(
+            "audit_entries_of_merchant",
+            "merchant_id",
+            "id",
+            postgresql_where=text("merchant_id IS NOT NULL"),
+        ),
         {"comment": "Who changed what, and who was refused what; append-only"},
     )
 

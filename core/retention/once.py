@@ -18,6 +18,7 @@ from core import queue
 from core.config import DatabaseSettings, RetentionSettings
 from core.db import CONNECTION_ERRORS, Pool, connect_arguments
 from core.ids import new_id
+from core.operator import RECORD_COMMAND, Operator, command_entry
 from core.retention import age, days, keep
 from core.retention.days import Connection, Day
 from core.retention.patience import GAVE_WAY, LOCK_SECONDS, patiently
@@ -39,11 +40,6 @@ _LAST_COMPLETED = """
 SELECT completed_at FROM retention_runs
 WHERE completed_at IS NOT NULL ORDER BY completed_at DESC LIMIT 1
 """
-_AUDIT = """
-INSERT INTO audit_entries (id, actor, action, resource, result, request_id, comment)
-VALUES ($1, $2, 'RunRetention', 'retention', 'OK', '', $3)
-"""
-
 log = structlog.get_logger()
 
 
@@ -72,12 +68,12 @@ class Done:
 async def run(
     database: DatabaseSettings,
     settings: RetentionSettings,
-    actor: str,
+    operator: Operator | None = None,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Done | None:
     """Run once; None, and nothing done, while another process does.
 
-    `actor` is "engine", or a person, whose run is in the audit log.
+    The run of a person is in the audit log; without `operator` it is an engine's.
     """
     async with _session(database) as connection:
         if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK):
@@ -87,6 +83,7 @@ async def run(
         run_id = new_id()
         # Before anything is removed: what is looked at beside us may be what is going.
         removed_before = terms.deliveries.delivered_before if terms.deliveries else None
+        actor = operator.actor if operator else "engine"
         await connection.execute(_BEGIN, run_id, actor, removed_before)
         done = Done()
         await _make_days(connection, done, announce)
@@ -103,8 +100,11 @@ async def run(
         report = orjson.dumps(done.as_dict()).decode()
         async with connection.transaction():
             await connection.execute(_COMPLETE, run_id, report)
-            if actor != "engine":
-                await connection.execute(_AUDIT, new_id(), actor, report)
+            if operator is not None:
+                entry = command_entry(
+                    operator, action="RunRetention", resource="retention", comment=report
+                )
+                await connection.execute(RECORD_COMMAND, *entry)
         await connection.execute("SELECT pg_advisory_unlock($1)", _LOCK)
     log.info("retention_ran", **done.as_dict())
     return done

@@ -21,7 +21,7 @@ async def retain(database: DatabaseSettings, settings: RetentionSettings, pool: 
     while True:
         try:
             if await _is_due(pool):
-                await run(database, settings, "engine")
+                await run(database, settings)
         except RETRYABLE_ERRORS as error:
             log.warning("retention_retried", error=repr(error))
         except Exception:

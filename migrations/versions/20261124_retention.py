@@ -1,4 +1,4 @@
-"""Days of their own for events and history, a part for what outlives its day, and runs of retention.
+"""Days of their own for events and history, a part for what outlives its day; the audit log by merchant.
 
 Each of the three tables becomes a list of parts by `kept`: true for what outlives its day, false
 for the days, null for what was there before. What is there stays where it is, as the part `_before`,
@@ -96,6 +96,7 @@ CREATE TABLE retention_runs (
 );
 CREATE INDEX retention_runs_completed ON retention_runs (completed_at) WHERE completed_at IS NOT NULL;
 CREATE INDEX retention_runs_removed ON retention_runs (removed_before) WHERE removed_before IS NOT NULL;
+CREATE INDEX audit_entries_of_merchant ON audit_entries (merchant_id, id) WHERE merchant_id IS NOT NULL;
 COMMENT ON TABLE retention_runs IS 'When retention ran, and what it did; the last 90 days';
 COMMENT ON COLUMN retention_runs.completed_at IS 'Null: under way, or broken off';
 COMMENT ON COLUMN retention_runs.removed_before IS 'Deliveries finished before may be gone; null: none are';
@@ -144,6 +145,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("DROP INDEX audit_entries_of_merchant")
     op.execute("DROP TABLE retention_runs")
     for table in KEYS:
         _run(JOIN, table)

@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from cli.keys import report, rotate
 from cli.main import main
+from cli.operator import present_operator
 from core import key_rotation
 from core.config import DatabaseSettings, EncryptionSettings
 from core.errors import ConfigurationError
@@ -126,6 +127,8 @@ async def test_the_rotation_is_in_the_audit_log_once_and_only_when_something_cha
     [entry] = await pool.fetch("SELECT * FROM audit_entries")
     assert (entry["action"], entry["resource"]) == ("RotateEncryptionKey", "encryption_key:new")
     assert entry["actor"].startswith("cli:")
+    assert entry["caller_address"]
+    assert entry["user_agent"].startswith("postrider/")
     assert (entry["result"], entry["merchant_id"]) == ("OK", None)
     assert entry["changed_fields"] == ["secret"]
 
@@ -135,7 +138,7 @@ async def test_an_interrupted_rotation_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(key_rotation, "_PAGE", 2)
     made = dict([await make_config(pool, ring(OLD)) for _ in range(5)])
-    pages = key_rotation.rotate_records(pool, ring(NEW, OLD), "tester")
+    pages = key_rotation.rotate_records(pool, ring(NEW, OLD), present_operator())
     assert (await anext(pages)).records == 2
     await pages.aclose()
     # Both keys read what is there now, and neither alone.

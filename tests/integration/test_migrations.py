@@ -105,6 +105,25 @@ async def test_migrating_what_is_migrated_does_nothing(database_url: str) -> Non
     assert announced == []
 
 
+async def test_a_step_is_in_the_audit_log_but_for_those_of_an_empty_database(
+    pool: Any, database_url: str
+) -> None:
+    assert await pool.fetchval("SELECT count(*) FROM audit_entries") == 0
+
+    await _migrate(database_url, down_to="20261123_signatures")
+    await _migrate(database_url)
+
+    rows = await pool.fetch("SELECT * FROM audit_entries WHERE action = 'Migrate' ORDER BY id")
+    later = [name for name in REVISIONS if name > "20261123_signatures"]
+    assert [(row["resource"], row["comment"]) for row in rows] == [
+        *((f"schema:{name}", "undid") for name in reversed(later)),
+        *((f"schema:{name}", "applied") for name in later),
+    ]
+    assert rows[0]["actor"].startswith("cli:")
+    assert rows[0]["user_agent"].startswith("postrider/")
+    assert rows[0]["caller_address"]
+
+
 async def test_alembic_finds_no_difference_between_models_and_database(database_url: str) -> None:
     assert await _differences(database_url) == []
 

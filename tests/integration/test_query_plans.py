@@ -15,11 +15,12 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from sqlalchemy.dialects import postgresql
 
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.db import connect_arguments
-from core.ids import new_id
+from core.ids import first_id_at, new_id
 from core.queue import (
     NewEvent,
     acceptance,
@@ -36,7 +37,7 @@ from core.queue import (
 from core.queue.invariants import INVARIANTS, Invariant
 from core.retention import age, days, keep
 from delivery import census
-from server import erasure, event_history, history, queue_status
+from server import audit_log, erasure, event_history, history, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
 
@@ -74,6 +75,17 @@ FROM delivery_queue;
 
 INSERT INTO attempts (delivery_id, number, outcome, detail, started_at, duration_us)
 SELECT id, 1, 'succeeded', '200 OK', now(), 1 FROM finished_deliveries;
+
+-- Over 200 days, by 100 actors, on 1,000 resources of 500 merchants.
+INSERT INTO audit_entries
+    (id, actor, merchant_id, action, resource, result, request_id, created_at)
+SELECT (lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0')
+        || right(replace(new_uuid7()::text, '-', ''), 20))::uuid,
+    'actor ' || n % 100, 'm_' || n % 500, 'X', 'resource ' || n % 1000, 'OK', '', at
+FROM generate_series(1, 20000) n, LATERAL (SELECT now() - n * interval '15 minutes' AS at) t;
+
+INSERT INTO idempotency_keys SELECT 'm_1', n, '', new_uuid7(), now() - n * interval '1 minute'
+FROM generate_series(1, 20000) n;
 
 -- Of 5 configs with a backlog, 40 chains of 25; every second one has lost its first.
 INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at,
@@ -577,6 +589,62 @@ async def test_webhook_configs_are_counted_by_their_indexes(crowded: Any) -> Non
 
     assert plan.index_scan("webhook_configs_of_merchant").rows == 1000
     assert all(scan.rows <= 1000 for scan in plan.scans)
+
+
+@pytest.mark.parametrize(
+    ("fields", "index"),
+    [
+        ({}, "audit_entries_pkey"),
+        ({"actor": "actor 7"}, "audit_entries_of_actor"),
+        ({"resource": "resource 7"}, "audit_entries_of_resource"),
+    ],
+)
+@pytest.mark.parametrize("bounded", [False, True])
+async def test_a_page_of_the_audit_log_is_read_in_the_order_of_an_index(
+    crowded: Any, fields: dict[str, str], index: str, bounded: bool
+) -> None:
+    end = datetime.now(UTC) - timedelta(days=50)
+    start = end - timedelta(days=60)
+    wanted = audit_log.AuditFilter(
+        actor=fields.get("actor", ""),
+        resource=fields.get("resource", ""),
+        start=start if bounded else None,
+        end=end if bounded else None,
+        before=None,
+    )
+    dialect: Any = postgresql
+    page = audit_log._page(wanted, 51).compile(
+        dialect=dialect.dialect(), compile_kwargs={"literal_binds": True}
+    )
+
+    plan = await _explain(crowded, str(page))
+
+    scan = plan.index_scan(index)
+    # By the ids a day more than the time at its end, of 96 entries a day; or all of an actor's.
+    assert scan.rows <= 100
+    assert scan.filtered <= (100 if bounded else 0)
+    plan.assert_nothing_is_walked()
+
+
+async def test_what_is_over_is_found_by_its_time(crowded: Any) -> None:
+    before = datetime.now(UTC) - timedelta(days=1)
+    keys = await _explain(crowded, age._KEYS, before, 100)
+    bound = first_id_at(before + timedelta(days=1))
+    entries = await _explain(crowded, age._AUDIT, before, 100, bound)
+
+    assert keys.index_scan("idempotency_keys_created_at").rows == 100
+    assert entries.index_scan("audit_entries_pkey").rows == 100
+    for plan in (keys, entries):
+        plan.assert_nothing_is_walked()
+
+
+async def test_erasing_a_merchants_entries_reads_those(crowded: Any) -> None:
+    end = datetime(9999, 1, 1, tzinfo=UTC)
+    actions = list(erasure._OPERATORS_ACTIONS)
+    plan = await _explain(crowded, erasure._ERASE_ENTRIES, "m_7", UUID(int=0), 50, end, actions)
+
+    assert plan.index_scan("audit_entries_of_merchant").rows == 40
+    plan.assert_nothing_is_walked()
 
 
 async def test_a_time_of_the_history_enters_its_days_only(crowded: Any) -> None:

@@ -17,6 +17,7 @@ from core import queue, retention
 from core.config import RetentionSettings
 from core.errors import ConfigurationError
 from core.lifecycle import DeliveryState, Outcome
+from core.operator import Operator
 from core.retention import age, days, keep, once, patience
 from tests.conftest import database_settings
 from tests.factories import (
@@ -46,8 +47,10 @@ def _look_twice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.queue.verification._SECOND_LOOK_SECONDS", 0)
 
 
-async def run(url: str, settings: RetentionSettings = SETTINGS, actor: str = "engine") -> Any:
-    done = await retention.run(database_settings(url), settings, actor)
+async def run(
+    url: str, settings: RetentionSettings = SETTINGS, operator: Operator | None = None
+) -> Any:
+    done = await retention.run(database_settings(url), settings, operator)
     assert done is not None
     return done
 
@@ -271,7 +274,7 @@ async def test_killed_at_any_statement_the_next_run_ends_what_is_left(
         try:
             # The lock of the one before goes when the database notices that it is gone.
             async with asyncio.timeout(5):
-                while await retention.run(database_settings(database_url), SETTINGS, "e") is None:
+                while await retention.run(database_settings(database_url), SETTINGS) is None:
                     pass
         except (KilledError, asyncpg.InterfaceError):
             killed += 1
@@ -290,7 +293,7 @@ async def test_killed_at_any_statement_the_next_run_ends_what_is_left(
 
 async def test_one_at_a_time_over_all_processes(pool: Any, database_url: str) -> None:
     settings = database_settings(database_url)
-    ran = await asyncio.gather(*(retention.run(settings, SETTINGS, "engine") for _ in range(4)))
+    ran = await asyncio.gather(*(retention.run(settings, SETTINGS) for _ in range(4)))
 
     assert len([done for done in ran if done is not None]) == 1
     # Nothing stays held.
@@ -484,12 +487,15 @@ async def test_idempotency_keys_and_audit_entries_go_when_their_time_is_over(
             datetime.now(UTC) - timedelta(days=years * 365.25),
         )
 
-    done = await run(database_url, actor="cli:ann")
+    done = await run(database_url, operator=Operator("cli:ann", "host", "postrider/0"))
 
     assert (done.idempotency_keys_removed, done.audit_entries_removed) == (1, 1)
     assert await ids(pool, "idempotency_keys", "key") == {"young"}
     # A person's run is on record, itself.
     assert await ids(pool, "audit_entries", "actor") == {"young", "cli:ann"}
+    entry = await pool.fetchrow("SELECT * FROM audit_entries WHERE actor = 'cli:ann'")
+    assert (entry["action"], entry["caller_address"]) == ("RunRetention", "host")
+    assert entry["user_agent"] == "postrider/0"
 
 
 async def test_a_look_says_what_a_run_would_do_and_changes_nothing(

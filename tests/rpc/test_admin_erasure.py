@@ -7,12 +7,13 @@ import pytest
 from aiohttp import web
 from grpc import StatusCode
 
+from core.ids import format_id, new_id
 from postrider.v1 import admin_service_pb2 as pb
 from postrider.v1 import webhook_config_service_pb2
 from server import erasure
-from tests.errors import refused
+from tests.errors import refusal_of, refused
 from tests.fakes.receiver import Receiver
-from tests.platform import Platform
+from tests.platform import Platform, bearer
 
 #: Words that stand for what is personal; each is put where such a thing can be.
 SECRETS = ("jane-doe", "10.9.8.7", "order-4711")
@@ -118,6 +119,47 @@ async def test_a_second_erasure_finds_nothing_and_one_of_nobody_does_no_harm(
     assert await erase(platform) == (0, 0)
     assert await erase(platform, "m_nobody") == (0, 0)
     assert await pool.fetch("SELECT id, version FROM webhook_configs ORDER BY id") == versions
+
+
+async def test_of_the_audit_log_stays_what_was_done_and_not_by_whom_of_the_merchant(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    jane = bearer(platform.token("webhooks:manage", merchant_id="m_1", subject="jane-doe"))
+    own = [*jane, ("x-request-id", "jane-doe-request")]
+    gone = await platform.register(receiver.url)
+    await platform.webhooks.DeleteWebhookConfig(
+        webhook_config_service_pb2.DeleteWebhookConfigRequest(id=gone.webhook_config.id),
+        metadata=own,
+    )
+    # Refused: a name that is no id, a foreign id, and what only operators may.
+    for name in ("jane-doe@merchant.example", format_id("wh", new_id())):
+        request = webhook_config_service_pb2.DeleteWebhookConfigRequest(id=name)
+        await refusal_of(platform.webhooks.DeleteWebhookConfig(request, metadata=own))
+    forbidden = pb.EraseMerchantRequest(merchant_id="m_1")
+    await refusal_of(platform.admin.EraseMerchant(forbidden, metadata=own))
+    before = await pool.fetch("SELECT * FROM audit_entries ORDER BY id")
+    assert sum(row["actor"] == "jane-doe" for row in before) == 4
+
+    await erase(platform)
+
+    after = await pool.fetch("SELECT * FROM audit_entries ORDER BY id")
+    assert not [row for row in after if "jane-doe" in str(dict(row))]
+    for row in after[:-1]:
+        assert (row["actor"], row["caller_address"], row["user_agent"]) == ("erased", "", "")
+    facts = ("id", "merchant_id", "action", "result", "changed_fields", "created_at")
+    assert [[row[f] for f in facts] for row in after[:-1]] == [
+        [row[f] for f in facts] for row in before
+    ]
+    named = [row["resource"] for row in before]
+    named[named.index("jane-doe@merchant.example")] = "erased"
+    assert [row["resource"] for row in after[:-1]] == named
+    # The operator's own stays whole, also when it is made again.
+    erasing = dict(after[-1])
+    assert (erasing["action"], erasing["actor"]) == ("EraseMerchant", "tester")
+    assert erasing["caller_address"]
+    await erase(platform)
+    again = await pool.fetch("SELECT * FROM audit_entries ORDER BY id")
+    assert [dict(row) for row in again[:-1]] == [dict(row) for row in after]
 
 
 async def test_an_erasure_that_broke_off_is_ended_by_the_next(

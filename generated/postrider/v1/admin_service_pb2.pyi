@@ -508,9 +508,13 @@ class AuditEntry(_message.Message):
     CALLER_ADDRESS_FIELD_NUMBER: _builtins.int
     USER_AGENT_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
-    """The `sub` claim of the caller's token, or `certificate:` and the name in its certificate."""
+    """The `sub` claim of the caller's token, or `certificate:` and the name in its certificate;
+    `cli:` and a user's name for a command of ours; `erased` for one of an erased merchant's people.
+    """
     action: _builtins.str
-    """The RPC, such as UpdateWebhookConfig."""
+    """The RPC, such as UpdateWebhookConfig, or what a command did: RotateEncryptionKey, Migrate,
+    RunRetention.
+    """
     resource: _builtins.str
     """Id or name of what was changed, or was to be; empty when the request named none."""
     merchant_id: _builtins.str
@@ -522,7 +526,7 @@ class AuditEntry(_message.Message):
     request_id: _builtins.str
     """The same as in the log line of the call."""
     caller_address: _builtins.str
-    """Host and port of the caller, or of the gateway before it."""
+    """Host and port of the caller, or of the gateway before it; of a command, the machine's name."""
     user_agent: _builtins.str
     """What the caller's library calls itself."""
     @_builtins.property
