@@ -15,6 +15,7 @@ import asyncpg
 
 from core.db import Pool
 from core.ids import first_id_at
+from core.retention.patience import bound_statements
 
 type Connection = Any
 
@@ -119,9 +120,11 @@ async def make_day(connection: Connection, day: Day) -> bool:
 
     Attaching does not lock the table, only the default part, which is read for rows of the day: it
     is nearly empty. Rows that are there already stay there and are removed row by row.
+    QueryCanceledError when it is so full that reading it would hold others up.
     """
     try:
         async with connection.transaction():
+            await bound_statements(connection)
             for table in KEYS:
                 if await _default_has(connection, table, day):
                     return False
@@ -141,6 +144,7 @@ async def make_day(connection: Connection, day: Day) -> bool:
 
 async def lock_days(connection: Connection, tables: Sequence[str]) -> None:
     """In a transaction: nobody reads or writes these tables' days until it ends."""
+    await bound_statements(connection)
     for table in tables:
         await connection.execute(f"LOCK TABLE ONLY {table}_by_day IN ACCESS EXCLUSIVE MODE")
 

@@ -29,6 +29,7 @@ _LOCK = 0x72657465
 #: So often a day is looked through again because something of it was attempted meanwhile.
 _LOOKS = 5
 _CLOSE_SECONDS = 2.0
+_NOT_NOW = (*GAVE_WAY, asyncpg.exceptions.QueryCanceledError)
 
 _BEGIN = """
 INSERT INTO retention_runs (id, actor, removed_before) VALUES ($1, $2, $3)
@@ -150,7 +151,7 @@ async def _make_days(connection: Connection, done: Done, announce: Callable[[str
     for day in await days.missing_days(connection):
         try:
             made = await patiently(days.make_day, connection, day)
-        except (*GAVE_WAY, asyncpg.QueryCanceledError):
+        except _NOT_NOW:
             made = False
         if made:
             done.days_made.append(str(day.date))
@@ -178,7 +179,7 @@ async def _remove_deliveries(
         done.events_kept += await keep.keep_events(connection, day)
         try:
             await patiently(_drop, connection, days.EVENTS, day, done)
-        except GAVE_WAY:
+        except _NOT_NOW:
             _wait(done, day)
         else:
             announce(f"{day.date}: events dropped")
@@ -205,7 +206,7 @@ async def _drop_history(
             if await patiently(_drop, connection, days.HISTORY, day, done, standing):
                 announce(f"{day.date}: history dropped")
                 return True
-        except GAVE_WAY:
+        except _NOT_NOW:
             return False
     return False
 

@@ -9,6 +9,8 @@ import asyncpg
 
 #: Longest wait for a lock: so long everybody else may queue behind it.
 LOCK_SECONDS = 0.1
+#: Longest statement under a lock that others wait for.
+HOLD_SECONDS = 1.0
 _TRIES = 20
 _PAUSE_SECONDS = (0.05, 0.5)
 
@@ -17,6 +19,11 @@ GAVE_WAY = (
     asyncpg.exceptions.LockNotAvailableError,
     asyncpg.exceptions.TransactionRollbackError,
 )
+
+
+async def bound_statements(connection: Any) -> None:
+    """In a transaction that takes such a lock: QueryCanceledError for what takes too long in it."""
+    await connection.execute(f"SET LOCAL statement_timeout = {HOLD_SECONDS * 1000:.0f}")
 
 
 async def patiently[T](call: Callable[..., Awaitable[T]], *arguments: Any) -> T:

@@ -3,6 +3,7 @@
 import asyncio
 from datetime import timedelta
 
+import asyncpg
 import structlog
 
 from core.config import DatabaseSettings, RetentionSettings
@@ -24,6 +25,9 @@ async def retain(database: DatabaseSettings, settings: RetentionSettings, pool: 
                 await run(database, settings)
         except RETRYABLE_ERRORS as error:
             log.warning("retention_retried", error=repr(error))
+        except asyncpg.exceptions.InsufficientPrivilegeError as error:
+            # Whoever migrated owns the tables; see docs/retention.md.
+            log.error("retention_not_allowed", error=str(error))
         except Exception:
             log.exception("retention_broke")
         await asyncio.sleep(_ASK_SECONDS)

@@ -384,6 +384,30 @@ async def test_a_day_that_somebody_holds_waits_and_goes_later(
     assert len((await run(database_url)).days_dropped) == 3
 
 
+async def test_what_would_hold_others_up_for_long_is_left_to_another_time(
+    pool: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    await make_days(pool, 40)
+    await past_delivery(pool, webhook_id, 40)
+    await pool.execute("""
+        CREATE FUNCTION dawdle() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+            PERFORM pg_sleep(10);
+        END $$;
+        CREATE EVENT TRIGGER dawdle ON ddl_command_start WHEN TAG IN ('ALTER TABLE', 'DROP TABLE')
+            EXECUTE FUNCTION dawdle();
+    """)
+    monkeypatch.setattr(patience, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(days, "AHEAD", 1)
+    monkeypatch.setattr(age, "_OPEN_EVENTS", age._OPEN_EVENTS.replace("DROP TABLE IF EXISTS", "--"))
+
+    done = await run(database_url)
+
+    made = [str(day_of(number).date) for number in (0, -1)]
+    assert done.days_waiting == [*made, *[str(day_of(40).date)] * 2]
+    await assert_sound(pool)
+
+
 async def test_rows_of_a_day_that_were_there_before_its_part_keep_it_from_being_made(
     pool: Any, database_url: str
 ) -> None:
@@ -582,3 +606,22 @@ async def test_what_was_there_is_not_locked_while_the_migration_reads_it(
     await asyncio.to_thread(migrate, settings)
     await pool.expire_connections()
     assert await pool.fetchval("SELECT count(*) FROM events_before") == 2
+
+
+async def test_old_runs_are_forgotten_but_not_what_they_removed(
+    pool: Any, database_url: str
+) -> None:
+    await make_webhook_config(pool)
+    # Of a time when next to nothing was kept: the second removed more than any later one.
+    for days_ago, removed in ((300, 250.0), (200, 150.0), (100, 1.0)):
+        await pool.execute(
+            "INSERT INTO retention_runs (id, actor, began_at, removed_before)"
+            " VALUES (new_uuid7(), 'engine', $1, $2)",
+            datetime.now(UTC) - timedelta(days=days_ago),
+            datetime.now(UTC) - timedelta(days=removed),
+        )
+
+    await run(database_url)
+
+    kept = await pool.fetch("SELECT began_at FROM retention_runs ORDER BY began_at")
+    assert [(datetime.now(UTC) - row["began_at"]).days for row in kept] == [100, 0]
