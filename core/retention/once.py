@@ -21,7 +21,7 @@ from core.ids import new_id
 from core.operator import RECORD_COMMAND, Operator, command_entry
 from core.retention import age, days, keep
 from core.retention.days import Connection, Day
-from core.retention.patience import GAVE_WAY, LOCK_SECONDS, patiently
+from core.retention.patience import GAVE_WAY, HOLD_SECONDS, LOCK_SECONDS, patiently
 from core.retention.terms import DeliveryTerms, Terms
 
 #: Any constant will do, as long as every process has the same.
@@ -244,7 +244,11 @@ async def _due(connection: Connection, tables: tuple[str, ...], terms: DeliveryT
 async def _session(database: DatabaseSettings) -> AsyncGenerator[Connection]:
     """A connection of its own, whose end gives the lock back, however it comes."""
     arguments = connect_arguments(database, "postrider-retention")
-    arguments["server_settings"]["lock_timeout"] = f"{LOCK_SECONDS * 1000:.0f}"
+    arguments["server_settings"] |= {
+        "lock_timeout": f"{LOCK_SECONDS * 1000:.0f}",
+        # A process that is frozen between two statements lets go of its locks as well.
+        "idle_in_transaction_session_timeout": f"{HOLD_SECONDS * 1000:.0f}",
+    }
     connection = await asyncpg.connect(**arguments)
     try:
         yield connection
