@@ -16,7 +16,8 @@ import structlog
 
 from core import queue
 from core.config import DatabaseSettings, RetentionSettings
-from core.db import CONNECTION_ERRORS, Pool, connect_arguments
+from core.connection import Connector
+from core.db import CONNECTION_ERRORS, Pool
 from core.ids import new_id
 from core.operator import RECORD_COMMAND, Operator, command_entry
 from core.retention import age, days, keep
@@ -243,13 +244,12 @@ async def _due(connection: Connection, tables: tuple[str, ...], terms: DeliveryT
 @asynccontextmanager
 async def _session(database: DatabaseSettings) -> AsyncGenerator[Connection]:
     """A connection of its own, whose end gives the lock back, however it comes."""
-    arguments = connect_arguments(database, "postrider-retention")
-    arguments["server_settings"] |= {
-        "lock_timeout": f"{LOCK_SECONDS * 1000:.0f}",
-        # A process that is frozen between two statements lets go of its locks as well.
-        "idle_in_transaction_session_timeout": f"{HOLD_SECONDS * 1000:.0f}",
-    }
-    connection = await asyncpg.connect(**arguments)
+    connection = await Connector(database, "postrider-retention").connect()
+    # A process that is frozen between two statements lets go of its locks as well.
+    await connection.execute(
+        f"SET lock_timeout = {LOCK_SECONDS * 1000:.0f};"
+        f"SET idle_in_transaction_session_timeout = {HOLD_SECONDS * 1000:.0f}"
+    )
     try:
         yield connection
     finally:

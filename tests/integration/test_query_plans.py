@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql
 
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
-from core.db import connect_arguments
+from core.connection import Connector
 from core.ids import first_id_at, new_id
 from core.queue import (
     NewEvent,
@@ -110,7 +110,7 @@ async def crowded(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
     settings = database_settings(postgres.url("query_plans"))
     await asyncio.to_thread(migrate, settings)
     # As everything of ours connects.
-    connection = await asyncpg.connect(**connect_arguments(settings, "query-plans"))
+    connection = await Connector(settings, "query-plans").connect()
     today = await days.today(connection)
     for number in range(-30, 8):
         assert await days.make_day(connection, today.later(number))
