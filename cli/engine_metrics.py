@@ -78,5 +78,6 @@ def _database(reading: Reading) -> Iterable[Metric]:
         {("open",): depth.open_breakers, ("half_open",): depth.half_open_breakers} if depth else {}
     )
     yield families.PARTITION_DAYS_AHEAD.one(reading.partition_days_ahead)
-    yield families.RETENTION_LAST_RUN.one(reading.retention_last_run)
+    retained_at = reading.retention_completed_at
+    yield families.RETENTION_LAST_RUN.one(retained_at.timestamp() if retained_at else None)
     yield families.CLOCK_SKEW.one(reading.clock_skew_seconds)

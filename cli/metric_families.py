@@ -139,7 +139,7 @@ PARTITION_DAYS_AHEAD = Family(
     "postrider_partition_days_ahead",
     "gauge",
     (),
-    "Whole days ahead for which every partitioned table has partitions.",
+    "Whole days after today for which every partitioned table has partitions.",
 )
 RETENTION_LAST_RUN = Family(
     "postrider_retention_last_run_timestamp_seconds",

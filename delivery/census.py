@@ -7,6 +7,7 @@ It never keeps anyone waiting for long: of a database that is away or slow it sa
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from time import monotonic, time
 from typing import Any
 
@@ -14,8 +15,8 @@ import asyncpg
 import structlog
 
 from core.db import CONNECTION_ERRORS, Pool
-from core.partitions import partition_days_ahead
 from core.queue import Depth, measure_depth
+from core.retention import days_ahead, last_completed
 
 #: What is so old is told again.
 FRESH_SECONDS = 5.0
@@ -64,8 +65,7 @@ class Reading:
     #: Webhook configs by status: active, or why not.
     configs: Mapping[str, int] | None = None
     partition_days_ahead: int | None = None
-    #: Unix time.
-    retention_last_run: float | None = None
+    retention_completed_at: datetime | None = None
 
 
 class Census:
@@ -114,9 +114,8 @@ class Census:
             self._latest,
             depth=await _unless_refused(measure_depth(connection)),
             configs=await _unless_refused(_configs(connection)),
-            partition_days_ahead=await _unless_refused(
-                partition_days_ahead(connection, row["now"])
-            ),
+            partition_days_ahead=await _unless_refused(days_ahead(connection)),
+            retention_completed_at=await _unless_refused(last_completed(connection)),
         )
 
 

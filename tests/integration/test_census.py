@@ -9,10 +9,11 @@ import asyncpg
 import pytest
 
 from cli.embedded_postgres import EmbeddedPostgres
+from core import retention
+from core.config import RetentionSettings
 from core.db import open_pool
 from core.ids import new_id
 from core.lifecycle import DeliveryState
-from core.partitions import partition_days_ahead
 from core.queue import depth, measure_depth
 from delivery import census
 from delivery.census import Census
@@ -190,24 +191,18 @@ async def _sessions_waiting(pool: Any) -> int:
     return count
 
 
-async def test_days_ahead_are_those_that_every_table_has(pool: Any) -> None:
-    midnight = NOW.replace(hour=0)
-    assert await partition_days_ahead(pool, NOW) == 0
-    for table, days in (("events", 8), ("finished_deliveries", 3), ("attempts", 8)):
-        for day in range(days):
-            begin, end = (_first_id(midnight + timedelta(days=day + more)) for more in (0, 1))
-            await pool.execute(
-                f"CREATE TABLE {table}_{day} PARTITION OF {table}"
-                f" FOR VALUES FROM ('{begin}') TO ('{end}')"
-            )
+async def test_retention_is_told_once_it_has_run(database_url: str, engine_pool: Any) -> None:
+    now = 0.0
+    taking = Census(engine_pool, lambda: now)
+    before = await taking.reading()
+    await retention.run(database_settings(database_url), RetentionSettings())
+    now += census.FRESH_SECONDS
+    after = await taking.reading()
 
-    assert await partition_days_ahead(pool, NOW) == 2
-    await pool.execute("DROP TABLE finished_deliveries_0")
-    assert await partition_days_ahead(pool, NOW) == 0
-
-
-def _first_id(at: datetime) -> str:
-    return f"{int(at.timestamp() * 1000):012x}{'0' * 20}"
+    assert (before.partition_days_ahead, before.retention_completed_at) == (-1, None)
+    assert after.partition_days_ahead is not None
+    assert after.partition_days_ahead >= 1
+    assert after.retention_completed_at is not None
 
 
 async def _make_blocked(pool: Any, webhook_id: Any, position: int) -> None:
