@@ -124,8 +124,14 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("postrider_jwks_age_seconds", ('job="postrider-server"',)),
         ("WEBHOOK_JWT_JWKS_URL", ('"keys"',)),
     ),
-    "PostriderPartitionMissing": (("postrider_partition_days_ahead", ("{} => ",)),),
-    "PostriderRetentionStopped": (("postrider_retention_last_run_timestamp_seconds", ()),),
+    "PostriderPartitionMissing": (
+        ("postrider_partition_days_ahead", ("{} => ",)),
+        ("retention --dry-run", ("days would be made: ",)),
+    ),
+    "PostriderRetentionStopped": (
+        ("postrider_retention_last_run_timestamp_seconds", ()),
+        ("retention", ("days made: ",)),
+    ),
 }
 #: Sections whose lines another test runs, since they need a scene of their own.
 ELSEWHERE: dict[str, str] = {"Rotate keys": "tests/faults/test_rotation.py"}
