@@ -62,6 +62,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
         "detail": "200 OK",
         "started_at": STARTED_AT,
         "duration_us": 1500,
+        "kept": False,
         **details,
     }
 
