@@ -41,12 +41,15 @@ _LARGE = 100
 
 type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Mapping[UUID, tuple[int, datetime]]]]
 
+# Locking the rows makes this a commit of its own, which a synchronous standby has to confirm, and
+# with it everything before it: the one that stored the event may have given up waiting for that.
 _PREVIOUS = """
 SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at, e.not_before,
     e.ordering_key
 FROM unnest($1::text[], $2::text[]) AS t(merchant_id, key)
 JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
 JOIN events e ON e.id = k.event_id
+FOR KEY SHARE OF k
 """
 
 

@@ -73,27 +73,48 @@ class Load:
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: len(self._arrived) >= wanted)
 
+    async def repeated_more(self, count: int, timeout: float = AMPLE) -> None:
+        """Return when so many more calls were not answered, or refused, and sent again."""
+        wanted = self.repeated + count
+        async with asyncio.timeout(timeout), self._changed:
+            await self._changed.wait_for(lambda: self.repeated >= wanted)
+
+    async def fresh_arrives(self, timeout: float = AMPLE) -> float:
+        """Seconds until an event of now was acknowledged, repeated until it is, and has arrived."""
+        began = asyncio.get_running_loop().time()
+        async with asyncio.timeout(timeout):
+            await self._publish_one_batch(1)
+            event_id = self.acknowledged[-1]
+            async with self._changed:
+                await self._changed.wait_for(lambda: event_id in self._arrived)
+        return asyncio.get_running_loop().time() - began
+
     async def all_arrived(self, timeout: float = AMPLE) -> None:
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: self._arrived.issuperset(self.acknowledged))
 
     async def _publish(self) -> None:
         while not self._stopped:
-            self._batches += 1
-            request = event_service_pb2.PublishEventsRequest(
-                events=[self._event(self._batches, number) for number in range(self._batch)]
-            )
-            began = asyncio.get_running_loop().time()
-            while not await self._is_acknowledged(request):
-                self.repeated += 1
-                await asyncio.sleep(_REPEAT_SECONDS)
-            self.longest_wait = max(self.longest_wait, asyncio.get_running_loop().time() - began)
+            await self._publish_one_batch(self._batch)
             async with self._changed:
                 await self._changed.wait_for(
                     lambda: (
                         self._stopped or len(self.acknowledged) - len(self._arrived) < self.window
                     )
                 )
+
+    async def _publish_one_batch(self, size: int) -> None:
+        self._batches += 1
+        request = event_service_pb2.PublishEventsRequest(
+            events=[self._event(self._batches, number) for number in range(size)]
+        )
+        began = asyncio.get_running_loop().time()
+        while not await self._is_acknowledged(request):
+            async with self._changed:
+                self.repeated += 1
+                self._changed.notify_all()
+            await asyncio.sleep(_REPEAT_SECONDS)
+        self.longest_wait = max(self.longest_wait, asyncio.get_running_loop().time() - began)
 
     async def _is_acknowledged(self, request: event_service_pb2.PublishEventsRequest) -> bool:
         try:

@@ -2,24 +2,25 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
 
 
 class OwnPostgres:
-    """A PostgreSQL that a test may stop, start and freeze."""
+    """A PostgreSQL that a test may stop, start, kill and freeze."""
 
-    def __init__(self, data_dir: Path):
-        self._data_dir = data_dir
+    def __init__(self, data_dir: Path, options: Mapping[str, str] = {}):
+        self.data_dir = data_dir
+        self._options = options
         self._running = ExitStack()
         self.server: EmbeddedPostgres | None = None
 
     def start(self) -> str:
         self.server = self._running.enter_context(
-            embedded_postgres(self._data_dir, announce=lambda _: None)
+            embedded_postgres(self.data_dir, options=self._options, announce=lambda _: None)
         )
         return self.server.url()
 
@@ -33,17 +34,31 @@ class OwnPostgres:
         self.server.process.wait()
         self.stop()
 
+    def kill(self) -> None:
+        """kill -9 of all its processes, as when the machine loses its power."""
+        assert self.server is not None
+        for pid in self._stopped():
+            os.kill(pid, signal.SIGKILL)
+        self.server.process.wait()
+        self.stop()
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Alive for the kernel, and silent: as behind a network that drops packets."""
-        assert self.server is not None
-        main = self.server.process.pid
-        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-        pids = [main, *map(int, children)]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        pids = self._stopped()
         try:
             yield
         finally:
             for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _stopped(self) -> list[int]:
+        """All its processes, none of which does anything any more; the first starts no others."""
+        assert self.server is not None
+        main = self.server.process.pid
+        os.kill(main, signal.SIGSTOP)
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        for pid in map(int, children):
+            os.kill(pid, signal.SIGSTOP)
+        return [main, *map(int, children)]

@@ -88,7 +88,7 @@ class Processes:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
-        self._started: list[Process] = []
+        self.started: list[Process] = []
 
     async def start(self, *command: str, under: Sequence[str] = (), **settings: Any) -> Process:
         """Start a subcommand; `settings` by name without the prefix, None to leave one out.
@@ -112,7 +112,7 @@ class Processes:
                 limit=2**20,
             )
         )
-        self._started.append(process)
+        self.started.append(process)
         return process
 
     async def engine(self, *, under: Sequence[str] = (), **settings: Any) -> Process:
@@ -128,7 +128,7 @@ class Processes:
         return process, f"127.0.0.1:{entry['port']}"
 
     async def kill_all(self) -> None:
-        await asyncio.gather(*(process.kill() for process in self._started))
+        await asyncio.gather(*(process.kill() for process in self.started))
 
 
 def environment_of(database_url: str, ca_file: Path, public_key_file: Path) -> dict[str, str]:

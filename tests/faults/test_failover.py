@@ -1,0 +1,176 @@
+"""The primary dies and its synchronous standby takes over, all under load and without a restart."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.migrate import migrate
+from tests.conftest import database_settings
+from tests.scene import BRISK, Conclude, Scene
+from tests.standby import Pair
+
+pytestmark = pytest.mark.slow
+
+type StartScene = Callable[..., AbstractAsyncContextManager[Scene]]
+
+#: From the promotion to a fresh event that was accepted and has arrived.
+BACK_SECONDS = 5.0
+#: The same where connections have to be given up first: a statement has 10 s by default and one of
+#: grace, and then asking for its end has as long.
+HANGING_SECONDS = 30.0
+
+_OUR_SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'postrider%'"
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="postrider-tests-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+async def pair(directory: Path) -> AsyncIterator[Pair]:
+    pair = Pair(directory)
+    try:
+        await pair.start()
+        await asyncio.to_thread(migrate, database_settings(pair.url))
+        yield pair
+    finally:
+        pair.stop()
+
+
+@pytest.fixture
+def database_url(pair: Pair) -> str:
+    return pair.url
+
+
+async def test_the_primary_is_killed_and_the_standby_promoted(
+    scene: Scene, pair: Pair, conclude: Conclude
+) -> None:
+    await engines(scene)
+    async with scene.load.running() as load:
+        await load.arrived_more(300)
+        in_flight = await scene.leased()
+        pair.primary.kill()
+        await pair.fail_over()
+        seconds = await load.fresh_arrives()
+        await load.arrived_more(300)
+    await conclude(scene, f"failover, back in {seconds:.1f} s", in_flight)
+    assert seconds <= BACK_SECONDS
+    assert all(process.lives for process in scene.processes.started)
+
+
+async def test_a_commit_that_gave_up_waiting_for_the_standby_is_not_acknowledged(
+    start_scene: StartScene, pair: Pair, conclude: Conclude
+) -> None:
+    """What was published is there for its repetition to find, but only on the primary."""
+    async with start_scene(database_statement_timeout_seconds=0.5) as scene:
+        await engines(scene)
+        async with scene.load.running() as load:
+            await load.arrived_more(100)
+            in_flight = await scene.leased()
+            with pair.standby.frozen():
+                # Every client has repeated a call, and then repeats it more than once.
+                await load.repeated_more(3)
+                acknowledged = len(load.acknowledged)
+                await load.repeated_more(3 * 3, timeout=60)
+                assert len(load.acknowledged) == acknowledged
+                pair.primary.kill()
+            await pair.fail_over()
+            seconds = await load.fresh_arrives()
+        await conclude(scene, f"failover from a primary alone, back in {seconds:.1f} s", in_flight)
+
+
+async def test_a_planned_switchover_and_back(scene: Scene, pair: Pair, conclude: Conclude) -> None:
+    await engines(scene)
+    in_flight, longest = 0, 0.0
+    async with scene.load.running() as load:
+        for _ in range(2):
+            await load.arrived_more(200)
+            in_flight += await scene.leased()
+            # It waits until the standby has everything.
+            pair.primary.stop()
+            await pair.fail_over()
+            longest = max(longest, await load.fresh_arrives())
+            await pair.follow()
+        await load.arrived_more(200)
+    await conclude(scene, f"switchover and back, each in {longest:.1f} s", in_flight)
+    assert longest <= BACK_SECONDS
+    assert all(process.lives for process in scene.processes.started)
+
+
+async def test_the_old_primary_comes_back_and_nothing_is_written_to_it(
+    scene: Scene, pair: Pair, conclude: Conclude
+) -> None:
+    await engines(scene)
+    async with scene.load.running() as load:
+        await load.arrived_more(200)
+        in_flight = await scene.leased()
+        pair.primary.kill()
+        await pair.fail_over()
+        await load.arrived_more(100)
+        # Nobody kept it from starting, and it takes itself for the primary.
+        pair.standby.start()
+        assert await pair.standby.fetchval("SELECT NOT pg_is_in_recovery()")
+        events = await pair.standby.fetchval("SELECT count(*) FROM events")
+        await load.arrived_more(400)
+        assert await pair.standby.fetchval("SELECT count(*) FROM events") == events
+        assert await pair.standby.fetchval(_OUR_SESSIONS) == 0
+        # Now it follows, and who connects anew passes over it, though it is named first.
+        pair.standby.stop()
+        await pair.follow()
+        await scene.engine()
+        await load.arrived_more(200)
+        assert await pair.standby.fetchval(_OUR_SESSIONS) == 0
+    await conclude(scene, "old primary back after a failover", in_flight)
+
+
+async def test_without_its_standby_nothing_is_accepted_until_an_operator_says_so(
+    scene: Scene, pair: Pair, conclude: Conclude
+) -> None:
+    await engines(scene)
+    async with scene.load.running() as load:
+        await load.arrived_more(100)
+        in_flight = await scene.leased()
+        pair.standby.kill()
+        await load.repeated_more(3)
+        acknowledged = len(load.acknowledged)
+        await load.repeated_more(3)
+        assert len(load.acknowledged) == acknowledged
+        await pair.primary.wait_for_standbys("")
+        seconds = await load.fresh_arrives()
+        await load.arrived_more(100)
+        await pair.follow()
+    await conclude(scene, f"standby away, back in {seconds:.1f} s", in_flight)
+    assert seconds <= BACK_SECONDS
+
+
+async def test_a_primary_that_hangs_is_left_for_the_one_that_is_promoted(
+    scene: Scene, pair: Pair, conclude: Conclude
+) -> None:
+    """Its connections stay, and say nothing: as with a disk that does not answer."""
+    await engines(scene)
+    async with scene.load.running() as load:
+        await load.arrived_more(200)
+        in_flight = await scene.leased()
+        with pair.primary.frozen():
+            await pair.fail_over()
+            seconds = await load.fresh_arrives()
+            await load.arrived_more(300)
+            pair.standby.kill()
+    await conclude(scene, f"failover from a primary that hangs, back in {seconds:.1f} s", in_flight)
+    assert seconds <= HANGING_SECONDS
+    assert all(process.lives for process in scene.processes.started)
+
+
+async def engines(scene: Scene, **settings: Any) -> None:
+    """Two engines under their supervisor, once both deliver."""
+    supervisor = await scene.processes.start("delivery", "--processes=2", **{**BRISK, **settings})
+    await supervisor.wait_for("delivering", 2)
+    scene.engines.append(supervisor)
