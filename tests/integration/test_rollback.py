@@ -1,0 +1,39 @@
+"""Down and up again, with data: what was accepted stays, and still has its owner."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cli.migrate import migrate
+from cli.schema import revisions
+from core import queue
+from tests.conftest import database_settings
+from tests.factories import enqueue_events, make_webhook_config
+
+_KEPT = """
+SELECT (SELECT array_agg(id ORDER BY id) FROM events) AS events,
+    (SELECT array_agg(id ORDER BY id) FROM delivery_queue) AS deliveries,
+    (SELECT array_agg(id ORDER BY id) FROM webhook_configs) AS configs
+"""
+
+
+@pytest.mark.parametrize("revision", [revisions()[0], revisions()[-2]])
+async def test_what_was_accepted_survives_a_rollback_and_an_upgrade(
+    database_url: str, pool: Any, revision: str
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    await enqueue_events(pool, 5)
+    before = dict(await pool.fetchrow(_KEPT))
+    assert len(before["deliveries"]) == len(before["events"]) == 5
+    assert before["configs"] == [webhook_id]
+
+    settings = database_settings(database_url)
+    for target in (revision, None):
+        await asyncio.to_thread(migrate, settings, down_to=target)
+        await pool.expire_connections()
+        assert dict(await pool.fetchrow(_KEPT)) == before
+
+    broken = await queue.check_invariants(pool, 5)
+    assert [finding for finding in broken if finding.broken] == []
+    assert len(await queue.claim(pool, 10, 60)) == 5
