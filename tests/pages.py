@@ -28,6 +28,13 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
+def section(page: str, heading: str) -> list[str]:
+    """The same of one section of docs, by its heading."""
+    _, _, rest = (ROOT / page).read_text().partition(f"\n## {heading}\n")
+    assert rest, f"{page} has no section {heading!r}"
+    return blocks(rest.partition("\n## ")[0])
+
+
 def sh(line: str, environment: Environment) -> str:
     """What a line that has to succeed prints."""
     done = subprocess.run(

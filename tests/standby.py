@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def program(name: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def operators_path() -> str:
+    """PATH of an operator: the `postrider` command, PostgreSQL's programs, and the machine's."""
+    return f"{Path(sys.executable).parent}:{binary('psql').parent}:{os.environ['PATH']}"
 
 
 def binary(name: str) -> Path:

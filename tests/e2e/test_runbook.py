@@ -29,6 +29,10 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("up{", ('job="postrider-server"', 'job="postrider-delivery"', "=> 1")),
         ("verify", ("everything was looked at",)),
     ),
+    "Upgrade": (
+        ("migrate", ("the schema is at",)),
+        ("verify", ("everything was looked at",)),
+    ),
     "Scale": (
         ("postrider_attempts_total", ("{} => ",)),
         ("postrider_attempt_duration_seconds", ("{} => 0.",)),
@@ -134,7 +138,12 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
 }
 #: Sections whose lines another test runs, since they need a scene of their own.
-ELSEWHERE: dict[str, str] = {"Rotate keys": "tests/faults/test_rotation.py"}
+ELSEWHERE: dict[str, str] = {
+    "Rotate keys": "tests/faults/test_rotation.py",
+    "Roll back": "tests/integration/test_rollback.py",
+    "Restore a backup": "tests/e2e/test_restore.py",
+    "Database failing over": "tests/faults/test_failover.py",
+}
 
 needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 

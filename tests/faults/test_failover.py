@@ -11,8 +11,9 @@ import pytest
 
 from cli.migrate import migrate
 from tests.conftest import database_settings
+from tests.pages import section, sh
 from tests.scene import BRISK, Conclude, Scene
-from tests.standby import Pair
+from tests.standby import Pair, operators_path
 
 pytestmark = pytest.mark.slow
 
@@ -143,10 +144,14 @@ async def test_without_its_standby_nothing_is_accepted_until_an_operator_says_so
         acknowledged = len(load.acknowledged)
         await load.repeated_more(3)
         assert len(load.acknowledged) == acknowledged
-        await pair.primary.wait_for_standbys("")
+        # The lines of docs/runbook.md.
+        go_on_alone, look = section("docs/runbook.md", "Database failing over")
+        environment = {"PATH": operators_path(), "WEBHOOK_DATABASE_URL": pair.url}
+        await asyncio.to_thread(sh, go_on_alone, environment)
         seconds = await load.fresh_arrives()
         await load.arrived_more(100)
         await pair.follow()
+    assert "everything was looked at" in await asyncio.to_thread(sh, look, environment)
     await conclude(scene, f"standby away, back in {seconds:.1f} s", in_flight)
     assert seconds <= BACK_SECONDS
 

@@ -10,6 +10,8 @@ from cli.schema import revisions
 from core import queue
 from tests.conftest import database_settings
 from tests.factories import enqueue_events, make_webhook_config
+from tests.pages import section, sh
+from tests.standby import operators_path
 
 _KEPT = """
 SELECT (SELECT array_agg(id ORDER BY id) FROM events) AS events,
@@ -37,3 +39,18 @@ async def test_what_was_accepted_survives_a_rollback_and_an_upgrade(
     broken = await queue.check_invariants(pool, 5)
     assert [finding for finding in broken if finding.broken] == []
     assert len(await queue.claim(pool, 10, 60)) == 5
+
+
+@pytest.mark.slow
+async def test_the_lines_of_the_runbook(database_url: str, pool: Any) -> None:
+    """Those of docs/runbook.md under "Roll back"."""
+    look, undo = section("docs/runbook.md", "Roll back")
+    environment = {
+        "PATH": operators_path(),
+        "WEBHOOK_DATABASE_URL": database_url,
+        "REVISION": revisions()[-2],
+    }
+    assert "everything was looked at" in sh(look, environment)
+    assert f"undid {revisions()[-1]}" in sh(undo, environment)
+    revision = await pool.fetchval("SELECT version_num FROM alembic_version")
+    assert revision == revisions()[-2]

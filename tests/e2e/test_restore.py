@@ -1,0 +1,63 @@
+"""A dump is restored by the lines of docs/runbook.md, and what that means for deliveries."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from cli.embedded_postgres import EmbeddedPostgres
+from tests.fakes.receiver import Receiver
+from tests.pages import section, sh
+from tests.platform import Platform, running_platform
+from tests.standby import operators_path
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+async def restored_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """Of an empty database."""
+    connection = await asyncpg.connect(postgres.url())
+    await connection.execute("CREATE DATABASE restored TEMPLATE template0")
+    yield postgres.url("restored")
+    await connection.execute("DROP DATABASE restored WITH (FORCE)")
+    await connection.close()
+
+
+async def test_a_restored_dump_goes_on_where_it_was_taken(
+    platform: Platform,
+    receiver: Receiver,
+    restored_url: str,
+    tmp_path: Path,
+) -> None:
+    dumped = platform.settings.database.database_url
+    assert dumped is not None
+    ca_file = platform.settings.egress.ca_file
+    assert ca_file is not None
+    await platform.register(receiver.url)
+    before = await platform.publish(idempotency_key="before")
+    take, restore, look = section("docs/runbook.md", "Restore a backup")
+    environment = {
+        "PATH": operators_path(),
+        "WEBHOOK_DATABASE_URL": dumped.get_secret_value(),
+        "DUMP": str(tmp_path / "postrider.dump"),
+        "RESTORED": restored_url,
+    }
+    sh(take, environment)
+    after = await platform.publish(idempotency_key="after")
+    async with platform.engine():
+        await receiver.wait_for(2)
+
+    sh(restore, environment)
+    assert "everything was looked at" in sh(look, environment)
+    async with running_platform(restored_url, ca_file, tmp_path) as again:
+        known = await again.publish(idempotency_key="before")
+        assert (known.duplicate, known.event.id) == (True, before.event.id)
+        anew = await again.publish(idempotency_key="after")
+        assert not anew.duplicate
+        async with again.engine():
+            webhooks = await receiver.wait_for(4)
+    sent = [webhook.message_id for webhook in webhooks]
+    assert sorted(sent[:2]) == sorted([before.event.id, after.event.id])
+    assert sorted(sent[2:]) == sorted([before.event.id, anew.event.id])
