@@ -1,4 +1,4 @@
-"""Every trick by which an inner address could be reached, on real packets: the canaries see none.
+"""Every trick by which an inner address could be reached, on real packets: nothing arrives there.
 
 In a network namespace, so that public addresses can be had and no test-only permission is needed.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.canary import CANARIES, LITERALS, NAMES, PORTS, SEARCH
+from tests.e2e.inner_addresses import INNER_ADDRESSES, LITERALS, NAMES, PORTS, SEARCH
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = ["unshare", "--net", "--mount"]
@@ -35,7 +35,14 @@ def why_not() -> str:
 def report(database_url: str, tmp_path: Path) -> Any:
     if reason := why_not():
         pytest.skip(reason)
-    command = [*NAMESPACE, sys.executable, "-m", "tests.e2e.canary", database_url, str(tmp_path)]
+    command = [
+        *NAMESPACE,
+        sys.executable,
+        "-m",
+        "tests.e2e.inner_addresses",
+        database_url,
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -43,7 +50,7 @@ def report(database_url: str, tmp_path: Path) -> Any:
 
 def test_no_trick_reaches_an_inner_address(report: Any) -> None:
     assert report["connects"] == []
-    assert report["alive"] == len(CANARIES) * len(PORTS)
+    assert report["alive"] == len(INNER_ADDRESSES) * len(PORTS)
 
     # Registration: refused before or by the dialler, all of them.
     assert set(report["registered"]) == {*LITERALS, *NAMES}

@@ -1,8 +1,8 @@
-"""A machine of its own in a network namespace: public receivers, inner canaries, a hostile DNS.
+"""A machine of its own in a network namespace: public receivers, inner listeners, a hostile DNS.
 
-`python -m tests.e2e.canary DATABASE_URL DIRECTORY`, in new network and mount namespaces, prints
-what every trick came to as JSON. Nothing is allowed here that production refuses: the receivers
-have public addresses, on the loopback interface.
+`python -m tests.e2e.inner_addresses DATABASE_URL DIRECTORY`, in new network and mount namespaces,
+prints what every trick came to as JSON. Nothing is allowed here that production refuses: the
+receivers have public addresses, on the loopback interface.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from tests.factories import make_webhook_config
 from tests.platform import running_platform
 
 RECEIVERS = ("93.184.216.34", "2606:2800:220:1::1")
-CANARIES = (
+INNER_ADDRESSES = (
     *("127.0.0.1", "169.254.169.254", "10.0.0.5", "100.100.100.200", "168.63.129.16"),
     *("::1", "fd00:ec2::254", "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe", "2002:a9fe:a9fe::1"),
     *("2001:0:4136:e378:8000:63bf:5601:5601", "2a00:1450:4001:1:0:5efe:a9fe:a9fe", "3fff::1"),
@@ -43,8 +43,8 @@ INSIDE = "169.254.169.254"
 
 #: Literals in every notation, for the grammar and, past it, for the dialler alone.
 LITERALS = (
-    *(f"https://{a}/" for a in CANARIES if ":" not in a),
-    *(f"https://[{a}]/" for a in CANARIES if ":" in a),
+    *(f"https://{a}/" for a in INNER_ADDRESSES if ":" not in a),
+    *(f"https://[{a}]/" for a in INNER_ADDRESSES if ":" in a),
     *("https://2852039166/", "https://0xa9fea9fe/", "https://0xa9.0xfe.0xa9.0xfe/"),
     *("https://0251.0376.0251.0376/", "https://169.254.43518/", "https://169.254.169.254./"),
     *("https://[::ffff:a9fe:a9fe]/", "https://[::ffff:169.254.169.254]/", "https://[::a9fe:a9fe]/"),
@@ -106,7 +106,7 @@ class Dns(asyncio.DatagramProtocol):
 def prepare(directory: Path) -> None:
     """Addresses on `lo`, and name resolution by our DNS with a search domain."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    for address in {*RECEIVERS, *CANARIES} - {"127.0.0.1", "::1"}:
+    for address in {*RECEIVERS, *INNER_ADDRESSES} - {"127.0.0.1", "::1"}:
         nodad = ["nodad"] if ":" in address else []
         prefix = "128" if ":" in address else "32"
         subprocess.run(
@@ -121,7 +121,7 @@ def prepare(directory: Path) -> None:
 
 
 @asynccontextmanager
-async def canaries() -> AsyncIterator[list[str]]:
+async def inner_listeners() -> AsyncIterator[list[str]]:
     """Who was connected to, each time, on any inner address and port."""
     seen: list[str] = []
 
@@ -130,7 +130,7 @@ async def canaries() -> AsyncIterator[list[str]]:
         writer.close()
 
     async with AsyncExitStack() as stack:
-        for address in CANARIES:
+        for address in INNER_ADDRESSES:
             for port in PORTS:
                 await stack.enter_async_context(await asyncio.start_server(accept, address, port))
         yield seen
@@ -236,7 +236,7 @@ async def main(database_url: str, directory: Path) -> dict[str, Any]:
     authority.cert_pem.write_to_path(str(ca_file))
     _, dns = await asyncio.get_running_loop().create_datagram_endpoint(Dns, ("127.0.0.53", 53))
     async with AsyncExitStack() as stack:
-        connects = await stack.enter_async_context(canaries())
+        connects = await stack.enter_async_context(inner_listeners())
         arrived = await stack.enter_async_context(receivers(authority))
         pool = await stack.enter_async_context(asyncpg.create_pool(database_url, min_size=1))
         egress = EgressSettings(ca_file=ca_file)
@@ -251,9 +251,9 @@ async def main(database_url: str, directory: Path) -> dict[str, Any]:
             "delivered": await deliveries(platform, pool, dns),
         }
         report |= {"connects": list(connects), "arrived": arrived, "asked": sorted(dns.asked)}
-        # The canaries are alive: otherwise their silence would say nothing.
+        # The listeners are alive: otherwise their silence would say nothing.
         connects.clear()
-        for address in CANARIES:
+        for address in INNER_ADDRESSES:
             for port in PORTS:
                 reader, writer = await asyncio.open_connection(address, port)
                 await reader.read()
