@@ -17,10 +17,10 @@ from cryptography import x509
 
 from cli.development_key import ensure_development_key
 from core.keyring import new_key
-from core.signing import verify
 from postrider.v1 import webhook_config_service_pb2 as pb
 from tests.fakes.authority import Authority
 from tests.fakes.receiver import Received
+from tests.genuine import is_genuine
 from tests.own_postgres import OwnPostgres
 from tests.platform import ENCRYPTION_KEYS
 from tests.processes import POSTRIDER, Process
@@ -243,7 +243,7 @@ async def change_a_signing_secret(scene: Scene, operator: Operator) -> None:
     received = await receive_one(scene, merchant_id)
     signature = received.headers["X-Webhook-Signature"]
     for secret in (new, scene.secrets[f"/hook/{merchant_id}"]):
-        assert verify(secret, received.message_id, received.body, signature, now=time())
+        assert is_genuine(secret, received.message_id, received.body, signature, now=time())
 
 
 async def register_and_receive(scene: Scene, merchant_id: str) -> None:

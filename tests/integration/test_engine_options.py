@@ -15,13 +15,14 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from core.ids import parse_id
-from core.signing import standard_secret, verify
+from core.signing import standard_secret
 from delivery.webhooks import forget_expired_secrets
 from postrider.v1 import delivery_pb2, delivery_service_pb2, event_pb2, event_service_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
 from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_ED25519, WebhookConfig
 from postrider_client import WebhookRefused, verify_webhook
 from tests.fakes.receiver import Received, Receiver
+from tests.genuine import is_genuine
 from tests.platform import Platform
 
 AMPLE = 20.0
@@ -103,7 +104,7 @@ async def until_queued(pool: Any, expected: dict[str, int]) -> None:
 
 def verifies(secret: str, received: Received) -> bool:
     """Whether a merchant with this secret takes it, by both headers, which must agree."""
-    by_ours = verify(
+    by_ours = is_genuine(
         secret,
         received.message_id,
         received.body,
@@ -283,7 +284,7 @@ async def test_both_secrets_sign_until_the_overlap_ends_and_then_the_new_one_alo
     assert first.headers["webhook-signature"].count("v1,") == 2
     assert first.headers["X-Webhook-Signature"].count("v1=") == 2
     newest = first.headers["X-Webhook-Signature"].split(",")[1]
-    assert verify(
+    assert is_genuine(
         new,
         first.message_id,
         first.body,

@@ -15,13 +15,13 @@ from grpc import StatusCode
 from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook
 
-from core import signing
 from core.config import EgressSettings
 from postrider.v1 import delivery_service_pb2, webhook_config_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
 from tests.errors import refused
 from tests.fakes.endpoint import answering
 from tests.fakes.receiver import Receiver
+from tests.genuine import is_genuine
 from tests.platform import Platform
 from tests.rpcs import messages
 
@@ -86,7 +86,7 @@ async def test_the_url_is_pinged_first_with_a_signature_that_the_returned_secret
     body = {"type": "webhook.ping", "webhook_id": created.webhook_config.id}
     assert json.loads(ping.body) == body
     assert Webhook(created.standard_webhooks_secret).verify(ping.body, ping.headers) == body
-    assert signing.verify(
+    assert is_genuine(
         created.secret,
         ping.message_id,
         ping.body,
