@@ -5,18 +5,16 @@ delivery on purpose so that a retry can be seen, and keeps the ledger the demo's
 """
 
 import asyncio
-import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import trustme
 from aiohttp import web
 
-from core.errors import ConfigurationError
+from cli.development_authority import Authority
+from cli.receiver import accepting
 from core.signing import ID_HEADER
 from core.verification import verify, verifying_key
 
@@ -94,27 +92,11 @@ class DemoReceiver:
 
 @asynccontextmanager
 async def receiving(
-    port: int, ca_file: Path, on_receipt: Callable[[Receipt], None]
+    port: int, authority: Authority, on_receipt: Callable[[Receipt], None]
 ) -> AsyncIterator[DemoReceiver]:
-    """A receiver on `port` of loopback (0: a free one); its authority is written to `ca_file`."""
-    authority = trustme.CA(organization_name="Postrider demo")
-    authority.cert_pem.write_to_path(str(ca_file))
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    """A receiver on `port` of loopback (0: a free one), with a certificate of `authority`."""
     receiver = DemoReceiver(on_receipt)
-    app = web.Application()
-    app.router.add_post(PATH, receiver.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
-        except OSError:
-            raise ConfigurationError(
-                f"cannot listen on 127.0.0.1:{port} for the demo receiver: stop what uses it, or "
-                "set WEBHOOK_RECEIVER_PORT"
-            ) from None
-        receiver.port = runner.addresses[0][1]
+    tls = authority.server_context(["127.0.0.1"])
+    mend = "stop what uses it, or set WEBHOOK_RECEIVER_PORT"
+    async with accepting(receiver.handle, "127.0.0.1", port, tls, mend) as receiver.port:
         yield receiver
-    finally:
-        await runner.cleanup()

@@ -3,8 +3,6 @@
 The pair is made once and kept: a private key, once there, is never replaced.
 """
 
-import os
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from cli.whole_file import create_file, replace_file
 from core.errors import ConfigurationError
 
 
@@ -40,11 +39,11 @@ def ensure_development_key(directory: Path) -> DevelopmentKey:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not pair.private_key_file.exists():
-            _create(pair.private_key_file, _private_pem(Ed25519PrivateKey.generate()))
+            create_file(pair.private_key_file, _private_pem(Ed25519PrivateKey.generate()))
         public_pem = _public_pem(_read_private_key(pair.private_key_file))
         # Of a public key that does not fit, only the private one can be right.
         if not pair.public_key_file.exists() or pair.public_key_file.read_bytes() != public_pem:
-            _replace(pair.public_key_file, public_pem)
+            replace_file(pair.public_key_file, public_pem)
     except OSError as error:
         raise ConfigurationError(
             f"cannot keep a development key in {directory} ({error.strerror}): "
@@ -101,29 +100,3 @@ def _private_pem(key: Ed25519PrivateKey) -> bytes:
 
 def _public_pem(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _create(path: Path, content: bytes) -> None:
-    """Whole or not at all, and never over a file that somebody else made meanwhile."""
-    temporary = _write_beside(path, content)
-    try:
-        # Unlike a rename, a link fails when the name is taken.
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    _write_beside(path, content).replace(path)
-
-
-def _write_beside(path: Path, content: bytes) -> Path:
-    # mkstemp makes the file with mode 0600, so the key is never readable by others, even briefly.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Path(name)

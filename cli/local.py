@@ -27,6 +27,10 @@ from delivery.config import DeliverySettings
 from server.config import AuthSettings, ServerSettings
 
 DEVELOPMENT_ISSUER = "postrider-development"
+#: Where receivers on this machine may listen, those of `postrider listen` and `canary` among them.
+DEVELOPMENT_PORTS = (8000, 8999)
+#: In the data directory: the certificate of the authority that all of them share.
+AUTHORITY_FILE = "receiver-ca.pem"
 
 type Announce = Callable[[str], None]
 
@@ -126,14 +130,20 @@ async def running_platform(
 
 
 def _egress_to(receiver_port: int, ca_file: Path) -> EgressSettings:
-    """What the environment allows, and the demo receiver with its own authority."""
+    """What the environment allows, and receivers on this machine with our own authority."""
     settings = load(EgressSettings)
     if settings.ca_file is not None:
-        ca_file.write_bytes(ca_file.read_bytes() + settings.ca_file.read_bytes())
+        both = ca_file.with_name("trusted-cas.pem")
+        both.write_bytes(ca_file.read_bytes() + settings.ca_file.read_bytes())
+        ca_file = both
     return settings.model_copy(
         update={
             "allowed_cidrs": (*settings.allowed_cidrs, ip_network("127.0.0.0/8")),
-            "allowed_ports": (*settings.allowed_ports, (receiver_port, receiver_port)),
+            "allowed_ports": (
+                *settings.allowed_ports,
+                (receiver_port, receiver_port),
+                DEVELOPMENT_PORTS,
+            ),
             "ca_file": ca_file,
         }
     )

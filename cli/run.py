@@ -15,7 +15,14 @@ import uvloop
 
 from cli.demo import DemoMerchant, DemoResult, play
 from cli.demo_receiver import Receipt, receiving
-from cli.local import LocalPlatform, local_database, make_directory, running_platform
+from cli.development_authority import ensure_authority
+from cli.local import (
+    AUTHORITY_FILE,
+    LocalPlatform,
+    local_database,
+    make_directory,
+    running_platform,
+)
 from cli.settings import LocalSettings, load
 from cli.stop import stop_on_signals
 from core.config import DatabaseSettings, LogSettings, RetentionSettings
@@ -63,15 +70,15 @@ async def _run(
     settings: LocalSettings, database: DatabaseSettings, directory: Path, events: int
 ) -> None:
     stop = stop_on_signals()
-    ca_file = directory / "receiver-ca.pem"
+    authority = ensure_authority(directory / AUTHORITY_FILE)
     async with (
-        receiving(settings.receiver_port, ca_file, _show) as receiver,
+        receiving(settings.receiver_port, authority, _show) as receiver,
         running_platform(
             database,
             directory,
             listen_address=load(ServerSettings).listen_address,
             receiver_port=receiver.port,
-            ca_file=ca_file,
+            ca_file=authority.ca_file,
             retention=load(RetentionSettings),
         ) as platform,
     ):
@@ -94,15 +101,15 @@ async def _demo(
     database: DatabaseSettings, directory: Path, events: int, *, quiet: bool
 ) -> DemoResult | None:
     stop = stop_on_signals()
-    ca_file = directory / "receiver-ca.pem"
+    authority = ensure_authority(directory / AUTHORITY_FILE)
     async with (
-        receiving(0, ca_file, (lambda _: None) if quiet else _show) as receiver,
+        receiving(0, authority, (lambda _: None) if quiet else _show) as receiver,
         running_platform(
             database,
             directory,
             listen_address="127.0.0.1:0",
             receiver_port=receiver.port,
-            ca_file=ca_file,
+            ca_file=authority.ca_file,
             operator_listeners=False,
         ) as platform,
     ):
