@@ -354,6 +354,76 @@ def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours:
     )
 
 
+@main.command()
+@click.option("--port", default=8444, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--name", "names", multiple=True, help="Callers know it by this; repeatable.")
+@click.option(
+    "--ca-file",
+    type=click.Path(path_type=Path),
+    help="The authority's certificate, made when missing.  [default: .postrider/receiver-ca.pem]",
+)
+@click.option("--plain-http", is_flag=True, help="For tunnels that end the TLS before it.")
+@click.option("--secret", "secrets", multiple=True, help="A secret or whpk_ key; repeatable.")
+@click.option(
+    "--secret-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file with secrets, read again for every webhook.",
+)
+@click.option("--status", default=200, show_default=True, type=click.IntRange(200, 599))
+@click.option("--answer-after", default=0.0, type=click.FloatRange(0, 600), help="Seconds.")
+@click.option(
+    "--fail-first", default=0, type=click.IntRange(0), help="503 to so many tries of each event."
+)
+@click.option("--forward-to", metavar="URL", help="Send each request on, and answer as that does.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a webhook.")
+@click.option("--count", type=click.IntRange(1), help="Exit after so many webhooks.")
+def listen(
+    *,
+    port: int,
+    host: str,
+    names: tuple[str, ...],
+    ca_file: Path | None,
+    plain_http: bool,
+    secrets: tuple[str, ...],
+    secret_file: Path | None,
+    status: int,
+    answer_after: float,
+    fail_first: int,
+    forward_to: str | None,
+    as_json: bool,
+    count: int | None,
+) -> None:
+    """Receive webhooks on this machine, and say of each whether it is genuine, and why not.
+
+    Verifies every signature header with the secrets of --secret, --secret-file and
+    WEBHOOK_RECEIVER_SECRETS. An invalid webhook is answered 401, pings always 200. Exits with 0
+    after Ctrl-C, and with 1 when one of --count webhooks was invalid.
+    """
+    from cli.listen import ListenOptions  # noqa: PLC0415 - the other commands start faster
+    from cli.listen import listen as receive  # noqa: PLC0415
+    from cli.listener import Answers  # noqa: PLC0415
+    from cli.local import AUTHORITY_FILE  # noqa: PLC0415
+
+    local = load(LocalSettings)
+    told = local.receiver_secrets.get_secret_value() if local.receiver_secrets else ""
+    options = ListenOptions(
+        host=host,
+        port=port,
+        names=names,
+        ca_file=ca_file or local.data_dir / AUTHORITY_FILE,
+        plain_http=plain_http,
+        secrets=[*secrets, *(text.strip() for text in told.split(",") if text.strip())],
+        secret_file=secret_file,
+        answers=Answers(status, answer_after, fail_first),
+        forward_to=forward_to,
+        as_json=as_json,
+        count=count,
+    )
+    if not uvloop.run(receive(options)):
+        sys.exit(1)
+
+
 @main.command("encryption-key")
 def encryption_key() -> None:
     """Print a new `id:key` pair for WEBHOOK_ENCRYPTION_KEYS."""

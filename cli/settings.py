@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from core.config import (
@@ -25,7 +25,7 @@ from server.config import AuthSettings, ServerSettings, TlsSettings
 
 
 class LocalSettings(Block):
-    """Only for `postrider run`, `demo` and `token`: what a single machine needs."""
+    """Only for `postrider run`, `demo`, `token` and `listen`: what a single machine needs."""
 
     data_dir: Path = Field(
         Path(".postrider"), description="where `postrider run` keeps its database, keys and log"
@@ -35,6 +35,10 @@ class LocalSettings(Block):
     )
     receiver_port: int = Field(
         8443, ge=1, le=65535, description="port of the demo receiver of `postrider run`"
+    )
+    receiver_secrets: SecretStr | None = Field(
+        None,
+        description="comma-separated secrets and public keys that `postrider listen` verifies with",
     )
 
 
