@@ -16,6 +16,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import click
 import uvloop
 
+from cli.canary_command import canary
 from cli.settings import LocalSettings, load, refuse_unknown_variables
 from core.config import (
     DatabaseSettings,
@@ -422,6 +423,9 @@ def listen(
     )
     if not uvloop.run(receive(options)):
         sys.exit(1)
+
+
+main.add_command(canary)
 
 
 @main.command("encryption-key")

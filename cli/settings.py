@@ -42,6 +42,17 @@ class LocalSettings(Block):
     )
 
 
+class CanarySettings(Block):
+    """The tokens of `postrider canary`, when they are not in files."""
+
+    canary_publish_token: SecretStr | None = Field(
+        None, description="a token with the scope events:publish"
+    )
+    canary_manage_token: SecretStr | None = Field(
+        None, description="a token with the scope webhooks:manage and the canary's merchant_id"
+    )
+
+
 #: Every block there is, in the order of the README.
 BLOCKS: tuple[type[Block], ...] = (
     DatabaseSettings,
@@ -54,6 +65,7 @@ BLOCKS: tuple[type[Block], ...] = (
     DeliverySettings,
     RetentionSettings,
     LocalSettings,
+    CanarySettings,
 )
 
 

@@ -1,0 +1,164 @@
+"""The options of `postrider canary`, and what they come to."""
+
+import asyncio
+import ssl
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.settings import CanarySettings, LocalSettings, load
+from core.errors import ConfigurationError
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.option("--address", default="127.0.0.1:50051", show_default=True, help="The gRPC server.")
+@click.option("--tls", is_flag=True, help="Speak TLS to it, trusting the system's authorities.")
+@click.option("--server-ca-file", type=_FILE, help="Speak TLS to it, trusting this file's.")
+@click.option("--client-certificate-file", type=_FILE, help="Shown to the server (mTLS).")
+@click.option("--client-key-file", type=_FILE, help="The private key of that certificate.")
+@click.option("--publish-token-file", type=_FILE, help="Read for every call: events:publish.")
+@click.option("--manage-token-file", type=_FILE, help="webhooks:manage, of the merchant.")
+@click.option("--token-file", type=_FILE, help="One token for both.")
+@click.option("--merchant", default="canary", show_default=True, help="Reserved for canaries.")
+@click.option("--event-type", default="payment.succeeded", show_default=True)
+@click.option("--listen", default="127.0.0.1:8445", show_default=True, help="host:port.")
+@click.option("--public-url", default="", help="https://… by which engines reach that.")
+@click.option("--certificate-file", type=_FILE, help="Of the receiver; else an own authority's.")
+@click.option("--key-file", type=_FILE, help="The private key of that certificate.")
+@click.option("--plain-http", is_flag=True, help="When TLS ends before it; needs --public-url.")
+@click.option("--timeout", default=60.0, show_default=True, type=click.FloatRange(1, 3600))
+def canary(**given: Any) -> None:
+    """Check the running service through its API, and print one JSON line.
+
+    Creates a webhook config at a receiver of its own, publishes to it, rotates its secret, pauses
+    and deletes it. Tokens are read from files, or from WEBHOOK_CANARY_PUBLISH_TOKEN and
+    WEBHOOK_CANARY_MANAGE_TOKEN; without any they are made with the key of `postrider run`.
+    Exits with 0 when all is well, 1 when a step failed, and 2 when it could not start. After
+    --timeout it takes at most 15 s more, to clean up.
+    """
+    import uvloop  # noqa: PLC0415 - the other commands start faster
+
+    from cli.canary import CanaryReport  # noqa: PLC0415
+
+    try:
+        report = uvloop.run(_run(given))
+    except ConfigurationError as error:
+        click.echo(CanaryReport(failed_step="start", error=error.message).as_json())
+        raise
+    click.echo(report.as_json())
+    if not report.ok:
+        sys.exit(1)
+
+
+async def _run(given: dict[str, Any]) -> Any:
+    from cli.canary import check  # noqa: PLC0415
+    from cli.canary_api import CanaryApi  # noqa: PLC0415
+    from cli.canary_receiver import CanaryReceiver  # noqa: PLC0415
+    from cli.stop import stop_on_signals  # noqa: PLC0415
+
+    stop: asyncio.Event = stop_on_signals()
+    host, _, port = given["listen"].rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigurationError("--listen is host:port, such as 0.0.0.0:8443")
+    public_url = given["public_url"].rstrip("/")
+    if public_url and not public_url.startswith("https://"):
+        raise ConfigurationError("--public-url begins with https://, as every webhook's URL")
+    if given["plain_http"] and not public_url:
+        raise ConfigurationError("--plain-http needs the --public-url where its TLS ends")
+    publish, manage = _tokens(given)
+    receiver = CanaryReceiver(host.strip("[]"), int(port), public_url, _receiver_tls(given, host))
+    api = CanaryApi(_channel(given), given["merchant"], given["event_type"], publish, manage)
+    announce: Callable[[str], None] = lambda _: None  # noqa: E731
+    if sys.stderr.isatty():
+        announce = lambda line: click.echo(line, err=True)  # noqa: E731
+    return await check(api, receiver, given["timeout"], announce, stop)
+
+
+def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
+    from cli.development_authority import ensure_authority  # noqa: PLC0415
+    from cli.local import AUTHORITY_FILE  # noqa: PLC0415
+
+    if given["plain_http"]:
+        return None
+    if given["certificate_file"] is None:
+        authority = ensure_authority(load(LocalSettings).data_dir / AUTHORITY_FILE, [host])
+        return authority.server_context([host])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(given["certificate_file"], given["key_file"])
+    except OSError as error:
+        raise ConfigurationError(
+            f"--certificate-file and --key-file cannot be used ({error.strerror or error}): name "
+            "a certificate in PEM and its key"
+        ) from None
+    return context
+
+
+def _channel(given: dict[str, Any]) -> Any:
+    import grpc  # noqa: PLC0415
+
+    def read(name: str) -> bytes | None:
+        path = given[name]
+        return None if path is None else _content(path).encode()
+
+    certificate = read("client_certificate_file")
+    if not (given["tls"] or given["server_ca_file"] or certificate):
+        return grpc.aio.insecure_channel(given["address"])
+    credentials = grpc.ssl_channel_credentials(
+        read("server_ca_file"), read("client_key_file"), certificate
+    )
+    return grpc.aio.secure_channel(given["address"], credentials)
+
+
+def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]]:
+    settings = load(CanarySettings)
+
+    def source(name: str, secret: Any, scope: str, merchant: str | None) -> Callable[[], str]:
+        path = given[f"{name}_token_file"] or given["token_file"]
+        if path is not None:
+            _content(path)
+            return lambda: _content(path)
+        if secret is not None:
+            return lambda: str(secret.get_secret_value())
+        if name == "publish" and given["client_certificate_file"]:
+            return lambda: ""
+        return _development_token(name, scope, merchant)
+
+    return (
+        source("publish", settings.canary_publish_token, "events:publish", None),
+        source("manage", settings.canary_manage_token, "webhooks:manage", given["merchant"]),
+    )
+
+
+def _development_token(name: str, scope: str, merchant: str | None) -> Callable[[], str]:
+    from cli.development_key import mint_token  # noqa: PLC0415
+    from cli.local import DEVELOPMENT_ISSUER  # noqa: PLC0415
+
+    key_file = load(LocalSettings).data_dir / "keys" / "private.pem"
+    if not key_file.exists():
+        raise ConfigurationError(
+            f"no token: give --{name}-token-file, or set WEBHOOK_CANARY_{name.upper()}_TOKEN"
+        )
+    token = mint_token(
+        key_file,
+        issuer=DEVELOPMENT_ISSUER,
+        audience="postrider",
+        subject="canary",
+        scopes=[scope],
+        merchant_id=merchant,
+        lifetime=timedelta(hours=2),
+    )
+    return lambda: token
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error})") from None

@@ -1,0 +1,62 @@
+"""The receiver of a canary, which engines call by a public URL or directly."""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from cli.receiver import accepting
+from core.signing import ID_HEADER
+from core.verification import Verdict, VerifyingKey, verify
+
+type Judge = Callable[[Sequence[VerifyingKey]], Verdict]
+
+
+class CanaryReceiver:
+    """Keeps what arrived at the path of this run."""
+
+    def __init__(self, host: str, port: int, public_url: str, tls: ssl.SSLContext | None):
+        self._host = host
+        self._port = port
+        self._public_url = public_url
+        self._tls = tls
+        self._path = ""
+        self._received: dict[str, Judge] = {}
+        self._arrived = asyncio.Condition()
+
+    def url(self, run: str) -> str:
+        """The URL to register; other paths are those of canaries that are gone."""
+        self._path = f"/{run}"
+        return f"{self._public_url or f'https://{self._host}:{self._port}'}{self._path}"
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        mend = "stop what uses it, or choose another with --listen"
+        async with accepting(self._handle, self._host, self._port, self._tls, mend) as self._port:
+            yield
+
+    def has(self, message_id: str) -> bool:
+        return message_id in self._received
+
+    async def wait_for(self, message_id: str) -> Judge:
+        """How the event that arrived is judged by a key, once it has."""
+        async with self._arrived:
+            await self._arrived.wait_for(lambda: message_id in self._received)
+        return self._received[message_id]
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        if not self._path or not request.path.endswith(self._path):
+            # 410 has the webhook config of a killed canary deactivated at once.
+            return web.Response(status=410)
+        headers, now = dict(request.headers), time.time()
+        if request.headers.get("X-Webhook-Event") != "webhook.ping":
+            async with self._arrived:
+                self._received[headers.get(ID_HEADER, "")] = lambda keys: verify(
+                    keys, headers, body, now=now
+                )
+                self._arrived.notify_all()
+        return web.Response()
