@@ -42,7 +42,9 @@ def trouble(verdict: Verdict) -> tuple[Fault | None, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("signing", "secret"), [(SECRET, SECRET), (SECRET, standard_secret(SECRET)), (PAIR, PUBLIC)]
+    ("signing", "secret"),
+    [(SECRET, SECRET), (SECRET, standard_secret(SECRET)), (PAIR, PUBLIC)],
+    ids=["secret", "standard", "key pair"],
 )
 def test_every_header_form_is_checked_with_every_spelling(signing: str, secret: str) -> None:
     verdict = judged(signed(signing, prefix="acme"), new_secret(), secret)
