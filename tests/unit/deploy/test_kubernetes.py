@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cli import metric_families
+from cli.main import main
 from core.addresses import AddressClass, table
 from tests.deployment import DEPLOY, ROOT, SETTINGS, documents, drain_seconds, port_of, unknown
 
@@ -47,8 +48,12 @@ def test_every_setting_is_known_and_no_secret_is_one() -> None:
     mounted = {"database-url", "encryption-keys"}
     files = {value.rpartition("/") for name, value in settings().items() if "/run/secrets" in value}
     assert {name for _, _, name in files} == mounted
-    for spec in pod_specs().values():
+    for name, spec in pod_specs().items():
         [mount] = container(spec)["volumeMounts"]
+        if name == "postrider-canary":
+            # It has tokens instead, and no settings.
+            assert "envFrom" not in container(spec)
+            continue
         assert {directory for directory, _, _ in files} == {mount["mountPath"]}
         assert mount["readOnly"] is True
 
@@ -115,6 +120,25 @@ def test_probes_and_policies_know_the_ports() -> None:
     assert delivery["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "metrics"}
 
 
+def test_the_canary_is_given_its_options_and_the_time_they_ask_for() -> None:
+    cron = named("CronJob", "postrider-canary")["spec"]
+    job = cron["jobTemplate"]["spec"]
+    template = job["template"]
+    command, *options = container(template["spec"])["args"]
+    given = dict(option.partition("=")[::2] for option in options)
+    assert given.keys() <= {name for it in main.commands["canary"].params for name in it.opts}
+    service = named("Service", "postrider-canary")["spec"]
+    assert command == "canary"
+    assert given["--listen"] == f"0.0.0.0:{service['ports'][0]['port']}"
+    # What it needs beyond the timeout to clean up, and to start.
+    assert job["activeDeadlineSeconds"] >= float(given["--timeout"]) + 30
+    assert cron["concurrencyPolicy"] == "Forbid"
+    assert service["selector"].items() <= template["metadata"]["labels"].items()
+    [client] = [it for it in OBJECTS if it["metadata"]["name"] == "postrider-calls"]
+    allowed = client["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    assert allowed.items() <= template["metadata"]["labels"].items()
+
+
 def test_budgets_services_and_scalers_are_of_pods_that_there_are() -> None:
     labels = [
         it["spec"]["template"]["metadata"]["labels"] for it in OBJECTS if it["kind"] == "Deployment"
@@ -123,6 +147,8 @@ def test_budgets_services_and_scalers_are_of_pods_that_there_are() -> None:
         selector = it.get("spec", {}).get("selector", {})
         wanted = selector.get("matchLabels", selector)
         if it["kind"] in {"Deployment", "Service", "PodDisruptionBudget"}:
+            if it["metadata"]["name"] == "postrider-canary":
+                continue
             assert wanted in labels, it["metadata"]["name"]
         if it["kind"] == "HorizontalPodAutoscaler":
             target = it["spec"]["scaleTargetRef"]
