@@ -40,6 +40,14 @@ _CLOSE_SECONDS = 2.0
 type Pool = Any
 
 
+def met_new_part(error: BaseException) -> bool:
+    """Whether a row was on its way to a default partition when that of its day was made.
+
+    PostgreSQL refuses it then, by a check that has no name; the same statement finds the new one.
+    """
+    return isinstance(error, asyncpg.CheckViolationError) and not error.constraint_name
+
+
 class _BoundedPool(asyncpg.pool.Pool, StatementCounter):  # type: ignore[misc]
     """asyncpg's pool, but nobody waits for a free connection longer than for a new one."""
 

@@ -15,7 +15,7 @@ import asyncpg
 import structlog
 
 from core import queue
-from core.db import RETRYABLE_ERRORS, Pool
+from core.db import RETRYABLE_ERRORS, Pool, met_new_part
 from core.ids import format_id
 from core.queue import BreakerChange, Settled, Settlement
 from delivery.config import DeliverySettings
@@ -95,6 +95,8 @@ class Recorder:
                 await self._postpone([s for s in batch if s.delivery_id in held], not free)
                 return [(free, settled)]
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
+                if met_new_part(error):
+                    continue
                 if _concerns_everything(error):
                     log.warning("settle_retried", pending=len(self._pending), error=repr(error))
                     await asyncio.sleep(_RETRY_SECONDS)

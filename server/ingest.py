@@ -14,10 +14,11 @@ from time import perf_counter
 from typing import NamedTuple
 from uuid import UUID
 
+import asyncpg
 import orjson
 
 from core import queue
-from core.db import Pool
+from core.db import Pool, met_new_part
 from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
 from core.queue import CROWD, NewEvent
@@ -159,7 +160,12 @@ class Ingest:
 
     async def _store(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> _Stored:
         began = perf_counter()
-        accepted = await enqueue(self._pool, events)
+        try:
+            accepted = await enqueue(self._pool, events)
+        except asyncpg.CheckViolationError as error:
+            if not met_new_part(error):
+                raise
+            accepted = await enqueue(self._pool, events)
         self._measures.commit.observe(perf_counter() - began)
         self._measures.commit_events.observe(len(events))
         self._measures.events_accepted += len(accepted)
