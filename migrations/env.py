@@ -4,8 +4,10 @@
 """
 
 import asyncio
+from time import monotonic, sleep
 
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -15,13 +17,13 @@ from core.models import Base
 STATEMENT_TIMEOUT_SECONDS = 60.0
 # How long to wait for another migrator to finish; afterwards there is usually nothing left to do.
 MIGRATOR_TIMEOUT_SECONDS = 600.0
+MIGRATOR_POLL_SECONDS = 0.1
 # Any constant will do; it is the same for every migrator of this schema.
 MIGRATION_LOCK = 0x706F7374
 
 
 def _run(connection: Connection) -> None:
-    _set_timeouts(connection, MIGRATOR_TIMEOUT_SECONDS, MIGRATOR_TIMEOUT_SECONDS)
-    connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
+    _wait_for_others(connection)
     _set_timeouts(
         connection, context.config.attributes["lock_timeout_seconds"], STATEMENT_TIMEOUT_SECONDS
     )
@@ -34,6 +36,23 @@ def _run(connection: Connection) -> None:
     )
     with context.begin_transaction():
         context.run_migrations()
+
+
+def _wait_for_others(connection: Connection) -> None:
+    """Take the lock of migrators; CommandError when another one holds it for too long.
+
+    Not by waiting in PostgreSQL: whoever waits there in a transaction has CREATE INDEX CONCURRENTLY
+    of the other migrator wait for it, which is a deadlock.
+    """
+    attempt = text("SELECT pg_try_advisory_lock(:key)")
+    until = monotonic() + MIGRATOR_TIMEOUT_SECONDS
+    while not connection.scalar(attempt, {"key": MIGRATION_LOCK}):
+        connection.rollback()
+        if monotonic() > until:
+            raise CommandError(
+                "another migrator is at work, and has been for long; see what it does"
+            )
+        sleep(MIGRATOR_POLL_SECONDS)
 
 
 def _set_timeouts(connection: Connection, lock_seconds: float, statement_seconds: float) -> None:

@@ -67,6 +67,6 @@ async def waiting_for_the_lock(pool: Any) -> None:
     async with asyncio.timeout(AMPLE):
         while not await pool.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'postrider-migrate' "
-            "AND wait_event_type = 'Lock'"
+            "AND query LIKE '%pg_try_advisory_lock%'"
         ):
             pass

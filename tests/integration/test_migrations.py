@@ -403,8 +403,12 @@ async def _differences(url: str) -> list[Any]:
 
 
 async def _until_waiting_for(connection: Any, seconds: float) -> None:
-    """Return once some session has waited so long for a lock; fails when none does."""
-    query = "SELECT max(extract(epoch FROM clock_timestamp() - waitstart)) FROM pg_locks"
+    """Return once a migrator has been asking for the lock so long; fails when none does."""
+    query = """
+        SELECT extract(epoch FROM clock_timestamp() - backend_start) FROM pg_stat_activity
+        WHERE datname = current_database() AND query LIKE '%pg_try_advisory_lock%'
+            AND application_name = 'postrider-migrate'
+    """
     async with asyncio.timeout(10):
         while (await connection.fetchval(query) or 0) < seconds:
             pass
