@@ -1,5 +1,6 @@
 """AdminService: what operators see and change, across merchants; a module for each duty."""
 
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -8,7 +9,6 @@ from sqlalchemy import select
 
 from core import queue
 from core.db import Pool
-from core.errors import InvalidArgument
 from core.models import WebhookConfig
 from postrider.v1 import admin_service_pb2, admin_service_pb2_grpc
 from server import activation, convert
@@ -19,10 +19,10 @@ from server.erasure import erase_merchant
 from server.event_type_register import EventTypeRegister
 from server.event_types import EventTypes
 from server.hint import Hints
-from server.ingest import is_merchant_id
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Scope
 from server.queue_status import queue_status
+from server.redelivery import count_failed, parse_place, place_text, redeliver_failed
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = admin_service_pb2
@@ -67,14 +67,22 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.ListAllWebhookConfigsResponse:
         _require_admin()
         size = page_size(request.page_size, default=50, maximum=100)
-        identity = ("all_webhooks", request.merchant_id, request.inactive_only)
+        identity = (
+            "all_webhooks",
+            request.merchant_id,
+            request.inactive_only,
+            request.deactivation_reason,
+        )
         before = parse_page_token(request.page_token, UUID, *identity)
         query = select(WebhookConfig).where(WebhookConfig.deleted_at.is_(None))
         if request.merchant_id:
-            _check_merchant_id(request.merchant_id)
+            convert.check_merchant_id(request.merchant_id)
             query = query.where(WebhookConfig.merchant_id == request.merchant_id)
-        if request.inactive_only:
+        reason = convert.deactivation_reason_filter(request.deactivation_reason)
+        if request.inactive_only or reason:
             query = query.where(~WebhookConfig.active)
+        if reason:
+            query = query.where(WebhookConfig.deactivation_reason == reason)
         if before is not None:
             query = query.where(WebhookConfig.id < before)
         async with self._sessions() as session:
@@ -84,6 +92,32 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         return pb.ListAllWebhookConfigsResponse(
             webhook_configs=[convert.webhook_config_message(row) for row in page],
             next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
+        )
+
+    async def RedeliverDeliveries(
+        self, request: pb.RedeliverDeliveriesRequest, context: Context
+    ) -> pb.RedeliverDeliveriesResponse:
+        _require_admin()
+        identity = (
+            "redeliveries",
+            str(convert.time_filter(request, "start_time")),
+            str(convert.time_filter(request, "end_time")),
+            request.merchant_id,
+            request.webhook_id,
+            tuple(request.outcomes),
+            request.dry_run,
+        )
+        after = parse_page_token(request.page_token, parse_place, *identity) or queue.BEGINNING
+        wanted = convert.failed_filter(request, datetime.now(UTC))
+        if request.dry_run:
+            page = await count_failed(self._pool, wanted, after)
+        else:
+            page = await redeliver_failed(self._sessions, wanted, after, self._hints.give)
+        return pb.RedeliverDeliveriesResponse(
+            redelivered=page.redelivered,
+            already_redelivered=page.already_redelivered,
+            skipped=page.skipped,
+            next_page_token=page_token(place_text(page.end), *identity) if page.end else "",
         )
 
     async def CreateEventType(
@@ -143,7 +177,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.EraseMerchantRequest, context: Context
     ) -> pb.EraseMerchantResponse:
         _require_admin()
-        _check_merchant_id(request.merchant_id)
+        convert.check_merchant_id(request.merchant_id)
         erased = await erase_merchant(self._sessions, self._pool, request.merchant_id)
         return pb.EraseMerchantResponse(
             deleted_webhook_configs=erased.webhook_configs, erased_events=erased.events
@@ -152,10 +186,3 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
 
 def _require_admin() -> None:
     principal().require(Scope.ADMIN)
-
-
-def _check_merchant_id(merchant_id: str) -> None:
-    if not is_merchant_id(merchant_id):
-        raise InvalidArgument.of(
-            "merchant_id", "must be 1 to 64 of A-Z a-z 0-9 _ -", reason="MERCHANT_ID_INVALID"
-        )

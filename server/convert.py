@@ -14,9 +14,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from core.errors import InvalidArgument, NotFound
 from core.ids import IdKind, format_id, parse_id
-from core.lifecycle import AttemptResult, DeliveryState
+from core.lifecycle import AttemptResult, DeactivationReason, DeliveryState, Outcome
 from core.models import AuditEntry, EventType, WebhookConfig
-from core.queue import Finding
+from core.queue import FailedFilter, Finding
 from core.signing import SignatureScheme
 from postrider.v1 import (
     admin_service_pb2,
@@ -30,7 +30,7 @@ from server.event_history import EventRow
 from server.event_type_register import EventTypeDraft
 from server.event_types import is_event_type_name
 from server.history import AttemptRow, DeliveryRow
-from server.ingest import EventDraft, PublishedEvent
+from server.ingest import EventDraft, PublishedEvent, is_merchant_id
 from server.ping import is_reachable
 from server.queue_status import Standing
 from server.registration import WebhookDraft
@@ -302,9 +302,63 @@ def event_type_filter(text: str) -> str | None:
     return text or None
 
 
-def time_range(
-    request: delivery_service_pb2.ListDeliveriesRequest,
-) -> tuple[datetime | None, datetime | None]:
+def failed_filter(
+    request: admin_service_pb2.RedeliverDeliveriesRequest, now: datetime
+) -> FailedFilter:
+    """Which failed deliveries to send again; the range of times has both ends, and has passed."""
+    start_at, end_at = time_range(request)
+    if start_at is None or end_at is None or end_at > now:
+        raise InvalidArgument.of(
+            "start_time" if start_at is None else "end_time",
+            "is required; send both ends of a time that has passed",
+            reason="TIME_RANGE_OPEN",
+        )
+    if request.merchant_id:
+        check_merchant_id(request.merchant_id)
+    return FailedFilter(
+        start_at,
+        end_at,
+        merchant_id=request.merchant_id or None,
+        webhook_id=optional_id_of("wh", request.webhook_id, "webhook_id"),
+        outcomes=[_outcome(outcome) for outcome in request.outcomes],
+    )
+
+
+def _outcome(value: delivery_pb2.Outcome.ValueType) -> Outcome:
+    try:
+        return Outcome(delivery_pb2.Outcome.Name(value).removeprefix("OUTCOME_").lower())
+    except ValueError:
+        raise InvalidArgument.of(
+            "outcomes", "holds an outcome this server does not know", reason="OUTCOME_UNKNOWN"
+        ) from None
+
+
+def deactivation_reason_filter(
+    value: webhook_config_pb2.DeactivationReason.ValueType,
+) -> DeactivationReason | None:
+    """The reason to filter by; None for all."""
+    if value == webhook_config_pb2.DEACTIVATION_REASON_UNSPECIFIED:
+        return None
+    try:
+        name = webhook_config_pb2.DeactivationReason.Name(value)
+    except ValueError:
+        raise InvalidArgument.of(
+            "deactivation_reason",
+            "is not a reason this server knows",
+            reason="DEACTIVATION_REASON_UNKNOWN",
+        ) from None
+    return DeactivationReason(name.removeprefix("DEACTIVATION_REASON_").lower())
+
+
+def check_merchant_id(merchant_id: str) -> None:
+    """InvalidArgument when no merchant can have this id."""
+    if not is_merchant_id(merchant_id):
+        raise InvalidArgument.of(
+            "merchant_id", "must be 1 to 64 of A-Z a-z 0-9 _ -", reason="MERCHANT_ID_INVALID"
+        )
+
+
+def time_range(request: Message) -> tuple[datetime | None, datetime | None]:
     """start_time and end_time, each None when unset; refused when nothing can lie between them."""
     start_at = time_filter(request, "start_time")
     end_at = time_filter(request, "end_time")

@@ -31,6 +31,7 @@ CHANGES = frozenset(
         "DeleteWebhookConfig",
         "EraseMerchant",
         "ReactivateWebhookConfig",
+        "RedeliverDeliveries",
         "RedeliverDelivery",
         "RotateSecret",
         "UpdateEventType",
@@ -48,6 +49,7 @@ _RESOURCES = (
     ("id",),
     ("webhook_config", "id"),
     ("event_type", "name"),
+    ("webhook_id",),
     ("merchant_id",),
     ("event", "merchant_id"),
 )

@@ -69,6 +69,12 @@ class QueuedDelivery(Base):
             "id",
             postgresql_where=text("state = 'blocked'"),
         ),
+        # Whether an event is open again, of which the ids of few are here.
+        Index(
+            "delivery_queue_redeliveries",
+            "event_id",
+            postgresql_where=text("redelivery_of IS NOT NULL"),
+        ),
         {
             "comment": "Open deliveries; a row leaves when its delivery is finished",
             # Every row is updated once or more and then deleted: room in the page, early vacuum.

@@ -6,7 +6,7 @@ engine that was frozen and wakes late changes nothing. Each function takes the c
 and runs in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
-from core.queue.acceptance import CHANNEL, CROWD, enqueue, enqueue_in_order, hint, redeliver
+from core.queue.acceptance import CHANNEL, CROWD, enqueue, enqueue_in_order, hint
 from core.queue.backlog import (
     admit,
     park_leased,
@@ -29,21 +29,33 @@ from core.queue.records import (
     Settled,
     Settlement,
 )
+from core.queue.redelivery import (
+    BEGINNING,
+    FailedFilter,
+    Place,
+    RedeliveredPage,
+    redeliver,
+    redeliver_failed,
+)
 from core.queue.settlement import settle
 from core.queue.still_open import old_events_of_open, open_between, standing
 from core.queue.upkeep import has_many_dead, vacuum
 from core.queue.verification import Finding, check_invariants
 
 __all__ = [
+    "BEGINNING",
     "CHANNEL",
     "CROWD",
     "BreakerChange",
     "Chain",
     "Connection",
     "Depth",
+    "FailedFilter",
     "Finding",
     "LeasedDelivery",
     "NewEvent",
+    "Place",
+    "RedeliveredPage",
     "Settled",
     "Settlement",
     "admit",
@@ -67,6 +79,7 @@ __all__ = [
     "reclaim",
     "reclaimed_often",
     "redeliver",
+    "redeliver_failed",
     "release",
     "settle",
     "spend_rate",

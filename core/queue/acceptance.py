@@ -1,4 +1,4 @@
-"""How deliveries come into being: with their event, or by a redelivery; and the hint of it."""
+"""How deliveries come into being with their event; and the hint of it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ CROWD = 25
 _READY_MAX = 100
 
 
-# Whether the config w has a backlog, whose turn is before any new delivery's. Not EXISTS, for which
-# the planner may think of reading all backlogs.
-_HAS_BACKLOG = """
+#: Whether the config w has a backlog, whose turn is before any new delivery's. Not EXISTS, for
+#: which the planner may think of reading all backlogs.
+HAS_BACKLOG = """
     (
         SELECT true FROM delivery_queue p WHERE p.webhook_id = w.id AND p.state = 'parked' LIMIT 1
     ) IS NOT NULL
@@ -49,12 +49,12 @@ _DUE = f"""
 # Whether a new delivery of the config w is ready. What has a later time is nobody's rival before,
 # and parked it would come behind its turn.
 _STATE = f"""
-    CASE WHEN w.active AND (w.later OR (w.closed AND NOT {_HAS_BACKLOG} {{also}})) THEN 'ready'
+    CASE WHEN w.active AND (w.later OR (w.closed AND NOT {HAS_BACKLOG} {{also}})) THEN 'ready'
         ELSE 'parked' END
 """
 _STATE_ALONE = _STATE.format(also="")
-# In a crowd only as many as there is room for; to look costs a lone event more than the rest of it.
-_STATE_IN_CROWD = _STATE.format(also=f"AND w.rank <= {_READY_MAX} - {_DUE}")
+#: In a crowd only as many as there is room for; to look costs a lone event more than its rest.
+STATE_IN_CROWD = _STATE.format(also=f"AND w.rank <= {_READY_MAX} - {_DUE}")
 
 # One statement per batch, whatever its size: keys, events, and a delivery per matching config.
 _ACCEPT = """
@@ -137,29 +137,13 @@ _QUEUED_IN_ORDER = f"""placed AS (
 )"""  # noqa: S608 - of constants
 
 _ENQUEUE = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_ALONE), also="")
-_ENQUEUE_CROWD = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_IN_CROWD), also="")
+_ENQUEUE_CROWD = _ACCEPT.format(queued=_QUEUED.format(state=STATE_IN_CROWD), also="")
 _ENQUEUE_IN_ORDER = _ACCEPT.format(
     queued=_QUEUED_IN_ORDER,
     also=""", ARRAY(
     SELECT q.webhook_id FROM queued q WHERE q.event_id = events.id AND q.state = 'blocked'
 ) AS blocked_for""",
 )
-
-
-# Joined with its event, since a delivery without one could be claimed and never sent.
-_REDELIVER = f"""
-INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
-SELECT new_uuid7(), f.webhook_id, f.event_id, f.merchant_id, f.event_type,
-    CASE WHEN w.active AND w.breaker_open_until IS NULL AND NOT {_HAS_BACKLOG} THEN 'ready'
-        ELSE 'parked' END, f.id
-FROM finished_deliveries f
-JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
-JOIN events e ON e.id = f.event_id
-WHERE f.id = $2 AND f.merchant_id = $1
--- Retention waits for us before it removes the delivery, and then finds that its event is needed.
-FOR KEY SHARE OF f
-RETURNING id
-"""  # noqa: S608 - of constants
 
 
 async def enqueue(
@@ -222,16 +206,6 @@ def _ranks(events: Sequence[NewEvent]) -> list[int]:
         seen[event.merchant_id] += 1
         ranks.append(seen[event.merchant_id])
     return ranks
-
-
-async def redeliver(connection: Connection, merchant_id: str, delivery_id: UUID) -> UUID | None:
-    """Make a new delivery of a finished one's event, with a retry schedule of its own.
-
-    None, and nothing made, when the merchant has no such finished delivery, its config is deleted
-    or its event is no longer stored.
-    """
-    made: UUID | None = await connection.fetchval(_REDELIVER, merchant_id, delivery_id)
-    return made
 
 
 async def hint(connection: Connection) -> None:

@@ -61,6 +61,8 @@ PROMISES = (
     ("GetDelivery", ('"id": "$DELIVERY"', '"statusCode": 500')),
     ("ReactivateWebhookConfig", ('"id": "$WEBHOOK"', '"active": true')),
     ("RedeliverDelivery", ('"redeliveryOf": "$DELIVERY"',)),
+    ("RedeliverDeliveries", ('"redelivered": 1', '"alreadyRedelivered": 1')),
+    ("RedeliverDeliveries", ('"redelivered": 1', '"alreadyRedelivered": 1')),
     ("WatchDeliveries", ('"redeliveryOf": "$DELIVERY"', '"outcome": "OUTCOME_SUCCEEDED"')),
     (
         "DeactivateWebhookConfig",
@@ -176,6 +178,7 @@ async def test_every_line_answers_its_question(
             "SINCE": since,
             "WEBHOOK": await stopped_webhook(platform, receiver, merchant_id),
             "DELIVERY": await failed_delivery(platform, merchant_id),
+            "UNTIL": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
         }
         for line, (method, promised) in zip(LINES, PROMISES, strict=True):
             assert re.search(rf"/{method}\"?$", line), line

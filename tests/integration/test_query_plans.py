@@ -21,6 +21,7 @@ from cli.embedded_postgres import EmbeddedPostgres
 from cli.migrate import migrate
 from core.connection import Connector
 from core.ids import first_id_at, new_id
+from core.lifecycle import Outcome
 from core.queue import (
     NewEvent,
     acceptance,
@@ -31,6 +32,7 @@ from core.queue import (
     holding,
     leases,
     order,
+    redelivery,
     settlement,
     still_open,
 )
@@ -503,6 +505,41 @@ async def test_a_page_of_the_history_is_read_in_the_order_of_an_index(
     assert plan.index_scan(index).rows <= 50
 
 
+@pytest.mark.parametrize("merchant_id", [None, "m_1"])
+async def test_a_page_of_redeliveries_reads_that_page_of_what_failed(
+    crowded: Any, merchant_id: str | None
+) -> None:
+    transaction = crowded.transaction()
+    await transaction.start()
+    await crowded.execute("""
+        UPDATE finished_deliveries SET state = 'failed'
+        WHERE id::text ~ '[0-1]$' OR merchant_id = 'm_1';
+        INSERT INTO delivery_queue
+            (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
+        SELECT new_uuid7(), webhook_id, event_id, merchant_id, event_type, 'ready', id
+        FROM finished_deliveries WHERE state = 'failed' AND id::text ~ '0$';
+        ANALYZE finished_deliveries; ANALYZE delivery_queue
+    """)
+    wanted = redelivery.FailedFilter(
+        STARTED_AT, STARTED_AT.replace(year=2100), merchant_id, outcomes=[Outcome.SUCCEEDED]
+    )
+    of_merchant = " AND f.merchant_id = $8" if merchant_id else ""
+    statement = redelivery._JUDGE.format(
+        of_merchant=of_merchant, lock="FOR KEY SHARE OF f", made=redelivery._MAKE
+    )
+    plan = await _explain(
+        crowded, statement, *redelivery._arguments(wanted, redelivery.BEGINNING, 100)
+    )
+    await transaction.rollback()
+
+    page = plan.index_scan("finished_deliveries_day_merchant_id_id_idx1")
+    assert (0 < page.rows <= 100, page.filtered) == (True, 0)
+    assert plan.index_scan("delivery_queue_redeliveries").rows <= 500
+    for index in ("events_day_pkey", "attempts_day_pkey"):
+        assert plan.index_scan(index).rows <= 100, plan.scans
+    plan.assert_nothing_is_walked()
+
+
 @pytest.mark.parametrize("statement", ["_ERASE_EVENTS", "_ERASE_ATTEMPTS"])
 async def test_a_chunk_of_an_erasure_reads_no_more_than_it_erases(
     crowded: Any, statement: str
@@ -519,6 +556,7 @@ async def test_a_chunk_of_an_erasure_reads_no_more_than_it_erases(
     ("condition", "index"),
     [
         ("NOT active", "webhook_configs_inactive"),
+        ("NOT active AND deactivation_reason = 'failures'", "webhook_configs_inactive"),
         ("merchant_id = 'm_7'", "webhook_configs_of_merchant"),
         ("true", "webhook_configs_pkey"),
     ],

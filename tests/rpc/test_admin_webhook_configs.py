@@ -147,6 +147,15 @@ async def test_a_list_is_of_one_merchant_or_of_the_inactive_or_both(
     assert await ids(inactive_only=True) == [others, paused]
     assert await ids(inactive_only=True, merchant_id="m_1") == [paused]
     assert await ids(merchant_id="m_3") == []
+    failed = await make_webhook_config(
+        pool, merchant_id="m_2", active=False, deactivation_reason="failures"
+    )
+    assert await ids(deactivation_reason="DEACTIVATION_REASON_FAILURES") == [failed]
+    assert await ids(deactivation_reason="DEACTIVATION_REASON_PAUSED", merchant_id="m_1") == [
+        paused
+    ]
+    async with refused(StatusCode.INVALID_ARGUMENT, "DEACTIVATION_REASON_UNKNOWN"):
+        await list_all(platform, deactivation_reason=99)
     token = (await list_all(platform, page_size=1)).next_page_token
     async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
         await list_all(platform, inactive_only=True, page_token=token)

@@ -5,6 +5,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from postrider.v1 import admin_service_pb2, webhook_config_service_pb2
 from postrider.v1.delivery_service_pb2 import RedeliverDeliveryRequest
@@ -53,6 +54,14 @@ def updating_type(name: str) -> admin_service_pb2.UpdateEventTypeRequest:
     )
 
 
+def redelivering() -> admin_service_pb2.RedeliverDeliveriesRequest:
+    end = Timestamp()
+    end.GetCurrentTime()
+    return admin_service_pb2.RedeliverDeliveriesRequest(
+        start_time=Timestamp(seconds=1), end_time=end, merchant_id="m_1"
+    )
+
+
 def test_every_rpc_either_only_reads_or_is_tried_here() -> None:
     names = {m.name for m in methods() if not m.name.startswith(READING)}
     assert names == CHANGES
@@ -83,6 +92,8 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
     await platform.deliveries.RedeliverDelivery(
         RedeliverDeliveryRequest(id=delivery_id), metadata=me
     )
+    await fail_open_delivery(pool)
+    await platform.admin.RedeliverDeliveries(redelivering(), metadata=op)
     await platform.webhooks.RotateSecret(pb.RotateSecretRequest(id=webhook_id), metadata=me)
     await platform.webhooks.DeleteWebhookConfig(
         pb.DeleteWebhookConfigRequest(id=webhook_id), metadata=me
@@ -116,6 +127,7 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
         ("operator-7", "m_1", "DeactivateWebhookConfig", webhook_id, ["deactivation_reason"]),
         ("operator-7", "m_1", "ReactivateWebhookConfig", webhook_id, reactivated),
         ("gateway", "m_1", "RedeliverDelivery", delivery_id, []),
+        ("operator-7", "m_1", "RedeliverDeliveries", "m_1", []),
         ("gateway", "m_1", "RotateSecret", webhook_id, ["secret"]),
         ("gateway", "m_1", "DeleteWebhookConfig", webhook_id, []),
         ("operator-7", None, "CreateEventType", "invoice.sent", ["description", "name"]),
@@ -200,6 +212,7 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
             admin_service_pb2.DeactivateWebhookConfigRequest(id=config.id, reason="Abuse"),
             metadata=op,
         ),
+        platform.admin.RedeliverDeliveries(redelivering(), metadata=op),
         platform.admin.UpdateEventType(updating_type("payment.succeeded"), metadata=op),
         platform.admin.EraseMerchant(
             admin_service_pb2.EraseMerchantRequest(merchant_id="m_1"), metadata=op

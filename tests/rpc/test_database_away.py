@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
 from postrider.v1 import (
@@ -76,6 +77,9 @@ def requests(webhook_id: str, url: str) -> dict[str, Message]:
         "GetDelivery": delivery_service_pb2.GetDeliveryRequest(id="dlv_" + "0" * 32),
         "RotateSecret": configs.RotateSecretRequest(id=webhook_id),
         "RedeliverDelivery": delivery_service_pb2.RedeliverDeliveryRequest(id="dlv_" + "0" * 32),
+        "RedeliverDeliveries": admin_service_pb2.RedeliverDeliveriesRequest(
+            start_time=Timestamp(seconds=1), end_time=Timestamp(seconds=2)
+        ),
         "WatchDeliveries": delivery_service_pb2.WatchDeliveriesRequest(webhook_id=webhook_id),
         "DeactivateWebhookConfig": admin_service_pb2.DeactivateWebhookConfigRequest(
             id=webhook_id, reason="x"

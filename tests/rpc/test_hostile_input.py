@@ -91,7 +91,8 @@ async def test_a_forged_page_token_is_refused_and_not_an_accident(platform: Plat
     lists: dict[str, tuple[Any, ...]] = {
         "WebhookConfigService.ListWebhookConfigs": ("webhooks", "m_1"),
         "WebhookConfigService.ListEventTypes": ("event_types",),
-        "AdminService.ListAllWebhookConfigs": ("all_webhooks", "", False),
+        "AdminService.ListAllWebhookConfigs": ("all_webhooks", "", False, 0),
+        "AdminService.RedeliverDeliveries": (*("redeliveries", "None", "None", "", "", (), False),),
         "AdminService.ListAuditEntries": ("audit_entries", "", "", "None", "None"),
         "DeliveryService.ListDeliveries": ("deliveries", "m_1", "", "", 0, "", None, None),
         "EventService.ListEvents": ("events", "m_1", "", None, None),

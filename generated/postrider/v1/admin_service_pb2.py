@@ -25,58 +25,63 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from postrider.v1 import delivery_pb2 as postrider_dot_v1_dot_delivery__pb2
 from postrider.v1 import webhook_config_pb2 as postrider_dot_v1_dot_webhook__config__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postrider/v1/admin_service.proto\x12\x0cpostrider.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!postrider/v1/webhook_config.proto\"0\n\x1eReactivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"e\n\x1fReactivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"P\n\x16\x43reateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"Q\n\x17\x43reateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"H\n\x1e\x44\x65\x61\x63tivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"e\n\x1f\x44\x65\x61\x63tivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"\xa0\x01\n\x1cListAllWebhookConfigsRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12#\n\rinactive_only\x18\x02 \x01(\x08R\x0cinactiveOnly\x12\x1b\n\tpage_size\x18\x03 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x04 \x01(\tR\tpageToken\"\x8d\x01\n\x1dListAllWebhookConfigsResponse\x12\x44\n\x0fwebhook_configs\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.WebhookConfigR\x0ewebhookConfigs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x8d\x01\n\x16UpdateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"Q\n\x17UpdateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"H\n\x15GetQueueStatusRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x10\n\x03top\x18\x02 \x01(\x05R\x03top\"\x80\x01\n\x16GetQueueStatusResponse\x12/\n\x05total\x18\x01 \x01(\x0b\x32\x19.postrider.v1.QueueStatusR\x05total\x12\x35\n\x08webhooks\x18\x02 \x03(\x0b\x32\x19.postrider.v1.QueueStatusR\x08webhooks\"\xb8\x02\n\x0bQueueStatus\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x14\n\x05ready\x18\x03 \x01(\x03R\x05ready\x12\x16\n\x06parked\x18\x04 \x01(\x03R\x06parked\x12\x16\n\x06leased\x18\x05 \x01(\x03R\x06leased\x12?\n\x0eoldest_due_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0coldestDueAge\x12\x18\n\x07\x62locked\x18\x07 \x01(\x03R\x07\x62locked\x12H\n\x12\x62reaker_open_until\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x10\x62reakerOpenUntil\"K\n\x16\x43heckInvariantsRequest\x12\x31\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06\x62udget\"O\n\x17\x43heckInvariantsResponse\x12\x34\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x1c.postrider.v1.InvariantCheckR\x06\x63hecks\"\xb2\x01\n\x0eInvariantCheck\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12 \n\x0b\x64\x65scription\x18\x02 \x01(\tR\x0b\x64\x65scription\x12\x1a\n\x08\x65xamined\x18\x03 \x01(\x03R\x08\x65xamined\x12\x16\n\x06\x62roken\x18\x04 \x01(\x03R\x06\x62roken\x12\x1a\n\x08\x65xamples\x18\x05 \x03(\tR\x08\x65xamples\x12\x1a\n\x08\x63omplete\x18\x06 \x01(\x08R\x08\x63omplete\"\xf2\x02\n\nAuditEntry\x12;\n\x0b\x63reate_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x14\n\x05\x61\x63tor\x18\x02 \x01(\tR\x05\x61\x63tor\x12\x16\n\x06\x61\x63tion\x18\x03 \x01(\tR\x06\x61\x63tion\x12\x1a\n\x08resource\x18\x04 \x01(\tR\x08resource\x12\x1f\n\x0bmerchant_id\x18\x05 \x01(\tR\nmerchantId\x12\x16\n\x06result\x18\x06 \x01(\tR\x06result\x12%\n\x0e\x63hanged_fields\x18\x07 \x03(\tR\rchangedFields\x12\x18\n\x07\x63omment\x18\x08 \x01(\tR\x07\x63omment\x12\x1d\n\nrequest_id\x18\t \x01(\tR\trequestId\x12%\n\x0e\x63\x61ller_address\x18\n \x01(\tR\rcallerAddress\x12\x1d\n\nuser_agent\x18\x0b \x01(\tR\tuserAgent\"\xf9\x01\n\x17ListAuditEntriesRequest\x12\x14\n\x05\x61\x63tor\x18\x01 \x01(\tR\x05\x61\x63tor\x12\x1a\n\x08resource\x18\x02 \x01(\tR\x08resource\x12\x39\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1b\n\tpage_size\x18\x05 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x06 \x01(\tR\tpageToken\"\x81\x01\n\x18ListAuditEntriesResponse\x12=\n\raudit_entries\x18\x01 \x03(\x0b\x32\x18.postrider.v1.AuditEntryR\x0c\x61uditEntries\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"7\n\x14\x45raseMerchantRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\"t\n\x15\x45raseMerchantResponse\x12\x36\n\x17\x64\x65leted_webhook_configs\x18\x01 \x01(\x05R\x15\x64\x65letedWebhookConfigs\x12#\n\rerased_events\x18\x02 \x01(\x03R\x0c\x65rasedEvents2\xaa\x07\n\x0c\x41\x64minService\x12v\n\x17ReactivateWebhookConfig\x12,.postrider.v1.ReactivateWebhookConfigRequest\x1a-.postrider.v1.ReactivateWebhookConfigResponse\x12v\n\x17\x44\x65\x61\x63tivateWebhookConfig\x12,.postrider.v1.DeactivateWebhookConfigRequest\x1a-.postrider.v1.DeactivateWebhookConfigResponse\x12p\n\x15ListAllWebhookConfigs\x12*.postrider.v1.ListAllWebhookConfigsRequest\x1a+.postrider.v1.ListAllWebhookConfigsResponse\x12^\n\x0f\x43reateEventType\x12$.postrider.v1.CreateEventTypeRequest\x1a%.postrider.v1.CreateEventTypeResponse\x12^\n\x0fUpdateEventType\x12$.postrider.v1.UpdateEventTypeRequest\x1a%.postrider.v1.UpdateEventTypeResponse\x12[\n\x0eGetQueueStatus\x12#.postrider.v1.GetQueueStatusRequest\x1a$.postrider.v1.GetQueueStatusResponse\x12^\n\x0f\x43heckInvariants\x12$.postrider.v1.CheckInvariantsRequest\x1a%.postrider.v1.CheckInvariantsResponse\x12\x61\n\x10ListAuditEntries\x12%.postrider.v1.ListAuditEntriesRequest\x1a&.postrider.v1.ListAuditEntriesResponse\x12X\n\rEraseMerchant\x12\".postrider.v1.EraseMerchantRequest\x1a#.postrider.v1.EraseMerchantResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postrider/v1/admin_service.proto\x12\x0cpostrider.v1\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bpostrider/v1/delivery.proto\x1a!postrider/v1/webhook_config.proto\"0\n\x1eReactivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\"e\n\x1fReactivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"P\n\x16\x43reateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"Q\n\x17\x43reateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"H\n\x1e\x44\x65\x61\x63tivateWebhookConfigRequest\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\"e\n\x1f\x44\x65\x61\x63tivateWebhookConfigResponse\x12\x42\n\x0ewebhook_config\x18\x01 \x01(\x0b\x32\x1b.postrider.v1.WebhookConfigR\rwebhookConfig\"\xf3\x01\n\x1cListAllWebhookConfigsRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\x12#\n\rinactive_only\x18\x02 \x01(\x08R\x0cinactiveOnly\x12\x1b\n\tpage_size\x18\x03 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x04 \x01(\tR\tpageToken\x12Q\n\x13\x64\x65\x61\x63tivation_reason\x18\x05 \x01(\x0e\x32 .postrider.v1.DeactivationReasonR\x12\x64\x65\x61\x63tivationReason\"\x8d\x01\n\x1dListAllWebhookConfigsResponse\x12\x44\n\x0fwebhook_configs\x18\x01 \x03(\x0b\x32\x1b.postrider.v1.WebhookConfigR\x0ewebhookConfigs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb9\x02\n\x1aRedeliverDeliveriesRequest\x12\x39\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1f\n\x0bmerchant_id\x18\x03 \x01(\tR\nmerchantId\x12\x1d\n\nwebhook_id\x18\x04 \x01(\tR\twebhookId\x12\x31\n\x08outcomes\x18\x05 \x03(\x0e\x32\x15.postrider.v1.OutcomeR\x08outcomes\x12\x17\n\x07\x64ry_run\x18\x06 \x01(\x08R\x06\x64ryRun\x12\x1d\n\npage_token\x18\x07 \x01(\tR\tpageToken\"\xb2\x01\n\x1bRedeliverDeliveriesResponse\x12 \n\x0bredelivered\x18\x01 \x01(\x05R\x0bredelivered\x12/\n\x13\x61lready_redelivered\x18\x02 \x01(\x05R\x12\x61lreadyRedelivered\x12\x18\n\x07skipped\x18\x03 \x01(\x05R\x07skipped\x12&\n\x0fnext_page_token\x18\x04 \x01(\tR\rnextPageToken\"\x8d\x01\n\x16UpdateEventTypeRequest\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\"Q\n\x17UpdateEventTypeResponse\x12\x36\n\nevent_type\x18\x01 \x01(\x0b\x32\x17.postrider.v1.EventTypeR\teventType\"H\n\x15GetQueueStatusRequest\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x10\n\x03top\x18\x02 \x01(\x05R\x03top\"\x80\x01\n\x16GetQueueStatusResponse\x12/\n\x05total\x18\x01 \x01(\x0b\x32\x19.postrider.v1.QueueStatusR\x05total\x12\x35\n\x08webhooks\x18\x02 \x03(\x0b\x32\x19.postrider.v1.QueueStatusR\x08webhooks\"\xb8\x02\n\x0bQueueStatus\x12\x1d\n\nwebhook_id\x18\x01 \x01(\tR\twebhookId\x12\x1f\n\x0bmerchant_id\x18\x02 \x01(\tR\nmerchantId\x12\x14\n\x05ready\x18\x03 \x01(\x03R\x05ready\x12\x16\n\x06parked\x18\x04 \x01(\x03R\x06parked\x12\x16\n\x06leased\x18\x05 \x01(\x03R\x06leased\x12?\n\x0eoldest_due_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0coldestDueAge\x12\x18\n\x07\x62locked\x18\x07 \x01(\x03R\x07\x62locked\x12H\n\x12\x62reaker_open_until\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x10\x62reakerOpenUntil\"K\n\x16\x43heckInvariantsRequest\x12\x31\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06\x62udget\"O\n\x17\x43heckInvariantsResponse\x12\x34\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x1c.postrider.v1.InvariantCheckR\x06\x63hecks\"\xb2\x01\n\x0eInvariantCheck\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12 \n\x0b\x64\x65scription\x18\x02 \x01(\tR\x0b\x64\x65scription\x12\x1a\n\x08\x65xamined\x18\x03 \x01(\x03R\x08\x65xamined\x12\x16\n\x06\x62roken\x18\x04 \x01(\x03R\x06\x62roken\x12\x1a\n\x08\x65xamples\x18\x05 \x03(\tR\x08\x65xamples\x12\x1a\n\x08\x63omplete\x18\x06 \x01(\x08R\x08\x63omplete\"\xf2\x02\n\nAuditEntry\x12;\n\x0b\x63reate_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x14\n\x05\x61\x63tor\x18\x02 \x01(\tR\x05\x61\x63tor\x12\x16\n\x06\x61\x63tion\x18\x03 \x01(\tR\x06\x61\x63tion\x12\x1a\n\x08resource\x18\x04 \x01(\tR\x08resource\x12\x1f\n\x0bmerchant_id\x18\x05 \x01(\tR\nmerchantId\x12\x16\n\x06result\x18\x06 \x01(\tR\x06result\x12%\n\x0e\x63hanged_fields\x18\x07 \x03(\tR\rchangedFields\x12\x18\n\x07\x63omment\x18\x08 \x01(\tR\x07\x63omment\x12\x1d\n\nrequest_id\x18\t \x01(\tR\trequestId\x12%\n\x0e\x63\x61ller_address\x18\n \x01(\tR\rcallerAddress\x12\x1d\n\nuser_agent\x18\x0b \x01(\tR\tuserAgent\"\xf9\x01\n\x17ListAuditEntriesRequest\x12\x14\n\x05\x61\x63tor\x18\x01 \x01(\tR\x05\x61\x63tor\x12\x1a\n\x08resource\x18\x02 \x01(\tR\x08resource\x12\x39\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1b\n\tpage_size\x18\x05 \x01(\x05R\x08pageSize\x12\x1d\n\npage_token\x18\x06 \x01(\tR\tpageToken\"\x81\x01\n\x18ListAuditEntriesResponse\x12=\n\raudit_entries\x18\x01 \x03(\x0b\x32\x18.postrider.v1.AuditEntryR\x0c\x61uditEntries\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"7\n\x14\x45raseMerchantRequest\x12\x1f\n\x0bmerchant_id\x18\x01 \x01(\tR\nmerchantId\"t\n\x15\x45raseMerchantResponse\x12\x36\n\x17\x64\x65leted_webhook_configs\x18\x01 \x01(\x05R\x15\x64\x65letedWebhookConfigs\x12#\n\rerased_events\x18\x02 \x01(\x03R\x0c\x65rasedEvents2\x96\x08\n\x0c\x41\x64minService\x12v\n\x17ReactivateWebhookConfig\x12,.postrider.v1.ReactivateWebhookConfigRequest\x1a-.postrider.v1.ReactivateWebhookConfigResponse\x12v\n\x17\x44\x65\x61\x63tivateWebhookConfig\x12,.postrider.v1.DeactivateWebhookConfigRequest\x1a-.postrider.v1.DeactivateWebhookConfigResponse\x12p\n\x15ListAllWebhookConfigs\x12*.postrider.v1.ListAllWebhookConfigsRequest\x1a+.postrider.v1.ListAllWebhookConfigsResponse\x12j\n\x13RedeliverDeliveries\x12(.postrider.v1.RedeliverDeliveriesRequest\x1a).postrider.v1.RedeliverDeliveriesResponse\x12^\n\x0f\x43reateEventType\x12$.postrider.v1.CreateEventTypeRequest\x1a%.postrider.v1.CreateEventTypeResponse\x12^\n\x0fUpdateEventType\x12$.postrider.v1.UpdateEventTypeRequest\x1a%.postrider.v1.UpdateEventTypeResponse\x12[\n\x0eGetQueueStatus\x12#.postrider.v1.GetQueueStatusRequest\x1a$.postrider.v1.GetQueueStatusResponse\x12^\n\x0f\x43heckInvariants\x12$.postrider.v1.CheckInvariantsRequest\x1a%.postrider.v1.CheckInvariantsResponse\x12\x61\n\x10ListAuditEntries\x12%.postrider.v1.ListAuditEntriesRequest\x1a&.postrider.v1.ListAuditEntriesResponse\x12X\n\rEraseMerchant\x12\".postrider.v1.EraseMerchantRequest\x1a#.postrider.v1.EraseMerchantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postrider.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=184
-  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=232
-  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=234
-  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=335
-  _globals['_CREATEEVENTTYPEREQUEST']._serialized_start=337
-  _globals['_CREATEEVENTTYPEREQUEST']._serialized_end=417
-  _globals['_CREATEEVENTTYPERESPONSE']._serialized_start=419
-  _globals['_CREATEEVENTTYPERESPONSE']._serialized_end=500
-  _globals['_DEACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=502
-  _globals['_DEACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=574
-  _globals['_DEACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=576
-  _globals['_DEACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=677
-  _globals['_LISTALLWEBHOOKCONFIGSREQUEST']._serialized_start=680
-  _globals['_LISTALLWEBHOOKCONFIGSREQUEST']._serialized_end=840
-  _globals['_LISTALLWEBHOOKCONFIGSRESPONSE']._serialized_start=843
-  _globals['_LISTALLWEBHOOKCONFIGSRESPONSE']._serialized_end=984
-  _globals['_UPDATEEVENTTYPEREQUEST']._serialized_start=987
-  _globals['_UPDATEEVENTTYPEREQUEST']._serialized_end=1128
-  _globals['_UPDATEEVENTTYPERESPONSE']._serialized_start=1130
-  _globals['_UPDATEEVENTTYPERESPONSE']._serialized_end=1211
-  _globals['_GETQUEUESTATUSREQUEST']._serialized_start=1213
-  _globals['_GETQUEUESTATUSREQUEST']._serialized_end=1285
-  _globals['_GETQUEUESTATUSRESPONSE']._serialized_start=1288
-  _globals['_GETQUEUESTATUSRESPONSE']._serialized_end=1416
-  _globals['_QUEUESTATUS']._serialized_start=1419
-  _globals['_QUEUESTATUS']._serialized_end=1731
-  _globals['_CHECKINVARIANTSREQUEST']._serialized_start=1733
-  _globals['_CHECKINVARIANTSREQUEST']._serialized_end=1808
-  _globals['_CHECKINVARIANTSRESPONSE']._serialized_start=1810
-  _globals['_CHECKINVARIANTSRESPONSE']._serialized_end=1889
-  _globals['_INVARIANTCHECK']._serialized_start=1892
-  _globals['_INVARIANTCHECK']._serialized_end=2070
-  _globals['_AUDITENTRY']._serialized_start=2073
-  _globals['_AUDITENTRY']._serialized_end=2443
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=2446
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=2695
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=2698
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=2827
-  _globals['_ERASEMERCHANTREQUEST']._serialized_start=2829
-  _globals['_ERASEMERCHANTREQUEST']._serialized_end=2884
-  _globals['_ERASEMERCHANTRESPONSE']._serialized_start=2886
-  _globals['_ERASEMERCHANTRESPONSE']._serialized_end=3002
-  _globals['_ADMINSERVICE']._serialized_start=3005
-  _globals['_ADMINSERVICE']._serialized_end=3943
+  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=213
+  _globals['_REACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=261
+  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=263
+  _globals['_REACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=364
+  _globals['_CREATEEVENTTYPEREQUEST']._serialized_start=366
+  _globals['_CREATEEVENTTYPEREQUEST']._serialized_end=446
+  _globals['_CREATEEVENTTYPERESPONSE']._serialized_start=448
+  _globals['_CREATEEVENTTYPERESPONSE']._serialized_end=529
+  _globals['_DEACTIVATEWEBHOOKCONFIGREQUEST']._serialized_start=531
+  _globals['_DEACTIVATEWEBHOOKCONFIGREQUEST']._serialized_end=603
+  _globals['_DEACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_start=605
+  _globals['_DEACTIVATEWEBHOOKCONFIGRESPONSE']._serialized_end=706
+  _globals['_LISTALLWEBHOOKCONFIGSREQUEST']._serialized_start=709
+  _globals['_LISTALLWEBHOOKCONFIGSREQUEST']._serialized_end=952
+  _globals['_LISTALLWEBHOOKCONFIGSRESPONSE']._serialized_start=955
+  _globals['_LISTALLWEBHOOKCONFIGSRESPONSE']._serialized_end=1096
+  _globals['_REDELIVERDELIVERIESREQUEST']._serialized_start=1099
+  _globals['_REDELIVERDELIVERIESREQUEST']._serialized_end=1412
+  _globals['_REDELIVERDELIVERIESRESPONSE']._serialized_start=1415
+  _globals['_REDELIVERDELIVERIESRESPONSE']._serialized_end=1593
+  _globals['_UPDATEEVENTTYPEREQUEST']._serialized_start=1596
+  _globals['_UPDATEEVENTTYPEREQUEST']._serialized_end=1737
+  _globals['_UPDATEEVENTTYPERESPONSE']._serialized_start=1739
+  _globals['_UPDATEEVENTTYPERESPONSE']._serialized_end=1820
+  _globals['_GETQUEUESTATUSREQUEST']._serialized_start=1822
+  _globals['_GETQUEUESTATUSREQUEST']._serialized_end=1894
+  _globals['_GETQUEUESTATUSRESPONSE']._serialized_start=1897
+  _globals['_GETQUEUESTATUSRESPONSE']._serialized_end=2025
+  _globals['_QUEUESTATUS']._serialized_start=2028
+  _globals['_QUEUESTATUS']._serialized_end=2340
+  _globals['_CHECKINVARIANTSREQUEST']._serialized_start=2342
+  _globals['_CHECKINVARIANTSREQUEST']._serialized_end=2417
+  _globals['_CHECKINVARIANTSRESPONSE']._serialized_start=2419
+  _globals['_CHECKINVARIANTSRESPONSE']._serialized_end=2498
+  _globals['_INVARIANTCHECK']._serialized_start=2501
+  _globals['_INVARIANTCHECK']._serialized_end=2679
+  _globals['_AUDITENTRY']._serialized_start=2682
+  _globals['_AUDITENTRY']._serialized_end=3052
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=3055
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=3304
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=3307
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=3436
+  _globals['_ERASEMERCHANTREQUEST']._serialized_start=3438
+  _globals['_ERASEMERCHANTREQUEST']._serialized_end=3493
+  _globals['_ERASEMERCHANTRESPONSE']._serialized_start=3495
+  _globals['_ERASEMERCHANTRESPONSE']._serialized_end=3611
+  _globals['_ADMINSERVICE']._serialized_start=3614
+  _globals['_ADMINSERVICE']._serialized_end=4660
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from postrider.v1 import delivery_pb2 as _delivery_pb2
 from postrider.v1 import webhook_config_pb2 as _webhook_config_pb2
 import builtins as _builtins
 import sys
@@ -176,6 +177,7 @@ class ListAllWebhookConfigsRequest(_message.Message):
     INACTIVE_ONLY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DEACTIVATION_REASON_FIELD_NUMBER: _builtins.int
     merchant_id: _builtins.str
     """Only those of this merchant; empty: of all."""
     inactive_only: _builtins.bool
@@ -184,6 +186,8 @@ class ListAllWebhookConfigsRequest(_message.Message):
     """At most this many, 1 to 100; 0 means 50."""
     page_token: _builtins.str
     """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    deactivation_reason: _webhook_config_pb2.DeactivationReason.ValueType
+    """Only those that went inactive for this reason; unspecified: for any, or active."""
     def __init__(
         self,
         *,
@@ -191,10 +195,11 @@ class ListAllWebhookConfigsRequest(_message.Message):
         inactive_only: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        deactivation_reason: _webhook_config_pb2.DeactivationReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inactive_only", b"inactive_only", "merchant_id", b"merchant_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deactivation_reason", b"deactivation_reason", "inactive_only", b"inactive_only", "merchant_id", b"merchant_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,6 +232,95 @@ class ListAllWebhookConfigsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAllWebhookConfigsResponse: _TypeAlias = ListAllWebhookConfigsResponse  # noqa: Y015
+
+@_typing.final
+class RedeliverDeliveriesRequest(_message.Message):
+    """Request of RedeliverDeliveries. The filters are combined by "and"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    MERCHANT_ID_FIELD_NUMBER: _builtins.int
+    WEBHOOK_ID_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    merchant_id: _builtins.str
+    """Only those of this merchant; empty: of all."""
+    webhook_id: _builtins.str
+    """Only those to this webhook config; empty: to all."""
+    dry_run: _builtins.bool
+    """Makes nothing, and counts what would be made."""
+    page_token: _builtins.str
+    """The next_page_token of the call before; empty for the first. All else must be the same."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only deliveries made at or after this time, which is when their events were accepted, or they were
+        asked for again. Required. What failed in an outage may have been accepted before it, by as long
+        as its retries took.
+        """
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only deliveries made before this time; required, and not in the future."""
+
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[_delivery_pb2.Outcome.ValueType]:
+        """Only those whose last attempt came to one of these; none: whatever it came to."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        merchant_id: _builtins.str = ...,
+        webhook_id: _builtins.str = ...,
+        outcomes: _abc.Iterable[_delivery_pb2.Outcome.ValueType] | None = ...,
+        dry_run: _builtins.bool = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "end_time", b"end_time", "merchant_id", b"merchant_id", "outcomes", b"outcomes", "page_token", b"page_token", "start_time", b"start_time", "webhook_id", b"webhook_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedeliverDeliveriesRequest: _TypeAlias = RedeliverDeliveriesRequest  # noqa: Y015
+
+@_typing.final
+class RedeliverDeliveriesResponse(_message.Message):
+    """Response of RedeliverDeliveries. The counts are of this call alone, in deliveries that failed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REDELIVERED_FIELD_NUMBER: _builtins.int
+    ALREADY_REDELIVERED_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    redelivered: _builtins.int
+    """Redelivered, or of a dry run: that would be."""
+    already_redelivered: _builtins.int
+    """Redelivered before, by whomever, and open or delivered by now."""
+    skipped: _builtins.int
+    """Not to be redelivered: the webhook config is deleted, or the event no longer stored."""
+    next_page_token: _builtins.str
+    """There is more to look at, and this is the token for it; empty at the end."""
+    def __init__(
+        self,
+        *,
+        redelivered: _builtins.int = ...,
+        already_redelivered: _builtins.int = ...,
+        skipped: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["already_redelivered", b"already_redelivered", "next_page_token", b"next_page_token", "redelivered", b"redelivered", "skipped", b"skipped"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedeliverDeliveriesResponse: _TypeAlias = RedeliverDeliveriesResponse  # noqa: Y015
 
 @_typing.final
 class UpdateEventTypeRequest(_message.Message):

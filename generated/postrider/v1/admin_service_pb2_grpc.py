@@ -50,6 +50,11 @@ class AdminServiceStub:
                 request_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsRequest.SerializeToString,
                 response_deserializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsResponse.FromString,
                 _registered_method=True)
+        self.RedeliverDeliveries = channel.unary_unary(
+                '/postrider.v1.AdminService/RedeliverDeliveries',
+                request_serializer=postrider_dot_v1_dot_admin__service__pb2.RedeliverDeliveriesRequest.SerializeToString,
+                response_deserializer=postrider_dot_v1_dot_admin__service__pb2.RedeliverDeliveriesResponse.FromString,
+                _registered_method=True)
         self.CreateEventType = channel.unary_unary(
                 '/postrider.v1.AdminService/CreateEventType',
                 request_serializer=postrider_dot_v1_dot_admin__service__pb2.CreateEventTypeRequest.SerializeToString,
@@ -105,6 +110,17 @@ class AdminServiceServicer:
 
     def ListAllWebhookConfigs(self, request, context):
         """Lists webhook configs across merchants, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedeliverDeliveries(self, request, context):
+        """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
+        is over. Each failed delivery's event gets a new delivery with its own retries, as by
+        DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
+        What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
+        goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,6 +193,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListAllWebhookConfigs,
                     request_deserializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsRequest.FromString,
                     response_serializer=postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsResponse.SerializeToString,
+            ),
+            'RedeliverDeliveries': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedeliverDeliveries,
+                    request_deserializer=postrider_dot_v1_dot_admin__service__pb2.RedeliverDeliveriesRequest.FromString,
+                    response_serializer=postrider_dot_v1_dot_admin__service__pb2.RedeliverDeliveriesResponse.SerializeToString,
             ),
             'CreateEventType': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateEventType,
@@ -291,6 +312,33 @@ class AdminService:
             '/postrider.v1.AdminService/ListAllWebhookConfigs',
             postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsRequest.SerializeToString,
             postrider_dot_v1_dot_admin__service__pb2.ListAllWebhookConfigsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedeliverDeliveries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postrider.v1.AdminService/RedeliverDeliveries',
+            postrider_dot_v1_dot_admin__service__pb2.RedeliverDeliveriesRequest.SerializeToString,
+            postrider_dot_v1_dot_admin__service__pb2.RedeliverDeliveriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

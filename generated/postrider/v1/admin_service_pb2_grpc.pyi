@@ -27,6 +27,13 @@ class AdminServiceStub:
     """
     ListAllWebhookConfigs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]
     """Lists webhook configs across merchants, newest first."""
+    RedeliverDeliveries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RedeliverDeliveriesRequest, _admin_service_pb2.RedeliverDeliveriesResponse]
+    """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
+    is over. Each failed delivery's event gets a new delivery with its own retries, as by
+    DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
+    What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
+    goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+    """
     CreateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]
     """Registers an event type that producers may publish and merchants may subscribe to."""
     UpdateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]
@@ -83,6 +90,19 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.ListAllWebhookConfigsRequest, _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]:
         """Lists webhook configs across merchants, newest first."""
+
+    @_abc_1.abstractmethod
+    def RedeliverDeliveries(
+        self,
+        request: _admin_service_pb2.RedeliverDeliveriesRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.RedeliverDeliveriesRequest, _abc.Awaitable[_admin_service_pb2.RedeliverDeliveriesResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.RedeliverDeliveriesResponse]:
+        """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
+        is over. Each failed delivery's event gets a new delivery with its own retries, as by
+        DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
+        What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
+        goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+        """
 
     @_abc_1.abstractmethod
     def CreateEventType(

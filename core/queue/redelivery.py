@@ -1,0 +1,167 @@
+"""How deliveries come into being anew: one at its merchant's word, or what failed of many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+from uuid import UUID
+
+from core.ids import first_id_at
+from core.lifecycle import Outcome
+from core.queue.acceptance import HAS_BACKLOG, STATE_IN_CROWD
+from core.queue.records import Connection
+
+# Joined with its event, since a delivery without one could be claimed and never sent.
+_REDELIVER = f"""
+INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
+SELECT new_uuid7(), f.webhook_id, f.event_id, f.merchant_id, f.event_type,
+    CASE WHEN w.active AND w.breaker_open_until IS NULL AND NOT {HAS_BACKLOG} THEN 'ready'
+        ELSE 'parked' END, f.id
+FROM finished_deliveries f
+JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
+JOIN events e ON e.id = f.event_id
+WHERE f.id = $2 AND f.merchant_id = $1
+-- Retention waits for us before it removes the delivery, and then finds that its event is needed.
+FOR KEY SHARE OF f
+RETURNING id
+"""  # noqa: S608 - of constants
+
+
+# Reads a page of what was not delivered, in the order of its index, whatever the filters leave of
+# it: so no page is long. Of several that failed of one event for one config, the newest counts. A
+# redelivery that failed in its turn stands in nobody's way.
+_JUDGE = """
+WITH page AS (
+    SELECT f.id, f.state, f.webhook_id, f.event_id, f.merchant_id, f.event_type, f.attempt_count
+    FROM finished_deliveries f
+    WHERE f.state <> 'delivered' AND f.id >= $1 AND f.id < $2
+        AND (f.merchant_id, f.id) > ($3, $4){of_merchant}
+    ORDER BY f.merchant_id, f.id LIMIT $5 {lock}
+), failed AS (
+    SELECT p.*, row_number() OVER (PARTITION BY webhook_id, event_id ORDER BY id DESC) AS age
+    FROM page p
+    WHERE p.state = 'failed' AND ($6::uuid IS NULL OR p.webhook_id = $6)
+        AND ($7::text[] IS NULL OR EXISTS (
+            SELECT FROM attempts a
+            WHERE a.delivery_id = p.id AND a.number = p.attempt_count AND a.outcome = ANY ($7)
+        ))
+), judged AS (
+    SELECT f.*, w.active, w.breaker_open_until IS NULL AS closed, CASE
+        WHEN w.id IS NULL OR e.id IS NULL THEN 'skipped'
+        WHEN f.age > 1 OR EXISTS (
+            SELECT FROM delivery_queue q
+            WHERE q.event_id = f.event_id AND q.webhook_id = f.webhook_id
+                AND q.redelivery_of IS NOT NULL
+        ) OR EXISTS (
+            SELECT FROM finished_deliveries r
+            WHERE r.event_id = f.event_id AND r.webhook_id = f.webhook_id
+                AND r.id > f.id AND r.id > $1 AND r.state = 'delivered'
+        ) THEN 'repeated'
+        ELSE 'wanted' END AS verdict
+    FROM failed f
+    LEFT JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
+    LEFT JOIN events e ON e.id = f.event_id
+){made}
+SELECT t.*, l.merchant_id, l.id
+FROM (
+    SELECT count(*) FILTER (WHERE verdict = 'wanted') AS redelivered,
+        count(*) FILTER (WHERE verdict = 'repeated') AS already_redelivered,
+        count(*) FILTER (WHERE verdict = 'skipped') AS skipped
+    FROM judged
+) t
+-- The end of the page, unless it is the last one.
+LEFT JOIN (
+    SELECT merchant_id, id FROM page ORDER BY merchant_id, id OFFSET $5 - 1 LIMIT 1
+) l ON true
+"""
+_MAKE = f""", wanted AS (
+    SELECT webhook_id AS id, id AS delivery_id, event_id, merchant_id, event_type, active, closed,
+        false AS later, row_number() OVER (PARTITION BY webhook_id ORDER BY id) AS rank
+    FROM judged WHERE verdict = 'wanted'
+), made AS (
+    INSERT INTO delivery_queue
+        (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
+    SELECT new_uuid7(), w.id, w.event_id, w.merchant_id, w.event_type, {STATE_IN_CROWD},
+        w.delivery_id
+    FROM wanted w
+)"""  # noqa: S608 - of constants
+
+
+class Place(NamedTuple):
+    """Where a page of failed deliveries ended: they are looked at merchant by merchant."""
+
+    merchant_id: str
+    delivery_id: UUID
+
+
+#: Before the first of them.
+BEGINNING = Place("", UUID(int=0))
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFilter:
+    """Which failed deliveries: made in [start_at, end_at), to the millisecond; of the last attempt
+    the `outcomes`. None and () do not filter.
+    """
+
+    start_at: datetime
+    end_at: datetime
+    merchant_id: str | None = None
+    webhook_id: UUID | None = None
+    outcomes: Sequence[Outcome] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RedeliveredPage:
+    """What came of a page, in deliveries.
+
+    Skipped is what has no webhook config or no event any more; `end` is None after the last page.
+    """
+
+    redelivered: int
+    already_redelivered: int
+    skipped: int
+    end: Place | None
+
+
+async def redeliver(connection: Connection, merchant_id: str, delivery_id: UUID) -> UUID | None:
+    """Make a new delivery of a finished one's event, with a retry schedule of its own.
+
+    None, and nothing made, when the merchant has no such finished delivery, its config is deleted
+    or its event is no longer stored.
+    """
+    made: UUID | None = await connection.fetchval(_REDELIVER, merchant_id, delivery_id)
+    return made
+
+
+async def redeliver_failed(
+    connection: Connection, wanted: FailedFilter, after: Place, limit: int, *, dry_run: bool = False
+) -> RedeliveredPage:
+    """Make a new delivery for each failed one of a page, unless a later one is open or delivered.
+
+    Looks at no more than `limit` that were not delivered, from behind `after`. A dry run makes
+    nothing; otherwise one at a time, which sees what others have committed, or two make one twice.
+    """
+    of_merchant = "" if wanted.merchant_id is None else " AND f.merchant_id = $8"
+    lock, made = ("", "") if dry_run else ("FOR KEY SHARE OF f", _MAKE)
+    statement = _JUDGE.format(of_merchant=of_merchant, lock=lock, made=made)
+    row = await connection.fetchrow(statement, *_arguments(wanted, after, limit))
+    return RedeliveredPage(
+        row["redelivered"],
+        row["already_redelivered"],
+        row["skipped"],
+        Place(row["merchant_id"], row["id"]) if row["id"] else None,
+    )
+
+
+def _arguments(wanted: FailedFilter, after: Place, limit: int) -> list[object]:
+    of_merchant = [] if wanted.merchant_id is None else [wanted.merchant_id]
+    return [
+        first_id_at(wanted.start_at),
+        first_id_at(wanted.end_at),
+        *after,
+        limit,
+        wanted.webhook_id,
+        list(wanted.outcomes) or None,
+        *of_merchant,
+    ]

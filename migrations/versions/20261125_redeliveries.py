@@ -1,0 +1,30 @@
+"""Which open deliveries are redeliveries, by event: for RedeliverDeliveries, which makes none twice.
+
+Safe beside the previous release, which does not ask for it. Nobody waits while it is built, and of
+what is open it has the few that are redeliveries. Broken off in between, it is simply run again.
+"""
+
+from alembic import op
+
+revision = "20261125_redeliveries"
+down_revision = "20261124_retention"
+branch_labels = None
+depends_on = None
+
+UPGRADE = """
+DROP INDEX CONCURRENTLY IF EXISTS delivery_queue_redeliveries;
+CREATE INDEX CONCURRENTLY delivery_queue_redeliveries ON delivery_queue (event_id)
+    WHERE redelivery_of IS NOT NULL
+"""
+
+DOWNGRADE = "DROP INDEX delivery_queue_redeliveries"
+
+
+def upgrade() -> None:
+    with op.get_context().autocommit_block():
+        for statement in UPGRADE.split(";\n"):
+            op.execute(statement)
+
+
+def downgrade() -> None:
+    op.execute(DOWNGRADE)
