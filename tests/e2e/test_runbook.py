@@ -51,7 +51,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("PingWebhookConfig", ('"reachable": true', '"statusCode": 200')),
         ("ListAuditEntries", ('"action": "CreateWebhookConfig"', '"resource": "$WEBHOOK"')),
         ("ReactivateWebhookConfig", ('"id": "$WEBHOOK"', '"active": true')),
-        ("RedeliverDelivery", ('"redeliveryOf": "$DELIVERY"', '"webhookId": "$WEBHOOK"')),
+        ("RedeliverDeliveries", ('"redelivered": ',)),
     ),
     "The queue grows": (
         ("GetQueueStatus", ('"total"', f'"merchantId": "{AWAY}"')),
@@ -87,6 +87,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "PostriderFailureRate": (
         ("postrider_merchant_deliveries_total", ('merchant_id="$MERCHANT"',)),
         ("postrider_attempts_total", ('outcome="http_error"', 'outcome="succeeded"')),
+        ("RedeliverDeliveries", ('"alreadyRedelivered": ',)),
         ("ListDeliveries", ('"state": "DELIVERY_STATE_FAILED"', '"statusCode": 500')),
     ),
     "PostriderDeliverySlow": (
@@ -103,6 +104,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "PostriderInternalErrors": (
         ("postrider_attempts_total", ("instance=",)),
         ("keys status", ("k1",)),
+        ("RedeliverDeliveries", ("{",)),
     ),
     "PostriderDeactivationBurst": (
         ("postrider_webhook_deactivations_total", ('{reason="failures"} => ',)),
@@ -232,6 +234,7 @@ async def stopped(scene: Observed, receiver: Receiver, merchant_id: str) -> Envi
         "EVENT": failed[0].event_id,
         "WEBHOOK": created.webhook_config.id,
         "DELIVERY": failed[0].id,
+        "UNTIL": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
     }
 
 
@@ -242,6 +245,6 @@ async def the_audit_log_has_it(scene: Observed, actor: str) -> None:
     )
     assert {entry.action for entry in listed.audit_entries} == {
         "ReactivateWebhookConfig",
-        "RedeliverDelivery",
+        "RedeliverDeliveries",
         "DeactivateWebhookConfig",
     }
