@@ -96,7 +96,7 @@ SUBLOCK := $(LOCK) --no-annotate --constraints requirements.lock
 
 lock: $(filter $(UV_HOME)/bin/uv,$(UV)) ## Resolve requirements.lock anew from pyproject.toml, then the others
 	@$(LOCK) --all-extras --group dev --output-file requirements.lock pyproject.toml
-	@$(SUBLOCK) --output-file requirements-production.lock pyproject.toml
+	@$(SUBLOCK) --extra otel --output-file requirements-production.lock pyproject.toml
 	@$(SUBLOCK) --output-file tools/image/requirements.lock tools/image/requirements.in
 	@$(LOCK) --no-annotate --output-file tools/deploy/requirements.lock tools/deploy/requirements.in
 	@$(LOCK) --output-file tools/security/requirements.lock tools/security/requirements.in

@@ -16,9 +16,18 @@ from cli.file_limit import fitting_in_flight
 from cli.metrics import Metrics
 from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, RetentionSettings
+from cli.traces import open_tracer
+from core.config import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    RetentionSettings,
+    TraceSettings,
+)
 from core.db import close_soon, open_pool
 from core.keyring import load_keyring
+from core.logs import SuccessSampling
 from core.retention import retain
 from core.secret_file import keep_looking
 from delivery.census import Census
@@ -26,6 +35,7 @@ from delivery.config import DeliverySettings
 from delivery.dialler import open_dialler
 from delivery.engine import Engine
 from delivery.measures import EngineMeasures
+from delivery.report import AttemptReports
 
 log = structlog.get_logger()
 
@@ -38,6 +48,8 @@ class DeliverSettings:
     encryption: EncryptionSettings
     egress: EgressSettings
     delivery: DeliverySettings
+    logs: LogSettings
+    traces: TraceSettings
     retention: RetentionSettings | None
 
 
@@ -54,6 +66,7 @@ async def deliver(
     keyring = load_keyring(settings.encryption)
     policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
+        tracer = await stack.enter_async_context(open_tracer(settings.traces, "postrider-delivery"))
         pool = await open_pool(
             settings.database, "postrider-delivery", settings.database.database_pool_size
         )
@@ -74,7 +87,12 @@ async def deliver(
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
         measures = EngineMeasures(settings.delivery.metrics_merchants)
-        engine = Engine(bounded, pool, dialler, keyring, policy, measures=measures)
+        reports = AttemptReports(
+            SuccessSampling(settings.logs),
+            tracer,
+            send_traceparent=settings.traces.send_traceparent,
+        )
+        engine = Engine(bounded, pool, dialler, keyring, policy, measures=measures, reports=reports)
         census = Census(pool)
         stack.push_async_callback(census.close)
         publish = publish or partial(

@@ -20,7 +20,14 @@ from cli.embedded_postgres import default_data_dir, embedded_postgres
 from cli.migrate import migrate
 from cli.serve import ServeSettings, serve
 from cli.settings import LocalSettings, is_set, load
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, RetentionSettings
+from core.config import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    RetentionSettings,
+    TraceSettings,
+)
 from core.errors import ConfigurationError
 from core.keyring import new_key
 from delivery.config import DeliverySettings
@@ -99,17 +106,21 @@ async def running_platform(
     delivery = load(DeliverySettings).model_copy(
         update={} if operator_listeners else {"delivery_metrics_address": None}
     )
+    logs, traces = load(LogSettings), load(TraceSettings)
     stop_serving, stop_delivering = asyncio.Event(), asyncio.Event()
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(
         serve(
-            ServeSettings(database, encryption, egress, server, auth),
+            ServeSettings(database, encryption, egress, server, auth, logs, traces),
             stop_serving,
             listening.set_result,
         )
     )
     delivering = asyncio.create_task(
-        deliver(DeliverSettings(database, encryption, egress, delivery, retention), stop_delivering)
+        deliver(
+            DeliverSettings(database, encryption, egress, delivery, logs, traces, retention),
+            stop_delivering,
+        )
     )
     processes = (serving, delivering)
     try:

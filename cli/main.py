@@ -24,6 +24,7 @@ from core.config import (
     EncryptionSettings,
     LogSettings,
     RetentionSettings,
+    TraceSettings,
 )
 from core.errors import ConfigurationError, PostriderError, Unavailable
 from core.keyring import new_key
@@ -86,6 +87,8 @@ def server() -> None:
         egress=load(EgressSettings),
         server=load(ServerSettings),
         auth=load(AuthSettings),
+        logs=load(LogSettings),
+        traces=load(TraceSettings),
         tls=load(TlsSettings),
     )
 
@@ -130,6 +133,8 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
         encryption=load(EncryptionSettings),
         egress=load(EgressSettings),
         delivery=load(DeliverySettings),
+        logs=load(LogSettings),
+        traces=load(TraceSettings),
         retention=load(RetentionSettings),
     )
     processes = processes or settings.delivery.delivery_processes

@@ -14,9 +14,17 @@ from cli.key_set import key_set_fetch
 from cli.metrics_listener import Place, listening
 from cli.schema import require_schema
 from cli.server_metrics import ServerMetrics
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from cli.traces import open_tracer
+from core.config import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    TraceSettings,
+)
 from core.db import close_soon, open_pool
 from core.keyring import load_keyring
+from core.logs import SuccessSampling
 from core.secret_file import keep_looking
 from delivery.dialler import open_dialler
 from delivery.ping import ping
@@ -34,6 +42,7 @@ from server.ingest import Ingest
 from server.keys import JwksKeys, KeySource, PemKeys
 from server.measures import ServerMeasures
 from server.refusals import Refusals
+from server.rpc_report import RpcReports
 from server.tail import Tail
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
@@ -50,6 +59,8 @@ class ServeSettings:
     egress: EgressSettings
     server: ServerSettings
     auth: AuthSettings
+    logs: LogSettings
+    traces: TraceSettings
     #: None: plain text, whatever the environment says.
     tls: TlsSettings | None = None
 
@@ -61,6 +72,7 @@ async def serve(
     keyring = load_keyring(settings.encryption)
     policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
+        tracer = await stack.enter_async_context(open_tracer(settings.traces, "postrider-server"))
         pool_size = settings.database.database_pool_size
         # Most for the hot path, the rest for everything else: neither can starve the other.
         rest = max(pool_size * 2 // 5, 1)
@@ -95,7 +107,7 @@ async def serve(
             verifier,
             tls=settings.tls,
             refusals=Refusals(sessions),
-            measures=measures,
+            reports=RpcReports(measures, SuccessSampling(settings.logs), tracer),
             webhook_configs=WebhookConfigService(
                 sessions=sessions,
                 event_types=event_types,

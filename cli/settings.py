@@ -17,6 +17,7 @@ from core.config import (
     EncryptionSettings,
     LogSettings,
     RetentionSettings,
+    TraceSettings,
     variable,
 )
 from core.errors import ConfigurationError
@@ -59,6 +60,7 @@ BLOCKS: tuple[type[Block], ...] = (
     EncryptionSettings,
     EgressSettings,
     LogSettings,
+    TraceSettings,
     ServerSettings,
     AuthSettings,
     TlsSettings,

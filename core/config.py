@@ -11,7 +11,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.secret_file import Secret
@@ -257,3 +257,41 @@ class LogSettings(Block):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="json, text, or auto: text on a terminal and json elsewhere"
     )
+    log_success_sample_rate: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="part of the calls and attempts that went well at once whose line is written; "
+        "failures, retries and slow ones always are",
+    )
+    log_slow_seconds: Seconds = Field(
+        1.0, description="duration from which on a call or an attempt is slow"
+    )
+
+
+class TraceSettings(Block):
+    """Traces (OpenTelemetry), and the context of a trace in what merchants are sent."""
+
+    traces_endpoint: HttpUrl | None = Field(
+        None,
+        description="http(s)://host:4318 of an OpenTelemetry collector, where spans are sent by "
+        "OTLP over HTTP; needs the extra `otel`",
+    )
+    traces_sample_rate: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="part of the traces that begin here of which spans are kept; what comes with "
+        "a `traceparent` follows that",
+    )
+    send_traceparent: bool = Field(
+        False, description="send merchants a `traceparent` header with each attempt"
+    )
+
+    @field_validator("traces_endpoint")
+    @classmethod
+    def _without_credentials(cls, value: HttpUrl | None) -> HttpUrl | None:
+        # Settings that are no secrets are shown.
+        if value is not None and (value.username or value.password or value.query):
+            raise ValueError("is a URL without credentials: OTEL_EXPORTER_OTLP_HEADERS has those")
+        return value

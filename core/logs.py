@@ -2,9 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import orjson
@@ -13,6 +14,7 @@ import structlog
 from core.config import LogSettings
 
 _LIBRARY_LEVEL = logging.WARNING
+_DRAWS = 2**32
 
 # Without the variables of each frame: secrets and payloads are among them.
 _render_exception = structlog.processors.ExceptionRenderer(
@@ -97,6 +99,23 @@ class _Logger:
         # A line at once, so that none is torn by another thread's.
         self._stream.write(entry + b"\n")
         self._stream.flush()
+
+
+class SuccessSampling:
+    """Which of the lines of what went well at once are written."""
+
+    def __init__(self, settings: LogSettings):
+        self.slow_seconds = settings.log_slow_seconds
+        self._rate = settings.log_success_sample_rate
+        self._drawn = round(self._rate * _DRAWS)
+        #: What a line that was drawn says of it; nothing where all are.
+        self.fields: Mapping[str, float] = (
+            {} if self._rate == 1 else MappingProxyType({"sample_rate": self._rate})
+        )
+
+    def draws(self, number: int) -> bool:
+        """Decided by the lowest 32 bits, so that the same thing is drawn wherever it is logged."""
+        return number % _DRAWS < self._drawn
 
 
 class _ToStructlog(logging.Handler):

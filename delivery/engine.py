@@ -1,4 +1,4 @@
-"""The engine: claims, and for each delivery calls sign, send and record in this order.
+"""The engine: claims, and for each delivery calls sign, send, report and record in this order.
 
 All decisions of the delivery side meet here; the stages know nothing of each other. Bounds: so many
 attempts in flight in all, counted until their result is on record, and of each webhook config as
@@ -20,6 +20,7 @@ from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult, Outcome
 from core.queue import Chain, LeasedDelivery, Settled, Settlement
+from core.tracing import TraceParent
 from core.urls import UrlPolicy
 from delivery.admit import Admission
 from delivery.breaker import Breaker
@@ -27,7 +28,7 @@ from delivery.capacity import Capacity
 from delivery.claim import claim
 from delivery.config import DeliverySettings
 from delivery.dialler import Dialler
-from delivery.judge import asked_seconds, judge, log_attempt
+from delivery.judge import asked_seconds, judge
 from delivery.listen import Listener
 from delivery.measures import EngineMeasures
 from delivery.outcome import receiver_works
@@ -35,6 +36,7 @@ from delivery.places import Places
 from delivery.rate_limit import RateLimits
 from delivery.reclaim import promote_stranded, reclaim
 from delivery.record import Recorder
+from delivery.report import AttemptReports
 from delivery.send import send
 from delivery.sign import sign
 from delivery.vacuum import keep_clean
@@ -63,8 +65,10 @@ class Engine:
         url_policy: UrlPolicy,
         *,
         measures: EngineMeasures,
+        reports: AttemptReports,
     ):
         self._settings = settings
+        self._reports = reports
         self._pool = pool
         self._dialler = dialler
         self._webhooks = WebhookCache(pool, keyring, url_policy)
@@ -177,8 +181,9 @@ class Engine:
         # The database's time, carried on by our monotonic clock: one clock for all engines.
         started_at = delivery.claimed_at + timedelta(seconds=monotonic() - claimed_at)
         works: bool | None = None
+        report = self._reports.begin(delivery)
         try:
-            result = await self._request(delivery, webhook, started_at)
+            result = await self._request(delivery, webhook, started_at, report.told_trace_parent)
             works = receiver_works(result.outcome, result.status_code)
         except Exception:
             log.exception("attempt_broke", delivery_id=format_id("dlv", delivery.id))
@@ -188,13 +193,17 @@ class Engine:
         finally:
             self._places.end(webhook.id, works)
         settlement = judge(delivery, webhook, self._settings, started_at, result)
-        log_attempt(delivery, settlement)
+        report.end(settlement, webhook.destination)
         self._measures.attempt_ended(delivery, settlement)
         asked = asked_seconds(result, self._settings)
         self._recorder.put(settlement, self._breaker.judge(delivery, works, asked))
 
     async def _request(
-        self, delivery: LeasedDelivery, webhook: Webhook, started_at: datetime
+        self,
+        delivery: LeasedDelivery,
+        webhook: Webhook,
+        started_at: datetime,
+        trace_parent: TraceParent | None,
     ) -> AttemptResult:
         if webhook.destination is None:
             return AttemptResult(Outcome.REFUSED, None, webhook.url_refusal)
@@ -204,7 +213,7 @@ class Engine:
         # By the database's time at the claim: what one engine signs with, every other does.
         secrets = webhook.signing_secrets(delivery.claimed_at)
         now = int(started_at.timestamp())
-        headers = sign(delivery, secrets, now, webhook.header_prefix)
+        headers = sign(delivery, secrets, now, webhook.header_prefix, trace_parent)
         timeout = webhook.timeout_seconds or self._settings.delivery_timeout_seconds
         # Our lease is not the merchant's to outlive: one that ends meanwhile sends twice.
         timeout = min(timeout, self._settings.lease_seconds / 2)

@@ -1,19 +1,14 @@
-"""What the result of an attempt makes of its delivery, and what is told of it (pure)."""
+"""What the result of an attempt makes of its delivery (pure)."""
 
 import random
 from datetime import datetime
 
-import structlog
-
-from core.ids import format_id
 from core.lifecycle import AttemptResult
 from core.queue import LeasedDelivery, Settlement
 from delivery.backoff import backoff_schedule, next_backoff
 from delivery.config import DeliverySettings
 from delivery.outcome import final_state
 from delivery.webhooks import Webhook
-
-log = structlog.get_logger()
 
 
 def asked_seconds(result: AttemptResult, settings: DeliverySettings) -> float:
@@ -56,21 +51,4 @@ def judge(
         number=delivery.attempt_count + 1,
         merchant_id=delivery.merchant_id,
         owed_since=delivery.owed_since,
-    )
-
-
-def log_attempt(delivery: LeasedDelivery, settlement: Settlement) -> None:
-    """The one line of an attempt: ids and figures, never a payload or a secret."""
-    log.info(
-        "attempt",
-        webhook_id=format_id("wh", delivery.webhook_id),
-        event_id=format_id("evt", delivery.event_id),
-        event_type=delivery.event_type,
-        delivery_id=format_id("dlv", delivery.id),
-        attempt=delivery.attempt_count + 1,
-        outcome=settlement.outcome.value,
-        status=settlement.status_code,
-        duration_ms=settlement.duration_us / 1000,
-        state=settlement.final_state.value if settlement.final_state else "ready",
-        retry_seconds=settlement.retry_after_seconds or None,
     )

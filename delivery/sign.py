@@ -6,16 +6,28 @@ from types import MappingProxyType
 from core.ids import format_id
 from core.queue import LeasedDelivery
 from core.signing import signature_headers
+from core.tracing import TraceParent
 from delivery.destination import header_lines
 
 
 def sign(
-    delivery: LeasedDelivery, secrets: Sequence[str], timestamp: int, prefix: str = ""
+    delivery: LeasedDelivery,
+    secrets: Sequence[str],
+    timestamp: int,
+    prefix: str = "",
+    trace_parent: TraceParent | None = None,
 ) -> bytes:
     """The header lines of one attempt; retries keep the id and get a new timestamp.
 
-    They follow the destination's own; only Content-Length is not among either.
+    They follow the destination's own; only Content-Length is not among either. A `trace_parent` is
+    not signed.
     """
+    others = {
+        "X-Webhook-Delivery": format_id("dlv", delivery.id),
+        "X-Webhook-Attempt": str(delivery.attempt_count + 1),
+    }
+    if trace_parent is not None:
+        others["traceparent"] = str(trace_parent)
     return request_headers(
         content_type=delivery.content_type,
         event_type=delivery.event_type,
@@ -24,10 +36,7 @@ def sign(
         timestamp=timestamp,
         prefix=prefix,
         body=delivery.payload,
-        others={
-            "X-Webhook-Delivery": format_id("dlv", delivery.id),
-            "X-Webhook-Attempt": str(delivery.attempt_count + 1),
-        },
+        others=others,
     )
 
 

@@ -28,8 +28,8 @@ from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.interceptors import CallInterceptor
 from server.limits import channel_options
-from server.measures import ServerMeasures
 from server.refusals import Refusals
+from server.rpc_report import RpcReports
 from server.tls import listeners
 from server.tokens import TokenVerifier
 from server.webhook_config_service import WebhookConfigService
@@ -90,7 +90,7 @@ class App:
         *,
         tls: TlsSettings | None,
         refusals: Refusals,
-        measures: ServerMeasures,
+        reports: RpcReports,
         webhook_configs: WebhookConfigService,
         events: EventService,
         deliveries: DeliveryService,
@@ -109,7 +109,7 @@ class App:
         )
         self._server = grpc.aio.server(
             # The outer one turns what the inner raises into a status.
-            interceptors=[CallInterceptor(authentication, refusals, measures)],
+            interceptors=[CallInterceptor(authentication, refusals, reports)],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=channel_options(settings),
         )

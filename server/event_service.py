@@ -32,6 +32,7 @@ from server.ingest import (
 from server.ordered_commits import OrderedCommits, Turns
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Principal, Scope
+from server.rpc_report import trace_parent
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = event_service_pb2
@@ -60,7 +61,9 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> pb.PublishEventResponse:
         caller = _publisher()
         _require_own_merchant(caller, request.event)
-        [result] = await self._ingest.publish([convert.event_draft(request.event)], "event")
+        [result] = await self._ingest.publish(
+            [convert.event_draft(request.event)], "event", trace_parent()
+        )
         if isinstance(result, PostriderError):
             raise result
         response = pb.PublishEventResponse(duplicate=result.duplicate)
@@ -71,7 +74,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         self, request: pb.PublishEventsRequest, context: Context
     ) -> pb.PublishEventsResponse:
         drafts = _drafts(_publisher(), request.events)
-        results = await self._ingest.publish(drafts, "events[{}]")
+        results = await self._ingest.publish(drafts, "events[{}]", trace_parent())
         return pb.PublishEventsResponse(results=[_result(result) for result in results])
 
     async def StreamEvents(
@@ -144,7 +147,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> pb.StreamEventsResponse:
         in_order = any(draft.ordering_key for draft in drafts)
         async with turns.turn() if in_order else nullcontext():
-            results = await self._ingest.publish(drafts, "events[{}]")
+            results = await self._ingest.publish(drafts, "events[{}]", trace_parent())
         return pb.StreamEventsResponse(
             sequence=sequence, results=[_result(result) for result in results]
         )

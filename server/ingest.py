@@ -126,16 +126,21 @@ class Ingest:
         self._floods = GroupCommit(store, gives_way_to=others)
         self._floods_in_order = GroupCommit(store_in_order, gives_way_to=others)
 
-    async def publish(self, drafts: Sequence[EventDraft], path: str) -> list[_Result]:
+    async def publish(
+        self, drafts: Sequence[EventDraft], path: str, trace_parent: str | None = None
+    ) -> list[_Result]:
         """A result for each draft, in order. Accepted ones are durable when this returns.
 
-        `path` names a draft in the errors, with its index for `{}`.
+        `path` names a draft in the errors, with its index for `{}`; `trace_parent` is kept with
+        every event, and no part of what its idempotency key stands for.
         """
         unknown_types = await self._event_types.unknown({draft.type for draft in drafts})
         checked: list[NewEvent | PostriderError] = []
         for index, draft in enumerate(drafts):
             violations = self._violations(draft, path.format(index), unknown_types)
-            checked.append(InvalidArgument(*violations) if violations else _new_event(draft))
+            checked.append(
+                InvalidArgument(*violations) if violations else _new_event(draft, trace_parent)
+            )
             if index % _LARGE == _LARGE - 1:
                 # The turn of other calls.
                 await asyncio.sleep(0)
@@ -293,7 +298,7 @@ def _is_json(content_type: str) -> bool | None:
     return _JSON_TYPE.match(content_type) is not None
 
 
-def _new_event(draft: EventDraft) -> NewEvent:
+def _new_event(draft: EventDraft, trace_parent: str | None) -> NewEvent:
     content_type = draft.content_type or DEFAULT_CONTENT_TYPE
     payload = draft.payload or b""
     key = draft.idempotency_key or None
@@ -307,6 +312,7 @@ def _new_event(draft: EventDraft) -> NewEvent:
         content_hash=_content_hash(draft, content_type, payload) if key else b"",
         not_before=draft.not_before,
         ordering_key=draft.ordering_key or None,
+        trace_parent=trace_parent,
     )
 
 

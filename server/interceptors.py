@@ -1,4 +1,4 @@
-"""The outermost interceptor: a request id, one log line a call, and every error as a status.
+"""The outermost interceptor: a request id, one report a call, and every error as a status.
 
 Nothing an exception says reaches a caller unless core/errors.py made it to be said.
 """
@@ -6,8 +6,6 @@ Nothing an exception says reaches a caller unless core/errors.py made it to be s
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
-from time import perf_counter
 from typing import Any
 
 import grpc
@@ -16,18 +14,14 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from core.errors import PostriderError
-from server.authentication import current_principal
-from server.measures import ServerMeasures
 from server.present_call import current_context
 from server.refusals import Refusals
-from server.request_id import begin_request, current_request_id
+from server.request_id import current_request_id
+from server.rpc_report import RpcReports, present_rpc
 from server.status import internal_status, to_domain_error, to_status
 
 type Handler = grpc.RpcMethodHandler[Any, Any]
 type Context = grpc.aio.ServicerContext[Any, Any]
-
-# Method, and when it began. Set where gRPC asks for a handler, in a task that only this call has.
-_present_call: ContextVar[tuple[str, float]] = ContextVar("present_call")
 
 log = structlog.get_logger()
 
@@ -38,12 +32,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     That one is called from here, since each interceptor that gRPC calls has its price in every RPC.
     """
 
-    def __init__(
-        self, inside: grpc.aio.ServerInterceptor, refusals: Refusals, measures: ServerMeasures
-    ):
+    def __init__(self, inside: grpc.aio.ServerInterceptor, refusals: Refusals, reports: RpcReports):
         self._inside = inside
         self._refusals = refusals
-        self._measures = measures
+        self._reports = reports
         # As many as there are methods, and one: that of all refusals.
         self._answering: dict[Handler, Handler] = {}
 
@@ -52,56 +44,54 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        method = handler_call_details.method
-        _present_call.set((method, perf_counter()))
-        begin_request(handler_call_details.invocation_metadata)
+        self._reports.begin(handler_call_details.method, handler_call_details.invocation_metadata)
         handler = await self._inside.intercept_service(continuation, handler_call_details)
         if handler is None:
-            self._measures.rpc_ended(method, grpc.StatusCode.UNIMPLEMENTED.name, 0.0)
+            # gRPC says so to the caller by itself.
+            self._reports.end("UNIMPLEMENTED")
             return None
         answering = self._answering.get(handler)
         if answering is None:
-            answering = self._answering[handler] = _answering(
-                handler, self._refusals, self._measures
-            )
+            answering = _answering(handler, self._refusals, self._reports)
+            self._answering[handler] = answering
         return answering
 
 
-def _answering(handler: Handler, refusals: Refusals, measures: ServerMeasures) -> Handler:
-    """The same handler, with a log line and every error as a status."""
+def _answering(handler: Handler, refusals: Refusals, reports: RpcReports) -> Handler:
+    """The same handler, with a report and every error as a status."""
     codecs = {
         "request_deserializer": handler.request_deserializer,
         "response_serializer": handler.response_serializer,
     }
     if handler.response_streaming:
-        responses = _streaming(handler.stream_stream or handler.unary_stream, refusals, measures)
+        responses = _streaming(handler.stream_stream or handler.unary_stream, refusals, reports)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(responses, **codecs)
         return grpc.unary_stream_rpc_method_handler(responses, **codecs)
-    answer = _unary(handler.stream_unary or handler.unary_unary, refusals, measures)
+    answer = _unary(handler.stream_unary or handler.unary_unary, refusals, reports)
     if handler.request_streaming:
         return grpc.stream_unary_rpc_method_handler(answer, **codecs)
     return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-def _unary(behaviour: Any, refusals: Refusals, measures: ServerMeasures) -> Any:
+def _unary(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> Any:
         current_context.set(context)
         try:
             response = await behaviour(request, context)
         except asyncio.CancelledError:
-            _log(measures, "CANCELLED")
+            reports.end("CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, refusals, measures, request)
+            await _abort(context, error, refusals, reports, request)
         else:
-            _log(measures, "OK")
+            reports.end("OK")
             return response
 
     return answer
 
 
-def _streaming(behaviour: Any, refusals: Refusals, measures: ServerMeasures) -> Any:
+def _streaming(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
         current_context.set(context)
         try:
@@ -113,12 +103,12 @@ def _streaming(behaviour: Any, refusals: Refusals, measures: ServerMeasures) -> 
             async for response in responses:
                 yield response
         except (asyncio.CancelledError, GeneratorExit):
-            _log(measures, "CANCELLED")
+            reports.end("CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, refusals, measures, request)
+            await _abort(context, error, refusals, reports, request)
         else:
-            _log(measures, "OK")
+            reports.end("OK")
 
     return answer
 
@@ -127,17 +117,22 @@ async def _abort(
     context: Context,
     error: Exception,
     refusals: Refusals,
-    measures: ServerMeasures,
+    reports: RpcReports,
     request: object,
 ) -> None:
-    method, began = _present_call.get()
     if isinstance(error, grpc.aio.AbortError):
         # A handler of a library (health, reflection) has already answered.
-        measures.rpc_ended(method, context.code().name, perf_counter() - began)
+        reports.end(context.code().name, peer=context.peer())
         raise error
+    method = present_rpc.get().method
     domain_error = to_domain_error(error)
     known = rpc_status.to_status(_status_of(error, domain_error, method))
-    _log(measures, known.code.name, message=known.details, peer=context.peer())
+    reports.end(
+        known.code.name,
+        reason=domain_error.reason if domain_error else "INTERNAL",
+        message=known.details,
+        peer=context.peer(),
+    )
     if domain_error is not None:
         await refusals.record(domain_error, method, request)
     await context.abort_with_status(known)
@@ -152,20 +147,3 @@ def _status_of(
     if domain_error is not error:
         log.warning("dependency_away", method=method, error=repr(error))
     return to_status(domain_error)
-
-
-def _log(measures: ServerMeasures, code: str, **fields: str) -> None:
-    method, began = _present_call.get()
-    seconds = perf_counter() - began
-    measures.rpc_ended(method, code, seconds)
-    principal = current_principal.get(None)
-    log.info(
-        "rpc",
-        method=method,
-        code=code,
-        duration_ms=round(seconds * 1000, 3),
-        request_id=current_request_id.get(),
-        subject=principal.subject if principal else None,
-        merchant_id=principal.merchant_id if principal else None,
-        **fields,
-    )

@@ -41,6 +41,10 @@ class ServerMeasures:
         self.watchers = 0
         self.database_up = True
 
+    def knows(self, path: str) -> bool:
+        """Whether there is such a method."""
+        return path in self._methods
+
     def rpc_ended(self, path: str, code: str, seconds: float) -> None:
         """A call of /package.Service/Method has its status, by us or by gRPC."""
         method = self._methods.get(path, self._unknown)

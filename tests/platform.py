@@ -14,7 +14,13 @@ from pydantic import SecretStr
 from cli.deliver import DeliverSettings, deliver
 from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
 from cli.serve import ServeSettings, serve
-from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
+from core.config import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    TraceSettings,
+)
 from delivery.config import DeliverySettings
 from postrider.v1 import (
     admin_service_pb2_grpc,
@@ -113,6 +119,8 @@ class Platform:
             encryption=self.settings.encryption,
             egress=self.settings.egress,
             delivery=DeliverySettings(**{"delivery_metrics_address": None, **delivery_settings}),
+            logs=self.settings.logs,
+            traces=self.settings.traces,
             retention=retention,
         )
         stop, ready = asyncio.Event(), asyncio.Event()
@@ -136,6 +144,8 @@ def serve_settings(
     *,
     tls: TlsSettings | None = None,
     egress: EgressSettings | None = None,
+    logs: LogSettings | None = None,
+    traces: TraceSettings | None = None,
     **server_settings: Any,
 ) -> ServeSettings:
     """Of a server on a free port; receivers on loopback are allowed, on any port, by default."""
@@ -153,6 +163,8 @@ def serve_settings(
             }
         ),
         auth=AuthSettings(jwt_issuer=ISSUER, jwt_public_key_file=key.public_key_file),
+        logs=logs or LogSettings(),
+        traces=traces or TraceSettings(),
         tls=tls,
     )
 

@@ -43,3 +43,6 @@ class Event(Base):
         server_default=text("false"),
         comment="Whether it outlives its day; null: from before there were days",
     )
+    trace_parent: Mapped[str | None] = mapped_column(
+        comment="W3C traceparent of the call that published it; null: it had none"
+    )

@@ -61,9 +61,9 @@ _ACCEPT = """
 WITH input AS (
     SELECT * FROM unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[],
-        $8::timestamptz[], $9::text[], $10::int[]
+        $8::timestamptz[], $9::text[], $10::text[], $11::int[]
     ) WITH ORDINALITY AS t(id, merchant_id, type, content_type, payload, idempotency_key,
-        content_hash, not_before, ordering_key, rank, position)
+        content_hash, not_before, ordering_key, trace_parent, rank, position)
 ), new_keys AS (
     INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id)
     SELECT merchant_id, idempotency_key, content_hash, id FROM input
@@ -73,7 +73,8 @@ WITH input AS (
     ON CONFLICT DO NOTHING
     RETURNING event_id
 ), accepted AS (
-    SELECT id, merchant_id, type, content_type, payload, not_before, ordering_key, rank, position
+    SELECT id, merchant_id, type, content_type, payload, not_before, ordering_key, trace_parent,
+        rank, position
     FROM input
     WHERE idempotency_key IS NULL OR id IN (SELECT event_id FROM new_keys)
 ), filters AS (
@@ -96,9 +97,10 @@ WITH input AS (
     SELECT event_id, count(*) AS deliveries FROM matched GROUP BY event_id
 )
 INSERT INTO events
-    (id, merchant_id, type, content_type, payload, delivery_count, not_before, ordering_key)
+    (id, merchant_id, type, content_type, payload, delivery_count, not_before, ordering_key,
+    trace_parent)
 SELECT a.id, a.merchant_id, a.type, a.content_type, a.payload, coalesce(n.deliveries, 0),
-    a.not_before, a.ordering_key
+    a.not_before, a.ordering_key, a.trace_parent
 FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
 RETURNING id, delivery_count, created_at{also}
 """

@@ -29,7 +29,7 @@ SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_act
         WHERE p.webhook_id = l.webhook_id AND p.state = 'parked' LIMIT 1
     ) IS NOT NULL AS has_backlog,
     l.event_id, l.merchant_id, l.event_type, e.content_type, e.payload, l.attempt_count,
-    greatest(l.created_at, e.not_before) AS owed_since, now() AS claimed_at
+    greatest(l.created_at, e.not_before) AS owed_since, now() AS claimed_at, e.trace_parent
 FROM leased l
 JOIN webhook_configs c ON c.id = l.webhook_id
 JOIN events e ON e.id = l.event_id

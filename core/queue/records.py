@@ -28,6 +28,8 @@ class NewEvent(NamedTuple):
     content_hash: bytes
     not_before: datetime | None = None
     ordering_key: str | None = None
+    #: `traceparent` of the call that published it.
+    trace_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class LeasedDelivery(NamedTuple):
     #: When it was accepted or asked for again, or later: its event's not_before.
     owed_since: datetime
     claimed_at: datetime
+    #: Of the call that published the event, as it is stored.
+    trace_parent: str | None = None
 
     @property
     def is_held(self) -> bool:

@@ -7,12 +7,15 @@ import grpc
 import pytest
 from grpc import StatusCode
 
+from core.config import LogSettings
+from core.logs import SuccessSampling
 from server.authentication import AuthenticationInterceptor, current_principal
 from server.caller_limits import CallerLimits
 from server.config import ServerSettings
 from server.interceptors import CallInterceptor
 from server.measures import ServerMeasures
 from server.refusals import Refusals
+from server.rpc_report import RpcReports
 from server.tokens import TokenVerifier, token_refused
 from tests.errors import Refusal, refusal_of
 from tests.platform import Metadata, bearer
@@ -57,9 +60,9 @@ async def call() -> AsyncIterator[Any]:
     )
     authentication = AuthenticationInterceptor(verifier, CallerLimits(ServerSettings()))
     options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 32_768)]
+    reports = RpcReports(ServerMeasures({}), SuccessSampling(LogSettings()))
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(authentication, NobodyIsKnown(), ServerMeasures({}))],
-        options=options,
+        interceptors=[CallInterceptor(authentication, NobodyIsKnown(), reports)], options=options
     )
 
     async def echo(request: bytes, _context: Any) -> bytes:

@@ -147,7 +147,7 @@ async def test_at_most_sixteen_batches_are_taken_without_an_acknowledgement(
     taking = asyncio.Condition()
     may_commit = asyncio.Event()
 
-    async def publish(_: Any, drafts: Any, __: str) -> list[Any]:
+    async def publish(_: Any, drafts: Any, *__: Any) -> list[Any]:
         async with taking:
             taken.append(len(drafts))
             taking.notify_all()
@@ -201,11 +201,11 @@ async def test_batches_with_ordering_keys_are_committed_one_after_the_other(
 ) -> None:
     publish, may_commit, begun = Ingest.publish, asyncio.Event(), []
 
-    async def publish_when_told(ingest: Ingest, drafts: Any, path: str) -> Any:
+    async def publish_when_told(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
         begun.append(drafts[0].idempotency_key)
         if drafts[0].idempotency_key == "1-0":
             await may_commit.wait()
-        return await publish(ingest, drafts, path)
+        return await publish(ingest, drafts, *rest)
 
     monkeypatch.setattr(Ingest, "publish", publish_when_told)
     call = open_stream(platform)
@@ -226,11 +226,11 @@ async def test_after_a_batch_that_failed_none_with_ordering_keys_is_committed(
     """Sent again, the failed one would come behind what was sent after it."""
     publish, all_taken = Ingest.publish, asyncio.Event()
 
-    async def publish_or_fail(ingest: Ingest, drafts: Any, path: str) -> Any:
+    async def publish_or_fail(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
         if drafts[0].idempotency_key == "2-0":
             await all_taken.wait()
             raise TimeoutError("the database is slow")
-        return await publish(ingest, drafts, path)
+        return await publish(ingest, drafts, *rest)
 
     monkeypatch.setattr(Ingest, "publish", publish_or_fail)
     call = open_stream(platform)

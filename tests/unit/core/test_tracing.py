@@ -1,0 +1,46 @@
+"""traceparent: what is one is understood, and everything else is as if not sent."""
+
+import pytest
+
+from core.tracing import TraceParent, parse_trace_parent, trace_parent_in
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(("flags", "sampled"), [("01", True), ("00", False), ("03", True)])
+def test_a_trace_parent_is_read(flags: str, sampled: bool) -> None:
+    parsed = parse_trace_parent(f"00-{TRACE}-{SPAN}-{flags}")
+
+    assert parsed == TraceParent(TRACE, SPAN, sampled)
+    assert parse_trace_parent(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "garbage",
+        f"00-{TRACE}-{SPAN}",
+        f"00-{TRACE}-{SPAN}-01-",
+        f"00-{TRACE}-{SPAN}-01\n",
+        f"00-{TRACE}-{SPAN}-01" * 1000,
+        f"00-{TRACE.upper()}-{SPAN}-01",
+        f"00-{'0' * 32}-{SPAN}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"ff-{TRACE}-{SPAN}-01",
+        f"00-{TRACE}-{SPAN}-0x",
+        f"00-{TRACE[:-1]}é-{SPAN}-01",
+        f"00-{TRACE}-{SPAN}-01".encode(),
+        None,
+    ],
+)
+def test_anything_else_is_none(text: object) -> None:
+    assert parse_trace_parent(text) is None
+
+
+def test_of_two_none_counts() -> None:
+    one = ("traceparent", f"00-{TRACE}-{SPAN}-01")
+
+    assert trace_parent_in([("a", "b"), one]) is not None
+    assert trace_parent_in([one, one]) is None
