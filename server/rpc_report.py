@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 from zlib import crc32
 
 import grpc
@@ -26,8 +26,7 @@ _OURS = "/postrider."
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class PresentRpc:
+class PresentRpc(NamedTuple):
     """The RPC under way; `trace_parent` is our span in it, or the caller's where we have none."""
 
     method: str
