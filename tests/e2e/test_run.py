@@ -163,6 +163,7 @@ def test_taken_port_is_one_line_that_says_what_to_do(
     assert re.search(message.format(port=port), line)
 
 
+@pytest.mark.slow
 def test_demo_prints_one_json_object_beside_a_running_one(environment: Environment) -> None:
     with running(environment, "--events", "1") as process:
         read_until(process, "Ctrl-C stops everything.")

@@ -46,6 +46,7 @@ async def test_kill_9_of_all_engines_at_random_moments(
     await conclude(scene, f"kill -9 of all engines, 4 times, seed {seed}", in_flight)
 
 
+@pytest.mark.slow
 async def test_an_engine_frozen_past_its_leases_under_load(
     scene: Scene, conclude: Conclude
 ) -> None:
@@ -63,6 +64,7 @@ async def test_an_engine_frozen_past_its_leases_under_load(
     await conclude(scene, "an engine frozen past its leases", in_flight)
 
 
+@pytest.mark.slow
 async def test_a_rolling_restart_duplicates_and_fails_nothing(
     scene: Scene, conclude: Conclude
 ) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from core.ids import parse_id
@@ -58,6 +59,7 @@ async def outcomes(pool: Any) -> dict[str, tuple[int, set[tuple[str, str]]]]:
     }
 
 
+@pytest.mark.slow
 async def test_a_poison_row_harms_nothing_but_itself(
     scene: Scene, conclude: Conclude, pool: Any
 ) -> None:

@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from core.errors import ConfigurationError
 from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
+from tests import rpcs
 from tests.scrape import scrape
 
 ANYWHERE = "127.0.0.1:0"
@@ -47,9 +48,10 @@ async def test_calls_are_counted_by_method_and_code_whoever_makes_them(measured:
     assert said.sum(calls, method="Health/Check", code="NOT_FOUND") == 1
     assert said.sum("postrider_rpc_duration_seconds_count", method=publish) == 3
     assert said.values("postrider_rpc_duration_seconds_count", method="unknown") == []
-    # One for each method that is served, and one for all others.
+    # One for each method that is served, three of health and one of reflection among them, and one
+    # for all others.
     methods = {sample.labels["method"] for sample in said.families["postrider_rpcs"].samples}
-    assert len(methods) == 30 + 1
+    assert len(methods) == len(rpcs.methods()) + 4 + 1
 
 
 async def test_events_are_counted_by_what_became_of_them(measured: Any) -> None:
