@@ -21,7 +21,7 @@ def test_the_costs_are_those_that_were_measured(row: str, process: str) -> None:
     told = [float(text) * 1000 for text in re.findall(r"([\d.]+) ms", line)]
     measured = [END_TO_END["cpu_us"][way][process] for way in ("batch", "unary")]
     # To one digit, and machines differ.
-    assert told == pytest.approx(measured, rel=0.3)
+    assert all(cost / 2 <= figure <= cost * 2 for figure, cost in zip(told, measured, strict=True))
 
 
 def test_the_connections_are_those_of_the_manifests_at_their_most() -> None:
