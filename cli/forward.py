@@ -46,7 +46,8 @@ async def forwarding(url: str) -> AsyncIterator[Forward]:
             reason = str(error) or f"no answer within {_SECONDS} s"
             return Forwarded(web.Response(status=502, text=reason), reason)
 
-    async with aiohttp.ClientSession(
+    # Not the guarded dialler: it goes where the developer who started this says.
+    async with aiohttp.ClientSession(  # nosemgrep: unguarded-session
         timeout=aiohttp.ClientTimeout(total=_SECONDS),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),

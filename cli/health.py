@@ -16,7 +16,7 @@ from core.errors import ConfigurationError, Unavailable
 
 type Process = Literal["server", "delivery"]
 
-_WILDCARDS = {"", "*", "0.0.0.0", "::"}  # noqa: S104 - compared with, never listened on
+_WILDCARDS = {"", "*", "0.0.0.0", "::"}  # noqa: S104 # nosec B104 - compared with, never listened on
 
 
 class NothingListens(Unavailable):

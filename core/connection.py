@@ -9,7 +9,7 @@ import random
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
@@ -79,6 +79,10 @@ class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
 class Connector:
     """Connects as the settings say, whenever asked."""
 
+    #: Of these hosts, for all of the process: one that comes late must not be the only one to find
+    #: an old primary that came back and takes writes.
+    _accepted_last: ClassVar[dict[tuple[str, ...], str]] = {}
+
     def __init__(
         self, settings: DatabaseSettings, application_name: str, *, limit_statements: bool = True
     ):
@@ -93,7 +97,6 @@ class Connector:
             "command_timeout": patience + 1 if limit_statements else None,
             "server_settings": _server_settings(application_name, patience),
         }
-        self._accepted_last = ""
 
     async def connect(self, **_: Any) -> Connection:
         """A connection that can write, unless the URL asks for another kind.
@@ -108,8 +111,10 @@ class Connector:
                 connection = await self._open(*hosts.values())
             else:
                 # Stable, so the others stay in the operator's order.
-                order = sorted(hosts, key=lambda host: host != self._accepted_last)
-                self._accepted_last, connection = await self._race({h: hosts[h] for h in order})
+                known = self._accepted_last.get(tuple(hosts))
+                order = sorted(hosts, key=lambda host: host != known)
+                accepted, connection = await self._race({h: hosts[h] for h in order})
+                self._accepted_last[tuple(hosts)] = accepted
         _end_when_the_other_vanishes(connection, self._patience)
         # Not all of them at once.
         connection.old_at = time.monotonic() + self._age * random.uniform(0.9, 1.1)  # noqa: S311

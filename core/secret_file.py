@@ -89,7 +89,8 @@ class Renewed[T]:
             except ConfigurationError as error:
                 log.error("secret_file_unusable", error=error.message, kept="the one before")
             else:
-                log.info(
+                # What it shows are ids of keys, or nothing.
+                log.info(  # nosemgrep: secret-in-log
                     "secret_file_loaded",
                     setting=self._secret.source,
                     holds=self._show(self._value),
@@ -100,7 +101,10 @@ class Renewed[T]:
     def _warn_of_readers(self) -> None:
         file = self._secret.file
         if file is not None and not self._public and readable_by_all(file):
-            log.warning("secret_file_readable_by_all", setting=self._secret.source)
+            # The setting's name and its file's.
+            log.warning(  # nosemgrep: secret-in-log
+                "secret_file_readable_by_all", setting=self._secret.source
+            )
 
 
 async def keep_looking(*looks: Callable[[], object]) -> None:

@@ -114,7 +114,8 @@ class CertificateFiles:
                 f"is not the key of {self._certificate}; its own certificate must come first there",
             )
         if readable_by_all(self._private_key):
-            log.warning(
+            # The name of the file.
+            log.warning(  # nosemgrep: secret-in-log
                 "secret_file_readable_by_all",
                 setting=f"WEBHOOK_TLS_PRIVATE_KEY_FILE: {self._private_key}",
             )

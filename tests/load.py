@@ -84,10 +84,13 @@ class Load:
         began = asyncio.get_running_loop().time()
         async with asyncio.timeout(timeout):
             await self._publish_one_batch(1)
-            event_id = self.acknowledged[-1]
-            async with self._changed:
-                await self._changed.wait_for(lambda: event_id in self._arrived)
+            await self.has_arrived(self.acknowledged[-1])
         return asyncio.get_running_loop().time() - began
+
+    async def has_arrived(self, event_id: str, timeout: float = AMPLE) -> None:
+        """Return when this event has arrived, whatever else is on its way."""
+        async with asyncio.timeout(timeout), self._changed:
+            await self._changed.wait_for(lambda: event_id in self._arrived)
 
     async def all_arrived(self, timeout: float = AMPLE) -> None:
         async with asyncio.timeout(timeout), self._changed:

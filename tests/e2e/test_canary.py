@@ -82,10 +82,12 @@ async def test_without_an_engine_it_says_which_step_and_why(
 
 
 @pytest.mark.slow
-async def test_interrupted_it_removes_what_it_made(platform: Platform, command: list[str]) -> None:
+async def test_interrupted_it_removes_what_it_made(
+    platform: Platform, pool: Any, command: list[str]
+) -> None:
     process = await start(command)
     async with asyncio.timeout(20):
-        while not await left(platform):
+        while not await pool.fetchval("SELECT EXISTS (SELECT FROM webhook_configs)"):
             pass
     process.send_signal(signal.SIGTERM)
     code, report = await ended(process)

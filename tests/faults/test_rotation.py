@@ -254,5 +254,5 @@ async def register_and_receive(scene: Scene, merchant_id: str) -> None:
 async def receive_one(scene: Scene, merchant_id: str) -> Received:
     event = (await scene.platform.publish(merchant_id=merchant_id)).event
     scene.load.acknowledged.append(event.id)
-    await scene.load.all_arrived()
+    await scene.load.has_arrived(event.id)
     return next(r for r in scene.receiver.webhooks if r.message_id == event.id)
