@@ -39,8 +39,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         if os.getpid() == 1:
             # In a container. From the first process the kernel keeps what it does not handle, so a
-            # stop would wait until it kills. Servers and engines replace this by their own.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+            # stop would wait until it kills. Servers and engines replace this by their own. As the
+            # kernel would, without an exception: one raised inside a callback of asyncpg was lost.
+            signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
         try:
             super().invoke(ctx)
         except PostriderError as error:

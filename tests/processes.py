@@ -52,7 +52,8 @@ class Process:
 
     async def exit_code(self) -> int:
         async with asyncio.timeout(AMPLE):
-            await self._reading
+            # Shielded, or whoever is too impatient here leaves a cancelled task to the next one.
+            await asyncio.shield(self._reading)
             return await self._process.wait()
 
     @property
