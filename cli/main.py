@@ -1,7 +1,6 @@
 """The `postrider` command. Each subcommand reads its settings and says plainly what is wrong."""
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ import click
 import uvloop
 
 from cli.canary_command import canary
+from cli.collector import spare_what_is_loaded
 from cli.settings import LocalSettings, load, refuse_unknown_variables
 from core.config import (
     DatabaseSettings,
@@ -96,10 +96,7 @@ def server() -> None:
     async def run() -> None:
         await serve(settings, stop_on_signals())
 
-    # What is there now stays: without this the collector walks it again and again under load.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    spare_what_is_loaded()
     uvloop.run(run())
 
 
@@ -152,6 +149,7 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
             end.pass_stop_on(stop)
             await deliver(settings, stop, end.say_ready, partial(telling, end))
 
+    spare_what_is_loaded()
     uvloop.run(run())
 
 
