@@ -191,7 +191,8 @@ class Engine:
                 Outcome.INTERNAL_ERROR, None, "Postrider could not make the request"
             )
         finally:
-            self._places.end(webhook.id, works)
+            if rest := self._places.end(webhook.id, works):
+                self._listener.expect_retry(rest)
         settlement = judge(delivery, webhook, self._settings, started_at, result)
         report.end(settlement, webhook.destination)
         self._measures.attempt_ended(delivery, settlement)

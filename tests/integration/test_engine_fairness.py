@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections import Counter
+from datetime import timedelta
 from time import monotonic
 from typing import Any
 
@@ -150,6 +151,28 @@ async def test_a_receiver_that_times_out_ends_with_one_place(
     assert len(waits) >= 6
     assert max(waits[:3]) < 0.3
     assert min(waits[4:]) >= 0.3
+
+
+async def test_a_receiver_that_fails_at_once_is_given_a_rest_after_each_failure(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    receiver.default = 500
+    async with platform.engine(
+        breaker_failures=1000, retry_schedule_seconds=(600.0,), max_consecutive_failures=1000
+    ):
+        await publish_many(platform, 50)
+        # Not by the sweep of every second, which would take as many seconds.
+        async with asyncio.timeout(8):
+            await receiver.wait_for(12)
+    attempts = await pool.fetch("SELECT started_at, duration_us FROM attempts ORDER BY started_at")
+    ends = [row["started_at"] + timedelta(microseconds=row["duration_us"]) for row in attempts]
+    rests = [
+        (row["started_at"] - end).total_seconds()
+        for end, row in zip(ends, attempts[1:], strict=False)
+    ]
+    assert min(rests[4:]) >= 0.05
+    assert min(rests[8:]) >= 0.5
 
 
 # The breaker.

@@ -170,6 +170,45 @@ def test_a_half_open_config_has_one_place_and_grows_from_there() -> None:
     assert opened == [1, 2, 4, 8]
 
 
+def test_who_fails_again_and_again_rests_longer_each_time_up_to_half_a_second() -> None:
+    clock = Clock()
+    places = Places(500, 32, clock)
+    rests = []
+    for _ in range(8):
+        places.begin(ONE)
+        rests.append(places.end(ONE, works=False))
+        clock.now += 0.9 * rests[-1]
+        assert (free(places, ONE) == 0) is (rests[-1] > 0)
+        clock.now += 0.2 * rests[-1]
+        assert free(places, ONE) > 0
+    assert rests == [0, 0, 0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    assert free(places, OTHER) == FEW
+
+
+def test_an_answer_or_a_probe_ends_the_rest_and_what_says_nothing_does_not() -> None:
+    clock = Clock()
+    places = Places(500, 32, clock)
+
+    def fail_thrice() -> None:
+        for _ in range(4):
+            places.begin(ONE)
+        for _ in range(3):
+            places.end(ONE, works=False)
+        assert free(places, ONE) == 0
+
+    fail_thrice()
+    assert places.end(ONE, works=None) == 0
+    assert free(places, ONE) == 0
+    places.restart(ONE)
+    assert free(places, ONE) == 1
+    fail_thrice()
+    assert places.end(ONE, works=True) == 0
+    assert free(places, ONE) > 0
+    places.begin(ONE)
+    # It begins to count anew.
+    assert places.end(ONE, works=False) == 0
+
+
 def test_what_is_remembered_is_bounded_and_open_attempts_stay_counted() -> None:
     places = Places(500, 32)
     prove(places, ONE)
