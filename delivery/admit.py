@@ -25,6 +25,7 @@ class Admission:
         self._known: set[UUID] = set()
         self._met: set[UUID] = set()
         self._asked_in_vain: dict[UUID, float] = {}
+        self._unclaimed: set[UUID] = set()
 
     def meet(self, webhook_ids: Iterable[UUID]) -> None:
         """These configs have parked deliveries, as a claim found or left them."""
@@ -35,19 +36,22 @@ class Admission:
     def is_awaited(self) -> bool:
         return bool(self._known)
 
-    async def refill(self, wanted: Callable[[UUID], int], *, busy: bool = False) -> None:
+    async def refill(self, wanted: Callable[[UUID], int], *, busy: bool = False) -> bool:
         """Let in what the configs that wait for us can take now; `wanted` says how many of each.
 
-        While we are `busy` with what is ready anyway, a config that has enough of that is not asked
-        for again at once.
+        Returns whether any were let in.
+
+        What was let in the last time is still to be claimed, so its configs are not asked for. While
+        we are `busy` with what is ready anyway, nor is a config that has enough of that.
         """
         now = self._clock()
         waiting = {w for w in self._known if self._asked_in_vain.get(w, now) > now} if busy else ()
-        asked = _hungry(self._known.difference(waiting), wanted)
-        admitted = await self._admit(asked)
+        asked = _hungry(self._known.difference(waiting, self._unclaimed), wanted)
+        self._unclaimed = await self._admit(asked)
         again_at = now + _PATIENCE_SECONDS
-        self._asked_in_vain |= {w: again_at for w in asked if w not in admitted}
-        self._met |= admitted
+        self._asked_in_vain |= {w: again_at for w in asked if w not in self._unclaimed}
+        self._met |= self._unclaimed
+        return bool(self._unclaimed)
 
     async def sweep(self, wanted: Callable[[UUID], int]) -> bool:
         """The same for every config that has a backlog; whether anything was let in."""

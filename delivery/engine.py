@@ -114,9 +114,9 @@ class Engine:
             limit = await self._wait_for_room()
             if limit <= 0:
                 continue
+            # Beside the claim, which others would have to wait for longer; the next one has them.
+            refilling = asyncio.create_task(self._refill(busy=busy))
             try:
-                self._places.survey()
-                await self._admission.refill(self._capacity.wanted_now, busy=busy)
                 claimed = await claim(
                     self._pool, limit, self._settings.lease_seconds, self._measures.claim
                 )
@@ -126,9 +126,20 @@ class Engine:
                 log.warning("claim_retried", error=repr(error))
                 await asyncio.sleep(_DATABASE_RETRY_SECONDS)
                 continue
+            finally:
+                admitted = await refilling
             busy = claimed.taken == limit
-            if not busy:
+            if not busy and not admitted:
                 await self._listener.wait()
+
+    async def _refill(self, *, busy: bool) -> bool:
+        """Let parked deliveries in as there is room; whether there were any."""
+        self._places.survey()
+        try:
+            return await self._admission.refill(self._capacity.wanted_now, busy=busy)
+        except RETRYABLE_ERRORS as error:
+            log.warning("refill_retried", error=repr(error))
+            return False
 
     async def _wait_for_room(self) -> int:
         """How many to claim: at once when many may be, else what is free after a short wait.

@@ -61,3 +61,17 @@ async def test_a_config_that_had_no_places_is_asked_for_as_soon_as_it_has(pool: 
     assert await queue_states(pool) == {"parked": 1}
     await admission.refill(lambda _: 4)
     assert await queue_states(pool) == {"ready": 1}
+
+
+async def test_what_was_let_in_is_claimed_before_its_config_is_asked_for_again(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    for _ in range(3):
+        await make_delivery(pool, webhook_id, state="parked")
+    admission = Admission(pool, Clock())
+    admission.meet([webhook_id])
+
+    assert await admission.refill(lambda _: 1)
+    await pool.execute("DELETE FROM delivery_queue WHERE state = 'ready'")
+    assert not await admission.refill(lambda _: 1)
+    assert await queue_states(pool) == {"parked": 2}
+    assert await admission.refill(lambda _: 1)
