@@ -65,6 +65,8 @@ class Orders:
     events: int = 10**9
     #: Number of the first event.
     first_sequence: int = 0
+    #: When to begin, in seconds since 1970, with the process up and connected; 0 for at once.
+    starts_at: float = 0
 
     def as_argument(self) -> str:
         return json.dumps(asdict(self))
@@ -135,10 +137,20 @@ class _Publisher:
             )
 
 
+async def _wait_for_the_start(starts_at: float, channel: grpc.aio.Channel) -> None:
+    await channel.channel_ready()
+    early = starts_at - time.time()
+    if early < 0:
+        raise RuntimeError(f"the publisher was up {-early:.1f} s after it was to begin")
+    await asyncio.sleep(early)
+
+
 async def _publish(orders: Orders) -> None:
     options = [("grpc.service_config", json.dumps(_RETRY))]
     address = f"127.0.0.1:{orders.port}"
     async with grpc.aio.insecure_channel(address, options=options) as channel:
+        if orders.starts_at:
+            await _wait_for_the_start(orders.starts_at, channel)
         publisher = _Publisher(orders, channel)
         began, cpu = time.perf_counter(), time.process_time()
         run: Callable[[], Any] = publisher.at_a_rate if orders.rate else publisher.within_a_window

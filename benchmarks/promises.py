@@ -91,6 +91,12 @@ PROMISES = (
         beside="{dead_p99_ms} ms; without {p99_ms} ms",
     ),
     Promise(
+        "the same, of the first second, in which they get 50 deliveries each",
+        "neighbours",
+        "healthy_onset_p99_ratio",
+        beside="{dead_onset_p99_ms} ms; without {onset_p99_ms} ms",
+    ),
+    Promise(
         "the same: throughput of the healthy",
         "neighbours",
         "healthy_throughput_ratio",
