@@ -11,9 +11,20 @@ from core import queue
 from core.db import Pool
 from core.models import WebhookConfig
 from postrider.v1 import admin_service_pb2, admin_service_pb2_grpc
-from server import activation, convert
+from server import activation
 from server.audit_log import AuditFilter, list_audit_entries
 from server.authentication import principal
+from server.convert.admin import (
+    audit_entry_message,
+    failed_filter,
+    invariant_budget,
+    invariant_check_message,
+    queue_status_message,
+)
+from server.convert.event_types import event_type_draft, event_type_message
+from server.convert.ids import check_merchant_id, id_of, not_found, optional_id_of
+from server.convert.times import time_filter
+from server.convert.webhook_configs import deactivation_reason_filter, webhook_config_message
 from server.database import Sessions
 from server.erasure import erase_merchant
 from server.event_type_register import EventTypeRegister
@@ -41,26 +52,22 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ReactivateWebhookConfigRequest, context: Context
     ) -> pb.ReactivateWebhookConfigResponse:
         _require_admin()
-        row = await activation.reactivate(self._sessions, convert.id_of("wh", request.id))
+        row = await activation.reactivate(self._sessions, id_of("wh", request.id))
         if row is None:
-            raise convert.not_found("wh", request.id)
+            raise not_found("wh", request.id)
         self._hints.give()
-        return pb.ReactivateWebhookConfigResponse(
-            webhook_config=convert.webhook_config_message(row)
-        )
+        return pb.ReactivateWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def DeactivateWebhookConfig(
         self, request: pb.DeactivateWebhookConfigRequest, context: Context
     ) -> pb.DeactivateWebhookConfigResponse:
         _require_admin()
-        webhook_id = convert.id_of("wh", request.id)
+        webhook_id = id_of("wh", request.id)
         activation.check_reason(request.reason)
         row = await activation.deactivate(self._sessions, webhook_id, request.reason)
         if row is None:
-            raise convert.not_found("wh", request.id)
-        return pb.DeactivateWebhookConfigResponse(
-            webhook_config=convert.webhook_config_message(row)
-        )
+            raise not_found("wh", request.id)
+        return pb.DeactivateWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def ListAllWebhookConfigs(
         self, request: pb.ListAllWebhookConfigsRequest, context: Context
@@ -76,9 +83,9 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         before = parse_page_token(request.page_token, UUID, *identity)
         query = select(WebhookConfig).where(WebhookConfig.deleted_at.is_(None))
         if request.merchant_id:
-            convert.check_merchant_id(request.merchant_id)
+            check_merchant_id(request.merchant_id)
             query = query.where(WebhookConfig.merchant_id == request.merchant_id)
-        reason = convert.deactivation_reason_filter(request.deactivation_reason)
+        reason = deactivation_reason_filter(request.deactivation_reason)
         if request.inactive_only or reason:
             query = query.where(~WebhookConfig.active)
         if reason:
@@ -90,7 +97,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             rows = found.all()
         page = rows[:size]
         return pb.ListAllWebhookConfigsResponse(
-            webhook_configs=[convert.webhook_config_message(row) for row in page],
+            webhook_configs=[webhook_config_message(row) for row in page],
             next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
         )
 
@@ -100,15 +107,15 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         _require_admin()
         identity = (
             "redeliveries",
-            str(convert.time_filter(request, "start_time")),
-            str(convert.time_filter(request, "end_time")),
+            str(time_filter(request, "start_time")),
+            str(time_filter(request, "end_time")),
             request.merchant_id,
             request.webhook_id,
             tuple(request.outcomes),
             request.dry_run,
         )
         after = parse_page_token(request.page_token, parse_place, *identity) or queue.BEGINNING
-        wanted = convert.failed_filter(request, datetime.now(UTC))
+        wanted = failed_filter(request, datetime.now(UTC))
         if request.dry_run:
             page = await count_failed(self._pool, wanted, after)
         else:
@@ -124,36 +131,36 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.CreateEventTypeRequest, context: Context
     ) -> pb.CreateEventTypeResponse:
         _require_admin()
-        row = await self._register.create(convert.event_type_draft(request.event_type))
-        return pb.CreateEventTypeResponse(event_type=convert.event_type_message(row))
+        row = await self._register.create(event_type_draft(request.event_type))
+        return pb.CreateEventTypeResponse(event_type=event_type_message(row))
 
     async def UpdateEventType(
         self, request: pb.UpdateEventTypeRequest, context: Context
     ) -> pb.UpdateEventTypeResponse:
         _require_admin()
-        draft = convert.event_type_draft(request.event_type)
+        draft = event_type_draft(request.event_type)
         row = await self._register.update(draft, set(request.update_mask.paths))
-        return pb.UpdateEventTypeResponse(event_type=convert.event_type_message(row))
+        return pb.UpdateEventTypeResponse(event_type=event_type_message(row))
 
     async def GetQueueStatus(
         self, request: pb.GetQueueStatusRequest, context: Context
     ) -> pb.GetQueueStatusResponse:
         _require_admin()
-        webhook_id = convert.optional_id_of("wh", request.webhook_id, "webhook_id")
+        webhook_id = optional_id_of("wh", request.webhook_id, "webhook_id")
         total, webhooks = await queue_status(self._sessions, webhook_id, request.top)
         return pb.GetQueueStatusResponse(
-            total=convert.queue_status_message(total),
-            webhooks=[convert.queue_status_message(standing) for standing in webhooks],
+            total=queue_status_message(total),
+            webhooks=[queue_status_message(standing) for standing in webhooks],
         )
 
     async def CheckInvariants(
         self, request: pb.CheckInvariantsRequest, context: Context
     ) -> pb.CheckInvariantsResponse:
         _require_admin()
-        budget_seconds = convert.invariant_budget(request)
+        budget_seconds = invariant_budget(request)
         findings = await queue.check_invariants(self._pool, budget_seconds)
         return pb.CheckInvariantsResponse(
-            checks=[convert.invariant_check_message(finding) for finding in findings]
+            checks=[invariant_check_message(finding) for finding in findings]
         )
 
     async def ListAuditEntries(
@@ -161,15 +168,15 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.ListAuditEntriesResponse:
         _require_admin()
         size = page_size(request.page_size, default=50, maximum=100)
-        start = convert.time_filter(request, "start_time")
-        end = convert.time_filter(request, "end_time")
+        start = time_filter(request, "start_time")
+        end = time_filter(request, "end_time")
         identity = ("audit_entries", request.actor, request.resource, str(start), str(end))
         before = parse_page_token(request.page_token, UUID, *identity)
         wanted = AuditFilter(request.actor, request.resource, start, end, before)
         rows = await list_audit_entries(self._sessions, wanted, size + 1)
         page = rows[:size]
         return pb.ListAuditEntriesResponse(
-            audit_entries=[convert.audit_entry_message(row) for row in page],
+            audit_entries=[audit_entry_message(row) for row in page],
             next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
         )
 
@@ -177,7 +184,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.EraseMerchantRequest, context: Context
     ) -> pb.EraseMerchantResponse:
         _require_admin()
-        convert.check_merchant_id(request.merchant_id)
+        check_merchant_id(request.merchant_id)
         erased = await erase_merchant(self._sessions, self._pool, request.merchant_id)
         return pb.EraseMerchantResponse(
             deleted_webhook_configs=erased.webhook_configs, erased_events=erased.events

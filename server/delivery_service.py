@@ -15,9 +15,17 @@ from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import OPEN_STATES
 from postrider.v1 import delivery_service_pb2, delivery_service_pb2_grpc
-from server import convert
 from server.audit import record_change
 from server.authentication import principal
+from server.convert.deliveries import (
+    delivery_message,
+    delivery_messages,
+    delivery_state_filter,
+    watch_message,
+)
+from server.convert.event_types import event_type_filter
+from server.convert.ids import id_of, not_found, optional_id_of
+from server.convert.times import time_range
 from server.database import Sessions, driver_connection
 from server.hint import Hints
 from server.history import (
@@ -69,7 +77,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         merchant_id = _merchant()
         row = await self._find(merchant_id, request.id)
         attempts = await attempts_of(self._pool, [row.id])
-        [delivery] = convert.delivery_messages([row], attempts)
+        [delivery] = delivery_messages([row], attempts)
         return pb.GetDeliveryResponse(delivery=delivery)
 
     async def ListDeliveries(
@@ -77,7 +85,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
     ) -> pb.ListDeliveriesResponse:
         merchant_id = _merchant()
         size = page_size(request.page_size, default=50, maximum=100)
-        start_at, end_at = convert.time_range(request)
+        start_at, end_at = time_range(request)
         identity = (
             "deliveries",
             merchant_id,
@@ -90,10 +98,10 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         )
         before = parse_page_token(request.page_token, UUID, *identity)
         wanted = DeliveryFilter(
-            webhook_id=convert.optional_id_of("wh", request.webhook_id, "webhook_id"),
-            event_id=convert.optional_id_of("evt", request.event_id, "event_id"),
-            state=convert.delivery_state_filter(request.state),
-            event_type=convert.event_type_filter(request.event_type),
+            webhook_id=optional_id_of("wh", request.webhook_id, "webhook_id"),
+            event_id=optional_id_of("evt", request.event_id, "event_id"),
+            state=delivery_state_filter(request.state),
+            event_type=event_type_filter(request.event_type),
             start_at=start_at,
             end_at=end_at,
             before=before,
@@ -102,7 +110,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         page = rows[:size]
         attempts = await attempts_of(self._pool, [row.id for row in page])
         return pb.ListDeliveriesResponse(
-            deliveries=convert.delivery_messages(page, attempts),
+            deliveries=delivery_messages(page, attempts),
             next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
         )
 
@@ -120,18 +128,18 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         # To its end even when the caller hangs up: else nobody knows whether it will be sent.
         made = await asyncio.shield(asyncio.create_task(self._redeliver(merchant_id, row.id)))
         self._hints.give()
-        return pb.RedeliverDeliveryResponse(delivery=convert.delivery_message(made, ()))
+        return pb.RedeliverDeliveryResponse(delivery=delivery_message(made, ()))
 
     async def WatchDeliveries(
         self, request: pb.WatchDeliveriesRequest, context: Context
     ) -> AsyncIterator[pb.WatchDeliveriesResponse]:
         merchant_id = _merchant()
-        webhook_id = convert.optional_id_of("wh", request.webhook_id, "webhook_id")
-        event_type = convert.event_type_filter(request.event_type)
+        webhook_id = optional_id_of("wh", request.webhook_id, "webhook_id")
+        event_type = event_type_filter(request.event_type)
         tokens = ResumeTokens(self._keyring, merchant_id, webhook_id, event_type)
         start = tokens.open(request.resume_token) if request.resume_token else None
         if webhook_id is not None and not await has_webhook(self._pool, merchant_id, webhook_id):
-            raise convert.not_found("wh", request.webhook_id)
+            raise not_found("wh", request.webhook_id)
         since = await take_snapshot(self._pool) if start is None else None
         watch = Watch(
             self._pool,
@@ -147,14 +155,14 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
                 watch.follow(start or Position(since.xmin if since else 0))
             ) as told:
                 async for news in told:
-                    yield convert.watch_message(news.recorded, tokens.seal(news.position))
+                    yield watch_message(news.recorded, tokens.seal(news.position))
         finally:
             self._measures.watchers -= 1
 
     async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
-        row = await find_delivery(self._pool, merchant_id, convert.id_of("dlv", text))
+        row = await find_delivery(self._pool, merchant_id, id_of("dlv", text))
         if row is None:
-            raise convert.not_found("dlv", text)
+            raise not_found("dlv", text)
         return row
 
     async def _redeliver(self, merchant_id: str, delivery_id: UUID) -> DeliveryRow:

@@ -18,8 +18,10 @@ from core.errors import (
     Unavailable,
 )
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
-from server import convert
 from server.authentication import principal
+from server.convert.events import event_draft, event_message, fill_event
+from server.convert.ids import id_of, not_found
+from server.convert.times import time_filter
 from server.event_history import EventFilter, find_event, list_events
 from server.event_types import is_event_type_name, unknown_event_type
 from server.ingest import (
@@ -61,13 +63,11 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> pb.PublishEventResponse:
         caller = _publisher()
         _require_own_merchant(caller, request.event)
-        [result] = await self._ingest.publish(
-            [convert.event_draft(request.event)], "event", trace_parent()
-        )
+        [result] = await self._ingest.publish([event_draft(request.event)], "event", trace_parent())
         if isinstance(result, PostriderError):
             raise result
         response = pb.PublishEventResponse(duplicate=result.duplicate)
-        convert.fill_event(response.event, result)
+        fill_event(response.event, result)
         return response
 
     async def PublishEvents(
@@ -110,11 +110,11 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
 
     async def GetEvent(self, request: pb.GetEventRequest, context: Context) -> pb.GetEventResponse:
         caller = _publisher()
-        event_id = convert.id_of("evt", request.id)
+        event_id = id_of("evt", request.id)
         row = await find_event(self._pool, caller.merchant_id, event_id)
         if row is None:
-            raise convert.not_found("evt", request.id)
-        return pb.GetEventResponse(event=convert.event_message(row))
+            raise not_found("evt", request.id)
+        return pb.GetEventResponse(event=event_message(row))
 
     async def ListEvents(
         self, request: pb.ListEventsRequest, context: Context
@@ -126,8 +126,8 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         if request.type and not is_event_type_name(request.type):
             raise InvalidArgument(unknown_event_type("type", request.type))
         size = page_size(request.page_size, default=50, maximum=100)
-        start = convert.time_filter(request, "start_time")
-        end = convert.time_filter(request, "end_time")
+        start = time_filter(request, "start_time")
+        end = time_filter(request, "end_time")
         identity = ("events", merchant_id, request.type, start, end)
         before = parse_page_token(request.page_token, UUID, *identity)
         if caller.merchant_id not in (None, merchant_id):
@@ -136,7 +136,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         wanted = EventFilter(request.type or None, start, end, before)
         rows = await list_events(self._pool, merchant_id, wanted, size + 1)
         return pb.ListEventsResponse(
-            events=[convert.event_message(row) for row in rows[:size]],
+            events=[event_message(row) for row in rows[:size]],
             next_page_token=page_token(rows[size - 1].id.hex, *identity)
             if len(rows) > size
             else "",
@@ -168,7 +168,7 @@ def _drafts(caller: Principal, events: Sequence[event_pb2.EventInput]) -> list[E
         )
     for event in events:
         _require_own_merchant(caller, event)
-    return [convert.event_draft(event) for event in events]
+    return [event_draft(event) for event in events]
 
 
 def _require_own_merchant(caller: Principal, event: event_pb2.EventInput) -> None:
@@ -186,7 +186,7 @@ def _result(result: PublishedEvent | PostriderError) -> pb.PublishResult:
         )
     status = pb.PUBLISH_STATUS_DUPLICATE if result.duplicate else pb.PUBLISH_STATUS_ACCEPTED
     message = pb.PublishResult(status=status)
-    convert.fill_event(message.event, result)
+    fill_event(message.event, result)
     return message
 
 

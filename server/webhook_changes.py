@@ -19,8 +19,9 @@ from core.keyring import KeyRing
 from core.lifecycle import DeactivationReason
 from core.models import WebhookConfig
 from core.signing import SignatureScheme, new_secret, public_key
-from server import convert
 from server.audit import record_change
+from server.convert.ids import id_of, not_found
+from server.convert.webhook_configs import etag_of
 from server.database import Sessions, driver_connection
 from server.registration import UPDATABLE_FIELDS, WebhookDraft
 
@@ -170,19 +171,19 @@ async def load(
 ) -> WebhookConfig:
     """The merchant's config with this id; NotFound for every other id."""
     query = select(WebhookConfig).where(
-        WebhookConfig.id == convert.id_of("wh", text),
+        WebhookConfig.id == id_of("wh", text),
         WebhookConfig.merchant_id == merchant_id,
         WebhookConfig.deleted_at.is_(None),
     )
     row = await session.scalar(query.with_for_update() if lock else query)
     if row is None:
-        raise convert.not_found("wh", text)
+        raise not_found("wh", text)
     return row
 
 
 def check_etag(row: WebhookConfig, etag: str) -> None:
     """Aborted when the caller read another version; an empty etag asks for no check."""
-    if etag and etag != convert.etag_of(row):
+    if etag and etag != etag_of(row):
         raise Aborted(
             "the webhook config has changed since it was read: get it again and repeat the change "
             "with its new etag",

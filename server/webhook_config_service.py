@@ -24,9 +24,16 @@ from postrider.v1 import (
     webhook_config_service_pb2,
     webhook_config_service_pb2_grpc,
 )
-from server import convert
 from server.authentication import principal
 from server.caller_limits import PingPlaces
+from server.convert.event_types import event_type_message
+from server.convert.webhook_configs import (
+    overlap_seconds,
+    ping_message,
+    signature_scheme,
+    webhook_config_message,
+    webhook_draft,
+)
 from server.database import Sessions
 from server.event_types import EventTypes, event_type_name, is_event_type_prefix
 from server.pagination import page_size, page_token, parse_page_token
@@ -70,9 +77,9 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         self, request: pb.CreateWebhookConfigRequest, context: Context
     ) -> pb.CreateWebhookConfigResponse:
         merchant_id = _merchant()
-        draft = convert.webhook_draft(request.webhook_config)
+        draft = webhook_draft(request.webhook_config)
         url = await self._checked_url(draft, UPDATABLE_FIELDS)
-        scheme = convert.signature_scheme(
+        scheme = signature_scheme(
             request.webhook_config.signature_scheme, "webhook_config.signature_scheme"
         )
         await self._changes.require_room(merchant_id)
@@ -80,7 +87,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         require_reachable(await self._ping(merchant_id, webhook_id, url, [secret], draft))
         row = await _finish(self._changes.insert(webhook_id, merchant_id, url, draft, secret))
         return pb.CreateWebhookConfigResponse(
-            webhook_config=convert.webhook_config_message(row), **_shown_once(row, secret)
+            webhook_config=webhook_config_message(row), **_shown_once(row, secret)
         )
 
     async def GetWebhookConfig(
@@ -89,7 +96,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         merchant_id = _merchant()
         async with self._sessions() as session:
             row = await load(session, merchant_id, request.id)
-        return pb.GetWebhookConfigResponse(webhook_config=convert.webhook_config_message(row))
+        return pb.GetWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def ListWebhookConfigs(
         self, request: pb.ListWebhookConfigsRequest, context: Context
@@ -106,7 +113,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
             rows = (await session.scalars(query.order_by(WebhookConfig.id).limit(size + 1))).all()
         more = len(rows) > size
         return pb.ListWebhookConfigsResponse(
-            webhook_configs=[convert.webhook_config_message(row) for row in rows[:size]],
+            webhook_configs=[webhook_config_message(row) for row in rows[:size]],
             next_page_token=page_token(rows[size - 1].id.hex, "webhooks", merchant_id)
             if more
             else "",
@@ -121,7 +128,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         async with self._sessions() as session:
             current = await load(session, merchant_id, request.webhook_config.id)
         check_etag(current, request.webhook_config.etag)
-        draft = convert.webhook_draft(request.webhook_config)
+        draft = webhook_draft(request.webhook_config)
         # These two must go together, so what is not changed of them is judged, too.
         if "headers" not in fields:
             draft = replace(draft, headers=current.headers)
@@ -141,7 +148,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
                 etag=request.webhook_config.etag,
             )
         )
-        return pb.UpdateWebhookConfigResponse(webhook_config=convert.webhook_config_message(row))
+        return pb.UpdateWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def DeleteWebhookConfig(
         self, request: pb.DeleteWebhookConfigRequest, context: Context
@@ -153,12 +160,12 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         self, request: pb.RotateSecretRequest, context: Context
     ) -> pb.RotateSecretResponse:
         merchant_id = _merchant()
-        overlap = convert.overlap_seconds(request)
+        overlap = overlap_seconds(request)
         check_overlap(overlap)
-        scheme = convert.signature_scheme(request.signature_scheme, "signature_scheme")
+        scheme = signature_scheme(request.signature_scheme, "signature_scheme")
         row, secret = await _finish(self._changes.rotate(merchant_id, request.id, scheme, overlap))
         return pb.RotateSecretResponse(
-            webhook_config=convert.webhook_config_message(row), **_shown_once(row, secret)
+            webhook_config=webhook_config_message(row), **_shown_once(row, secret)
         )
 
     async def PingWebhookConfig(
@@ -170,7 +177,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         result = await self._ping(merchant_id, row.id, row.url, self._secrets(row), row)
         if is_reachable(result):
             await self._changes.found_working(row.id)
-        return convert.ping_message(result)
+        return ping_message(result)
 
     async def ListEventTypes(
         self, request: pb.ListEventTypesRequest, context: Context
@@ -185,7 +192,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
             rows = (await session.scalars(query)).all()
         more = len(rows) > size
         return pb.ListEventTypesResponse(
-            event_types=[convert.event_type_message(row) for row in rows[:size]],
+            event_types=[event_type_message(row) for row in rows[:size]],
             next_page_token=page_token(rows[size - 1].name, "event_types") if more else "",
         )
 

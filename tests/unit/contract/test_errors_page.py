@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from core import errors
-from server import convert, status
+from server import status
+from server.convert import ids
 from tests.gateway import CONFIGURATION
 from tests.reasons import ROOT, SOURCES, Unreadable, Use, uses_in
 
@@ -29,8 +30,8 @@ def rows(heading: str) -> dict[str, str]:
 def uses() -> Iterator[Use]:
     for use in uses_in({str(path.relative_to(ROOT)): path.read_text() for path in SOURCES}):
         if use.reason == "*_NOT_FOUND":
-            for kind in convert._NAMES:
-                yield Use(convert.not_found(kind, "").reason, use.given_to, use.place)
+            for kind in ids._NAMES:
+                yield Use(ids.not_found(kind, "").reason, use.given_to, use.place)
         else:
             yield use
 
