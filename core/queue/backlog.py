@@ -20,19 +20,23 @@ WHERE q.id = t.id AND q.lease_id = t.lease_id
 """
 
 
-# A loose index scan: one probe per config that has a backlog, however long the backlogs are.
-_WEBHOOKS_WITH_BACKLOG = """
-WITH RECURSIVE backlog AS (
+#: The head of a statement, with `backlogs`: the configs that have one. A loose index scan, of one
+#: probe per config that is read, however long the backlogs are.
+BACKLOGS = """
+WITH RECURSIVE probe AS (
     (SELECT webhook_id FROM delivery_queue WHERE state = 'parked' ORDER BY webhook_id LIMIT 1)
     UNION ALL
     SELECT (
         SELECT q.webhook_id FROM delivery_queue q
-        WHERE q.state = 'parked' AND q.webhook_id > b.webhook_id
+        WHERE q.state = 'parked' AND q.webhook_id > p.webhook_id
         ORDER BY q.webhook_id LIMIT 1
-    ) FROM backlog b WHERE b.webhook_id IS NOT NULL
+    ) FROM probe p WHERE p.webhook_id IS NOT NULL
+), backlogs AS (
+    SELECT webhook_id FROM probe WHERE webhook_id IS NOT NULL
 )
-SELECT webhook_id FROM backlog WHERE webhook_id IS NOT NULL
 """
+
+_WEBHOOKS_WITH_BACKLOG = f"{BACKLOGS} SELECT webhook_id FROM backlogs"  # noqa: S608 - of constants
 
 
 # How many webhooks a config's rate leaves now: what came back since it was used up, at most a

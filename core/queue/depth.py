@@ -6,6 +6,7 @@ AdminService.GetQueueStatus counts exactly, and reads all there is to count.
 from dataclasses import dataclass
 
 from core.lifecycle import DeliveryState
+from core.queue.backlog import BACKLOGS
 from core.queue.records import Connection
 
 #: So many of a state are counted; what is more is estimated.
@@ -64,24 +65,13 @@ SELECT coalesce(extract(epoch FROM now() - least(
 )), 0)::float8
 """
 
-# Who is held has a backlog, once something of it is due; so the backlogs lead to the breakers, a
-# probe each, as in a sweep.
-_BREAKERS = """
-WITH RECURSIVE backlog AS (
-    (SELECT webhook_id FROM delivery_queue WHERE state = 'parked' ORDER BY webhook_id LIMIT 1)
-    UNION ALL
-    SELECT (
-        SELECT q.webhook_id FROM delivery_queue q
-        WHERE q.state = 'parked' AND q.webhook_id > b.webhook_id
-        ORDER BY q.webhook_id LIMIT 1
-    ) FROM backlog b WHERE b.webhook_id IS NOT NULL
-), waiting AS (
-    SELECT webhook_id FROM backlog WHERE webhook_id IS NOT NULL LIMIT $1
-)
+# Who is held has a backlog, once something of it is due; so the backlogs lead to the breakers.
+_BREAKERS = f"""
+{BACKLOGS}
 SELECT count(*) FILTER (WHERE c.breaker_open_until > now()) AS open,
     count(*) FILTER (WHERE c.breaker_open_until <= now()) AS half_open
-FROM waiting w JOIN webhook_configs c ON c.id = w.webhook_id
-"""
+FROM (SELECT webhook_id FROM backlogs LIMIT $1) b JOIN webhook_configs c ON c.id = b.webhook_id
+"""  # noqa: S608 - of constants
 
 
 @dataclass(frozen=True, slots=True)

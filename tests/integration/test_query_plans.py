@@ -603,6 +603,7 @@ async def test_how_deep_the_queue_is_reads_no_more_of_a_state_than_is_counted(cr
     plan = await _explain(crowded, depth._DEPTH, 1000)
     oldest = await _explain(crowded, depth._OLDEST_DUE)
     breakers = await _explain(crowded, depth._BREAKERS, 1000)
+    of_three = await _explain(crowded, depth._BREAKERS, 3)
     await crowded.execute("RESET enable_seqscan; RESET enable_sort")
 
     read = {scan.index: scan.rows for scan in plan.scans if scan.index != "pg_class_oid_index"}
@@ -618,6 +619,7 @@ async def test_how_deep_the_queue_is_reads_no_more_of_a_state_than_is_counted(cr
     }
     # One probe for each of 10 configs with a backlog, and one that finds no more.
     assert breakers.index_scan("delivery_queue_parked").rows <= 11
+    assert 3 <= sum(s.rows for s in of_three.scans if s.index == "delivery_queue_parked") <= 4
     for one in (plan, oldest, breakers):
         one.assert_nothing_is_walked()
 
