@@ -3,15 +3,16 @@
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cli.migrate import migrate
 from tests.conftest import database_settings
+from tests.load import Load
 from tests.pages import section, sh
+from tests.processes import AMPLE
 from tests.scene import BRISK, Conclude, Scene
 from tests.standby import Pair, operators_path
 
@@ -54,12 +55,8 @@ def database_url(pair: Pair) -> str:
 async def test_the_primary_is_killed_and_the_standby_promoted(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
-    await engines(scene)
-    async with scene.load.running() as load:
-        await load.arrived_more(300)
-        in_flight = await scene.leased()
-        pair.primary.kill()
-        await pair.fail_over()
+    async with under_load(scene, 300) as load:
+        in_flight = await lose_primary(scene, pair)
         seconds = await load.fresh_arrives()
         await load.arrived_more(300)
     await conclude(scene, f"failover, back in {seconds:.1f} s", in_flight)
@@ -72,16 +69,11 @@ async def test_a_commit_that_gave_up_waiting_for_the_standby_is_not_acknowledged
 ) -> None:
     """What was published is there for its repetition to find, but only on the primary."""
     async with start_scene(database_statement_timeout_seconds=0.5) as scene:
-        await engines(scene)
-        async with scene.load.running() as load:
-            await load.arrived_more(100)
+        async with under_load(scene, 100) as load:
             in_flight = await scene.leased()
             with pair.standby.frozen():
-                # Every client has repeated a call, and then repeats it more than once.
-                await load.repeated_more(3)
-                acknowledged = len(load.acknowledged)
-                await load.repeated_more(3 * 3, timeout=60)
-                assert len(load.acknowledged) == acknowledged
+                # Every client repeats it more than once.
+                await nothing_is_acknowledged(load, 3 * 3, timeout=60)
                 # What was sent meanwhile has no settlement that the standby knows.
                 in_flight += await scene.leased()
                 pair.primary.kill()
@@ -91,18 +83,16 @@ async def test_a_commit_that_gave_up_waiting_for_the_standby_is_not_acknowledged
 
 
 async def test_a_planned_switchover_and_back(scene: Scene, pair: Pair, conclude: Conclude) -> None:
-    await engines(scene)
     in_flight, longest = 0, 0.0
-    async with scene.load.running() as load:
+    async with under_load(scene, 200) as load:
         for _ in range(2):
-            await load.arrived_more(200)
             in_flight += await scene.leased()
             # It waits until the standby has everything.
             pair.primary.stop()
             await pair.fail_over()
             longest = max(longest, await load.fresh_arrives())
             await pair.follow()
-        await load.arrived_more(200)
+            await load.arrived_more(200)
     await conclude(scene, f"switchover and back, each in {longest:.1f} s", in_flight)
     assert longest <= BACK_SECONDS
     assert all(process.lives for process in scene.processes.started)
@@ -111,12 +101,8 @@ async def test_a_planned_switchover_and_back(scene: Scene, pair: Pair, conclude:
 async def test_the_old_primary_comes_back_and_nothing_is_written_to_it(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
-    await engines(scene)
-    async with scene.load.running() as load:
-        await load.arrived_more(200)
-        in_flight = await scene.leased()
-        pair.primary.kill()
-        await pair.fail_over()
+    async with under_load(scene, 200) as load:
+        in_flight = await lose_primary(scene, pair)
         await load.arrived_more(100)
         # Nobody kept it from starting, and it takes itself for the primary.
         pair.standby.start()
@@ -137,15 +123,10 @@ async def test_the_old_primary_comes_back_and_nothing_is_written_to_it(
 async def test_without_its_standby_nothing_is_accepted_until_an_operator_says_so(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
-    await engines(scene)
-    async with scene.load.running() as load:
-        await load.arrived_more(100)
+    async with under_load(scene, 100) as load:
         in_flight = await scene.leased()
         pair.standby.kill()
-        await load.repeated_more(3)
-        acknowledged = len(load.acknowledged)
-        await load.repeated_more(3)
-        assert len(load.acknowledged) == acknowledged
+        await nothing_is_acknowledged(load, 3)
         # The lines of docs/runbook.md.
         go_on_alone, look = section("docs/runbook.md", "Database failing over")
         environment = {"PATH": operators_path(), "WEBHOOK_DATABASE_URL": pair.url}
@@ -162,9 +143,7 @@ async def test_a_primary_that_hangs_is_left_for_the_one_that_is_promoted(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
     """Its connections stay, and say nothing: as with a disk that does not answer."""
-    await engines(scene)
-    async with scene.load.running() as load:
-        await load.arrived_more(200)
+    async with under_load(scene, 200) as load:
         in_flight = await scene.leased()
         with pair.primary.frozen():
             await pair.fail_over()
@@ -176,8 +155,28 @@ async def test_a_primary_that_hangs_is_left_for_the_one_that_is_promoted(
     assert all(process.lives for process in scene.processes.started)
 
 
-async def engines(scene: Scene, **settings: Any) -> None:
-    """Two engines under their supervisor, once both deliver."""
-    supervisor = await scene.processes.start("delivery", "--processes=2", **{**BRISK, **settings})
+@asynccontextmanager
+async def under_load(scene: Scene, arrived: int) -> AsyncIterator[Load]:
+    """Two engines under their supervisor, and load, from when so many events have arrived."""
+    supervisor = await scene.processes.start("delivery", "--processes=2", **BRISK)
     await supervisor.wait_for("delivering", 2)
     scene.engines.append(supervisor)
+    async with scene.load.running() as load:
+        await load.arrived_more(arrived)
+        yield load
+
+
+async def lose_primary(scene: Scene, pair: Pair) -> int:
+    """Kill it and promote the standby; how many deliveries were leased just before."""
+    leased = await scene.leased()
+    pair.primary.kill()
+    await pair.fail_over()
+    return leased
+
+
+async def nothing_is_acknowledged(load: Load, repeated: int, timeout: float = AMPLE) -> None:
+    """Not while so many calls are repeated, from when every client has repeated one."""
+    await load.repeated_more(3)
+    acknowledged = len(load.acknowledged)
+    await load.repeated_more(repeated, timeout)
+    assert len(load.acknowledged) == acknowledged
