@@ -22,7 +22,7 @@ from server.convert.admin import (
     queue_status_message,
 )
 from server.convert.event_types import event_type_draft, event_type_message
-from server.convert.ids import check_merchant_id, id_of, not_found, optional_id_of
+from server.convert.ids import id_of, not_found, optional_id_of
 from server.convert.times import time_filter
 from server.convert.webhook_configs import deactivation_reason_filter, webhook_config_message
 from server.database import Sessions
@@ -30,6 +30,7 @@ from server.erasure import erase_merchant
 from server.event_type_register import EventTypeRegister
 from server.event_types import EventTypes
 from server.hint import Hints
+from server.merchant_ids import check_merchant_id
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Scope
 from server.queue_status import queue_status

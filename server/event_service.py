@@ -28,9 +28,8 @@ from server.ingest import (
     EventDraft,
     Ingest,
     PublishedEvent,
-    is_merchant_id,
-    wrong_merchant_id,
 )
+from server.merchant_ids import check_merchant_id
 from server.ordered_commits import OrderedCommits, Turns
 from server.pagination import page_size, page_token, parse_page_token
 from server.principal import Principal, Scope
@@ -121,8 +120,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> pb.ListEventsResponse:
         caller = _publisher()
         merchant_id = request.merchant_id or caller.merchant_id or ""
-        if not is_merchant_id(merchant_id):
-            raise InvalidArgument(wrong_merchant_id("merchant_id"))
+        check_merchant_id(merchant_id)
         if request.type and not is_event_type_name(request.type):
             raise InvalidArgument(unknown_event_type("type", request.type))
         size = page_size(request.page_size, default=50, maximum=100)

@@ -27,8 +27,8 @@ from server.event_types import EventTypes, unknown_event_type
 from server.group_commit import GroupCommit
 from server.hint import Hints
 from server.measures import ServerMeasures
+from server.merchant_ids import is_merchant_id, wrong_merchant_id
 
-_MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: Of idempotency and of ordering.
 _KEY = re.compile(r"[ -~]{1,128}")
 # ASCII, since ignoring case alone takes ſ for s and the Kelvin sign for k.
@@ -52,16 +52,6 @@ JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
 JOIN events e ON e.id = k.event_id
 FOR KEY SHARE OF k
 """
-
-
-def is_merchant_id(text: str) -> bool:
-    """Whether a merchant can be called so."""
-    return _MERCHANT_ID.fullmatch(text) is not None
-
-
-def wrong_merchant_id(field: str) -> FieldViolation:
-    """The violation for a text that is no merchant's id."""
-    return FieldViolation(field, "must be 1 to 64 of A-Z a-z 0-9 _ -", "MERCHANT_ID_INVALID")
 
 
 class EventDraft(NamedTuple):

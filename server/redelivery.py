@@ -14,7 +14,7 @@ from core.ids import format_id
 from core.queue import FailedFilter, Place, RedeliveredPage
 from server.audit import record_change
 from server.database import Sessions, driver_connection
-from server.ingest import is_merchant_id
+from server.merchant_ids import is_merchant_id
 
 #: Deliveries looked at in one transaction, and transactions of one call: tenths of a second in all.
 _PAGE = 500

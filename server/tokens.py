@@ -5,7 +5,6 @@ its key is withdrawn. The algorithm comes from the key, never from the token.
 """
 
 import hashlib
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ import jwt
 
 from core.errors import Unauthenticated
 from server.keys import KeySource, VerificationKey
+from server.merchant_ids import is_merchant_id
 from server.principal import Principal
 
 MAX_TOKEN_BYTES = 4096
 MAX_REMEMBERED_TOKENS = 10_000
 
-_MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_SUBJECT_CHARACTERS = 255
 
 
@@ -146,7 +145,7 @@ def _merchant_id_of(claims: dict[str, Any]) -> str | None:
     if "merchant_id" not in claims:
         return None
     merchant_id = claims["merchant_id"]
-    if not (isinstance(merchant_id, str) and _MERCHANT_ID.fullmatch(merchant_id)):
+    if not (isinstance(merchant_id, str) and is_merchant_id(merchant_id)):
         raise jwt.InvalidTokenError("merchant_id")
     return merchant_id
 

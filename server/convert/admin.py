@@ -8,8 +8,9 @@ from core.lifecycle import Outcome
 from core.models import AuditEntry
 from core.queue import FailedFilter, Finding
 from postrider.v1 import admin_service_pb2, delivery_pb2
-from server.convert.ids import check_merchant_id, optional_id_of
+from server.convert.ids import optional_id_of
 from server.convert.times import duration_of, seconds_of, time_range, timestamp
+from server.merchant_ids import check_merchant_id
 from server.queue_status import Standing
 
 

@@ -5,7 +5,6 @@ from uuid import UUID
 
 from core.errors import InvalidArgument, NotFound
 from core.ids import IdKind, parse_id
-from server.ingest import is_merchant_id
 
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
 
@@ -34,11 +33,3 @@ def not_found(kind: IdKind, text: str) -> NotFound:
         f"there is no {_NAMES[kind]} with the id {text[:80]!r}",
         reason=f"{_NAMES[kind].upper().replace(' ', '_')}_NOT_FOUND",
     )
-
-
-def check_merchant_id(merchant_id: str) -> None:
-    """InvalidArgument when no merchant can have this id."""
-    if not is_merchant_id(merchant_id):
-        raise InvalidArgument.of(
-            "merchant_id", "must be 1 to 64 of A-Z a-z 0-9 _ -", reason="MERCHANT_ID_INVALID"
-        )
