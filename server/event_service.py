@@ -23,12 +23,9 @@ from server.convert.events import event_draft, event_message, fill_event
 from server.convert.ids import id_of, not_found
 from server.convert.times import time_filter
 from server.event_history import EventFilter, find_event, list_events
+from server.event_rules import EventDraft
 from server.event_types import is_event_type_name, unknown_event_type
-from server.ingest import (
-    EventDraft,
-    Ingest,
-    PublishedEvent,
-)
+from server.ingest import Ingest, PublishedEvent
 from server.merchant_ids import check_merchant_id
 from server.ordered_commits import OrderedCommits, Turns
 from server.pagination import page_size, page_token, parse_page_token

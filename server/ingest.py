@@ -1,4 +1,4 @@
-"""Stage: accepts events. Validates each, then stores a batch and fans it out in one statement.
+"""Stage: accepts events. Has each checked, then stores a batch and fans it out in one statement.
 
 Storing, fan-out and queueing are core/queue.enqueue: a single statement, hence a single commit,
 so an accepted event always has its deliveries and their place in the queue.
@@ -6,37 +6,26 @@ so an accepted event always has its deliveries and their place in the queue.
 
 import asyncio
 import hashlib
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from datetime import datetime
 from time import perf_counter
 from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
-import orjson
 
 from core import queue
 from core.db import Pool, met_new_part
-from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
+from core.errors import AlreadyExists, InvalidArgument, PostriderError
 from core.ids import new_id
 from core.queue import CROWD, NewEvent
 from server.crowds import FLOOD, Crowds
-from server.event_types import EventTypes, unknown_event_type
+from server.event_rules import DEFAULT_CONTENT_TYPE, EventDraft, EventRules
+from server.event_types import EventTypes
 from server.group_commit import GroupCommit
 from server.hint import Hints
 from server.measures import ServerMeasures
-from server.merchant_ids import is_merchant_id, wrong_merchant_id
 
-#: Of idempotency and of ordering.
-_KEY = re.compile(r"[ -~]{1,128}")
-# ASCII, since ignoring case alone takes ſ for s and the Kelvin sign for k.
-_ANY_CASE = re.ASCII | re.IGNORECASE
-_CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[a-z0-9-]+)?", _ANY_CASE)
-_JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", _ANY_CASE)
-DEFAULT_CONTENT_TYPE = "application/json"
-_NOT_BEFORE_MAX = timedelta(days=30)
 #: Events of one call that are not put in front of others' single ones.
 _LARGE = 100
 
@@ -52,19 +41,6 @@ JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
 JOIN events e ON e.id = k.event_id
 FOR KEY SHARE OF k
 """
-
-
-class EventDraft(NamedTuple):
-    """An event as a producer sent it, nothing of it checked; `payload` None when there was none."""
-
-    merchant_id: str
-    type: str
-    content_type: str
-    payload: bytes | None
-    idempotency_key: str
-    #: `datetime.max` stands for a time that is none.
-    not_before: datetime | None = None
-    ordering_key: str = ""
 
 
 class PublishedEvent(NamedTuple):
@@ -98,7 +74,7 @@ class Ingest:
         self._pool = pool
         self._event_types = event_types
         self._hints = hints
-        self._max_payload_bytes = max_payload_bytes
+        self._rules = EventRules(event_types, max_payload_bytes)
         self._measures = measures
         self._crowds = Crowds()
 
@@ -127,7 +103,7 @@ class Ingest:
         unknown_types = await self._event_types.unknown({draft.type for draft in drafts})
         checked: list[NewEvent | PostriderError] = []
         for index, draft in enumerate(drafts):
-            violations = self._violations(draft, path.format(index), unknown_types)
+            violations = self._rules.violations(draft, path.format(index), unknown_types)
             checked.append(
                 InvalidArgument(*violations) if violations else _new_event(draft, trace_parent)
             )
@@ -216,76 +192,6 @@ class Ingest:
                     duplicate=True,
                 )
         return results
-
-    def _violations(
-        self, draft: EventDraft, path: str, unknown_types: set[str]
-    ) -> list[FieldViolation]:
-        found = []
-        if not is_merchant_id(draft.merchant_id):
-            found.append(wrong_merchant_id(f"{path}.merchant_id"))
-        is_known = draft.type not in unknown_types
-        if not is_known:
-            found.append(unknown_event_type(f"{path}.type", draft.type))
-        description = "must be at most 128 printable ASCII characters"
-        if draft.idempotency_key and not _KEY.fullmatch(draft.idempotency_key):
-            field = f"{path}.idempotency_key"
-            found.append(FieldViolation(field, description, "IDEMPOTENCY_KEY_INVALID"))
-        if draft.ordering_key and not _KEY.fullmatch(draft.ordering_key):
-            field = f"{path}.ordering_key"
-            found.append(FieldViolation(field, description, "ORDERING_KEY_INVALID"))
-        if draft.not_before and draft.not_before > datetime.now(UTC) + _NOT_BEFORE_MAX:
-            found.append(
-                FieldViolation(
-                    f"{path}.not_before",
-                    "must be a time at most 30 days ahead, or unset to deliver at once",
-                    "NOT_BEFORE_INVALID",
-                )
-            )
-        found += self._payload_violations(draft, path, is_known)
-        return found
-
-    def _payload_violations(
-        self, draft: EventDraft, path: str, is_known: bool
-    ) -> list[FieldViolation]:
-        content_type = draft.content_type or DEFAULT_CONTENT_TYPE
-        is_json = _is_json(content_type) if len(content_type) <= 128 else None
-        if is_json is None:
-            description = "must be a media type such as application/json, or empty for that"
-            return [FieldViolation(f"{path}.content_type", description, "CONTENT_TYPE_INVALID")]
-        if draft.payload is None:
-            description = "is required: set payload (bytes) or payload_text"
-            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_MISSING")]
-        if len(draft.payload) > self._max_payload_bytes:
-            description = (
-                f"has {len(draft.payload)} bytes, at most {self._max_payload_bytes} are accepted: "
-                "send a smaller payload that says where the rest is"
-            )
-            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_TOO_LARGE")]
-        document = None
-        if is_json:
-            try:
-                document = orjson.loads(draft.payload)
-            except orjson.JSONDecodeError:
-                description = f"is not JSON, which its content type {content_type} says it is"
-                return [FieldViolation(f"{path}.payload", description, "PAYLOAD_NOT_JSON")]
-        fault = None
-        if is_known and self._event_types.enforces_schema(draft.type):
-            # A schema says nothing of what is not JSON, so that does not pass it.
-            fault = f"it is {content_type}, not JSON"
-            if is_json:
-                fault = self._event_types.payload_fault(draft.type, document)
-        if fault is None:
-            return []
-        description = f"does not match the schema of {draft.type}: {fault}"
-        return [FieldViolation(f"{path}.payload", description, "PAYLOAD_SCHEMA")]
-
-
-@lru_cache(maxsize=256)
-def _is_json(content_type: str) -> bool | None:
-    """Whether payloads of this type are JSON; None when it is no media type at all."""
-    if not _CONTENT_TYPE.fullmatch(content_type):
-        return None
-    return _JSON_TYPE.match(content_type) is not None
 
 
 def _new_event(draft: EventDraft, trace_parent: str | None) -> NewEvent:

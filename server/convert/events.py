@@ -6,7 +6,8 @@ from core.ids import format_id
 from postrider.v1 import event_pb2
 from server.convert.times import fill_time
 from server.event_history import EventRow
-from server.ingest import EventDraft, PublishedEvent
+from server.event_rules import EventDraft
+from server.ingest import PublishedEvent
 
 
 def event_draft(message: event_pb2.EventInput) -> EventDraft:

@@ -8,9 +8,10 @@ import pytest
 
 from core.ids import new_id
 from server.crowds import FLOOD
+from server.event_rules import EventDraft
 from server.event_types import EventTypes
 from server.hint import Hints
-from server.ingest import EventDraft, Ingest, PublishedEvent
+from server.ingest import Ingest, PublishedEvent
 from server.measures import ServerMeasures
 from tests.factories import EVENT_TYPE, promptly, until_blocked
 

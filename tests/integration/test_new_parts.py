@@ -9,9 +9,10 @@ from core.retention import days
 from delivery.config import DeliverySettings
 from delivery.measures import EngineMeasures
 from delivery.record import Recorder
+from server.event_rules import EventDraft
 from server.event_types import EventTypes
 from server.hint import Hints
-from server.ingest import EventDraft, Ingest, PublishedEvent
+from server.ingest import Ingest, PublishedEvent
 from server.measures import ServerMeasures
 from tests.factories import (
     EVENT_TYPE,
