@@ -22,11 +22,15 @@ def new_id() -> UUID:
     return uuid7()
 
 
-def first_id_at(moment: datetime) -> UUID:
-    """The lowest id of this millisecond: ids of [start, end) are between those of start and end."""
+def first_id_at(moment: datetime, shift: timedelta = timedelta()) -> UUID:
+    """The lowest id of this millisecond: ids of [start, end) are between those of start and end.
+
+    `shift` is how far the clock that made the ids may be from the moment's. Before 1970 there are
+    none: the lowest of all.
+    """
     # Not timestamp(), which is a float and may round a millisecond up.
-    milliseconds = (moment - _EPOCH) // timedelta(milliseconds=1)
-    return UUID(int=milliseconds << 80)
+    milliseconds = (moment - _EPOCH + shift) // timedelta(milliseconds=1)
+    return UUID(int=max(milliseconds, 0) << 80)
 
 
 def format_id(kind: IdKind, value: UUID) -> str:

@@ -9,13 +9,13 @@ from uuid import UUID
 from sqlalchemy import Select, select
 
 from core.errors import InvalidArgument
+from core.ids import first_id_at
 from core.models import AuditEntry
 from server.database import Sessions
 
 #: Ids begin with a server's time and `created_at` is the database's: how far they may be apart.
 _CLOCKS_APART = timedelta(days=1)
 _TEXT_MAX = 256
-_EPOCH_MILLISECONDS_MAX = (1 << 48) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,11 @@ def _page(wanted: AuditFilter, limit: int) -> Select[Any]:
             query = query.where(column == text)
     # The ids bound what is read, the times decide.
     if wanted.start is not None:
-        first = _first_id_at(wanted.start, -_CLOCKS_APART)
+        first = first_id_at(wanted.start, -_CLOCKS_APART)
         query = query.where(AuditEntry.id >= first, AuditEntry.created_at >= wanted.start)
     if wanted.end is not None:
-        last = _first_id_at(wanted.end, _CLOCKS_APART)
+        last = first_id_at(wanted.end, _CLOCKS_APART)
         query = query.where(AuditEntry.id < last, AuditEntry.created_at < wanted.end)
     if wanted.before is not None:
         query = query.where(AuditEntry.id < wanted.before)
     return query
-
-
-def _first_id_at(moment: datetime, shift: timedelta) -> UUID:
-    """The lowest UUIDv7 of a moment, or of the nearest one such an id can hold."""
-    milliseconds = int((moment.timestamp() + shift.total_seconds()) * 1000)
-    return UUID(int=min(max(milliseconds, 0), _EPOCH_MILLISECONDS_MAX) << 80)

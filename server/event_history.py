@@ -1,15 +1,16 @@
 """Reads accepted events, without their payloads; always of one merchant, or of one id."""
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from core.db import Pool
+from core.ids import first_id_at
 
 _ID_MAX = UUID(int=(1 << 128) - 1)
 #: An id has its server's time from before the commit, an event the database's time of it. What
 #: lies between them, waiting and the clocks' difference together, is taken to be less than this.
-_SKEW_MS = 60_000
+_SKEW = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ async def list_events(
 
 def _page(merchant_id: str, wanted: EventFilter, limit: int) -> tuple[str, list[object]]:
     """The statement of a page, with its arguments."""
-    lowest = _first_id(wanted.start, -_SKEW_MS) if wanted.start else UUID(int=0)
-    highest = _first_id(wanted.end, _SKEW_MS) if wanted.end else _ID_MAX
+    lowest = first_id_at(wanted.start, -_SKEW) if wanted.start else UUID(int=0)
+    highest = first_id_at(wanted.end, _SKEW) if wanted.end else _ID_MAX
     if wanted.before is not None:
         highest = min(highest, wanted.before)
     arguments: list[object] = [merchant_id, lowest, highest, limit]
@@ -77,8 +78,3 @@ def _page(merchant_id: str, wanted: EventFilter, limit: int) -> tuple[str, list[
             arguments.append(value)
             filters += f" AND {condition} ${len(arguments)}"
     return _LIST.format(filters=filters), arguments
-
-
-def _first_id(moment: datetime, offset_ms: int) -> UUID:
-    """The least UUIDv7 that a clock at this time plus the offset makes."""
-    return UUID(int=max(0, int(moment.timestamp() * 1000) + offset_ms) << 80)

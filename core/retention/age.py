@@ -130,7 +130,7 @@ async def remove_events(connection: Connection, terms: DeliveryTerms, *, dry: bo
         removed += await _walk(
             connection,
             _EVENTS.format(part=part, removed=change),
-            first_id_at(terms.delivered_before + _CLOCKS_APART),
+            first_id_at(terms.delivered_before, _CLOCKS_APART),
             terms.delivered_before,
         )
     return removed
@@ -143,7 +143,7 @@ async def count_keys(connection: Connection, before: datetime) -> int:
 
 async def count_audit_entries(connection: Connection, before: datetime) -> int:
     query = "SELECT count(*) FROM audit_entries WHERE id < $2 AND created_at < $1"
-    return int(await connection.fetchval(query, before, first_id_at(before + _CLOCKS_APART)))
+    return int(await connection.fetchval(query, before, first_id_at(before, _CLOCKS_APART)))
 
 
 async def remove_keys(connection: Connection, before: datetime) -> int:
@@ -151,7 +151,7 @@ async def remove_keys(connection: Connection, before: datetime) -> int:
 
 
 async def remove_audit_entries(connection: Connection, before: datetime) -> int:
-    return await _delete(connection, _AUDIT, before, first_id_at(before + _CLOCKS_APART))
+    return await _delete(connection, _AUDIT, before, first_id_at(before, _CLOCKS_APART))
 
 
 async def remove_runs(connection: Connection, now: datetime) -> None:

@@ -1,12 +1,13 @@
 """Ids: ascending inside, prefixed outside, and nothing else is taken for one."""
 
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.ids import format_id, new_id, parse_id
+from core.ids import first_id_at, format_id, new_id, parse_id
 
 KINDS = st.sampled_from(["wh", "evt", "dlv"])
 
@@ -16,6 +17,30 @@ def test_new_ids_are_uuids_of_version_7_that_ascend() -> None:
 
     assert {(one.version, one.variant) for one in made} == {(7, "specified in RFC 4122")}
     assert made == sorted(set(made))
+
+
+def test_the_first_id_of_a_millisecond_is_between_those_made_in_it_and_before_it() -> None:
+    moment = datetime(2026, 11, 22, 7, 30, 12, 345_999, tzinfo=UTC)
+
+    first = first_id_at(moment)
+
+    assert first == first_id_at(moment.replace(microsecond=345_000))
+    assert first.int >> 80 == 1_795_332_612_345
+    assert first.int & ((1 << 80) - 1) == 0
+
+
+def test_the_first_id_of_another_clock_is_as_far_away_as_that_clock_is() -> None:
+    moment, apart = datetime(2026, 11, 22, tzinfo=UTC), timedelta(days=1)
+
+    assert first_id_at(moment, apart) == first_id_at(moment + apart)
+    assert first_id_at(moment, -apart) == first_id_at(moment - apart)
+
+
+def test_before_1970_the_first_id_is_the_lowest_and_after_9999_it_is_still_one() -> None:
+    earliest = datetime(1970, 1, 1, tzinfo=UTC)
+
+    assert first_id_at(earliest, timedelta(minutes=-1)) == first_id_at(earliest) == UUID(int=0)
+    assert first_id_at(datetime.max.replace(tzinfo=UTC), timedelta(days=1)) > new_id()
 
 
 def test_an_id_is_its_prefix_and_32_hexadecimal_digits() -> None:
