@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from core import queue
+from core.connection import Connection
 from core.ids import first_id_at
-from core.retention.days import KEYS, Connection
+from core.retention.days import KEYS
 from core.retention.patience import GAVE_WAY, patiently
 from core.retention.terms import DeliveryTerms
 

@@ -8,16 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Any
 from uuid import UUID
 
 import asyncpg
 
+from core.connection import Connection
 from core.db import Pool
 from core.ids import first_id_at
 from core.retention.patience import bound_statements
-
-type Connection = Any
 
 #: How many whole days ahead have their parts.
 AHEAD = 7

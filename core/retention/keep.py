@@ -7,7 +7,8 @@ broken off anywhere and begun again; with `dry` it only counts.
 from uuid import UUID
 
 from core import queue
-from core.retention.days import Connection, Day
+from core.connection import Connection
+from core.retention.days import Day
 from core.retention.patience import patiently
 from core.retention.terms import DeliveryTerms
 

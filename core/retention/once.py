@@ -16,12 +16,12 @@ import structlog
 
 from core import queue
 from core.config import DatabaseSettings, RetentionSettings
-from core.connection import Connector
+from core.connection import Connection, Connector
 from core.db import CONNECTION_ERRORS, Pool
 from core.ids import new_id
 from core.operator import RECORD_COMMAND, Operator, command_entry
 from core.retention import age, days, keep
-from core.retention.days import Connection, Day
+from core.retention.days import Day
 from core.retention.patience import GAVE_WAY, HOLD_SECONDS, LOCK_SECONDS, patiently
 from core.retention.terms import DeliveryTerms, Terms
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import asyncpg
 
+from core.connection import Connection
+
 #: Longest wait for a lock: so long everybody else may queue behind it.
 LOCK_SECONDS = 0.1
 #: Longest statement under a lock that others wait for.
@@ -21,7 +23,7 @@ GAVE_WAY = (
 )
 
 
-async def bound_statements(connection: Any) -> None:
+async def bound_statements(connection: Connection) -> None:
     """In a transaction that takes such a lock: QueryCanceledError for what takes too long in it."""
     await connection.execute(f"SET LOCAL statement_timeout = {HOLD_SECONDS * 1000:.0f}")
 
