@@ -24,7 +24,12 @@ from server.database import Sessions
 _CHUNK = 500
 _FIRST = UUID(int=0)
 #: What only a caller of the scope webhooks:admin, who has no merchant, can do to a merchant.
-_OPERATORS_ACTIONS = ("DeactivateWebhookConfig", "EraseMerchant", "ReactivateWebhookConfig")
+_OPERATORS_ACTIONS = (
+    "DeactivateWebhookConfig",
+    "EraseMerchant",
+    "ReactivateWebhookConfig",
+    "RedeliverDeliveries",
+)
 
 # Of configs that were deleted before, too; their rows stay, so that the history keeps its ids.
 _ERASE_CONFIGS = text("""

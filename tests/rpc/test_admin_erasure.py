@@ -1,17 +1,20 @@
 """A merchant is erased: nothing more is sent, nothing said is left, and nobody else is touched."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from aiohttp import web
 from grpc import StatusCode
 
-from core.ids import format_id, new_id
+from core.ids import first_id_at, format_id, new_id
 from postrider.v1 import admin_service_pb2 as pb
 from postrider.v1 import webhook_config_service_pb2
 from server import erasure
+from server.refusals import CHANGES
 from tests.errors import refusal_of, refused
+from tests.factories import make_delivery, make_webhook_config
 from tests.fakes.receiver import Receiver
 from tests.platform import Platform, bearer
 
@@ -160,6 +163,40 @@ async def test_of_the_audit_log_stays_what_was_done_and_not_by_whom_of_the_merch
     await erase(platform)
     again = await pool.fetch("SELECT * FROM audit_entries ORDER BY id")
     assert [dict(row) for row in again[:-1]] == [dict(row) for row in after]
+
+
+async def test_what_operators_sent_again_for_the_merchant_stays_under_their_names(
+    platform: Platform, pool: Any
+) -> None:
+    now = datetime.now(UTC)
+    webhook_id = await make_webhook_config(pool)
+    await make_delivery(pool, webhook_id, id=first_id_at(now, timedelta(minutes=-1)))
+    await pool.execute(
+        "WITH failed AS (DELETE FROM delivery_queue RETURNING *) INSERT INTO finished_deliveries"
+        " (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)"
+        " SELECT id, 'failed', webhook_id, event_id, merchant_id, event_type, 4, created_at"
+        " FROM failed"
+    )
+    request = pb.RedeliverDeliveriesRequest(merchant_id="m_1")
+    request.start_time.FromDatetime(now - timedelta(hours=1))
+    request.end_time.FromDatetime(now)
+    answer = await platform.admin.RedeliverDeliveries(request, metadata=platform.operator())
+    assert answer.redelivered == 1
+    before = await pool.fetch("SELECT * FROM audit_entries")
+
+    await erase(platform)
+
+    assert before == await pool.fetch(
+        "SELECT * FROM audit_entries WHERE action <> 'EraseMerchant' ORDER BY id"
+    )
+
+
+def test_every_change_that_only_operators_make_is_known_as_theirs() -> None:
+    theirs = {method.name for method in pb.DESCRIPTOR.services_by_name["AdminService"].methods}
+    # An event type is no merchant's.
+    assert {name for name in theirs & CHANGES if not name.endswith("EventType")} == set(
+        erasure._OPERATORS_ACTIONS
+    )
 
 
 async def test_an_erasure_that_broke_off_is_ended_by_the_next(
