@@ -41,8 +41,8 @@ class Admission:
 
         Returns whether any were let in.
 
-        What was let in the last time is still to be claimed, so its configs are not asked for. While
-        we are `busy` with what is ready anyway, nor is a config that has enough of that.
+        What was let in the last time is still to be claimed, so its configs are not asked for.
+        While we are `busy` with what is ready anyway, nor is a config that has enough of that.
         """
         now = self._clock()
         waiting = {w for w in self._known if self._asked_in_vain.get(w, now) > now} if busy else ()
