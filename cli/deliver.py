@@ -11,10 +11,10 @@ import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
 from cli.egress import url_policy
-from cli.engine_metrics import EngineMetrics
 from cli.file_limit import fitting_in_flight
-from cli.metrics import Metrics
-from cli.metrics_listener import Place, listening
+from cli.metrics.engine import EngineMetrics
+from cli.metrics.listener import Place, listening
+from cli.metrics.process import Metrics
 from cli.schema import require_schema
 from cli.traces import open_tracer
 from core.config import (

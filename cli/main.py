@@ -119,10 +119,10 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     """
     from cli.deliver import DeliverSettings, deliver  # noqa: PLC0415
     from cli.lifeline import EngineEnd  # noqa: PLC0415
-    from cli.metrics_listener import Place  # noqa: PLC0415
+    from cli.metrics.listener import Place  # noqa: PLC0415
+    from cli.metrics.supervisor import telling  # noqa: PLC0415
     from cli.stop import stop_on_signals  # noqa: PLC0415
     from cli.supervise import supervise  # noqa: PLC0415
-    from cli.supervisor_metrics import telling  # noqa: PLC0415
     from delivery.config import DeliverySettings  # noqa: PLC0415
 
     configure_logs(load(LogSettings))

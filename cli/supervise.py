@@ -15,9 +15,9 @@ import click
 import structlog
 
 from cli.lifeline import SupervisorEnd
-from cli.metrics_listener import Place, listening
+from cli.metrics.listener import Place, listening
+from cli.metrics.supervisor import SupervisorMetrics
 from cli.stop import stop_on_signals
-from cli.supervisor_metrics import SupervisorMetrics
 
 _FIRST_DELAY_SECONDS = 0.5
 _LONGEST_DELAY_SECONDS = 30.0

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from cli import metric_families
-from cli.metric_families import Family
+from cli.metrics import families
+from cli.metrics.families import Family
 from delivery import census
 from tests.e2e.test_processes import open_deliveries, publish, receive, register, stop
 from tests.fakes.receiver import Receiver
@@ -26,7 +26,7 @@ ANYWHERE = "127.0.0.1:0"
 MEANT = 'postrider_partition_days_ahead use base unit "seconds" instead of "days"'
 FAMILIES = {
     family.name.removesuffix("_total"): family
-    for family in vars(metric_families).values()
+    for family in vars(families).values()
     if isinstance(family, Family)
 }
 

@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from prometheus_client.metrics_core import Metric
 
-from cli.metrics_listener import Place, listening
+from cli.metrics.listener import Place, listening
 from core.errors import ConfigurationError
 from core.lifecycle import Outcome
 from delivery.config import DeliverySettings

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cli import metric_families
-from cli.metric_families import Family
+from cli.metrics import families
+from cli.metrics.families import Family
 from tests.reasons import ROOT
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
@@ -18,9 +18,7 @@ _ROW = re.compile(
     re.MULTILINE,
 )
 ROWS = {row[0]: row for row in _ROW.findall(PAGE)}
-FAMILIES = {
-    family.name: family for family in vars(metric_families).values() if isinstance(family, Family)
-}
+FAMILIES = {family.name: family for family in vars(families).values() if isinstance(family, Family)}
 
 
 def test_every_metric_has_a_row_and_every_row_a_metric() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cli import metric_families
 from cli.main import main
+from cli.metrics import families as metric_families
 from core.addresses import AddressClass, table
 from tests.deployment import DEPLOY, ROOT, SETTINGS, documents, drain_seconds, port_of, unknown
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from cli.server_metrics import ServerMetrics
+from cli.metrics.server import ServerMetrics
 from core.errors import ConfigurationError, Unavailable
 from server import keys as keys_module
 from server.keys import (

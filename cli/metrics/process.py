@@ -7,7 +7,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
-from cli import metric_families as families
+from cli.metrics import families
 from core.db import Pool
 
 

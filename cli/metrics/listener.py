@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from cli.metrics import Metrics
+from cli.metrics.process import Metrics
 from core.config import Block, variable
 from core.errors import ConfigurationError
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import orjson
 from prometheus_client.metrics_core import Metric
 
-from cli import metric_families as families
 from cli.lifeline import EngineEnd
-from cli.metrics import Metrics, process_metrics
+from cli.metrics import families
+from cli.metrics.process import Metrics, process_metrics
 
 _LABEL = "engine"
 

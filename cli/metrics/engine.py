@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from prometheus_client.metrics_core import Metric
 
-from cli import metric_families as families
-from cli.metrics import pool_metrics, process_metrics
+from cli.metrics import families
+from cli.metrics.process import pool_metrics, process_metrics
 from core.db import Pool
 from delivery.census import Census, Reading
 from delivery.measures import EngineMeasures

@@ -1,0 +1,1 @@
+"""What each process says when Prometheus asks, and the listener that answers."""
