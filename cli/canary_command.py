@@ -44,7 +44,7 @@ def canary(**given: Any) -> None:
     """
     import uvloop  # noqa: PLC0415 - the other commands start faster
 
-    from cli.canary import CanaryReport  # noqa: PLC0415
+    from cli.canary.check import CanaryReport  # noqa: PLC0415
 
     try:
         report = uvloop.run(_run(given))
@@ -57,9 +57,9 @@ def canary(**given: Any) -> None:
 
 
 async def _run(given: dict[str, Any]) -> Any:
-    from cli.canary import check  # noqa: PLC0415
-    from cli.canary_api import CanaryApi  # noqa: PLC0415
-    from cli.canary_receiver import CanaryReceiver  # noqa: PLC0415
+    from cli.canary.api import CanaryApi  # noqa: PLC0415
+    from cli.canary.check import check  # noqa: PLC0415
+    from cli.canary.receiver import CanaryReceiver  # noqa: PLC0415
     from cli.stop import stop_on_signals  # noqa: PLC0415
 
     stop: asyncio.Event = stop_on_signals()

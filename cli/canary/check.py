@@ -17,8 +17,8 @@ from functools import partial
 
 import grpc
 
-from cli.canary_api import CanaryApi
-from cli.canary_receiver import CanaryReceiver
+from cli.canary.api import CanaryApi
+from cli.canary.receiver import CanaryReceiver
 from core.errors import PostriderError
 from core.verification import verifying_key
 from postrider.v1 import delivery_pb2
