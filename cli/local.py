@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from cli.deliver import DeliverSettings, deliver
 from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
 from cli.embedded_postgres import default_data_dir, embedded_postgres
 from cli.migrate import migrate
-from cli.serve import ServeSettings, serve
+from cli.processes.deliver import DeliverSettings, deliver
+from cli.processes.serve import ServeSettings, serve
 from cli.settings import LocalSettings, is_set, load
 from core.config import (
     DatabaseSettings,

@@ -16,7 +16,7 @@ import click
 import uvloop
 
 from cli.canary_command import canary
-from cli.collector import spare_what_is_loaded
+from cli.processes.collector import spare_what_is_loaded
 from cli.settings import LocalSettings, load, refuse_unknown_variables
 from core.config import (
     DatabaseSettings,
@@ -77,7 +77,7 @@ def server() -> None:
     WEBHOOK_JWT_JWKS_URL or WEBHOOK_JWT_PUBLIC_KEY_FILE. Any number may run on one database. After
     SIGTERM, health says NOT_SERVING and running calls finish.
     """
-    from cli.serve import ServeSettings, serve  # noqa: PLC0415 - the other commands start faster
+    from cli.processes.serve import ServeSettings, serve  # noqa: PLC0415 - the other commands start faster
     from cli.stop import stop_on_signals  # noqa: PLC0415
     from server.config import AuthSettings, ServerSettings, TlsSettings  # noqa: PLC0415
 
@@ -117,12 +117,12 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     One engine uses one core at most. With --processes, a supervisor starts so many, starts one anew
     that ended, and has all of them drain after SIGTERM, or when it is itself killed.
     """
-    from cli.deliver import DeliverSettings, deliver  # noqa: PLC0415
-    from cli.lifeline import EngineEnd  # noqa: PLC0415
     from cli.metrics.listener import Place  # noqa: PLC0415
     from cli.metrics.supervisor import telling  # noqa: PLC0415
+    from cli.processes.deliver import DeliverSettings, deliver  # noqa: PLC0415
+    from cli.processes.lifeline import EngineEnd  # noqa: PLC0415
+    from cli.processes.supervise import supervise  # noqa: PLC0415
     from cli.stop import stop_on_signals  # noqa: PLC0415
-    from cli.supervise import supervise  # noqa: PLC0415
     from delivery.config import DeliverySettings  # noqa: PLC0415
 
     configure_logs(load(LogSettings))

@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 from pydantic import SecretStr
 
-from cli.deliver import DeliverSettings, deliver
 from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
-from cli.serve import ServeSettings, serve
+from cli.processes.deliver import DeliverSettings, deliver
+from cli.processes.serve import ServeSettings, serve
 from core.config import (
     DatabaseSettings,
     EgressSettings,

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import orjson
 from prometheus_client.metrics_core import Metric
 
-from cli.lifeline import EngineEnd
 from cli.metrics import families
 from cli.metrics.process import Metrics, process_metrics
+from cli.processes.lifeline import EngineEnd
 
 _LABEL = "engine"
 

@@ -9,7 +9,7 @@ import pytest
 from grpc import StatusCode
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from cli.traces import open_tracer
+from cli.processes.traces import open_tracer
 from core.config import TraceSettings
 from core.errors import ConfigurationError
 from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
@@ -190,7 +190,7 @@ async def test_a_traceparent_that_is_none_counts_as_not_sent(
 async def test_traces_without_the_extra_say_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delitem(sys.modules, "cli.spans", raising=False)
+    monkeypatch.delitem(sys.modules, "cli.processes.spans", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     settings = TraceSettings(traces_endpoint="http://127.0.0.1:4318")
 

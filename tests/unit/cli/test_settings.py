@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.egress import url_policy
+from cli.processes.egress import url_policy
 from cli.settings import BLOCKS, all_fields, load, refuse_unknown_variables
 from core.config import DatabaseSettings, EgressSettings, EncryptionSettings, variable
 from core.errors import ConfigurationError

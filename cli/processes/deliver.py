@@ -10,13 +10,13 @@ from typing import Any
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
-from cli.egress import url_policy
 from cli.file_limit import fitting_in_flight
 from cli.metrics.engine import EngineMetrics
 from cli.metrics.listener import Place, listening
 from cli.metrics.process import Metrics
+from cli.processes.egress import url_policy
+from cli.processes.traces import open_tracer
 from cli.schema import require_schema
-from cli.traces import open_tracer
 from core.config import (
     DatabaseSettings,
     EgressSettings,

@@ -9,12 +9,12 @@ from functools import partial
 import structlog
 
 from cli.checks import require_encryption_keys, warn_of_allowed_cidrs
-from cli.egress import url_policy
 from cli.key_set import key_set_fetch
 from cli.metrics.listener import Place, listening
 from cli.metrics.server import ServerMetrics
+from cli.processes.egress import url_policy
+from cli.processes.traces import open_tracer
 from cli.schema import require_schema
-from cli.traces import open_tracer
 from core.config import (
     DatabaseSettings,
     EgressSettings,

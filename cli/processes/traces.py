@@ -19,7 +19,7 @@ async def open_tracer(settings: TraceSettings, service: str) -> AsyncIterator[Tr
         yield None
         return
     try:
-        from cli.spans import OpenTelemetry  # noqa: PLC0415 - what it imports may be missing
+        from cli.processes.spans import OpenTelemetry  # noqa: PLC0415 - what it imports may be missing
     except ImportError as error:
         raise ConfigurationError(
             f"WEBHOOK_TRACES_ENDPOINT needs OpenTelemetry, and {error.name} is missing: install "

@@ -14,9 +14,9 @@ from typing import Any
 import click
 import structlog
 
-from cli.lifeline import SupervisorEnd
 from cli.metrics.listener import Place, listening
 from cli.metrics.supervisor import SupervisorMetrics
+from cli.processes.lifeline import SupervisorEnd
 from cli.stop import stop_on_signals
 
 _FIRST_DELAY_SECONDS = 0.5
