@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
 from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.config import DatabaseSettings
 from core.keyring import KeyRing
 

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
 from cli.embedded_postgres import default_data_dir, embedded_postgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from cli.processes.deliver import DeliverSettings, deliver
 from cli.processes.serve import ServeSettings, serve
 from cli.settings import LocalSettings, is_set, load

@@ -32,7 +32,7 @@ from core.logs import configure_logs
 from delivery.config import MAX_PROCESSES
 
 if TYPE_CHECKING:
-    from cli.health import Process
+    from cli.operations.health import Process
 
 
 class _Group(click.Group):
@@ -165,7 +165,7 @@ def migrate(down_to: str | None) -> None:
     Needs WEBHOOK_DATABASE_URL. Safe to run while the previous release serves, and from several
     places at once: one migrates, the others wait. Each step is a transaction of its own.
     """
-    from cli.migrate import migrate as run_migrations  # noqa: PLC0415
+    from cli.operations.migrate import migrate as run_migrations  # noqa: PLC0415
     from cli.schema import head  # noqa: PLC0415
 
     run_migrations(load(DatabaseSettings), down_to=down_to, announce=click.echo)
@@ -190,8 +190,8 @@ def config(process: str, check: bool, as_json: bool) -> None:
     with keys that read its secrets, and a clock like this machine's; can the issuer's keys be had.
     Exits with 0 when nothing is wrong and 1 when something is.
     """
-    from cli.configuration import read_configuration  # noqa: PLC0415 - the others start faster
-    from cli.configuration_checks import faults_outside  # noqa: PLC0415
+    from cli.operations.configuration import read_configuration  # noqa: PLC0415 - the others start faster
+    from cli.operations.configuration_faults import faults_outside  # noqa: PLC0415
 
     found = read_configuration(process)
     if check:
@@ -218,7 +218,7 @@ def verify(seconds: float, as_json: bool) -> None:
     statements, and may run at any time. Exits with 0 when nothing is broken, 1 when something is,
     and 2 when it could not look.
     """
-    from cli.verify import verify as look  # noqa: PLC0415
+    from cli.operations.verify import verify as look  # noqa: PLC0415
 
     try:
         report, clean = look(load(DatabaseSettings), seconds, as_json=as_json)
@@ -256,7 +256,7 @@ def health(
     Exits with 0 when what was asked is well, 1 when it is not or does not answer, and 2 when the
     question was wrong.
     """
-    from cli.health import ask, ask_all  # noqa: PLC0415 - the other commands start faster
+    from cli.operations.health import ask, ask_all  # noqa: PLC0415 - the other commands start faster
     from delivery.config import DeliverySettings  # noqa: PLC0415
     from server.config import ServerSettings  # noqa: PLC0415
 
@@ -282,7 +282,7 @@ def retention(dry_run: bool, as_json: bool) -> None:
     do the same by themselves every hour. Safe beside everything that runs, in short steps;
     interrupted, the next run goes on with what is left. A run is in the audit log.
     """
-    from cli.retention import retain_once  # noqa: PLC0415 - the other commands start faster
+    from cli.operations.retention import retain_once  # noqa: PLC0415 - the other commands start faster
 
     settings = load(RetentionSettings)
     retain_once(load(DatabaseSettings), settings, click.echo, dry_run=dry_run, as_json=as_json)
@@ -455,7 +455,7 @@ def keys_status() -> None:
 
     Needs WEBHOOK_DATABASE_URL and the encryption keys, as the servers have them.
     """
-    from cli.keys import report  # noqa: PLC0415 - the other commands start faster
+    from cli.operations.keys import report  # noqa: PLC0415 - the other commands start faster
 
     uvloop.run(report(load(DatabaseSettings), load(EncryptionSettings), click.echo))
 
@@ -468,7 +468,7 @@ def keys_rotate(to: str | None) -> None:
     Needs WEBHOOK_DATABASE_URL and the encryption keys. Safe while everything runs, page by page;
     interrupted, it goes on where it was. Exit code 1 when a record could not be read.
     """
-    from cli.keys import rotate  # noqa: PLC0415
+    from cli.operations.keys import rotate  # noqa: PLC0415
 
     if not uvloop.run(rotate(load(DatabaseSettings), load(EncryptionSettings), to, click.echo)):
         sys.exit(1)

@@ -17,7 +17,7 @@ import trustme
 from pydantic import SecretStr
 
 from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.config import DatabaseSettings
 from core.keyring import KeyRing
 from tests.fakes.receiver import Receiver, receiving

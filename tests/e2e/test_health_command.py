@@ -12,7 +12,7 @@ from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from cli.health import NothingListens, Process, ask, ask_all
+from cli.operations.health import NothingListens, Process, ask, ask_all
 from core.errors import ConfigurationError, Unavailable
 from server.app import LIVENESS
 from tests.processes import POSTRIDER

@@ -13,9 +13,9 @@ import asyncpg
 import grpc
 import pytest
 
-from cli.configuration_checks import Blocks, faults_outside
 from cli.development_key import ensure_development_key
 from cli.embedded_postgres import EmbeddedPostgres
+from cli.operations.configuration_faults import Blocks, faults_outside
 from core.db import open_pool
 from tests.conftest import database_settings
 from tests.e2e.test_processes import publish, receive, register

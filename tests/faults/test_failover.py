@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from tests.conftest import database_settings
 from tests.load import Load
 from tests.pages import section, sh

@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 from cli.embedded_postgres import EmbeddedPostgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.connection import Connector
 from core.db import open_pool
 from core.errors import ConfigurationError, Unavailable

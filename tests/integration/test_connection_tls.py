@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from cli.embedded_postgres import embedded_postgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.connection import Connector
 from core.db import open_pool
 from core.errors import PostriderError

@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 from pydantic import SecretStr
 
-from cli.keys import report, rotate
 from cli.main import main
-from cli.operator import present_operator
+from cli.operations.keys import report, rotate
+from cli.operations.operator import present_operator
 from core import key_rotation
 from core.config import DatabaseSettings, EncryptionSettings
 from core.errors import ConfigurationError

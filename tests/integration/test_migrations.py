@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from cli.embedded_postgres import EmbeddedPostgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from cli.schema import head, require_schema, revisions
 from core.config import DatabaseSettings
 from core.errors import ConfigurationError, Unavailable
@@ -25,7 +25,7 @@ from tests.conftest import database_settings
 
 _MIGRATE = """
 import sys
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.config import DatabaseSettings
 migrate(DatabaseSettings(database_url=sys.argv[1]), announce=print)
 """

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy.dialects import postgresql
 
 from cli.embedded_postgres import EmbeddedPostgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.connection import Connector
 from core.ids import first_id_at, new_id
 from core.lifecycle import Outcome

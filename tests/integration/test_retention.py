@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core import queue, retention
 from core.config import RetentionSettings
 from core.errors import ConfigurationError

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from cli.schema import revisions
 from core import queue
 from tests.conftest import database_settings

@@ -15,7 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
 from cli.embedded_postgres import EmbeddedPostgres
-from cli.migrate import migrate
+from cli.operations.migrate import migrate
 from core.ids import first_id_at, format_id
 from core.lifecycle import DeliveryState
 from postrider.v1 import delivery_pb2

@@ -7,8 +7,8 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 
-from cli.configuration import masked
 from cli.main import main
+from cli.operations.configuration import masked
 from cli.settings import BLOCKS, all_fields
 from core.config import variable
 from core.keyring import new_key

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import asyncpg
 import orjson
 
-from cli.operator import present_operator
+from cli.operations.operator import present_operator
 from cli.schema import require_schema
 from core import retention
 from core.config import DatabaseSettings, RetentionSettings

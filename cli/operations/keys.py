@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from cli.checks import require_encryption_keys
-from cli.operator import present_operator
+from cli.operations.operator import present_operator
 from cli.schema import require_schema
 from core.config import DatabaseSettings, EncryptionSettings
 from core.db import open_pool

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from cli.configuration_checks import Blocks, faults
+from cli.operations.configuration_faults import Blocks, faults
 from cli.settings import BLOCKS, explain, plain, unknown_variables
 from core.config import Block, variable
 from core.errors import ConfigurationError

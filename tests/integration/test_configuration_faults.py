@@ -12,9 +12,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 
-from cli import configuration_checks
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.main import main
+from cli.operations import configuration_faults
 from tests.factories import make_webhook_config
 from tests.platform import ENCRYPTION_KEYS
 
@@ -112,5 +112,5 @@ async def test_a_clock_that_is_wrong_is_told(
     here = time.time
     monkeypatch.setattr(time, "time", lambda: here() + ahead)
     async with asyncpg.create_pool(database_url, min_size=1) as pool:
-        found = await configuration_checks._server_faults(pool, configuration_checks.Blocks())
+        found = await configuration_faults._server_faults(pool, configuration_faults.Blocks())
     assert any(f"this machine's clock is {says} the database's" in fault for fault in found)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 import migrations
-from cli.operator import present_operator
+from cli.operations.operator import present_operator
 from core.config import DatabaseSettings
 from core.connection import Connector
 from core.db import CONNECTION_ERRORS

@@ -1,0 +1,1 @@
+"""What the operator's commands do, each in a module of its name."""
