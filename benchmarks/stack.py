@@ -18,7 +18,7 @@ import asyncpg
 import trustme
 from pydantic import SecretStr
 
-from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.development.key import DevelopmentKey, ensure_development_key, mint_token
 from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
 from cli.operations.migrate import migrate
 from core.config import DatabaseSettings

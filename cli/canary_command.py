@@ -81,8 +81,8 @@ async def _run(given: dict[str, Any]) -> Any:
 
 
 def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
-    from cli.development_authority import ensure_authority  # noqa: PLC0415
-    from cli.local import AUTHORITY_FILE  # noqa: PLC0415
+    from cli.development.authority import ensure_authority  # noqa: PLC0415
+    from cli.development.platform import AUTHORITY_FILE  # noqa: PLC0415
 
     if given["plain_http"]:
         return None
@@ -137,8 +137,8 @@ def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]
 
 
 def _development_token(name: str, scope: str, merchant: str | None) -> Callable[[], str]:
-    from cli.development_key import mint_token  # noqa: PLC0415
-    from cli.local import DEVELOPMENT_ISSUER  # noqa: PLC0415
+    from cli.development.key import mint_token  # noqa: PLC0415
+    from cli.development.platform import DEVELOPMENT_ISSUER  # noqa: PLC0415
 
     key_file = load(LocalSettings).data_dir / "keys" / "private.pem"
     if not key_file.exists():

@@ -297,7 +297,7 @@ def run(events: int) -> None:
     server, the delivery engine and a demo receiver on HTTPS, registers a webhook, publishes EVENTS
     events and shows each as it arrives. Stays up until Ctrl-C; data stays in .postrider/.
     """
-    from cli.run import run_everything  # noqa: PLC0415
+    from cli.development.run import run_everything  # noqa: PLC0415
 
     run_everything(events)
 
@@ -311,7 +311,7 @@ def demo(events: int, as_json: bool) -> None:
     Uses a database of its own in a temporary directory (or WEBHOOK_DATABASE_URL) and free ports,
     so it can run beside anything. Its figures are counted by the receiver.
     """
-    from cli.run import demo_once  # noqa: PLC0415
+    from cli.development.run import demo_once  # noqa: PLC0415
 
     if not demo_once(events, as_json=as_json):
         sys.exit(1)
@@ -338,8 +338,8 @@ def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours:
     A server accepts it when its WEBHOOK_JWT_PUBLIC_KEY_FILE is .postrider/keys/public.pem and its
     WEBHOOK_JWT_ISSUER is postrider-development, as `postrider run` sets them.
     """
-    from cli.development_key import mint_token  # noqa: PLC0415
-    from cli.local import DEVELOPMENT_ISSUER  # noqa: PLC0415
+    from cli.development.key import mint_token  # noqa: PLC0415
+    from cli.development.platform import DEVELOPMENT_ISSUER  # noqa: PLC0415
 
     key_file: Path = load(LocalSettings).data_dir / "keys" / "private.pem"
     if not key_file.exists():
@@ -405,10 +405,10 @@ def listen(
     WEBHOOK_RECEIVER_SECRETS. An invalid webhook is answered 401, pings always 200. Exits with 0
     after Ctrl-C, and with 1 when one of --count webhooks was invalid.
     """
-    from cli.listen import ListenOptions  # noqa: PLC0415 - the other commands start faster
-    from cli.listen import listen as receive  # noqa: PLC0415
-    from cli.listener import Answers  # noqa: PLC0415
-    from cli.local import AUTHORITY_FILE  # noqa: PLC0415
+    from cli.development.listen import ListenOptions  # noqa: PLC0415 - the other commands start faster
+    from cli.development.listen import listen as receive  # noqa: PLC0415
+    from cli.development.listener import Answers  # noqa: PLC0415
+    from cli.development.platform import AUTHORITY_FILE  # noqa: PLC0415
 
     local = load(LocalSettings)
     told = local.receiver_secrets.get_secret_value() if local.receiver_secrets else ""

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from google.protobuf.duration_pb2 import Duration
 from jwt.algorithms import OKPAlgorithm
 
-from cli.development_key import DevelopmentKey, ensure_development_key
+from cli.development.key import DevelopmentKey, ensure_development_key
 from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
 from tests.fakes.receiver import Answer, Receiver
 from tests.platform import Platform, serve_settings

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from pydantic import SecretStr
 
-from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.development.key import DevelopmentKey, ensure_development_key, mint_token
 from cli.processes.deliver import DeliverSettings, deliver
 from cli.processes.serve import ServeSettings, serve
 from core.config import (

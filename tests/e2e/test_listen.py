@@ -18,8 +18,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cli.development_authority import ensure_authority
-from cli.listener import Answers, Listener, ListenerKeys
+from cli.development.authority import ensure_authority
+from cli.development.listener import Answers, Listener, ListenerKeys
 from cli.receiver import accepting
 from core.signing import new_secret, signature_headers
 from tests.platform import Platform, running_platform

@@ -13,7 +13,7 @@ import asyncpg
 import grpc
 import pytest
 
-from cli.development_key import ensure_development_key
+from cli.development.key import ensure_development_key
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.operations.configuration_faults import Blocks, faults_outside
 from core.db import open_pool

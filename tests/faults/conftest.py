@@ -10,7 +10,7 @@ import asyncpg
 import grpc
 import pytest
 
-from cli.development_key import ensure_development_key
+from cli.development.key import ensure_development_key
 from tests.fakes.receiver import Receiver
 from tests.ledger import Counts
 from tests.own_postgres import OwnPostgres

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 from cryptography import x509
 
-from cli.development_key import ensure_development_key
+from cli.development.key import ensure_development_key
 from core.keyring import new_key
 from postrider.v1 import webhook_config_service_pb2 as pb
 from tests.fakes.authority import Authority

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from cli.development_key import ensure_development_key, mint_token
+from cli.development.key import ensure_development_key, mint_token
 from core.errors import Unauthenticated, Unavailable
 from server.authentication import AuthenticationInterceptor, current_principal, principal
 from server.caller_limits import CallerLimits

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from cli.development_key import mint_token
+from cli.development.key import mint_token
 from postrider.v1 import event_service_pb2 as pb
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.event_service_pb2_grpc import EventServiceStub

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from cli.development_key import mint_token
+from cli.development.key import mint_token
 from core import queue
 from core.ids import format_id, new_id
 from core.keyring import KeyRing

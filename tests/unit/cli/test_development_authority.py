@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import development_authority
-from cli.development_authority import Authority, ensure_authority
+from cli.development import authority as development_authority
+from cli.development.authority import Authority, ensure_authority
 from core.errors import ConfigurationError
 
 

@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from cli import development_key
-from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.development import key as development_key
+from cli.development.key import DevelopmentKey, ensure_development_key, mint_token
 from core.errors import ConfigurationError
 from server.keys import PemKeys
 from server.principal import Principal

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli.printable import payload_lines, printable
+from cli.development.printable import payload_lines, printable
 
 
 @given(text=st.text(st.characters(codec=None)))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.development_key import mint_token
+from cli.development.key import mint_token
 from core.config import EncryptionSettings
 from core.keyring import load_keyring
 from server.keys import PemKeys

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cli.whole_file import replace_file
+from cli.development.whole_file import replace_file
 from core.errors import ConfigurationError
 
 #: What every one of them may speak for.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from cli.development_authority import LOOPBACK, ensure_authority
-from cli.forward import forwarding
-from cli.listener import Answers, Listener, ListenerKeys
+from cli.development.authority import LOOPBACK, ensure_authority
+from cli.development.forward import forwarding
+from cli.development.listener import Answers, Listener, ListenerKeys
 from cli.receiver import accepting
 from cli.stop import stop_on_signals
 

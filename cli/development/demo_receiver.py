@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from cli.development_authority import Authority
+from cli.development.authority import Authority
 from cli.receiver import accepting
 from core.signing import ID_HEADER
 from core.verification import verify, verifying_key

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from cli.whole_file import create_file, replace_file
+from cli.development.whole_file import create_file, replace_file
 from core.errors import ConfigurationError
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import click
 import uvloop
 
-from cli.demo import DemoMerchant, DemoResult, play
-from cli.demo_receiver import Receipt, receiving
-from cli.development_authority import ensure_authority
-from cli.local import (
+from cli.development.authority import ensure_authority
+from cli.development.demo import DemoMerchant, DemoResult, play
+from cli.development.demo_receiver import Receipt, receiving
+from cli.development.platform import (
     AUTHORITY_FILE,
     LocalPlatform,
     local_database,

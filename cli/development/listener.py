@@ -13,8 +13,8 @@ from typing import Any
 import click
 from aiohttp import web
 
-from cli.forward import Forward
-from cli.printable import payload_lines, printable
+from cli.development.forward import Forward
+from cli.development.printable import payload_lines, printable
 from cli.receiver import MAX_BODY_BYTES
 from core.errors import ConfigurationError
 from core.signing import ID_HEADER

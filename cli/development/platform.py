@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from cli.development_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.development.key import DevelopmentKey, ensure_development_key, mint_token
 from cli.embedded_postgres import default_data_dir, embedded_postgres
 from cli.operations.migrate import migrate
 from cli.processes.deliver import DeliverSettings, deliver

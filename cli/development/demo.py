@@ -11,8 +11,8 @@ from time import perf_counter
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from cli.demo_receiver import DemoReceiver
-from cli.local import LocalPlatform
+from cli.development.demo_receiver import DemoReceiver
+from cli.development.platform import LocalPlatform
 from postrider.v1 import (
     event_pb2,
     event_service_pb2,
