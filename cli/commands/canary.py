@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import uvloop
 
 from cli.settings import CanarySettings, LocalSettings, load
 from core.errors import ConfigurationError
@@ -42,9 +43,7 @@ def canary(**given: Any) -> None:
     Exits with 0 when all is well, 1 when a step failed, and 2 when it could not start. After
     --timeout it takes at most 15 s more, to clean up.
     """
-    import uvloop  # noqa: PLC0415 - the other commands start faster
-
-    from cli.canary.check import CanaryReport  # noqa: PLC0415
+    from cli.canary.check import CanaryReport
 
     try:
         report = uvloop.run(_run(given))
@@ -57,10 +56,10 @@ def canary(**given: Any) -> None:
 
 
 async def _run(given: dict[str, Any]) -> Any:
-    from cli.canary.api import CanaryApi  # noqa: PLC0415
-    from cli.canary.check import check  # noqa: PLC0415
-    from cli.canary.receiver import CanaryReceiver  # noqa: PLC0415
-    from cli.stop import stop_on_signals  # noqa: PLC0415
+    from cli.canary.api import CanaryApi
+    from cli.canary.check import check
+    from cli.canary.receiver import CanaryReceiver
+    from cli.stop import stop_on_signals
 
     stop: asyncio.Event = stop_on_signals()
     host, _, port = given["listen"].rpartition(":")
@@ -81,8 +80,8 @@ async def _run(given: dict[str, Any]) -> Any:
 
 
 def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
-    from cli.development.authority import ensure_authority  # noqa: PLC0415
-    from cli.development.platform import AUTHORITY_FILE  # noqa: PLC0415
+    from cli.development.authority import ensure_authority
+    from cli.development.platform import AUTHORITY_FILE
 
     if given["plain_http"]:
         return None
@@ -101,7 +100,7 @@ def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
 
 
 def _channel(given: dict[str, Any]) -> Any:
-    import grpc  # noqa: PLC0415
+    import grpc
 
     def read(name: str) -> bytes | None:
         path = given[name]
@@ -137,8 +136,8 @@ def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]
 
 
 def _development_token(name: str, scope: str, merchant: str | None) -> Callable[[], str]:
-    from cli.development.key import mint_token  # noqa: PLC0415
-    from cli.development.platform import DEVELOPMENT_ISSUER  # noqa: PLC0415
+    from cli.development.key import mint_token
+    from cli.development.platform import DEVELOPMENT_ISSUER
 
     key_file = load(LocalSettings).data_dir / "keys" / "private.pem"
     if not key_file.exists():
