@@ -32,9 +32,9 @@ class Admission:
         self._met.update(webhook_ids)
         self._known |= self._met
 
-    @property
-    def is_awaited(self) -> bool:
-        return bool(self._known)
+    def concerns(self, webhook_ids: Iterable[UUID | None]) -> bool:
+        """Whether one of these configs is known to have parked deliveries."""
+        return not self._known.isdisjoint(webhook_ids)
 
     async def refill(self, wanted: Callable[[UUID], int], *, busy: bool = False) -> bool:
         """Let in what the configs that wait for us can take now; `wanted` says how many of each.

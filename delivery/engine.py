@@ -257,7 +257,7 @@ class Engine:
             log.warning(
                 "webhook_deactivated", webhook_id=format_id("wh", webhook_id), reason=reason.value
             )
-        if self._admission.is_awaited or settled.ended_chains:
+        if settled.ended_chains or self._admission.concerns(s.webhook_id for s in batch):
             self._listener.wake()
 
     async def _sweep_forever(self) -> None:

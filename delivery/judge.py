@@ -51,4 +51,5 @@ def judge(
         number=delivery.attempt_count + 1,
         merchant_id=delivery.merchant_id,
         owed_since=delivery.owed_since,
+        webhook_id=delivery.webhook_id,
     )

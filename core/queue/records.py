@@ -101,6 +101,8 @@ class Settlement(NamedTuple):
     number: int = 1
     merchant_id: str = ""
     owed_since: datetime | None = None
+    #: Whose place is free again once this is on record.
+    webhook_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
