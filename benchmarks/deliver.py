@@ -1,13 +1,16 @@
 """`deliver`: one engine process on a prefilled queue, beside a bare aiohttp POST loop.
 
-Both send the same payload to the same receiver over TLS with the same concurrency, bare loop before
-and after, so that a machine that gets faster or slower meanwhile shows in their difference.
+Both send the same payload to the same receiver over TLS with the same concurrency, in turn; each
+run of the engine is compared with the bare loops right before and after it: a machine may get half
+as fast within seconds.
 """
 
 import asyncio
 import json
 import statistics
 from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import asyncpg
@@ -25,6 +28,7 @@ from benchmarks.stack import (
 )
 from benchmarks.statements import counted
 
+_ROUNDS = 3
 _WEBHOOKS = 50
 _IN_FLIGHT_PER_WEBHOOK = 4
 _DELIVERIES_PER_SECOND = 5000
@@ -45,27 +49,36 @@ async def _measure(stack: Stack, count: int) -> dict[str, Any]:
     concurrency = _WEBHOOKS * _IN_FLIGHT_PER_WEBHOOK
     with stack.process("benchmarks.receiver", str(port), str(certificate)):
         await wait_until_listening(port)
-        bare = [await _bare(stack, url, count, concurrency)]
-        ours = await _engine(stack, count)
-        bare.append(await _bare(stack, url, count, concurrency))
+        bare, ours = [await _bare(stack, url, count, concurrency)], []
+        for _ in range(_ROUNDS):
+            ours.append(await _engine(stack, count))
+            bare.append(await _bare(stack, url, count, concurrency))
         async with counted(stack) as statements:
             await _engine(stack, count // 4)
             executed = statements.of_ours()
     memory = await _memory(stack)
-    bare_rate = statistics.mean(result["rate"] for result in bare)
+    ratios = [
+        run["rate"] / statistics.mean((before["rate"], after["rate"]))
+        for run, (before, after) in zip(ours, pairwise(bare), strict=True)
+    ]
     return {
-        "ratio": round(ours["rate"] / bare_rate, 3),
-        "rate": round(ours["rate"]),
-        "bare_rate": round(bare_rate),
-        "engine_cpu_us": round(ours["engine_cpu_us"]),
-        "postgres_cpu_us": round(ours["postgres_cpu_us"]),
-        "bare_cpu_us": round(statistics.mean(result["cpu_us"] for result in bare)),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "rate": round(_median(ours, "rate")),
+        "bare_rate": round(_median(bare, "rate")),
+        "engine_cpu_us": round(_median(ours, "engine_cpu_us")),
+        "postgres_cpu_us": round(_median(ours, "postgres_cpu_us")),
+        "bare_cpu_us": round(_median(bare, "cpu_us")),
         "statements_per_delivery": round(executed / (count // 4), 3),
         "rss_mb": round(memory["rss_mb"]),
         "rss_in_flight": memory["in_flight"],
         "deliveries": count,
         "concurrency": concurrency,
     }
+
+
+def _median(runs: Sequence[Mapping[str, float]], name: str) -> float:
+    return statistics.median(run[name] for run in runs)
 
 
 async def _bare(stack: Stack, url: str, count: int, concurrency: int) -> dict[str, float]:

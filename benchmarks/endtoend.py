@@ -1,8 +1,10 @@
 """`endtoend`: from publish to receipt, with server, engine and receiver as processes of their own.
 
-Rounds of a bare POST loop, batches of 100 and unary calls, in turn. A publisher without a rate has
-so many events on their way and no more, so its rate is what the whole path sustains. Latency is by
-the publisher's clock in the payload and the receiver's; both are this machine's.
+Rounds of batches of 100 and unary calls, with a bare POST loop before and after the batches: CPU is
+compared within a round, since a machine may get half as fast from one to the next. A publisher
+without a rate has so many events on their way and no more, so its rate is what the whole path
+sustains. Latency is by the publisher's clock in the payload and the receiver's; both are this
+machine's.
 """
 
 import asyncio
@@ -18,7 +20,7 @@ from benchmarks.statements import counted
 
 MERCHANTS = 50
 _BATCH = 100
-_ROUNDS = 3
+_ROUNDS = 5
 _LOW_RATE = 100
 _BARE_PER_SECOND = 2000
 # Few, so that the connections it has to make weigh little; ours have theirs from round to round.
@@ -42,22 +44,28 @@ async def _measure(stack: Stack, seconds: float) -> dict[str, Any]:
             await _sustain(pipeline, _BATCH, seconds=60, events=_LEAD_IN)
             low = await latencies(pipeline, _LOW_RATE, 2 * seconds)
             bare, batch, unary = [], [], []
+            posts = int(seconds * _BARE_PER_SECOND / 2)
             for _ in range(_ROUNDS):
-                bare.append(await _bare(stack, f"{base}/bare", int(seconds * _BARE_PER_SECOND / 2)))
+                before = await _bare(stack, f"{base}/bare", posts)
                 batch.append(await _sustain(pipeline, _BATCH, seconds))
+                after = await _bare(stack, f"{base}/bare", posts)
+                bare.append({name: (before[name] + after[name]) / 2 for name in before})
                 unary.append(await _sustain(pipeline, 1, seconds))
             rate = _median(batch, "rate")
             unary_rate = _median(unary, "rate")
             busy = await latencies(pipeline, 0.7 * unary_rate, seconds)
             by_batch, by_unary = [await _statements(pipeline, n, seconds / 2) for n in (_BATCH, 1)]
-    spent = sum(_median(batch, f"{name}_cpu_us") for name in ("server", "engine", "postgres"))
-    spent_bare = _median(bare, "cpu_us")
+    spent = [
+        sum(one[f"{name}_cpu_us"] for name in ("server", "engine", "postgres")) for one in batch
+    ]
+    ratios = [ours / loop["cpu_us"] for ours, loop in zip(spent, bare, strict=True)]
     return {
         "rate": round(rate),
         "unary_rate": round(unary_rate),
-        "cpu_us_per_webhook": round(spent),
-        "bare_cpu_us": round(spent_bare),
-        "cpu_ratio": round(spent / spent_bare, 2),
+        "cpu_us_per_webhook": round(statistics.median(spent)),
+        "bare_cpu_us": round(_median(bare, "cpu_us")),
+        "cpu_ratio": round(statistics.median(ratios), 2),
+        "cpu_ratios": [round(ratio, 2) for ratio in ratios],
         "bare_rate": round(_median(bare, "rate")),
         "statements_per_webhook": round(by_batch, 3),
         "unary_statements_per_webhook": round(by_unary, 3),
