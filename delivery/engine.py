@@ -25,7 +25,7 @@ from core.urls import UrlPolicy
 from delivery.admit import Admission
 from delivery.breaker import Breaker
 from delivery.capacity import Capacity
-from delivery.claim import claim
+from delivery.claim import Claim, claim
 from delivery.config import DeliverySettings
 from delivery.dialler import Dialler
 from delivery.judge import asked_seconds, judge
@@ -87,11 +87,16 @@ class Engine:
         self._in_flight = 0
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
         self._room_grew = asyncio.Event()
+        # Asked for by claims that are under way.
+        self._claiming = 0
+        # The last claim brought as many as it asked for; or we stop.
+        self._more_due = asyncio.Event()
 
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
         self._stopping = True
         self._room_grew.set()
+        self._more_due.set()
         self._listener.wake()
 
     async def run(self) -> None:
@@ -109,34 +114,64 @@ class Engine:
         await self._record_the_rest()
 
     async def _claim_until_stopped(self) -> None:
-        busy = False
-        while not self._stopping:
-            limit = await self._wait_for_room()
-            if limit <= 0:
-                continue
-            # Beside the claim, which others would have to wait for longer; the next one has them.
-            refilling = asyncio.create_task(self._refill(busy=busy))
-            try:
-                claimed = await claim(
-                    self._pool, limit, self._settings.lease_seconds, self._measures.claim
-                )
-                self._measures.database_reached()
-                await self._dispatch(claimed.deliveries)
-            except RETRYABLE_ERRORS as error:
-                log.warning("claim_retried", error=repr(error))
-                await asyncio.sleep(_DATABASE_RETRY_SECONDS)
-                continue
-            finally:
-                admitted = await refilling
-            busy = claimed.taken == limit
-            if not busy and not admitted:
-                await self._listener.wait()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._claim_beside())
+            while not self._stopping:
+                # Beside the claim, which others would have to wait for longer; the next has them.
+                refilling = asyncio.create_task(self._refill())
+                try:
+                    found_all = await self._claim()
+                finally:
+                    admitted = await refilling
+                if found_all and not admitted:
+                    await self._listener.wait()
 
-    async def _refill(self, *, busy: bool) -> bool:
+    async def _claim_beside(self) -> None:
+        """A second claim at a time, while claims come back full.
+
+        The attempts of one claim end nearly together; until the next one came back there would be
+        nothing to do.
+        """
+        while not self._stopping:
+            await self._more_due.wait()
+            await self._claim()
+
+    async def _claim(self) -> bool:
+        """Claim what there is room for, and begin it; whether that was all that is due."""
+        limit = await self._wait_for_room()
+        if limit <= 0 or self._stopping:
+            return False
+        try:
+            claimed = await self._take(limit)
+            self._measures.database_reached()
+            await self._dispatch(claimed.deliveries)
+        except RETRYABLE_ERRORS as error:
+            log.warning("claim_retried", error=repr(error))
+            await asyncio.sleep(_DATABASE_RETRY_SECONDS)
+            return False
+        if claimed.taken == limit:
+            self._more_due.set()
+            return False
+        if not self._stopping:
+            self._more_due.clear()
+        return True
+
+    async def _take(self, limit: int) -> Claim:
+        self._claiming += limit
+        try:
+            return await claim(
+                self._pool, limit, self._settings.lease_seconds, self._measures.claim
+            )
+        finally:
+            self._claiming -= limit
+
+    async def _refill(self) -> bool:
         """Let parked deliveries in as there is room; whether there were any."""
         self._places.survey()
         try:
-            return await self._admission.refill(self._capacity.wanted_now, busy=busy)
+            return await self._admission.refill(
+                self._capacity.wanted_now, busy=self._more_due.is_set()
+            )
         except RETRYABLE_ERRORS as error:
             log.warning("refill_retried", error=repr(error))
             return False
@@ -157,14 +192,19 @@ class Engine:
                     await self._room_grew.wait()
         room = self._room()
         spare = room - self._places.reserve
-        return min(spare if spare > 0 else room, self._settings.claim_batch)
+        # No claim takes more than half of all places, so that two of them share the engine.
+        most = min(self._settings.claim_batch, (self._settings.max_in_flight + 1) // 2)
+        return min(spare if spare > 0 else room, most)
 
     def _room(self) -> int:
         """Attempts that may still begin. Results that wait for the database take places, too, but
         not before there are more of them than one settle takes."""
         unsettled = self._in_flight - len(self._attempts)
         return (
-            self._settings.max_in_flight - len(self._attempts) - max(unsettled - _UNSETTLED_FREE, 0)
+            self._settings.max_in_flight
+            - len(self._attempts)
+            - self._claiming
+            - max(unsettled - _UNSETTLED_FREE, 0)
         )
 
     async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> None:

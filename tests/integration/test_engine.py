@@ -20,6 +20,7 @@ from core.config import DatabaseSettings, EgressSettings, EncryptionSettings
 from core.ids import parse_id
 from core.keyring import load_keyring, new_key
 from core.lifecycle import DeliveryState
+from delivery import engine
 from delivery.places import FEW
 from postrider.v1 import (
     admin_service_pb2,
@@ -542,6 +543,37 @@ async def test_no_more_than_max_in_flight_are_sent_at_once(
         await receiver.wait_for(30)
     assert doors.most == 5
     assert len(set(ids(receiver))) == 30
+
+
+async def test_while_claims_come_back_full_two_of_them_are_under_way(
+    platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = under_way = most = 0
+    third = asyncio.Event()
+    claim = engine.claim
+
+    async def watched(*order: Any) -> Any:
+        nonlocal began, under_way, most
+        began, under_way = began + 1, under_way + 1
+        most = max(most, under_way)
+        try:
+            if began == 2:
+                async with asyncio.timeout(AMPLE):
+                    await third.wait()
+            if began == 3:
+                third.set()
+            return await claim(*order)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(engine, "claim", watched)
+    for number in range(20):
+        await platform.register(receiver.url, f"m_{number}")
+        await platform.publish(merchant_id=f"m_{number}")
+    async with platform.engine(claim_batch=1, max_in_flight=40):
+        await receiver.wait_for(20)
+    assert most == 2
+    assert len(set(ids(receiver))) == len(ids(receiver)) == 20
 
 
 # What is told.
