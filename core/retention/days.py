@@ -15,7 +15,7 @@ import asyncpg
 from core.connection import Connection
 from core.db import Pool
 from core.ids import first_id_at
-from core.retention.patience import bound_statements
+from core.retention.patience import BOUND_STATEMENTS
 
 #: How many whole days ahead have their parts.
 AHEAD = 7
@@ -120,20 +120,21 @@ async def make_day(connection: Connection, day: Day) -> bool:
     is nearly empty. Rows that are there already stay there and are removed row by row.
     QueryCanceledError when it is so full that reading it would hold others up.
     """
+    for table in KEYS:
+        if await _default_has(connection, table, day):
+            return False
+    # One message, and its own transaction: the server needs nothing more of us to let go of the
+    # locks. It bounds how long we are idle in a transaction, but not how long within a statement
+    # that is being prepared.
+    statements = [BOUND_STATEMENTS]
+    for table in KEYS:
+        name, ids = day.part(table), f"FROM ('{day.low}') TO ('{day.high}')"
+        statements += [
+            f"CREATE TABLE {name} (LIKE {table}_default INCLUDING ALL)",
+            f"ALTER TABLE {table}_by_day ATTACH PARTITION {name} FOR VALUES {ids}",
+        ]
     try:
-        async with connection.transaction():
-            await bound_statements(connection)
-            for table in KEYS:
-                if await _default_has(connection, table, day):
-                    return False
-                name = day.part(table)
-                await connection.execute(
-                    f"CREATE TABLE {name} (LIKE {table}_default INCLUDING ALL)"
-                )
-                await connection.execute(
-                    f"ALTER TABLE {table}_by_day ATTACH PARTITION {name} "
-                    f"FOR VALUES FROM ('{day.low}') TO ('{day.high}')"
-                )
+        await connection.execute(";".join(statements))
     except (asyncpg.CheckViolationError, asyncpg.DuplicateTableError):
         # Came in between.
         return False
@@ -141,10 +142,12 @@ async def make_day(connection: Connection, day: Day) -> bool:
 
 
 async def lock_days(connection: Connection, tables: Sequence[str]) -> None:
-    """In a transaction: nobody reads or writes these tables' days until it ends."""
-    await bound_statements(connection)
-    for table in tables:
-        await connection.execute(f"LOCK TABLE ONLY {table}_by_day IN ACCESS EXCLUSIVE MODE")
+    """In a transaction: nobody reads or writes these tables' days until it ends.
+
+    What follows in it must have been prepared before, for the reason that make_day() gives.
+    """
+    names = ", ".join(f"ONLY {table}_by_day" for table in tables)
+    await connection.execute(f"{BOUND_STATEMENTS}; LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
 
 
 async def drop_parts(connection: Connection, tables: Sequence[str], day: Day) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import asyncpg
 
-from core.connection import Connection
-
 #: Longest wait for a lock: so long everybody else may queue behind it.
 LOCK_SECONDS = 0.1
 #: Longest statement under a lock that others wait for.
 HOLD_SECONDS = 1.0
+#: In a transaction that takes such a lock: QueryCanceledError for what takes too long in it.
+BOUND_STATEMENTS = f"SET LOCAL statement_timeout = {HOLD_SECONDS * 1000:.0f}"
 _TRIES = 20
 _PAUSE_SECONDS = (0.05, 0.5)
 
@@ -21,11 +21,6 @@ GAVE_WAY = (
     asyncpg.exceptions.LockNotAvailableError,
     asyncpg.exceptions.TransactionRollbackError,
 )
-
-
-async def bound_statements(connection: Connection) -> None:
-    """In a transaction that takes such a lock: QueryCanceledError for what takes too long in it."""
-    await connection.execute(f"SET LOCAL statement_timeout = {HOLD_SECONDS * 1000:.0f}")
 
 
 async def patiently[T](call: Callable[..., Awaitable[T]], *arguments: Any) -> T:

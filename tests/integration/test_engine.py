@@ -21,6 +21,7 @@ from core.ids import parse_id
 from core.keyring import load_keyring, new_key
 from core.lifecycle import DeliveryState
 from delivery import engine
+from delivery.claim import claim
 from delivery.places import FEW
 from postrider.v1 import (
     admin_service_pb2,
@@ -550,7 +551,6 @@ async def test_while_claims_come_back_full_two_of_them_are_under_way(
 ) -> None:
     began = under_way = most = 0
     third = asyncio.Event()
-    claim = engine.claim
 
     async def watched(*order: Any) -> Any:
         nonlocal began, under_way, most

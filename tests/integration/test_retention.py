@@ -471,6 +471,17 @@ async def test_publishers_and_engines_feel_nothing_while_days_are_made_and_dropp
     await assert_sound(pool)
 
 
+async def test_who_freezes_while_a_day_is_made_leaves_no_lock_behind(pool: Any) -> None:
+    sent: list[str] = []
+    async with pool.acquire() as connection:
+        connection.add_query_logger(lambda query: sent.append(query.query))
+        assert await days.make_day(connection, day_of(40))
+    # Whatever locks is one message with its own end, which asks the client for nothing more.
+    [change] = [query for query in sent if "TABLE" in query]
+    assert change.count("ATTACH PARTITION") == 3
+    assert not any("BEGIN" in query for query in sent)
+
+
 async def test_a_merchant_erased_while_its_day_goes_is_erased_in_what_is_kept(
     pool: Any, database_url: str
 ) -> None:
