@@ -8,7 +8,6 @@ many as `Places` gives it.
 import asyncio
 import itertools
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
 from time import monotonic
 
@@ -25,7 +24,7 @@ from core.urls import UrlPolicy
 from delivery.admit import Admission
 from delivery.breaker import Breaker
 from delivery.capacity import Capacity
-from delivery.claim import Claim, claim
+from delivery.claim import claim
 from delivery.config import DeliverySettings
 from delivery.dialler import Dialler
 from delivery.judge import asked_seconds, judge
@@ -37,6 +36,7 @@ from delivery.rate_limit import RateLimits
 from delivery.reclaim import promote_stranded, reclaim
 from delivery.record import Recorder
 from delivery.report import AttemptReports
+from delivery.room import Room
 from delivery.send import send
 from delivery.sign import sign
 from delivery.vacuum import keep_clean
@@ -45,10 +45,6 @@ from delivery.webhooks import Webhook, WebhookCache, forget_expired_secrets
 _DATABASE_RETRY_SECONDS = 0.5
 _SWEEP_SECONDS = 1.0
 _SWEEPS_BETWEEN_CLEANING = 60
-#: How long to wait for more free places before a claim for few.
-_GATHER_SECONDS = 0.01
-#: Results on their way into the database that do not hold back new attempts.
-_UNSETTLED_FREE = 500
 
 log = structlog.get_logger()
 
@@ -83,19 +79,15 @@ class Engine:
         self._breaker = Breaker(settings.breaker_failures, settings.breaker_failing_seconds)
         self._admission = Admission(pool)
         self._stopping = False
-        # Claimed and not yet settled.
-        self._in_flight = 0
+        self._room = Room(settings.max_in_flight, self._places.reserve, settings.claim_batch)
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
-        self._room_grew = asyncio.Event()
-        # Asked for by claims that are under way.
-        self._claiming = 0
         # The last claim brought as many as it asked for; or we stop.
         self._more_due = asyncio.Event()
 
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
         self._stopping = True
-        self._room_grew.set()
+        self._room.close()
         self._more_due.set()
         self._listener.wake()
 
@@ -138,11 +130,14 @@ class Engine:
 
     async def _claim(self) -> bool:
         """Claim what there is room for, and begin it; whether that was all that is due."""
-        limit = await self._wait_for_room()
+        limit = await self._room.wait()
         if limit <= 0 or self._stopping:
             return False
         try:
-            claimed = await self._take(limit)
+            with self._room.asking_for(limit):
+                claimed = await claim(
+                    self._pool, limit, self._settings.lease_seconds, self._measures.claim
+                )
             self._measures.database_reached()
             await self._dispatch(claimed.deliveries)
         except RETRYABLE_ERRORS as error:
@@ -156,15 +151,6 @@ class Engine:
             self._more_due.clear()
         return True
 
-    async def _take(self, limit: int) -> Claim:
-        self._claiming += limit
-        try:
-            return await claim(
-                self._pool, limit, self._settings.lease_seconds, self._measures.claim
-            )
-        finally:
-            self._claiming -= limit
-
     async def _refill(self) -> bool:
         """Let parked deliveries in as there is room; whether there were any."""
         self._places.survey()
@@ -175,37 +161,6 @@ class Engine:
         except RETRYABLE_ERRORS as error:
             log.warning("refill_retried", error=repr(error))
             return False
-
-    async def _wait_for_room(self) -> int:
-        """How many to claim: at once when many may be, else what is free after a short wait.
-
-        Places become free one by one, and a claim costs nearly the same for one as for many. What
-        is kept for configs with few open is asked for only when nothing else gets free: most of
-        what a claim brings would have to be parked.
-        """
-        worthwhile = max(min(self._settings.claim_batch, self._settings.max_in_flight) // 4, 1)
-        worthwhile += self._places.reserve
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_GATHER_SECONDS):
-                while self._room() < worthwhile and not self._stopping:
-                    self._room_grew.clear()
-                    await self._room_grew.wait()
-        room = self._room()
-        spare = room - self._places.reserve
-        # No claim takes more than half of all places, so that two of them share the engine.
-        most = min(self._settings.claim_batch, (self._settings.max_in_flight + 1) // 2)
-        return min(spare if spare > 0 else room, most)
-
-    def _room(self) -> int:
-        """Attempts that may still begin. Results that wait for the database take places, too, but
-        not before there are more of them than one settle takes."""
-        unsettled = self._in_flight - len(self._attempts)
-        return (
-            self._settings.max_in_flight
-            - len(self._attempts)
-            - self._claiming
-            - max(unsettled - _UNSETTLED_FREE, 0)
-        )
 
     async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> None:
         """Begin an attempt for each delivery whose config can take it now; park the others."""
@@ -222,7 +177,7 @@ class Engine:
             await queue.park_leased(self._pool, excess)
 
     def _begin(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
-        self._in_flight += 1
+        self._room.attempt_began()
         self._measures.in_flight += 1
         task = asyncio.create_task(self._attempt(delivery, webhook, claimed_at))
         self._attempts[task] = delivery
@@ -274,15 +229,14 @@ class Engine:
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
         delivery = self._attempts.pop(task)
         self._measures.in_flight -= 1
-        self._room_grew.set()
+        self._room.attempt_ended()
         if not task.cancelled() and (error := task.exception()):
             # A bug, and no result to record: the lease will end, and the delivery be tried again.
             log.error("attempt_lost", delivery_id=format_id("dlv", delivery.id), exc_info=error)
-            self._in_flight -= 1
+            self._room.settled(1)
 
     def _on_settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
-        self._in_flight -= len(batch)
-        self._room_grew.set()
+        self._room.settled(len(batch))
         for settlement in batch:
             if settlement.delivery_id not in settled.delivery_ids:
                 # Another engine has it, or its config was deleted: it is theirs to record.
