@@ -37,12 +37,11 @@ class Admission:
         return not self._known.isdisjoint(webhook_ids)
 
     async def refill(self, wanted: Callable[[UUID], int], *, busy: bool = False) -> bool:
-        """Let in what the configs that wait for us can take now; `wanted` says how many of each.
+        """Let in what the configs that wait for us can take now; whether there was any.
 
-        Returns whether any were let in.
-
-        What was let in the last time is still to be claimed, so its configs are not asked for.
-        While we are `busy` with what is ready anyway, nor is a config that has enough of that.
+        `wanted` says how many of each. What was let in the last time is still to be claimed, so its
+        configs are not asked for. While we are `busy` with what is ready anyway, nor is a config
+        that has enough of that.
         """
         now = self._clock()
         waiting = {w for w in self._known if self._asked_in_vain.get(w, now) > now} if busy else ()

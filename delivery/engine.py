@@ -83,6 +83,7 @@ class Engine:
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
         # The last claim brought as many as it asked for; or we stop.
         self._more_due = asyncio.Event()
+        self._dispatching = asyncio.Lock()
 
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
@@ -134,12 +135,15 @@ class Engine:
         if limit <= 0 or self._stopping:
             return False
         try:
+            # Until its attempts have begun, or the other claim would ask for the same room.
             with self._room.asking_for(limit):
                 claimed = await claim(
                     self._pool, limit, self._settings.lease_seconds, self._measures.claim
                 )
-            self._measures.database_reached()
-            await self._dispatch(claimed.deliveries)
+                self._measures.database_reached()
+                excess = await self._dispatch(claimed.deliveries)
+            if excess:
+                await queue.park_leased(self._pool, excess)
         except RETRYABLE_ERRORS as error:
             log.warning("claim_retried", error=repr(error))
             await asyncio.sleep(_DATABASE_RETRY_SECONDS)
@@ -162,19 +166,20 @@ class Engine:
             log.warning("refill_retried", error=repr(error))
             return False
 
-    async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> None:
-        """Begin an attempt for each delivery whose config can take it now; park the others."""
+    async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> Sequence[LeasedDelivery]:
+        """Begin an attempt for each delivery whose config can take it now; returns the others."""
         if not deliveries:
-            return
+            return ()
         claimed_at = monotonic()
-        webhooks = await self._webhooks.for_deliveries(deliveries)
-        beginning, excess = await self._capacity.take(deliveries, webhooks)
-        for delivery in beginning:
-            self._begin(delivery, webhooks[delivery.webhook_id], claimed_at)
+        # One claim after the other: it has to see what the one before took of places and rates.
+        async with self._dispatching:
+            webhooks = await self._webhooks.for_deliveries(deliveries)
+            beginning, excess = await self._capacity.take(deliveries, webhooks)
+            for delivery in beginning:
+                self._begin(delivery, webhooks[delivery.webhook_id], claimed_at)
         self._admission.meet(d.webhook_id for d in deliveries if d.has_backlog)
-        if excess:
-            self._admission.meet(d.webhook_id for d in excess)
-            await queue.park_leased(self._pool, excess)
+        self._admission.meet(d.webhook_id for d in excess)
+        return excess
 
     def _begin(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
         self._room.attempt_began()

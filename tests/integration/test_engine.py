@@ -546,6 +546,28 @@ async def test_no_more_than_max_in_flight_are_sent_at_once(
     assert len(set(ids(receiver))) == 30
 
 
+async def test_two_claims_at_a_time_do_not_begin_more_than_max_in_flight(
+    platform: Platform, receiver: Receiver
+) -> None:
+    merchants = [f"m_{number}" for number in range(12)]
+    for merchant_id in merchants:
+        # Between a claim and its attempts the rate is asked for, of the database.
+        await platform.register(receiver.url, merchant_id, rate_limit=1000)
+    async with platform.engine(max_in_flight=8):
+        for merchant_id in merchants:
+            await platform.publish(merchant_id=merchant_id)
+        await receiver.wait_for(12)
+        # A claim too many comes between others by chance: not at the first time, but at some.
+        for times in range(1, 9):
+            receiver.default = doors = Doors()
+            for merchant_id in merchants:
+                await publish_many(platform, 4, merchant_id)
+            await doors.wait_for(8)
+            doors.open()
+            await receiver.wait_for(12 + times * 48)
+            assert doors.most == 8
+
+
 async def test_while_claims_come_back_full_two_of_them_are_under_way(
     platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
