@@ -17,10 +17,10 @@ from google.protobuf.duration_pb2 import Duration
 from jwt.algorithms import OKPAlgorithm
 
 from cli.development.key import DevelopmentKey, ensure_development_key
-from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
+from postrider.v1 import admin_service_pb2, delivery_service_pb2, event_pb2, event_service_pb2
 from tests.fakes.receiver import Answer, Receiver
 from tests.platform import Platform, serve_settings
-from tests.processes import Process, Processes, environment_of
+from tests.processes import AMPLE, Process, Processes, environment_of
 from tests.prometheus import Prometheus, running_prometheus
 
 WELL, FLAKY, AWAY, STOPPED = "m_well", "m_flaky", "m_away", "m_stopped"
@@ -33,6 +33,8 @@ BRISK: dict[str, Any] = {
     "max_consecutive_failures": 5,
     "breaker_failures": 3,
     "breaker_failing_seconds": 0.5,
+    "breaker_cooldown_seconds": 0.5,
+    "breaker_cooldown_max_seconds": 1,
 }
 ENGINES = 2
 
@@ -103,6 +105,21 @@ async def traffic(platform: Platform) -> AsyncIterator[None]:
         yield
         for task in tasks:
             task.cancel()
+
+
+async def stopped_is_inactive(scene: Observed) -> None:
+    """Return when its failures have stopped what fails, and the next scrape knows."""
+    request = admin_service_pb2.ListAllWebhookConfigsRequest(
+        merchant_id=STOPPED, inactive_only=True
+    )
+    async with asyncio.timeout(AMPLE):
+        while True:
+            listed = await scene.platform.admin.ListAllWebhookConfigs(
+                request, metadata=scene.platform.operator()
+            )
+            await scene.prometheus.scrapes.further(1)
+            if listed.webhook_configs:
+                return
 
 
 async def _register(platform: Platform, receiver: Receiver) -> None:

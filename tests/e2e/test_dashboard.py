@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from tests.fakes.receiver import Receiver
-from tests.observed import ENGINES, FLAKY, WELL, Observed, observed, traffic
+from tests.observed import ENGINES, FLAKY, WELL, Observed, observed, stopped_is_inactive, traffic
 from tests.pages import ROOT
 from tests.prometheus import Prometheus, needs_prometheus
 
@@ -59,6 +59,7 @@ async def test_every_query_of_dashboard_and_alerts_is_answered(
         prometheus = scene.prometheus
         async with traffic(scene.platform):
             await receiver.wait_for(100)
+            await stopped_is_inactive(scene)
             # As many as a rate goes over, the one under way, and one for what is read every 5 s.
             await prometheus.scrapes.further(12)
             empty = {

@@ -11,7 +11,16 @@ import pytest
 
 from postrider.v1 import admin_service_pb2, delivery_pb2, delivery_service_pb2
 from tests.fakes.receiver import Receiver
-from tests.observed import AWAY, BRISK, STOPPED, WELL, Observed, observed, traffic
+from tests.observed import (
+    AWAY,
+    BRISK,
+    STOPPED,
+    WELL,
+    Observed,
+    observed,
+    stopped_is_inactive,
+    traffic,
+)
 from tests.pages import ROOT, Environment, as_written, blocks, needs_grpcurl, prepared, printed
 from tests.processes import AMPLE
 from tests.prometheus import needs_prometheus
@@ -229,6 +238,7 @@ async def stopped(scene: Observed, receiver: Receiver, merchant_id: str) -> Envi
             failed = list(listed.deliveries)
     await platform.publish(merchant_id=merchant_id)
     scene.broken.remove(merchant_id)
+    await stopped_is_inactive(scene)
     # For what is read every 5 s, and a rate.
     await scene.prometheus.scrapes.further(8)
     return {
