@@ -1,11 +1,12 @@
-"""Builds the gRPC server: services, interceptors in their order, limits, health and reflection."""
+"""Builds the gRPC server: services and what each call goes through, limits, health, reflection."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from core.errors import ConfigurationError
 from postrider.v1 import (
@@ -20,13 +21,13 @@ from postrider.v1 import (
 )
 from server.admin_listener import AdminListener
 from server.admin_service import AdminService
-from server.authentication import AuthenticationInterceptor
+from server.authentication import Authentication
 from server.caller_limits import CallerLimits
+from server.calls import Calls
 from server.certificates import CertificateCallers
 from server.config import ServerSettings, TlsSettings
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
-from server.interceptors import CallInterceptor
 from server.limits import channel_options
 from server.refusals import Refusals
 from server.rpc_report import RpcReports
@@ -66,15 +67,18 @@ METHODS = {
 LIVENESS = "liveness"
 
 
-class _GenericMethods:
-    """Stands for the server where generated code adds a service: its methods, found by name.
+class _Services:
+    """Stands for the server where generated code adds a service: collects their methods by name.
 
     Generated code also registers each method. For registered ones grpc.aio waits one by one, and
     every call pays for a wait on them all.
     """
 
-    def __init__(self, server: grpc.aio.Server):
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+    def __init__(self) -> None:
+        self.handlers: list[grpc.GenericRpcHandler] = []
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        self.handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
         """Leave it at the generic ones."""
@@ -101,20 +105,14 @@ class App:
         self._events = events
         public = _HEALTH_METHODS | (_REFLECTION_METHODS if settings.reflection else frozenset())
         scopes = tls.certificate_scopes if tls else ()
-        authentication = AuthenticationInterceptor(
+        authentication = Authentication(
             verifier,
             CallerLimits(settings),
             public,
             CertificateCallers(scopes) if scopes else None,
         )
-        self._server = grpc.aio.server(
-            # The outer one turns what the inner raises into a status.
-            interceptors=[CallInterceptor(authentication, refusals, reports)],
-            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
-            options=channel_options(settings),
-        )
         self._health = health_aio.HealthServicer()
-        services: Any = _GenericMethods(self._server)
+        services: Any = _Services()
         event_service_pb2_grpc.add_EventServiceServicer_to_server(events, services)
         webhook_config_service_pb2_grpc.add_WebhookConfigServiceServicer_to_server(
             webhook_configs, services
@@ -124,7 +122,16 @@ class App:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, services)
         if settings.reflection:
             names = (*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+                reflection.aio.ReflectionServicer((*names, reflection.SERVICE_NAME)), services
+            )
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+            options=channel_options(settings),
+        )
+        self._server.add_generic_rpc_handlers(
+            [Calls(services.handlers, authentication, refusals, reports)]
+        )
         self._admin = AdminListener(settings, self._health, SERVICE_NAMES)
         self.port = 0
         self.mtls_port = 0

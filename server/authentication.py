@@ -1,17 +1,17 @@
-"""No call gets past this interceptor without a known caller, except to the methods named public.
+"""No call reaches its handler without a known caller, except of the methods named public.
 
 A token says who calls. Only a call without any `authorization` may be known by the certificate of
 its connection: a bad token is refused whatever certificate stands behind it.
 
 It decides before the request is read: a refused call costs us its headers only, and a method that
 does not exist looks like any other until the caller is known. Refusals are raised by the handler
-it returns, so that the interceptors outside of this one turn them into statuses.
+it returns, so that what wraps handlers turns them into statuses.
 """
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -23,11 +23,18 @@ from server.tokens import TokenVerifier, token_refused
 
 type Handler = grpc.RpcMethodHandler[Any, Any]
 
-# gRPC runs the interceptors and the handler of a call in one task that only this call has. What is
+# gRPC asks for the handler of a call, and runs it, in one task that only this call has. What is
 # set here is therefore seen by the handler and by what wraps it, and by no other call.
 current_principal: ContextVar[Principal] = ContextVar("current_principal")
 _refusal: ContextVar[Exception] = ContextVar("refusal")
-_method: ContextVar[str] = ContextVar("method")
+_stranger: ContextVar["_Stranger"] = ContextVar("stranger")
+
+
+class _Stranger(NamedTuple):
+    """A call whose caller is not known before its handler runs; by certificate without a token."""
+
+    method: str
+    token: str | None
 
 
 def principal() -> Principal:
@@ -38,7 +45,7 @@ def principal() -> Principal:
         raise token_refused() from None
 
 
-class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
+class Authentication:
     """Verifies `authorization: Bearer <JWT>`; public methods are `/package.Service/Method`.
 
     `certificates` is None where nobody may call without a token. A caller that is known is then
@@ -59,39 +66,53 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
         # As many as there are methods, and one for all that there are not.
         self._identifying: dict[Handler | None, Handler] = {}
 
-    async def intercept_service(
+    def guard(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
+        method: str,
+        metadata: Sequence[tuple[str, str | bytes]],
+        handler: Handler | None,
     ) -> Handler | None:
-        method = handler_call_details.method
-        if method not in self._public_methods:
-            try:
-                values = _authorization(handler_call_details.invocation_metadata)
-                if not values and self._certificates is not None:
-                    _method.set(method)
-                    handler = await continuation(handler_call_details)
-                    identifying = self._identifying.get(handler)
-                    if identifying is None:
-                        identifying = self._by_certificate(self._certificates, handler)
-                        self._identifying[handler] = identifying
-                    return identifying
-                self._admit(await self._verifier.verify(_bearer_token(values)), method)
-            # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
-            except Exception as error:
-                _refusal.set(error)
-                return _REFUSING
-        return await continuation(handler_call_details)
+        """What may answer this call: its handler, or one that first asks who calls, or refuses.
+
+        Nothing here waits. Whom a token stands for is mostly known, and so the call costs no more.
+        """
+        if method in self._public_methods:
+            return handler
+        try:
+            values = _authorization(metadata)
+            if not values and self._certificates is not None:
+                return self._identified(_Stranger(method, None), handler)
+            token = _bearer_token(values)
+            caller = self._verifier.recall(token)
+            if caller is None:
+                return self._identified(_Stranger(method, token), handler)
+            self._admit(caller, method)
+        # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
+        except Exception as error:
+            _refusal.set(error)
+            return _REFUSING
+        return handler
 
     def _admit(self, caller: Principal, method: str) -> None:
         current_principal.set(caller)
         self._limits.admit(caller, method)
 
-    def _by_certificate(self, certificates: CertificateCallers, handler: Handler | None) -> Handler:
-        """The certificate is known to a handler only: one of streams, which reads when it likes."""
+    def _identified(self, stranger: _Stranger, handler: Handler | None) -> Handler:
+        _stranger.set(stranger)
+        identifying = self._identifying.get(handler)
+        if identifying is None:
+            identifying = self._identifying[handler] = self._identifies(handler)
+        return identifying
+
+    def _identifies(self, handler: Handler | None) -> Handler:
+        """Certificates are known, and waiting is possible, in a handler only.
+
+        One of streams, which reads when it likes.
+        """
 
         async def behaviour(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            self._admit(certificates.identify(context.auth_context()), _method.get())
+            stranger = _stranger.get()
+            self._admit(await self._identify(stranger.token, context), stranger.method)
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             async for response in _responses(handler, requests, context):
@@ -102,6 +123,13 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
             handler.request_deserializer if handler else None,
             handler.response_serializer if handler else None,
         )
+
+    async def _identify(self, token: str | None, context: Any) -> Principal:
+        if token is not None:
+            return await self._verifier.verify(token)
+        if self._certificates is not None:
+            return self._certificates.identify(context.auth_context())
+        raise token_refused()
 
 
 async def _responses(

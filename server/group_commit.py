@@ -62,7 +62,7 @@ class GroupCommit[Result]:
         if not self._waiting:
             self._waiting_since = self._called_at
         self._waiting.append(call)
-        if self._committing < (1 if self._gives_way() else _COMMITS_MAX):
+        if not self._committing or (self._committing < _COMMITS_MAX and not self._gives_way()):
             self._committing += 1
             task = asyncio.create_task(self._commit_waiting())
             self._commits.add(task)

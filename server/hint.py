@@ -12,7 +12,7 @@ from core import queue
 from core.db import RETRYABLE_ERRORS, Pool
 
 #: Hints within this time of each other become one.
-_COALESCE_SECONDS = 0.002
+_COALESCE_SECONDS = 0.005
 
 log = structlog.get_logger()
 

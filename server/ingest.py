@@ -117,9 +117,8 @@ class Ingest:
 
     def _commits_for(self, events: Sequence[NewEvent]) -> GroupCommit[_Result]:
         in_order = any(event.ordering_key for event in events)
-        merchants = {event.merchant_id for event in events}
-        self._crowds.notice(event.merchant_id for event in events)
-        if len(events) > _LARGE or self._crowds.most_of(merchants) > FLOOD:
+        busiest = self._crowds.notice([event.merchant_id for event in events])
+        if len(events) > _LARGE or busiest > FLOOD:
             return self._floods_in_order if in_order else self._floods
         return self._commits_in_order if in_order else self._commits
 
@@ -150,13 +149,13 @@ class Ingest:
                 continue
             delivery_count, created_at = row
             stored[event.id] = PublishedEvent(
-                id=event.id,
-                merchant_id=event.merchant_id,
-                type=event.type,
-                created_at=created_at,
-                delivery_count=delivery_count,
-                not_before=event.not_before,
-                ordering_key=event.ordering_key,
+                event.id,
+                event.merchant_id,
+                event.type,
+                created_at,
+                delivery_count,
+                event.not_before,
+                event.ordering_key,
                 duplicate=False,
             )
         if repeated:

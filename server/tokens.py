@@ -19,6 +19,8 @@ from server.principal import Principal
 
 MAX_TOKEN_BYTES = 4096
 MAX_REMEMBERED_TOKENS = 10_000
+#: A key that is withdrawn is good for so long, for who was known before.
+RECALL_SECONDS = 1.0
 
 _MAX_SUBJECT_CHARACTERS = 255
 
@@ -32,11 +34,13 @@ def token_refused() -> Unauthenticated:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Verified:
     principal: Principal
     kid: str | None
     key: VerificationKey
+    #: When its key was last looked for, and there.
+    checked_at: float
 
 
 class TokenVerifier:
@@ -60,11 +64,21 @@ class TokenVerifier:
         self._clock = clock
         self._remembered: dict[bytes, _Verified] = {}
 
+    def recall(self, token: str) -> Principal | None:
+        """Whom a token stands for that was verified a moment ago; None when verify() must tell.
+
+        Raises as that does, as far as it can tell without waiting.
+        """
+        remembered = self._remembered.get(_digest(token))
+        if remembered is None:
+            return None
+        caller = remembered.principal
+        is_fresh = 0 <= self._clock() - remembered.checked_at < RECALL_SECONDS
+        return caller if is_fresh and not self._is_expired(caller.expires_at) else None
+
     async def verify(self, token: str) -> Principal:
         """Raises Unauthenticated for every fault of the token, Unavailable if no key can be had."""
-        if len(token) > MAX_TOKEN_BYTES or not token.isascii():
-            raise token_refused()
-        digest = hashlib.sha256(token.encode("ascii")).digest()
+        digest = _digest(token)
         remembered = self._remembered.get(digest)
         if remembered is not None and await self._still_holds(remembered):
             return remembered.principal
@@ -82,8 +96,11 @@ class TokenVerifier:
     async def _still_holds(self, verified: _Verified) -> bool:
         if self._is_expired(verified.principal.expires_at):
             return False
-        # Asking again each time also keeps the key set fresh while every token is a known one.
-        return verified.key in await self._keys.keys_for(verified.kid)
+        # Asking again and again also keeps the key set fresh while every token is a known one.
+        if verified.key not in await self._keys.keys_for(verified.kid):
+            return False
+        verified.checked_at = self._clock()
+        return True
 
     async def _verify(self, token: str) -> _Verified:
         header = jwt.get_unverified_header(token)
@@ -96,7 +113,7 @@ class TokenVerifier:
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
                 continue
             self._check_times(claims)
-            return _Verified(_principal_of(claims), kid, key)
+            return _Verified(_principal_of(claims), kid, key, self._clock())
         raise jwt.InvalidSignatureError("no key verifies it")
 
     def _decode(self, token: str, key: VerificationKey) -> dict[str, Any]:
@@ -131,6 +148,13 @@ class TokenVerifier:
 
     def _is_expired(self, expires_at: int) -> bool:
         return expires_at <= self._clock() - self._leeway
+
+
+def _digest(token: str) -> bytes:
+    """What a token is remembered by; Unauthenticated when it cannot be one."""
+    if len(token) > MAX_TOKEN_BYTES or not token.isascii():
+        raise token_refused()
+    return hashlib.sha256(token.encode("ascii")).digest()
 
 
 def _principal_of(claims: dict[str, Any]) -> Principal:

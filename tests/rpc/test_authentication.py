@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from cli.development.key import ensure_development_key, mint_token
 from core.errors import Unauthenticated, Unavailable
-from server.authentication import AuthenticationInterceptor, current_principal, principal
+from server.authentication import Authentication, current_principal, principal
 from server.caller_limits import CallerLimits
 from server.config import ServerSettings
 from server.keys import PemKeys, VerificationKey
@@ -74,6 +74,21 @@ class Echo:
             "Public": grpc.unary_unary_rpc_method_handler(self.public),
             "PublicByMistake": grpc.unary_unary_rpc_method_handler(self.public_by_mistake),
         }
+
+
+class Guarded(grpc.GenericRpcHandler):
+    """What a server asks for its handlers."""
+
+    def __init__(self, authentication: Authentication, handlers: dict[str, Any]):
+        self._authentication = authentication
+        self._echo = grpc.method_handlers_generic_handler("test.Echo", handlers)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        return self._authentication.guard(
+            handler_call_details.method,
+            handler_call_details.invocation_metadata,
+            self._echo.service(handler_call_details),
+        )
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
@@ -205,11 +220,9 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     keys = BreakableKeys(PemKeys(pair.public_key_file))
     verifier = TokenVerifier(keys, issuer=ISSUER, audience="postrider", max_lifetime_seconds=3600)
     echo, status = Echo(), StatusInterceptor()
-    authentication = AuthenticationInterceptor(verifier, CallerLimits(ServerSettings()), PUBLIC)
-    server = grpc.aio.server(interceptors=(status, authentication))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("test.Echo", echo.handlers()),)
-    )
+    authentication = Authentication(verifier, CallerLimits(ServerSettings()), PUBLIC)
+    server = grpc.aio.server(interceptors=(status,))
+    server.add_generic_rpc_handlers([Guarded(authentication, echo.handlers())])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
 
@@ -312,6 +325,20 @@ async def test_callers_of_one_moment_are_not_confused(service: Service) -> None:
     )
     for name, answer in zip(names, answers, strict=True):
         assert answer in {name.encode(), name.encode() * 2}
+
+
+@pytest.mark.parametrize("method", KINDS)
+async def test_a_caller_known_a_moment_ago_is_known_without_the_keys(
+    service: Service, method: str
+) -> None:
+    bearer = service.bearer("ann")
+    first = await service.call(method, bearer)
+    service.keys.fault = Unavailable("keys are away", reason="KEYS_UNAVAILABLE")
+    assert await service.call(method, bearer) == first
+    assert await service.refusal(method, service.bearer("bob")) == (
+        grpc.StatusCode.UNAVAILABLE,
+        "keys are away",
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,10 +9,10 @@ from grpc import StatusCode
 
 from core.config import LogSettings
 from core.logs import SuccessSampling
-from server.authentication import AuthenticationInterceptor, current_principal
+from server.authentication import Authentication, current_principal
 from server.caller_limits import CallerLimits
+from server.calls import Calls
 from server.config import ServerSettings
-from server.interceptors import CallInterceptor
 from server.measures import ServerMeasures
 from server.refusals import Refusals
 from server.rpc_report import RpcReports
@@ -58,18 +58,17 @@ async def call() -> AsyncIterator[Any]:
         max_lifetime_seconds=LIFETIME,
         clock=FakeClock(),
     )
-    authentication = AuthenticationInterceptor(verifier, CallerLimits(ServerSettings()))
+    authentication = Authentication(verifier, CallerLimits(ServerSettings()))
     options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 32_768)]
     reports = RpcReports(ServerMeasures({}), SuccessSampling(LogSettings()))
-    server = grpc.aio.server(
-        interceptors=[CallInterceptor(authentication, NobodyIsKnown(), reports)], options=options
-    )
+    server = grpc.aio.server(options=options)
 
     async def echo(request: bytes, _context: Any) -> bytes:
         return request
 
     handlers: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", handlers),))
+    services = [grpc.method_handlers_generic_handler("test.Echo", handlers)]
+    server.add_generic_rpc_handlers([Calls(services, authentication, NobodyIsKnown(), reports)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:

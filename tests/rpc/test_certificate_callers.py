@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,7 +19,7 @@ from postrider.v1 import (
     event_service_pb2_grpc,
 )
 from postrider_client import PostriderClient
-from server.authentication import AuthenticationInterceptor
+from server.authentication import Authentication
 from server.caller_limits import CallerLimits
 from server.certificates import CertificateCallers
 from server.config import ServerSettings, TlsSettings
@@ -221,24 +220,20 @@ async def test_a_client_with_neither_token_nor_certificate_is_not_made() -> None
             PostriderClient("localhost:1", None, tls=tls)
 
 
-async def test_the_handlers_that_identify_are_as_few_as_the_methods() -> None:
+def test_the_handlers_that_identify_are_as_few_as_the_methods() -> None:
     """What wraps them remembers each handler it is given."""
     verifier: Any = None
-    interceptor = AuthenticationInterceptor(
+    authentication = Authentication(
         verifier, CallerLimits(ServerSettings()), certificates=CertificateCallers(())
     )
     known: Any = grpc.unary_unary_rpc_method_handler(lambda request, _context: request)
-    details: Any = SimpleNamespace(method="/a.B/C", invocation_metadata=())
 
-    async def handler_of(handler: Any) -> Any:
-        async def continuation(_details: Any) -> Any:
-            return handler
-
-        return await interceptor.intercept_service(continuation, details)
+    def handler_of(handler: Any) -> Any:
+        return authentication.guard("/a.B/C", (), handler)
 
     for handler in (known, None):
-        assert await handler_of(handler) is await handler_of(handler)
-    assert await handler_of(known) is not await handler_of(None)
+        assert handler_of(handler) is handler_of(handler)
+    assert handler_of(known) is not handler_of(None)
 
 
 def peer(issued: Issued, *uris: str, dns: tuple[str, ...] = ()) -> dict[str, list[bytes]]:

@@ -375,6 +375,50 @@ async def test_known_token_survives_the_same_key_loaded_again(
     assert keys.asked == ["ed", "ed"]
 
 
+async def test_a_token_is_recalled_for_a_moment_without_asking_for_its_key(
+    verifier: TokenVerifier, keys: FakeKeys, clock: FakeClock
+) -> None:
+    assert verifier.recall(with_claims()) is None
+    caller = await verifier.verify(with_claims())
+    clock.now += tokens.RECALL_SECONDS - 0.1
+    assert verifier.recall(with_claims()) is caller
+    assert verifier.recall(with_claims(jti="other")) is None
+    assert keys.asked == ["ed"]
+
+    clock.now += 0.1
+    assert verifier.recall(with_claims()) is None
+    assert await verifier.verify(with_claims()) is caller
+    assert verifier.recall(with_claims()) is caller
+    # The clock was set back.
+    clock.now -= 1
+    assert verifier.recall(with_claims()) is None
+
+
+async def test_no_token_is_recalled_beyond_its_time_or_its_key(
+    verifier: TokenVerifier, keys: FakeKeys, clock: FakeClock
+) -> None:
+    clock.now = NOW + 600 + LEEWAY - 0.5
+    await verifier.verify(with_claims())
+    clock.now = NOW + 600 + LEEWAY
+    assert verifier.recall(with_claims()) is None
+
+    clock.now = NOW
+    await verifier.verify(with_claims())
+    keys.keys["ed"] = ()
+    clock.now += tokens.RECALL_SECONDS
+    assert verifier.recall(with_claims()) is None
+    with pytest.raises(Unauthenticated):
+        await verifier.verify(with_claims())
+    clock.now = NOW
+    assert verifier.recall(with_claims()) is None
+
+
+@pytest.mark.parametrize("token", ["x" * (tokens.MAX_TOKEN_BYTES + 1), "tökén"])
+def test_what_cannot_be_a_token_is_refused_at_once(verifier: TokenVerifier, token: str) -> None:
+    with pytest.raises(Unauthenticated):
+        verifier.recall(token)
+
+
 async def test_memory_of_tokens_is_bounded_and_forgets_the_oldest(
     verifier: TokenVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

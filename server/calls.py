@@ -1,11 +1,11 @@
-"""The outermost interceptor: a request id, one report a call, and every error as a status.
+"""What every call goes through: a request id, one report, its caller, and errors as statuses.
 
 Nothing an exception says reaches a caller unless core/errors.py made it to be said.
 """
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -14,6 +14,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from core.errors import PostriderError
+from server.authentication import Authentication
 from server.present_call import current_context
 from server.refusals import Refusals
 from server.request_id import current_request_id
@@ -26,26 +27,31 @@ type Context = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger()
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, also the refusals of the interceptor inside this one.
+class Calls(grpc.GenericRpcHandler):
+    """Finds the handler of a call among those of `services`, and what it takes to reach it.
 
-    That one is called from here, since each interceptor that gRPC calls has its price in every RPC.
+    Not an interceptor: gRPC awaits those, one after the other, and nothing here has to wait.
     """
 
-    def __init__(self, inside: grpc.aio.ServerInterceptor, refusals: Refusals, reports: RpcReports):
-        self._inside = inside
+    def __init__(
+        self,
+        services: Sequence[grpc.GenericRpcHandler],
+        authentication: Authentication,
+        refusals: Refusals,
+        reports: RpcReports,
+    ):
+        self._services = services
+        self._authentication = authentication
         self._refusals = refusals
         self._reports = reports
-        # As many as there are methods, and one: that of all refusals.
+        # As many as there are methods; again as many that ask who calls; and that of all refusals.
         self._answering: dict[Handler, Handler] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        self._reports.begin(handler_call_details.method, handler_call_details.invocation_metadata)
-        handler = await self._inside.intercept_service(continuation, handler_call_details)
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        method = handler_call_details.method
+        metadata = handler_call_details.invocation_metadata
+        self._reports.begin(method, metadata)
+        handler = self._authentication.guard(method, metadata, self._find(handler_call_details))
         if handler is None:
             # gRPC says so to the caller by itself.
             self._reports.end("UNIMPLEMENTED")
@@ -55,6 +61,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             answering = _answering(handler, self._refusals, self._reports)
             self._answering[handler] = answering
         return answering
+
+    def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
+        for service in self._services:
+            if (handler := service.service(details)) is not None:
+                return handler
+        return None
 
 
 def _answering(handler: Handler, refusals: Refusals, reports: RpcReports) -> Handler:
