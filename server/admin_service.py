@@ -23,7 +23,7 @@ from server.convert.admin import (
 )
 from server.convert.event_types import event_type_draft, event_type_message
 from server.convert.ids import id_of, not_found, optional_id_of
-from server.convert.times import time_filter
+from server.convert.times import time_filter, time_range
 from server.convert.webhook_configs import deactivation_reason_filter, webhook_config_message
 from server.database import Sessions
 from server.erasure import erase_merchant
@@ -169,8 +169,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.ListAuditEntriesResponse:
         _require_admin()
         size = page_size(request.page_size, default=50, maximum=100)
-        start = time_filter(request, "start_time")
-        end = time_filter(request, "end_time")
+        start, end = time_range(request)
         identity = ("audit_entries", request.actor, request.resource, str(start), str(end))
         before = parse_page_token(request.page_token, UUID, *identity)
         wanted = AuditFilter(request.actor, request.resource, start, end, before)

@@ -21,7 +21,7 @@ from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server.authentication import principal
 from server.convert.events import event_draft, event_message, fill_event
 from server.convert.ids import id_of, not_found
-from server.convert.times import time_filter
+from server.convert.times import time_range
 from server.event_history import EventFilter, find_event, list_events
 from server.event_rules import EventDraft
 from server.event_types import is_event_type_name, unknown_event_type
@@ -121,8 +121,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         if request.type and not is_event_type_name(request.type):
             raise InvalidArgument(unknown_event_type("type", request.type))
         size = page_size(request.page_size, default=50, maximum=100)
-        start = time_filter(request, "start_time")
-        end = time_filter(request, "end_time")
+        start, end = time_range(request)
         identity = ("events", merchant_id, request.type, start, end)
         before = parse_page_token(request.page_token, UUID, *identity)
         if caller.merchant_id not in (None, merchant_id):

@@ -97,6 +97,14 @@ async def test_a_time_span_holds_its_start_and_not_its_end(platform: Platform, p
     assert await found(start_time=last) == []
 
 
+async def test_a_time_span_that_holds_nothing_is_refused(platform: Platform) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    for end in (moment, moment - timedelta(seconds=1)):
+        async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_EMPTY") as error:
+            await entries(platform, start_time=timestamp(moment), end_time=timestamp(end))
+        assert error.violations == {"end_time": "TIME_RANGE_EMPTY"}
+
+
 async def test_clocks_that_differ_by_hours_hide_nothing(platform: Platform, pool: Any) -> None:
     created_at = await record(pool)
     # Its id, made by a server whose clock was slow, begins six hours earlier.

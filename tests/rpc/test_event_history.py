@@ -152,6 +152,13 @@ async def test_a_time_that_is_none_is_refused(platform: Platform, field: str) ->
         assert error.violations == {field: "TIME_INVALID"}
 
 
+async def test_a_time_range_that_holds_nothing_is_refused(platform: Platform) -> None:
+    for end in (NOON, NOON - timedelta(seconds=1)):
+        async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_EMPTY") as error:
+            await page(platform, start_time=timestamp(NOON), end_time=timestamp(end))
+        assert error.violations == {"end_time": "TIME_RANGE_EMPTY"}
+
+
 async def test_a_page_token_is_good_for_its_own_list_only(platform: Platform) -> None:
     for _ in range(3):
         await platform.publish()
