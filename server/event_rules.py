@@ -42,61 +42,55 @@ class EventRules:
         self._event_types = event_types
         self._max_payload_bytes = max_payload_bytes
 
-    def violations(
-        self, draft: EventDraft, path: str, unknown_types: Set[str]
-    ) -> list[FieldViolation]:
-        """What is wrong with the draft that the errors call `path`; nothing when it is accepted.
+    def violations(self, draft: EventDraft, unknown_types: Set[str]) -> list[FieldViolation]:
+        """What is wrong with the draft, by its own fields; nothing when it is accepted.
 
         `unknown_types` are those of its call that may not be published.
         """
         found = []
         if not is_merchant_id(draft.merchant_id):
-            found.append(wrong_merchant_id(f"{path}.merchant_id"))
+            found.append(wrong_merchant_id("merchant_id"))
         is_known = draft.type not in unknown_types
         if not is_known:
-            found.append(unknown_event_type(f"{path}.type", draft.type))
+            found.append(unknown_event_type("type", draft.type))
         description = "must be at most 128 printable ASCII characters"
         if draft.idempotency_key and not _KEY.fullmatch(draft.idempotency_key):
-            field = f"{path}.idempotency_key"
-            found.append(FieldViolation(field, description, "IDEMPOTENCY_KEY_INVALID"))
+            found.append(FieldViolation("idempotency_key", description, "IDEMPOTENCY_KEY_INVALID"))
         if draft.ordering_key and not _KEY.fullmatch(draft.ordering_key):
-            field = f"{path}.ordering_key"
-            found.append(FieldViolation(field, description, "ORDERING_KEY_INVALID"))
+            found.append(FieldViolation("ordering_key", description, "ORDERING_KEY_INVALID"))
         if draft.not_before and draft.not_before > datetime.now(UTC) + _NOT_BEFORE_MAX:
             found.append(
                 FieldViolation(
-                    f"{path}.not_before",
+                    "not_before",
                     "must be a time at most 30 days ahead, or unset to deliver at once",
                     "NOT_BEFORE_INVALID",
                 )
             )
-        found += self._payload_violations(draft, path, is_known)
+        found += self._payload_violations(draft, is_known)
         return found
 
-    def _payload_violations(
-        self, draft: EventDraft, path: str, is_known: bool
-    ) -> list[FieldViolation]:
+    def _payload_violations(self, draft: EventDraft, is_known: bool) -> list[FieldViolation]:
         content_type = draft.content_type or DEFAULT_CONTENT_TYPE
         is_json = _is_json(content_type) if len(content_type) <= 128 else None
         if is_json is None:
             description = "must be a media type such as application/json, or empty for that"
-            return [FieldViolation(f"{path}.content_type", description, "CONTENT_TYPE_INVALID")]
+            return [FieldViolation("content_type", description, "CONTENT_TYPE_INVALID")]
         if draft.payload is None:
             description = "is required: set payload (bytes) or payload_text"
-            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_MISSING")]
+            return [FieldViolation("payload", description, "PAYLOAD_MISSING")]
         if len(draft.payload) > self._max_payload_bytes:
             description = (
                 f"has {len(draft.payload)} bytes, at most {self._max_payload_bytes} are accepted: "
                 "send a smaller payload that says where the rest is"
             )
-            return [FieldViolation(f"{path}.payload", description, "PAYLOAD_TOO_LARGE")]
+            return [FieldViolation("payload", description, "PAYLOAD_TOO_LARGE")]
         document = None
         if is_json:
             try:
                 document = orjson.loads(draft.payload)
             except orjson.JSONDecodeError:
                 description = f"is not JSON, which its content type {content_type} says it is"
-                return [FieldViolation(f"{path}.payload", description, "PAYLOAD_NOT_JSON")]
+                return [FieldViolation("payload", description, "PAYLOAD_NOT_JSON")]
         fault = None
         if is_known and self._event_types.enforces_schema(draft.type):
             # A schema says nothing of what is not JSON, so that does not pass it.
@@ -106,7 +100,7 @@ class EventRules:
         if fault is None:
             return []
         description = f"does not match the schema of {draft.type}: {fault}"
-        return [FieldViolation(f"{path}.payload", description, "PAYLOAD_SCHEMA")]
+        return [FieldViolation("payload", description, "PAYLOAD_SCHEMA")]
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ so an accepted event always has its deliveries and their place in the queue.
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from time import perf_counter
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import asyncpg
 
 from core import queue
 from core.db import Pool, met_new_part
-from core.errors import AlreadyExists, InvalidArgument, PostriderError
+from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
 from core.queue import CROWD, NewEvent
 from server.crowds import FLOOD, Crowds
@@ -103,9 +104,11 @@ class Ingest:
         unknown_types = await self._event_types.unknown({draft.type for draft in drafts})
         checked: list[NewEvent | PostriderError] = []
         for index, draft in enumerate(drafts):
-            violations = self._rules.violations(draft, path.format(index), unknown_types)
+            violations = self._rules.violations(draft, unknown_types)
             checked.append(
-                InvalidArgument(*violations) if violations else _new_event(draft, trace_parent)
+                _refusal(path.format(index), violations)
+                if violations
+                else _new_event(draft, trace_parent)
             )
             if index % _LARGE == _LARGE - 1:
                 # The turn of other calls.
@@ -191,6 +194,11 @@ class Ingest:
                     duplicate=True,
                 )
         return results
+
+
+def _refusal(path: str, violations: Sequence[FieldViolation]) -> InvalidArgument:
+    """For a draft that the errors call `path`."""
+    return InvalidArgument(*(replace(v, field=f"{path}.{v.field}") for v in violations))
 
 
 def _new_event(draft: EventDraft, trace_parent: str | None) -> NewEvent:
