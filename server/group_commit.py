@@ -9,9 +9,8 @@ are smaller, go one at a time, and leave as much time between them as they take.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
-from uuid import UUID
 
 from core.db import CONNECTION_ERRORS, RETRYABLE_ERRORS
 from core.queue import NewEvent
@@ -30,12 +29,13 @@ _EVENTS_GIVING_WAY = 200
 #: Commits are in use for so long after a call.
 _IN_USE_SECONDS = 0.25
 
-type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Mapping[UUID, Result]]]
+#: A result for each event, in their order.
+type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Sequence[Result]]]
 
 
 class _Call[Result](NamedTuple):
     events: Sequence[NewEvent]
-    stored: asyncio.Future[Mapping[UUID, Result]]
+    stored: asyncio.Future[Sequence[Result]]
 
 
 class GroupCommit[Result]:
@@ -51,8 +51,8 @@ class GroupCommit[Result]:
         self._called_at = float("-inf")
         self._crowd = 0
 
-    async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, Result]:
-        """What `store` says of these events (and maybe of others), once they are committed.
+    async def store(self, events: Sequence[NewEvent]) -> Sequence[Result]:
+        """What `store` says of these events, once they are committed.
 
         A caller that is cancelled does not take its events out of the commit.
         """
@@ -113,9 +113,12 @@ class GroupCommit[Result]:
 
     async def _commit(self, calls: Sequence[_Call[Result]]) -> None:
         results = await self._store([event for call in calls for event in call.events])
+        begin = 0
         for call in calls:
+            end = begin + len(call.events)
             if not call.stored.done():
-                call.stored.set_result(results)
+                call.stored.set_result(results[begin:end])
+            begin = end
 
     async def _commit_alone(self, call: _Call[Result]) -> None:
         try:

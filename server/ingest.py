@@ -6,7 +6,7 @@ so an accepted event always has its deliveries and their place in the queue.
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from time import perf_counter
@@ -19,7 +19,7 @@ from core import queue
 from core.db import Pool, met_new_part
 from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
-from core.queue import CROWD, NewEvent
+from core.queue import CROWD, Accepted, NewEvent
 from server.crowds import FLOOD, Crowds
 from server.event_rules import DEFAULT_CONTENT_TYPE, EventDraft, EventRules
 from server.event_types import EventTypes
@@ -30,7 +30,7 @@ from server.measures import ServerMeasures
 #: Events of one call that are not put in front of others' single ones.
 _LARGE = 100
 
-type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Mapping[UUID, tuple[int, datetime]]]]
+type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Accepted]]
 
 # Locking the rows makes this a commit of its own, which a synchronous standby has to confirm, and
 # with it everything before it: the one that stored the event may have given up waiting for that.
@@ -58,7 +58,6 @@ class PublishedEvent(NamedTuple):
 
 
 type _Result = PublishedEvent | PostriderError
-type _Stored = dict[UUID, _Result]
 
 
 class Ingest:
@@ -79,10 +78,10 @@ class Ingest:
         self._measures = measures
         self._crowds = Crowds()
 
-        async def store(events: Sequence[NewEvent]) -> _Stored:
+        async def store(events: Sequence[NewEvent]) -> list[_Result]:
             return await self._store(self._enqueue, events)
 
-        async def store_in_order(events: Sequence[NewEvent]) -> _Stored:
+        async def store_in_order(events: Sequence[NewEvent]) -> list[_Result]:
             return await self._store(queue.enqueue_in_order, events)
 
         # Apart, so that only who asks for an order ever waits for one, ...
@@ -115,8 +114,8 @@ class Ingest:
                 await asyncio.sleep(0)
         events = [event for event in checked if isinstance(event, NewEvent)]
         self._measures.events_rejected += len(checked) - len(events)
-        stored = await self._commits_for(events).store(events) if events else {}
-        return [stored[e.id] if isinstance(e, NewEvent) else e for e in checked]
+        stored = iter(await self._commits_for(events).store(events) if events else ())
+        return [next(stored) if isinstance(e, NewEvent) else e for e in checked]
 
     def _commits_for(self, events: Sequence[NewEvent]) -> GroupCommit[_Result]:
         in_order = any(event.ordering_key for event in events)
@@ -125,13 +124,11 @@ class Ingest:
             return self._floods_in_order if in_order else self._floods
         return self._commits_in_order if in_order else self._commits
 
-    async def _enqueue(
-        self, pool: Pool, events: Sequence[NewEvent]
-    ) -> dict[UUID, tuple[int, datetime]]:
+    async def _enqueue(self, pool: Pool, events: Sequence[NewEvent]) -> Accepted:
         crowd = self._crowds.most_of({event.merchant_id for event in events}) > CROWD
         return await queue.enqueue(pool, events, crowd=crowd)
 
-    async def _store(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> _Stored:
+    async def _store(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> list[_Result]:
         began = perf_counter()
         try:
             accepted = await enqueue(self._pool, events)
@@ -141,57 +138,61 @@ class Ingest:
             accepted = await enqueue(self._pool, events)
         self._measures.commit.observe(perf_counter() - began)
         self._measures.commit_events.observe(len(events))
-        self._measures.events_accepted += len(accepted)
-        if any(delivery_count for delivery_count, _ in accepted.values()):
+        accepted_at, delivery_counts = accepted
+        if any(delivery_counts):
             self._hints.give()
-        stored: _Stored = {}
-        repeated = []
-        for event in events:
-            if (row := accepted.get(event.id)) is None:
-                repeated.append(event)
-                continue
-            delivery_count, created_at = row
-            stored[event.id] = PublishedEvent(
+        repeated = [
+            event for event, count in zip(events, delivery_counts, strict=True) if count is None
+        ]
+        self._measures.events_accepted += len(events) - len(repeated)
+        before = iter(await self._published_before(repeated) if repeated else ())
+        return [
+            next(before)
+            if count is None
+            else PublishedEvent(
                 event.id,
                 event.merchant_id,
                 event.type,
-                created_at,
-                delivery_count,
+                accepted_at,
+                count,
                 event.not_before,
                 event.ordering_key,
                 duplicate=False,
             )
-        if repeated:
-            stored |= await self._published_before(repeated)
-        return stored
+            for event, count in zip(events, delivery_counts, strict=True)
+        ]
 
-    async def _published_before(self, events: Sequence[NewEvent]) -> _Stored:
+    async def _published_before(self, events: Sequence[NewEvent]) -> list[_Result]:
         rows = await self._pool.fetch(
             _PREVIOUS, [e.merchant_id for e in events], [e.idempotency_key for e in events]
         )
         previous = {(row["merchant_id"], row["key"]): row for row in rows}
-        results: _Stored = {}
+        results: list[_Result] = []
         for event in events:
             row = previous[event.merchant_id, event.idempotency_key]
             if row["content_hash"] != event.content_hash:
                 self._measures.events_rejected += 1
-                results[event.id] = AlreadyExists(
-                    "this idempotency key was used for another event: use a new key for a new "
-                    "event, and the same type, content type, payload, not_before and ordering key "
-                    "to repeat one",
-                    reason="IDEMPOTENCY_KEY_REUSED",
+                results.append(
+                    AlreadyExists(
+                        "this idempotency key was used for another event: use a new key for a new "
+                        "event, and the same type, content type, payload, not_before and ordering "
+                        "key to repeat one",
+                        reason="IDEMPOTENCY_KEY_REUSED",
+                    )
                 )
             else:
                 self._measures.events_duplicate += 1
-                results[event.id] = PublishedEvent(
-                    id=row["id"],
-                    merchant_id=event.merchant_id,
-                    type=event.type,
-                    created_at=row["created_at"],
-                    delivery_count=row["delivery_count"],
-                    not_before=row["not_before"],
-                    ordering_key=row["ordering_key"],
-                    duplicate=True,
+                results.append(
+                    PublishedEvent(
+                        id=row["id"],
+                        merchant_id=event.merchant_id,
+                        type=event.type,
+                        created_at=row["created_at"],
+                        delivery_count=row["delivery_count"],
+                        not_before=row["not_before"],
+                        ordering_key=row["ordering_key"],
+                        duplicate=True,
+                    )
                 )
         return results
 

@@ -6,7 +6,7 @@ engine that was frozen and wakes late changes nothing. Each function takes the c
 and runs in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
-from core.queue.acceptance import CHANNEL, CROWD, enqueue, enqueue_in_order, hint
+from core.queue.acceptance import CHANNEL, CROWD, Accepted, enqueue, enqueue_in_order, hint
 from core.queue.backlog import (
     admit,
     park_leased,
@@ -46,6 +46,7 @@ __all__ = [
     "BEGINNING",
     "CHANNEL",
     "CROWD",
+    "Accepted",
     "BreakerChange",
     "Chain",
     "Connection",

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
 
 from core.db import RETRYABLE_ERRORS, Pool
 from core.queue.order import lock_keys, promote
@@ -95,14 +94,19 @@ WITH input AS (
         ON c.merchant_id = a.merchant_id AND c.deleted_at IS NULL AND c.events && f.names
 ), {queued}, counts AS (
     SELECT event_id, count(*) AS deliveries FROM matched GROUP BY event_id
+), stored AS (
+    INSERT INTO events
+        (id, merchant_id, type, content_type, payload, delivery_count, not_before, ordering_key,
+        trace_parent)
+    SELECT a.id, a.merchant_id, a.type, a.content_type, a.payload, coalesce(n.deliveries, 0),
+        a.not_before, a.ordering_key, a.trace_parent
+    FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
+    RETURNING id, delivery_count
 )
-INSERT INTO events
-    (id, merchant_id, type, content_type, payload, delivery_count, not_before, ordering_key,
-    trace_parent)
-SELECT a.id, a.merchant_id, a.type, a.content_type, a.payload, coalesce(n.deliveries, 0),
-    a.not_before, a.ordering_key, a.trace_parent
-FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
-RETURNING id, delivery_count, created_at{also}
+-- One row, since each has its price where it is read; now() is the default of created_at.
+SELECT now() AS accepted_at, ARRAY(
+    SELECT s.delivery_count FROM input i LEFT JOIN stored s ON s.id = i.id ORDER BY i.position
+) AS delivery_counts{also}
 """
 
 _QUEUED = """queued AS (
@@ -135,7 +139,7 @@ _QUEUED_IN_ORDER = f"""placed AS (
         CASE WHEN w.ordering_position > 1 THEN 'infinity' ELSE greatest(now(), w.not_before) END,
         w.ordering_key, w.ordering_position
     FROM placed w
-    RETURNING event_id, webhook_id, state
+    RETURNING webhook_id, ordering_key, state
 )"""  # noqa: S608 - of constants
 
 _ENQUEUE = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_ALONE), also="")
@@ -143,32 +147,38 @@ _ENQUEUE_CROWD = _ACCEPT.format(queued=_QUEUED.format(state=STATE_IN_CROWD), als
 _ENQUEUE_IN_ORDER = _ACCEPT.format(
     queued=_QUEUED_IN_ORDER,
     also=""", ARRAY(
-    SELECT q.webhook_id FROM queued q WHERE q.event_id = events.id AND q.state = 'blocked'
-) AS blocked_for""",
+    SELECT DISTINCT ROW(webhook_id, ordering_key) FROM queued WHERE state = 'blocked'
+) AS blocked""",
 )
+
+
+class Accepted(NamedTuple):
+    """What a batch came to: when, and how many deliveries each of its events has, in their order.
+
+    None stands for an event that met an idempotency key that was there before, or earlier in the
+    batch.
+    """
+
+    accepted_at: datetime
+    delivery_counts: Sequence[int | None]
 
 
 async def enqueue(
     connection: Connection, events: Sequence[NewEvent], *, crowd: bool = False
-) -> dict[UUID, tuple[int, datetime]]:
+) -> Accepted:
     """Accept events: store them, a delivery per matching config, and their place in the queue.
 
     What its config cannot take yet is parked at once: all of it beside a backlog, and of a crowd
     what exceeds the config's room. Many events of one merchant here are a crowd; so is, at the
     caller's word, what belongs to one that comes in by and by.
-
-    Returns delivery count and time by event id, for those accepted; an event missing from it met
-    an idempotency key that was there before (or earlier in `events`).
     """
     ranks = _ranks(events) if crowd or len(events) > CROWD else ()
     statement = _ENQUEUE_CROWD if crowd or max(ranks, default=0) > CROWD else _ENQUEUE
-    rows = await connection.fetch(statement, *_columns(events), ranks)
-    return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
+    [accepted] = await connection.fetch(statement, *_columns(events), ranks)
+    return Accepted(*accepted)
 
 
-async def enqueue_in_order(
-    pool: Pool, events: Sequence[NewEvent]
-) -> dict[UUID, tuple[int, datetime]]:
+async def enqueue_in_order(pool: Pool, events: Sequence[NewEvent]) -> Accepted:
     """As enqueue(), in a transaction of its own, for events of which some have an ordering key.
 
     Events of one key are accepted in the order of their commits, and in a batch in its order.
@@ -179,14 +189,13 @@ async def enqueue_in_order(
         connection.transaction(isolation="read_committed"),
     ):
         await lock_keys(connection, events)
-        rows = await connection.fetch(_ENQUEUE_IN_ORDER, *_columns(events), ())
-    keys = {e.id: e.ordering_key for e in events}
-    blocked = {Chain(w, keys[row["id"]] or "") for row in rows for w in row["blocked_for"]}
+        [row] = await connection.fetch(_ENQUEUE_IN_ORDER, *_columns(events), ())
+    *accepted, blocked = row
     if blocked:
         # Their first may have ended meanwhile. Accepted they are in any case.
         with suppress(*RETRYABLE_ERRORS):
-            await promote(pool, list(blocked))
-    return {row["id"]: (row["delivery_count"], row["created_at"]) for row in rows}
+            await promote(pool, [Chain(*chain) for chain in blocked])
+    return Accepted(*accepted)
 
 
 def _columns(events: Sequence[NewEvent]) -> list[Sequence[Any]]:

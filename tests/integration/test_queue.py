@@ -42,7 +42,7 @@ async def test_an_event_gets_a_ready_delivery_for_each_matching_config(pool: Any
 
     accepted = await queue.enqueue(pool, [event])
 
-    assert accepted[event.id][0] == 3
+    assert accepted.delivery_counts == [3]
     rows = await pool.fetch("SELECT * FROM delivery_queue")
     assert {row["webhook_id"] for row in rows} == {first, second, both_types}
     for row in rows:
@@ -79,7 +79,7 @@ async def test_a_deleted_config_gets_nothing(pool: Any) -> None:
 
     accepted = await queue.enqueue(pool, [event])
 
-    assert accepted[event.id][0] == 0
+    assert accepted.delivery_counts == [0]
     assert await states(pool) == []
 
 
@@ -91,7 +91,7 @@ async def test_an_event_nobody_wants_is_stored_with_a_count_of_zero(pool: Any) -
     stored = await pool.fetchrow("SELECT * FROM events")
     assert (stored["id"], stored["payload"]) == (event.id, b"\x00\xff raw bytes")
     assert (stored["content_type"], stored["delivery_count"]) == ("application/octet-stream", 0)
-    assert accepted == {event.id: (0, stored["created_at"])}
+    assert accepted == (stored["created_at"], [0])
 
 
 async def test_one_batch_may_mix_merchants_types_and_events_nobody_wants(pool: Any) -> None:
@@ -102,7 +102,7 @@ async def test_one_batch_may_mix_merchants_types_and_events_nobody_wants(pool: A
 
     accepted = await queue.enqueue(pool, [one, two, none])
 
-    assert [accepted[e.id][0] for e in (one, two, none)] == [1, 2, 0]
+    assert accepted.delivery_counts == [1, 2, 0]
     assert await states(pool) == ["ready"] * 3
 
 
@@ -112,7 +112,7 @@ async def test_a_key_twice_in_one_batch_makes_one_event_the_first(pool: Any) -> 
 
     accepted = await queue.enqueue(pool, [first, second])
 
-    assert set(accepted) == {first.id}
+    assert accepted.delivery_counts == [1, None]
     assert await pool.fetchval("SELECT array_agg(id) FROM events") == [first.id]
     assert await states(pool) == ["ready"]
 
@@ -120,7 +120,10 @@ async def test_a_key_twice_in_one_batch_makes_one_event_the_first(pool: Any) -> 
 async def test_of_a_key_twice_in_one_batch_the_first_in_it_wins_whatever_the_ids(pool: Any) -> None:
     older, newer = [make_event(idempotency_key="k") for _ in range(2)]
 
-    assert set(await queue.enqueue(pool, [newer, older])) == {newer.id}
+    accepted = await queue.enqueue(pool, [newer, older])
+
+    assert accepted.delivery_counts == [0, None]
+    assert await pool.fetchval("SELECT array_agg(id) FROM events") == [newer.id]
 
 
 async def test_a_key_used_before_makes_no_second_event(pool: Any) -> None:
@@ -134,7 +137,7 @@ async def test_a_key_used_before_makes_no_second_event(pool: Any) -> None:
 
     accepted = await queue.enqueue(pool, [again, other])
 
-    assert set(accepted) == {other.id}
+    assert accepted.delivery_counts == [None, 1]
     assert set(await _column(pool, "SELECT id FROM events")) == {first.id, other.id}
     keys = await pool.fetch("SELECT key, event_id FROM idempotency_keys ORDER BY key")
     assert [tuple(row) for row in keys] == [("another", other.id), ("k", first.id)]
@@ -143,11 +146,13 @@ async def test_a_key_used_before_makes_no_second_event(pool: Any) -> None:
 async def test_merchants_do_not_share_keys(pool: Any) -> None:
     events = [make_event(idempotency_key="k", merchant_id=m) for m in ("m_1", "m_2")]
 
-    assert len(await queue.enqueue(pool, events)) == 2
+    assert (await queue.enqueue(pool, events)).delivery_counts == [0, 0]
 
 
 async def test_events_without_a_key_are_never_taken_for_one_another(pool: Any) -> None:
-    assert len(await queue.enqueue(pool, [make_event(), make_event()])) == 2
+    accepted = await queue.enqueue(pool, [make_event(), make_event()])
+
+    assert accepted.delivery_counts == [0, 0]
     assert await pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0
 
 
@@ -159,7 +164,7 @@ async def test_a_key_whose_batch_was_rolled_back_is_free(pool: Any) -> None:
         await queue.enqueue(connection, [make_event(idempotency_key="k")])
         await transaction.rollback()
 
-    assert set(await queue.enqueue(pool, [event])) == {event.id}
+    assert (await queue.enqueue(pool, [event])).delivery_counts == [0]
 
 
 async def test_batches_that_share_keys_in_opposite_order_wait_in_turn_and_never_deadlock(
@@ -170,11 +175,15 @@ async def test_batches_that_share_keys_in_opposite_order_wait_in_turn_and_never_
     forward = [make_event(idempotency_key=key) for key in keys]
     backward = [make_event(idempotency_key=key) for key in reversed(keys)]
 
-    results = await asyncio.gather(
-        *(queue.enqueue(pool, batch) for batch in (forward, backward) * 4)
-    )
+    batches = (forward, backward) * 4
+    results = await asyncio.gather(*(queue.enqueue(pool, batch) for batch in batches))
 
-    accepted = Counter(event_id for result in results for event_id in result)
+    accepted = Counter(
+        event.id
+        for batch, result in zip(batches, results, strict=True)
+        for event, count in zip(batch, result.delivery_counts, strict=True)
+        if count is not None
+    )
     assert sum(accepted.values()) == len(keys)
     assert set(await _column(pool, "SELECT event_id FROM idempotency_keys")) == set(accepted)
     assert await states(pool) == ["ready"] * len(keys)
@@ -197,7 +206,9 @@ async def test_keys_are_taken_in_one_order_so_that_no_two_batches_hold_each_othe
         await until_blocked(pool, 2)
         await transaction.rollback()
 
-    assert sorted(len(result) for result in await asyncio.gather(*batches)) == [0, 3]
+    results = await asyncio.gather(*batches)
+    refused = sorted(result.delivery_counts.count(None) for result in results)
+    assert refused == [0, 3]
 
 
 # --- claim

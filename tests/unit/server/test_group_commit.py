@@ -1,7 +1,7 @@
 """Group commit: calls that come together share a commit, and nothing else."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
@@ -24,7 +24,7 @@ class Database:
         self.open = asyncio.Event()
         self.open.set()
 
-    async def store(self, events: Sequence[NewEvent]) -> Mapping[UUID, int]:
+    async def store(self, events: Sequence[NewEvent]) -> list[tuple[UUID, int]]:
         self.batches.append(list(events))
         self.asked.set()
         if any(event.payload == b"poison" for event in events):
@@ -32,7 +32,7 @@ class Database:
         if any(event.payload == b"away" for event in events):
             raise ConnectionResetError
         await self.open.wait()
-        return {event.id: len(events) for event in events}
+        return [(event.id, len(events)) for event in events]
 
 
 @pytest.fixture
@@ -45,7 +45,21 @@ async def test_lone_call_is_committed_at_once_and_alone(database: Database) -> N
 
     stored = await GroupCommit(database.store).store([single])
 
-    assert stored == {single.id: 1}
+    assert stored == [(single.id, 1)]
+
+
+async def test_each_call_hears_of_its_own_events_in_their_order(database: Database) -> None:
+    commits = GroupCommit(database.store)
+    database.open.clear()
+    batches = [[event() for _ in range(size)] for size in (1, 1, 3, 1, 2)]
+    calls = [asyncio.create_task(commits.store(batch)) for batch in batches]
+    await database.asked.wait()
+    await asyncio.create_task(asyncio.sleep(0))
+    database.open.set()
+
+    for batch, stored in zip(batches, await asyncio.gather(*calls), strict=True):
+        assert [event_id for event_id, _ in stored] == [event.id for event in batch]
+    assert max(map(len, database.batches)) > 3
 
 
 async def test_calls_that_arrive_during_a_commit_share_the_next(database: Database) -> None:
