@@ -108,7 +108,9 @@ async def test_an_engine_that_was_killed_is_replaced_and_nothing_is_lost(
     await stop(both)
     counts = balance(acknowledged, receiver.webhooks, secrets)
     assert counts.lost == counts.unexpected == counts.invalid == 0
-    assert counts.duplicate <= PLACES
+    # What was held for longer than an attempt may last was sent again for that.
+    timed_out = (await attempts(pool)).get("timeout", 0)
+    assert counts.duplicate <= PLACES + timed_out
 
 
 async def test_an_engine_that_keeps_dying_is_started_ever_more_slowly(
