@@ -34,9 +34,10 @@ async def test_few_dead_rows_are_left_to_autovacuum(pool: Any) -> None:
 async def test_an_engine_clears_many_dead_rows_away(platform: Platform, pool: Any) -> None:
     await leave_dead(pool, 6_000)
     assert await queue.has_many_dead(pool)
-    async with platform.engine():
-        await until_dead(pool, 0)
-    assert not await queue.has_many_dead(pool)
+    # Not all: a page that a claim reads at that moment is passed by.
+    async with platform.engine(), asyncio.timeout(10):
+        while await queue.has_many_dead(pool):
+            pass
 
 
 async def test_a_vacuum_waits_for_no_other(pool: Any) -> None:
