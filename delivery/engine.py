@@ -7,7 +7,7 @@ many as `Places` gives it.
 
 import asyncio
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from time import monotonic
 
@@ -19,6 +19,7 @@ from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult, Outcome
 from core.queue import Chain, LeasedDelivery, Settled, Settlement
+from core.tasks import end
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
 from delivery.admit import Admission
@@ -103,7 +104,7 @@ class Engine:
             ]
             await self._claim_until_stopped()
             await self._drain()
-            await _end(loops)
+            await end(loops)
         await self._record_the_rest()
 
     async def _claim_until_stopped(self) -> None:
@@ -303,18 +304,9 @@ class Engine:
         """Wait for the database, but not for ever: who stops us would kill us in the end."""
         recording = asyncio.create_task(self._recorder.flush())
         await asyncio.wait({recording}, timeout=self._settings.delivery_drain_seconds)
-        await _end([recording])
+        await end([recording])
         if not recording.cancelled():
             recording.result()
         if self._recorder.pending:
             # Sent a second time, under the same webhook-id, when their leases have ended.
             log.error("results_left_to_leases", deliveries=self._recorder.pending)
-
-
-async def _end(loops: Collection[asyncio.Task[None]]) -> None:
-    """Cancel them until they are done: a connection that breaks while a statement is given up
-    raises an error of its own, which may take the place of the cancellation."""
-    while running := [loop for loop in loops if not loop.done()]:
-        for loop in running:
-            loop.cancel()
-        await asyncio.wait(running, timeout=_DATABASE_RETRY_SECONDS)

@@ -26,6 +26,7 @@ from core.db import close_soon, open_pool
 from core.keyring import load_keyring
 from core.logs import SuccessSampling
 from core.secret_file import keep_looking
+from core.tasks import end
 from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
@@ -169,8 +170,7 @@ async def serve(
             watching.cancel()
             tail.stop()
             await app.stop()
-            for task in (hinting, tailing, looking):
-                task.cancel()
+            await end((hinting, watching, tailing, looking))
 
 
 async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:

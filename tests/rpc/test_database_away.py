@@ -13,7 +13,11 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
+from pydantic import SecretStr
 
+from core.config import DatabaseSettings
+from core.db import open_pool
+from core.tasks import end
 from postrider.v1 import (
     admin_service_pb2,
     delivery_service_pb2,
@@ -22,6 +26,7 @@ from postrider.v1 import (
 )
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
+from server.hint import Hints
 from tests.errors import refused
 from tests.fakes.receiver import Receiver
 from tests.own_postgres import OwnPostgres
@@ -236,6 +241,32 @@ async def test_a_server_with_calls_under_way_stops_in_time_while_it_is_frozen(
             await stack.aclose()
             assert monotonic() - began < 8
         await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_hint_under_way_ends_while_it_is_frozen(own_postgres: OwnPostgres) -> None:
+    """Its connection, given up, raises an error of its own, and cancelled once it would go on."""
+    assert own_postgres.server is not None
+    url = SecretStr(own_postgres.server.url())
+    settings = DatabaseSettings(database_url=url, database_connect_timeout_seconds=1)
+    pool = await open_pool(settings, "test", 1)
+    hints = Hints(pool)
+    hinting = asyncio.create_task(hints.run())
+    try:
+        hints.give()
+        async with asyncio.timeout(10):
+            while not pool.statements:  # noqa: ASYNC110 - a count is all there is
+                await asyncio.sleep(0)
+        with own_postgres.frozen():
+            hints.give()
+            async with asyncio.timeout(10):
+                while pool.statements < 2:  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(0)
+            began = monotonic()
+            await end([hinting])
+            assert monotonic() - began < 8
+        assert hinting.cancelled()
+    finally:
+        pool.terminate()
 
 
 def list_configs(platform: Platform) -> Any:
