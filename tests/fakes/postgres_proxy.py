@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
-_COMMAND_COMPLETE, _READY_FOR_QUERY, _IDLE = b"C", b"Z", b"I"
+_DATA_ROW, _COMMAND_COMPLETE, _READY_FOR_QUERY, _IDLE = b"D", b"C", b"Z", b"I"
+_INT4 = (23).to_bytes(4)
 
 
 class PostgresProxy:
-    """Every `one_in`-th commit of an insert is not told to the client: its connection is cut."""
+    """Every `one_in`-th commit of an enqueue is not told to the client: its connection is cut."""
 
     def __init__(self, upstream: Path) -> None:
         self.one_in = 0
@@ -29,13 +30,15 @@ class PostgresProxy:
             ended.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass messages on; hold the end of an insert until it is known to be committed."""
-        held = b""
+        """Pass messages on; hold the end of an enqueue until it is known to be committed."""
+        held, enqueued = b"", False
         while True:
             head = await reader.readexactly(5)
             body = await reader.readexactly(int.from_bytes(head[1:]) - 4)
-            if head[:1] == _COMMAND_COMPLETE and body.startswith(b"INSERT 0 "):
-                held = head + body
+            if head[:1] == _DATA_ROW and _is_of_enqueue(body):
+                enqueued = True
+            if head[:1] == _COMMAND_COMPLETE and enqueued:
+                held, enqueued = head + body, False
                 continue
             if held and head[:1] == _READY_FOR_QUERY and body == _IDLE:
                 self.commits += 1
@@ -44,6 +47,12 @@ class PostgresProxy:
                     return
             writer.write(held + head + body)
             held = b""
+
+
+def _is_of_enqueue(row: bytes) -> bool:
+    """Whether it is a time and an array of int4, which no other statement answers with."""
+    columns, length, elements = row[:2], row[2:6], row[26:30]
+    return int.from_bytes(columns) == 2 and int.from_bytes(length) == 8 and elements == _INT4
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
