@@ -10,7 +10,6 @@ import json
 import statistics
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import asyncpg
@@ -18,6 +17,7 @@ import asyncpg
 from benchmarks.drain import drained
 from benchmarks.ledger import Ledger
 from benchmarks.receiver import HELD, HELD_SECONDS
+from benchmarks.rounds import rate_ratios
 from benchmarks.stack import (
     Stack,
     free_port,
@@ -57,10 +57,7 @@ async def _measure(stack: Stack, count: int) -> dict[str, Any]:
             await _engine(stack, count // 4)
             executed = statements.of_ours()
     memory = await _memory(stack)
-    ratios = [
-        run["rate"] / statistics.mean((before["rate"], after["rate"]))
-        for run, (before, after) in zip(ours, pairwise(bare), strict=True)
-    ]
+    ratios = rate_ratios(ours, bare)
     return {
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],

@@ -12,11 +12,11 @@ import statistics
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 from benchmarks.history import history_figures
 from benchmarks.publisher import BATCH, MERCHANTS
+from benchmarks.rounds import rate_ratios
 from benchmarks.stack import (
     Stack,
     cpu_seconds,
@@ -55,10 +55,7 @@ async def _measure(stack: Stack, seconds: float) -> dict[str, Any]:
         ]
         stream = [await _publish(stack, ours, "stream", seconds, 1) for _ in range(_ROUNDS)]
         lists = await history_figures(stack, ours[1])
-    ratios = [
-        run["rate"] / statistics.mean((before["rate"], after["rate"]))
-        for run, (before, after) in zip(unary, pairwise(bare), strict=True)
-    ]
+    ratios = rate_ratios(unary, bare)
     return {
         "unary_ratio": round(statistics.median(ratios), 3),
         "batch_events_per_s": round(_median(batch, "rate")),
