@@ -2,7 +2,8 @@
 
 A call that comes alone commits at once, and so do a few. Where calls come in crowds, the first of
 the next commit waits a little for the others, since a commit for one costs PostgreSQL and us nearly
-what one for twenty costs.
+what one for twenty costs. It waits while this process is busy, which is while others are on their
+way: then waiting costs nothing. Once all have come, whoever waits longer waits for nobody.
 
 What comes in floods has commits of its own, which give way: while others publish beside it, they
 are smaller, go one at a time, and leave as much time between them as they take.
@@ -10,6 +11,7 @@ are smaller, go one at a time, and leave as much time between them as they take.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter, thread_time
 from typing import NamedTuple
 
 from core.db import CONNECTION_ERRORS, RETRYABLE_ERRORS
@@ -21,9 +23,12 @@ _EVENTS_MAX = 1000
 _COMMITS_MAX = 2
 #: A commit that joins as many calls is one of a crowd, ...
 _CROWD = 4
-#: ... and the next call waits so long for its company; unless this many events wait.
-_COMPANY_SECONDS = 0.005
+#: ... and the next call waits at most so long for its company; unless this many events wait, ...
+_COMPANY_SECONDS = 0.012
 _EVENTS_ENOUGH = 100
+#: ... or the process was busy for a smaller part of as long a look.
+_LOOK_SECONDS = 0.002
+_BUSY = 0.6
 #: Events in a commit that gives way: what others may have to wait for.
 _EVENTS_GIVING_WAY = 200
 #: Commits are in use for so long after a call.
@@ -41,12 +46,21 @@ class _Call[Result](NamedTuple):
 class GroupCommit[Result]:
     """Calls `store` with the events of one or more calls, never of part of one."""
 
-    def __init__(self, store: Store[Result], gives_way_to: "Sequence[GroupCommit[Result]]" = ()):
+    def __init__(
+        self,
+        store: Store[Result],
+        gives_way_to: "Sequence[GroupCommit[Result]]" = (),
+        busy_time: Callable[[], float] = thread_time,
+    ):
+        """`busy_time` are the seconds that the thread of the loop has computed so far."""
         self._store = store
+        self._busy_time = busy_time
         self._gives_way_to = gives_way_to
         self._waiting: list[_Call[Result]] = []
         self._commits: set[asyncio.Task[None]] = set()
         self._committing = 0
+        #: Whether a commit that has yet to begin will take those who wait.
+        self._is_gathering = False
         self._waiting_since = 0.0
         self._called_at = float("-inf")
         self._crowd = 0
@@ -62,8 +76,10 @@ class GroupCommit[Result]:
         if not self._waiting:
             self._waiting_since = self._called_at
         self._waiting.append(call)
-        if not self._committing or (self._committing < _COMMITS_MAX and not self._gives_way()):
+        is_room = self._committing < _COMMITS_MAX and not self._is_gathering
+        if is_room and not (self._committing and self._gives_way()):
             self._committing += 1
+            self._is_gathering = True
             task = asyncio.create_task(self._commit_waiting())
             self._commits.add(task)
             task.add_done_callback(self._commits.discard)
@@ -82,10 +98,7 @@ class GroupCommit[Result]:
 
     async def _until_nobody_waits(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._waiting:
-            await self._await_company()
-            if not (calls := self._take()):
-                break
+        while calls := await self._gather():
             began = loop.time()
             try:
                 await self._commit(calls)
@@ -103,13 +116,32 @@ class GroupCommit[Result]:
                         _fail(call, error)
             if self._gives_way():
                 await asyncio.sleep(loop.time() - began)
+            if self._is_gathering:
+                return
+
+    async def _gather(self) -> list[_Call[Result]]:
+        """The calls of the next commit, when their company has come; none when nobody waits."""
+        self._is_gathering = True
+        try:
+            await self._await_company()
+            return self._take()
+        finally:
+            self._is_gathering = False
 
     async def _await_company(self) -> None:
-        if self._crowd < _CROWD:
+        if self._crowd < _CROWD or not self._waiting:
             return
-        wait = self._waiting_since + _COMPANY_SECONDS - asyncio.get_running_loop().time()
-        if wait > 0 and sum(len(call.events) for call in self._waiting) < _EVENTS_ENOUGH:
-            await asyncio.sleep(wait)
+        loop = asyncio.get_running_loop()
+        until = self._waiting_since + _COMPANY_SECONDS
+        while (left := until - loop.time()) > 0 and not self._are_enough():
+            # The loop counts whole milliseconds.
+            began, busy = perf_counter(), self._busy_time()
+            await asyncio.sleep(min(_LOOK_SECONDS, left))
+            if self._busy_time() - busy < _BUSY * (perf_counter() - began):
+                return
+
+    def _are_enough(self) -> bool:
+        return sum(len(call.events) for call in self._waiting) >= _EVENTS_ENOUGH
 
     async def _commit(self, calls: Sequence[_Call[Result]]) -> None:
         results = await self._store([event for call in calls for event in call.events])

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from time import perf_counter
 from uuid import UUID
 
 import pytest
@@ -193,13 +194,44 @@ async def test_the_first_call_after_a_crowd_waits_for_the_others(
 async def test_a_caller_whose_crowd_has_gone_soon_waits_no_more(
     database: Database, waits: list[float]
 ) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database.store, busy_time=lambda: 0.0)
     await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
     for _ in range(10):
         await commits.store([event()])
     # 8, 4, and then no crowd any more.
     assert len(waits) == 2
-    assert all(0 < seconds <= 0.005 for seconds in waits)
+    assert all(0 < seconds <= 0.002 for seconds in waits)
+
+
+async def test_a_crowd_is_waited_for_while_the_process_is_busy_with_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[asyncio.Task[Sequence[tuple[UUID, int]]]] = []
+    sleep = asyncio.sleep
+
+    async def one_more_comes(_: float) -> None:
+        others.append(asyncio.create_task(commits.store([event()])))
+        await sleep(0)
+
+    monkeypatch.setattr("server.group_commit.asyncio.sleep", one_more_comes)
+    commits = GroupCommit(
+        database.store, busy_time=lambda: perf_counter() if len(others) < 3 else 0.0
+    )
+    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
+
+    await commits.store([event()])
+
+    await asyncio.gather(*others)
+    assert [len(batch) for batch in database.batches] == [8, 4]
+
+
+async def test_a_crowd_is_not_waited_for_for_ever(database: Database) -> None:
+    commits = GroupCommit(database.store, busy_time=perf_counter)
+    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
+
+    await commits.store([event()])
+
+    assert [len(batch) for batch in database.batches] == [8, 1]
 
 
 async def test_a_large_call_waits_for_nobody(database: Database, waits: list[float]) -> None:
