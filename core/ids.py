@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
-from uuid_utils.compat import uuid7
+import uuid_utils
+from asyncpg.pgproto import pgproto
 
 IdKind = Literal["wh", "evt", "dlv"]
 
@@ -19,7 +20,9 @@ _HEX = re.compile(r"[0-9a-f]{32}")
 
 def new_id() -> UUID:
     """A UUIDv7 (RFC 9562): ascending within a process, near enough to ascending between them."""
-    return uuid7()
+    # As those that are read from PostgreSQL are: made, and sent there, in a third of the time.
+    made: UUID = pgproto.UUID(uuid_utils.uuid7().bytes)
+    return made
 
 
 def first_id_at(moment: datetime, shift: timedelta = timedelta()) -> UUID:

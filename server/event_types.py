@@ -6,7 +6,7 @@ after that second: publishing does not ask the database, and a change needs no m
 
 import asyncio
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -77,6 +77,10 @@ class EventTypes:
         """Read anew at the next call: this process has just changed a type."""
         self._read_at = float("-inf")
         self._forgotten += 1
+
+    def are_known(self, names: Set[str]) -> bool:
+        """Whether all of these are registered, so that nobody has to wait for unknown()."""
+        return self._is_fresh() and names <= self._known.keys()
 
     async def unknown(self, names: Collection[str]) -> set[str]:
         """Those of `names` that nobody has registered. The others may then be asked about."""

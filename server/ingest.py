@@ -94,28 +94,31 @@ class Ingest:
 
     async def publish(
         self, drafts: Sequence[EventDraft], path: str, trace_parent: str | None = None
-    ) -> list[_Result]:
+    ) -> Sequence[_Result]:
         """A result for each draft, in order. Accepted ones are durable when this returns.
 
         `path` names a draft in the errors, with its index for `{}`; `trace_parent` is kept with
         every event, and no part of what its idempotency key stands for.
         """
-        unknown_types = await self._event_types.unknown({draft.type for draft in drafts})
-        checked: list[NewEvent | PostriderError] = []
+        types = {draft.type for draft in drafts}
+        is_known = self._event_types.are_known(types)
+        unknown_types = set() if is_known else await self._event_types.unknown(types)
+        events: list[NewEvent] = []
+        refused: dict[int, PostriderError] = {}
         for index, draft in enumerate(drafts):
-            violations = self._rules.violations(draft, unknown_types)
-            checked.append(
-                _refusal(path.format(index), violations)
-                if violations
-                else _new_event(draft, trace_parent)
-            )
+            if violations := self._rules.violations(draft, unknown_types):
+                refused[index] = _refusal(path.format(index), violations)
+            else:
+                events.append(_new_event(draft, trace_parent))
             if index % _LARGE == _LARGE - 1:
                 # The turn of other calls.
                 await asyncio.sleep(0)
-        events = [event for event in checked if isinstance(event, NewEvent)]
-        self._measures.events_rejected += len(checked) - len(events)
-        stored = iter(await self._commits_for(events).store(events) if events else ())
-        return [next(stored) if isinstance(e, NewEvent) else e for e in checked]
+        self._measures.events_rejected += len(refused)
+        stored = await self._commits_for(events).store(events) if events else ()
+        if not refused:
+            return stored
+        others = iter(stored)
+        return [refused.get(index) or next(others) for index in range(len(drafts))]
 
     def _commits_for(self, events: Sequence[NewEvent]) -> GroupCommit[_Result]:
         in_order = any(event.ordering_key for event in events)

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
@@ -19,7 +20,7 @@ async def record(pool: Any, actor: str = "a", resource: str = "r", **fields: Any
     entry_id = new_id()
     if ago:
         milliseconds = int(created_at.timestamp() * 1000).to_bytes(6)
-        entry_id = type(entry_id)(bytes=milliseconds + entry_id.bytes[6:])
+        entry_id = UUID(bytes=milliseconds + entry_id.bytes[6:])
     await pool.execute(
         "INSERT INTO audit_entries (id, actor, merchant_id, action, resource, result,"
         " changed_fields, request_id, created_at, comment, caller_address, user_agent)"
