@@ -27,8 +27,12 @@ from server.group_commit import GroupCommit
 from server.hint import Hints
 from server.measures import ServerMeasures
 
-#: Events of one call that are not put in front of others' single ones.
+#: Events of one call that are not put in front of others' single ones; fewer are enough where one
+#: merchant has as many in this second.
 _LARGE = 100
+_LARGE_OF_ONE = 50
+#: Events of a call that are checked before it is the turn of others.
+_TURN = 25
 
 type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Accepted]]
 
@@ -110,8 +114,7 @@ class Ingest:
                 refused[index] = _refusal(path.format(index), violations)
             else:
                 events.append(_new_event(draft, trace_parent))
-            if index % _LARGE == _LARGE - 1:
-                # The turn of other calls.
+            if index % _TURN == _TURN - 1:
                 await asyncio.sleep(0)
         self._measures.events_rejected += len(refused)
         stored = await self._commits_for(events).store(events) if events else ()
@@ -123,7 +126,8 @@ class Ingest:
     def _commits_for(self, events: Sequence[NewEvent]) -> GroupCommit[_Result]:
         in_order = any(event.ordering_key for event in events)
         busiest = self._crowds.notice([event.merchant_id for event in events])
-        if len(events) > _LARGE or busiest > FLOOD:
+        large = _LARGE_OF_ONE if busiest > _LARGE_OF_ONE else _LARGE
+        if len(events) > large or busiest > FLOOD:
             return self._floods_in_order if in_order else self._floods
         return self._commits_in_order if in_order else self._commits
 
