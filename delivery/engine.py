@@ -160,12 +160,20 @@ class Engine:
         """Let parked deliveries in as there is room; whether there were any."""
         self._places.survey()
         try:
-            return await self._admission.refill(
+            admitted = await self._admission.refill(
                 self._capacity.wanted_now, busy=self._more_due.is_set()
             )
         except RETRYABLE_ERRORS as error:
             log.warning("refill_retried", error=repr(error))
             return False
+        if admitted:
+            self._expect_refill()
+        return admitted
+
+    def _expect_refill(self) -> None:
+        """What was let in is all that may be for now; nothing else would wake us for more."""
+        if rest := self._admission.rest_seconds():
+            self._listener.expect_retry(rest)
 
     async def _dispatch(self, deliveries: Sequence[LeasedDelivery]) -> Sequence[LeasedDelivery]:
         """Begin an attempt for each delivery whose config can take it now; returns the others."""
@@ -180,6 +188,7 @@ class Engine:
                 self._begin(delivery, webhooks[delivery.webhook_id], claimed_at)
         self._admission.meet(d.webhook_id for d in deliveries if d.has_backlog)
         self._admission.meet(d.webhook_id for d in excess)
+        self._admission.give_way_to(deliveries)
         return excess
 
     def _begin(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
@@ -278,6 +287,8 @@ class Engine:
                 if reclaimed:
                     self._measures.leases_reclaimed += reclaimed
                     log.warning("leases_reclaimed", deliveries=reclaimed)
+                if admitted:
+                    self._expect_refill()
                 if reclaimed or promoted or admitted:
                     self._listener.wake()
             await asyncio.sleep(_SWEEP_SECONDS)

@@ -6,7 +6,7 @@ what one for twenty costs. It waits while this process is busy, which is while o
 way: then waiting costs nothing. Once all have come, whoever waits longer waits for nobody.
 
 What comes in floods has commits of its own, which give way: while others publish beside it, they
-are smaller, go one at a time, and leave as much time between them as they take.
+are smaller, go one at a time, and take a part of the time only, the smaller the later our loop is.
 """
 
 import asyncio
@@ -15,7 +15,9 @@ from time import perf_counter, thread_time
 from typing import NamedTuple
 
 from core.db import CONNECTION_ERRORS, RETRYABLE_ERRORS
+from core.loop_delay import LoopDelay
 from core.queue import NewEvent
+from core.restraint import Restraint
 
 #: Events in one statement; a batch of a single call may be as large.
 _EVENTS_MAX = 1000
@@ -30,7 +32,11 @@ _EVENTS_ENOUGH = 100
 _LOOK_SECONDS = 0.002
 _BUSY = 0.6
 #: Events in a commit that gives way: what others may have to wait for.
-_EVENTS_GIVING_WAY = 200
+_EVENTS_GIVING_WAY = 100
+#: What part of the time such commits take: as much as there is room for. But none pauses for long
+#: when a call has waited for so long already.
+_LEAST_SHARE, _MOST_SHARE = 0.05, 0.5
+_WAIT_SECONDS = 1.0
 #: Commits are in use for so long after a call.
 _IN_USE_SECONDS = 0.25
 
@@ -41,6 +47,7 @@ type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Sequence[Result]]]
 class _Call[Result](NamedTuple):
     events: Sequence[NewEvent]
     stored: asyncio.Future[Sequence[Result]]
+    at: float
 
 
 class GroupCommit[Result]:
@@ -64,6 +71,8 @@ class GroupCommit[Result]:
         self._waiting_since = 0.0
         self._called_at = float("-inf")
         self._crowd = 0
+        self._restraint = Restraint(_LEAST_SHARE, _MOST_SHARE)
+        self._delay = LoopDelay(self._restraint.felt)
 
     async def store(self, events: Sequence[NewEvent]) -> Sequence[Result]:
         """What `store` says of these events, once they are committed.
@@ -71,8 +80,8 @@ class GroupCommit[Result]:
         A caller that is cancelled does not take its events out of the commit.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(events, loop.create_future())
         self._called_at = loop.time()
+        call = _Call(events, loop.create_future(), self._called_at)
         if not self._waiting:
             self._waiting_since = self._called_at
         self._waiting.append(call)
@@ -115,7 +124,10 @@ class GroupCommit[Result]:
                     for call in calls:
                         _fail(call, error)
             if self._gives_way():
-                await asyncio.sleep(loop.time() - began)
+                self._delay.want()
+                now = loop.time()
+                waited = now - self._waiting[0].at if self._waiting else 0.0
+                await asyncio.sleep(pause_after(now - began, self._restraint.level, waited))
             if self._is_gathering:
                 return
 
@@ -171,6 +183,12 @@ class GroupCommit[Result]:
             # By halves: that few came in time does not mean that the others have gone.
             self._crowd = max(count, self._crowd // 2)
         return calls
+
+
+def pause_after(took: float, share: float, waited: float) -> float:
+    """How long to do nothing after a commit, so that commits take this share of the time; `waited`
+    is for how long the next call has."""
+    return max(min(took * (1 / share - 1), _WAIT_SECONDS - waited), took)
 
 
 def _fail[Result](call: _Call[Result], error: Exception) -> None:

@@ -72,7 +72,7 @@ WITH room AS (
     SELECT p.id FROM room r CROSS JOIN LATERAL (
         SELECT q.id FROM delivery_queue q
         WHERE q.webhook_id = r.id AND q.state = 'parked' AND (r.closed OR q.due_at <= now())
-        ORDER BY q.id LIMIT greatest(least(r.free, r.tokens), 0)
+        ORDER BY q.id LIMIT greatest(least(r.free, r.tokens, $3::int), 0)
     ) p
     WHERE r.free >= (r.places + 1) / 2
 ), locked AS (
@@ -120,14 +120,16 @@ async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
     return [row["webhook_id"] for row in await connection.fetch(_WEBHOOKS_WITH_BACKLOG)]
 
 
-async def admit(connection: Connection, places: Mapping[UUID, int]) -> set[UUID]:
+async def admit(
+    connection: Connection, places: Mapping[UUID, int], most: int | None = None
+) -> set[UUID]:
     """Let parked deliveries in, not those of inactive configs; returns the configs that had some.
 
     Each config has at most so many due or leased deliveries in the ready part afterwards as it has
     `places` or its own cap allows, and no more due ones than its rate leaves; while its breaker is
-    half-open, one; while it is open, none are let in.
+    half-open, one; while it is open, none are let in. At a time no more than `most` of each.
     """
-    rows = await connection.fetch(_ADMIT, list(places), list(places.values()))
+    rows = await connection.fetch(_ADMIT, list(places), list(places.values()), most)
     return {row["webhook_id"] for row in rows}
 
 

@@ -1,9 +1,10 @@
 """The admission stage: who is asked for again, and when."""
 
+from datetime import timedelta
 from typing import Any
 
 from delivery.admit import Admission
-from tests.factories import make_delivery, make_webhook_config
+from tests.factories import lease_one, make_delivery, make_webhook_config
 
 
 async def queue_states(pool: Any) -> dict[str, int]:
@@ -75,3 +76,83 @@ async def test_what_was_let_in_is_claimed_before_its_config_is_asked_for_again(p
     assert not await admission.refill(lambda _: 1)
     assert await queue_states(pool) == {"parked": 2}
     assert await admission.refill(lambda _: 1)
+
+
+async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any) -> None:
+    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
+    for _ in range(40):
+        await make_delivery(pool, flooded, state="parked")
+    clock = Clock()
+    admission = Admission(pool, clock)
+    admission.meet([flooded])
+    admission.give_way_to([await lease_one(pool, other)])
+
+    assert await admission.refill(lambda _: 32)
+    assert await queue_states(pool) == {"leased": 1, "parked": 32, "ready": 8}
+    assert not admission.concerns([flooded])
+    assert not await admission.refill(lambda _: 32)
+    clock.now += admission.rest_seconds()
+    assert admission.concerns([flooded])
+    assert await admission.refill(lambda _: 32)
+    assert await queue_states(pool) == {"leased": 1, "parked": 24, "ready": 16}
+
+
+async def test_when_the_others_have_gone_a_backlog_is_let_in_as_ever(pool: Any) -> None:
+    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
+    for _ in range(40):
+        await make_delivery(pool, flooded, state="parked")
+    clock = Clock()
+    admission = Admission(pool, clock)
+    admission.meet([flooded])
+    admission.give_way_to([await lease_one(pool, other)])
+    assert await admission.refill(lambda _: 32)
+    clock.now += 0.6
+    # What was let in is taken first.
+    assert not await admission.refill(lambda _: 32)
+    assert await admission.refill(lambda _: 32)
+    assert await queue_states(pool) == {"leased": 1, "parked": 8, "ready": 32}
+
+
+async def test_a_sweep_lets_some_in_at_any_time(pool: Any) -> None:
+    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
+    for _ in range(20):
+        await make_delivery(pool, flooded, state="parked")
+    admission = Admission(pool, Clock())
+    admission.give_way_to([await lease_one(pool, other)])
+
+    for count in (8, 16):
+        assert await admission.sweep(lambda _: 32)
+        assert await queue_states(pool) == {"leased": 1, "parked": 20 - count, "ready": count}
+
+
+async def test_late_deliveries_retries_and_those_with_a_backlog_are_given_no_way(pool: Any) -> None:
+    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
+    for _ in range(40):
+        await make_delivery(pool, flooded, state="parked")
+    delivery = await lease_one(pool, other)
+    late = delivery.claimed_at - timedelta(seconds=2)
+    admission = Admission(pool, Clock())
+    admission.meet([flooded])
+    admission.give_way_to(
+        [
+            delivery._replace(owed_since=late),
+            delivery._replace(attempt_count=1),
+            delivery._replace(has_backlog=True),
+        ]
+    )
+
+    assert await admission.refill(lambda _: 32)
+    assert await queue_states(pool) == {"leased": 1, "parked": 8, "ready": 32}
+
+
+async def test_what_a_config_has_no_places_for_does_not_count(pool: Any) -> None:
+    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
+    for _ in range(4):
+        await make_delivery(pool, flooded, state="parked")
+    admission = Admission(pool, Clock())
+    admission.meet([flooded])
+    admission.give_way_to([await lease_one(pool, other)])
+
+    assert await admission.refill(lambda _: 1)
+    assert await queue_states(pool) == {"leased": 1, "parked": 3, "ready": 1}
+    assert admission.rest_seconds() < 2 / 150

@@ -9,7 +9,7 @@ import pytest
 
 from core.ids import new_id
 from core.queue import NewEvent
-from server.group_commit import GroupCommit
+from server.group_commit import GroupCommit, pause_after
 
 
 def event(payload: bytes = b"{}") -> NewEvent:
@@ -261,9 +261,10 @@ async def test_what_gives_way_does_so_while_others_are_in_use(
     database.batches.clear()
     await others.store([event()])
     await asyncio.gather(*(floods.store(call) for call in calls))
-    assert all(len(batch) <= 200 for batch in database.batches)
+    assert all(len(batch) <= 100 for batch in database.batches)
     # After each of its commits.
     assert len(waits) == len(database.batches) - 1
+    assert sum(waits) > 0
 
 
 @pytest.mark.usefixtures("in_use_for_long")
@@ -279,3 +280,13 @@ async def test_what_gives_way_has_one_commit_at_a_time(database: Database) -> No
     database.open.set()
     await asyncio.gather(*calls)
     assert len(database.batches) == 3
+
+
+@pytest.mark.parametrize(
+    ("took", "share", "waited", "pause"),
+    [(0.01, 0.5, 0, 0.01), (0.01, 0.1, 0, 0.09), (0.1, 0.05, 0.4, 0.6), (0.1, 0.05, 2, 0.1)],
+)
+def test_a_pause_leaves_others_their_share_and_keeps_nobody_for_long(
+    took: float, share: float, waited: float, pause: float
+) -> None:
+    assert pause_after(took, share, waited) == pytest.approx(pause)
