@@ -87,10 +87,10 @@ class Admission:
             return set()
         if self._allowance.is_bounded:
             self._delay.want()
-        most = self._allowance.chunk(len(places))
+        most = self._allowance.chunk()
         admitted = await queue.admit(self._pool, places, most)
         if most is not None:
-            self._allowance.spend(sum(min(places[w], most) for w in admitted))
+            self._allowance.spend(max((min(places[w], most) for w in admitted), default=0))
         return admitted
 
 

@@ -1,10 +1,13 @@
-"""How much backlogs may let in while other deliveries go on beside them (pure).
+"""How much each backlog may let in while other deliveries go on beside it (pure).
 
 Whoever has no backlog is to notice nothing of those who have, also where engine, server and
 PostgreSQL share few cores. So beside prompt deliveries what is let in is a trickle, in small
 chunks: at a rate that grows while the engine's loop is punctual and shrinks while it is not, and
 with one in addition for every other of theirs, so that those with a backlog never get the less the
 more there is of the others. Beside nobody there is no bound.
+
+The rate is that of one config, however many have a backlog: one that is flooded stands out by it,
+and hundreds that were only busy for a moment are through at once.
 """
 
 from collections.abc import Callable
@@ -12,10 +15,10 @@ from time import monotonic
 
 from core.restraint import Restraint
 
-#: Deliveries a second that backlogs let in at least, and beyond which nothing is held back.
+#: Deliveries a second that a backlog lets in at least, and beyond which nothing is held back.
 _LEAST_RATE = 150.0
 _MOST_RATE = 10_000.0
-#: What backlogs may let in for each prompt delivery of others.
+#: What a backlog may let in for each prompt delivery of others.
 _SHARE = 0.5
 #: Others have deliveries for so long after one.
 _BESIDE_SECONDS = 0.5
@@ -25,7 +28,7 @@ _CHUNK_LEAST = 8
 
 
 class Allowance:
-    """What backlogs may let in together, in one engine."""
+    """What each backlog may let in, in one engine."""
 
     def __init__(self, clock: Callable[[], float] = monotonic):
         self._clock = clock
@@ -48,15 +51,14 @@ class Allowance:
         """Until something may be let in again; 0 for now."""
         return max(self._rests_until - self._clock(), 0.0) if self.is_bounded else 0.0
 
-    def chunk(self, configs: int) -> int | None:
-        """How many deliveries each of so many configs may let in now; None for all it can take."""
+    def chunk(self) -> int | None:
+        """How many deliveries each config may let in now; None for all it can take."""
         if not self.is_bounded:
             return None
-        chunk = max(int(self.restraint.level * _CHUNK_SECONDS), _CHUNK_LEAST)
-        return max(chunk // configs, 1)
+        return max(int(self.restraint.level * _CHUNK_SECONDS), _CHUNK_LEAST)
 
     def spend(self, count: int) -> None:
-        """So many have been let in."""
+        """So many have been let in of the config that had most."""
         if self.is_bounded:
             begins = max(self._rests_until, self._clock())
             self._rests_until = begins + count / self.restraint.level

@@ -97,6 +97,20 @@ async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any)
     assert await queue_states(pool) == {"leased": 1, "parked": 24, "ready": 16}
 
 
+async def test_many_backlogs_are_let_in_as_quickly_as_one(pool: Any) -> None:
+    other = await make_webhook_config(pool)
+    busy = [await make_webhook_config(pool) for _ in range(5)]
+    for webhook_id in busy:
+        for _ in range(6):
+            await make_delivery(pool, webhook_id, state="parked")
+    admission = Admission(pool, Clock())
+    admission.meet(busy)
+    admission.give_way_to([await lease_one(pool, other)])
+
+    assert await admission.refill(lambda _: 32)
+    assert await queue_states(pool) == {"leased": 1, "ready": 30}
+
+
 async def test_when_the_others_have_gone_a_backlog_is_let_in_as_ever(pool: Any) -> None:
     flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
     for _ in range(40):

@@ -26,7 +26,7 @@ def let_in(allowance: Allowance, clock: Clock, seconds: float, others_a_second: 
         allowance.meet_others(int(owed))
         owed -= int(owed)
         if not allowance.rest_seconds():
-            count = allowance.chunk(1)
+            count = allowance.chunk()
             assert count is not None
             allowance.spend(count)
             total += count
@@ -35,7 +35,7 @@ def let_in(allowance: Allowance, clock: Clock, seconds: float, others_a_second: 
 
 def test_beside_nobody_there_is_no_bound(clock: Clock) -> None:
     allowance = Allowance(clock)
-    assert allowance.chunk(1) is None
+    assert allowance.chunk() is None
     allowance.spend(1000)
     assert not allowance.rest_seconds()
 
@@ -71,12 +71,10 @@ def test_what_was_not_used_is_not_saved_up(clock: Clock) -> None:
     assert 4 <= let_in(allowance, clock, 0.09) <= 25
 
 
-def test_many_configs_share_a_chunk_and_each_gets_something(clock: Clock) -> None:
+def test_a_chunk_grows_with_the_rate(clock: Clock) -> None:
     allowance = Allowance(clock)
+    allowance.meet_others(1)
+    assert allowance.chunk() == 8
     for _ in range(2000):
         allowance.restraint.felt(0.0)
-    allowance.meet_others(1)
-    alone = allowance.chunk(1)
-    assert alone == 300
-    assert allowance.chunk(10) == 30
-    assert allowance.chunk(1000) == 1
+    assert allowance.chunk() == 300
