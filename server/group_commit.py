@@ -68,7 +68,6 @@ class GroupCommit[Result]:
         self._committing = 0
         #: Whether a commit that has yet to begin will take those who wait.
         self._is_gathering = False
-        self._waiting_since = 0.0
         self._called_at = float("-inf")
         self._crowd = 0
         self._restraint = Restraint(_LEAST_SHARE, _MOST_SHARE)
@@ -82,8 +81,6 @@ class GroupCommit[Result]:
         loop = asyncio.get_running_loop()
         self._called_at = loop.time()
         call = _Call(events, loop.create_future(), self._called_at)
-        if not self._waiting:
-            self._waiting_since = self._called_at
         self._waiting.append(call)
         is_room = self._committing < _COMMITS_MAX and not self._is_gathering
         if is_room and not (self._committing and self._gives_way()):
@@ -106,9 +103,9 @@ class GroupCommit[Result]:
             self._committing -= 1
 
     async def _until_nobody_waits(self) -> None:
-        loop = asyncio.get_running_loop()
         while calls := await self._gather():
-            began = loop.time()
+            # The loop's own clock counts whole milliseconds.
+            began = perf_counter()
             try:
                 await self._commit(calls)
             except Exception as error:
@@ -125,9 +122,8 @@ class GroupCommit[Result]:
                         _fail(call, error)
             if self._gives_way():
                 self._delay.want()
-                now = loop.time()
-                waited = now - self._waiting[0].at if self._waiting else 0.0
-                await asyncio.sleep(pause_after(now - began, self._restraint.level, waited))
+                took = perf_counter() - began
+                await asyncio.sleep(pause_after(took, self._restraint.level, self._waited()))
             if self._is_gathering:
                 return
 
@@ -143,14 +139,16 @@ class GroupCommit[Result]:
     async def _await_company(self) -> None:
         if self._crowd < _CROWD or not self._waiting:
             return
-        loop = asyncio.get_running_loop()
-        until = self._waiting_since + _COMPANY_SECONDS
-        while (left := until - loop.time()) > 0 and not self._are_enough():
-            # The loop counts whole milliseconds.
+        while (left := _COMPANY_SECONDS - self._waited()) > 0 and not self._are_enough():
             began, busy = perf_counter(), self._busy_time()
             await asyncio.sleep(min(_LOOK_SECONDS, left))
             if self._busy_time() - busy < _BUSY * (perf_counter() - began):
                 return
+
+    def _waited(self) -> float:
+        """For how long the first of those who wait has."""
+        now = asyncio.get_running_loop().time()
+        return now - self._waiting[0].at if self._waiting else 0.0
 
     def _are_enough(self) -> bool:
         return sum(len(call.events) for call in self._waiting) >= _EVENTS_ENOUGH
