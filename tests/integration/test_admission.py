@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from delivery.admit import Admission
 from tests.factories import lease_one, make_delivery, make_webhook_config
@@ -78,14 +79,21 @@ async def test_what_was_let_in_is_claimed_before_its_config_is_asked_for_again(p
     assert await admission.refill(lambda _: 1)
 
 
-async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any) -> None:
+async def beside_another(pool: Any, parked: int, clock: Clock) -> tuple[Admission, UUID]:
+    """That of an engine which met a config with so many parked, and a prompt delivery of another;
+    and the former config."""
     flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
-    for _ in range(40):
+    for _ in range(parked):
         await make_delivery(pool, flooded, state="parked")
-    clock = Clock()
     admission = Admission(pool, clock)
     admission.meet([flooded])
     admission.give_way_to([await lease_one(pool, other)])
+    return admission, flooded
+
+
+async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any) -> None:
+    clock = Clock()
+    admission, flooded = await beside_another(pool, 40, clock)
 
     assert await admission.refill(lambda _: 32)
     assert await queue_states(pool) == {"leased": 1, "parked": 32, "ready": 8}
@@ -112,13 +120,8 @@ async def test_many_backlogs_are_let_in_as_quickly_as_one(pool: Any) -> None:
 
 
 async def test_when_the_others_have_gone_a_backlog_is_let_in_as_ever(pool: Any) -> None:
-    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
-    for _ in range(40):
-        await make_delivery(pool, flooded, state="parked")
     clock = Clock()
-    admission = Admission(pool, clock)
-    admission.meet([flooded])
-    admission.give_way_to([await lease_one(pool, other)])
+    admission, _ = await beside_another(pool, 40, clock)
     assert await admission.refill(lambda _: 32)
     clock.now += 0.6
     # What was let in is taken first.
@@ -128,11 +131,7 @@ async def test_when_the_others_have_gone_a_backlog_is_let_in_as_ever(pool: Any) 
 
 
 async def test_a_sweep_lets_some_in_at_any_time(pool: Any) -> None:
-    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
-    for _ in range(20):
-        await make_delivery(pool, flooded, state="parked")
-    admission = Admission(pool, Clock())
-    admission.give_way_to([await lease_one(pool, other)])
+    admission, _ = await beside_another(pool, 20, Clock())
 
     for count in (8, 16):
         assert await admission.sweep(lambda _: 32)
@@ -160,12 +159,7 @@ async def test_late_deliveries_retries_and_those_with_a_backlog_are_given_no_way
 
 
 async def test_what_a_config_has_no_places_for_does_not_count(pool: Any) -> None:
-    flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
-    for _ in range(4):
-        await make_delivery(pool, flooded, state="parked")
-    admission = Admission(pool, Clock())
-    admission.meet([flooded])
-    admission.give_way_to([await lease_one(pool, other)])
+    admission, _ = await beside_another(pool, 4, Clock())
 
     assert await admission.refill(lambda _: 1)
     assert await queue_states(pool) == {"leased": 1, "parked": 3, "ready": 1}
