@@ -176,7 +176,8 @@ async def lose_primary(scene: Scene, pair: Pair) -> int:
 
 async def nothing_is_acknowledged(load: Load, repeated: int, timeout: float = AMPLE) -> None:
     """Not while so many calls are repeated, from when every client has repeated one."""
-    await load.repeated_more(3)
-    acknowledged = len(load.acknowledged)
-    await load.repeated_more(repeated, timeout)
-    assert len(load.acknowledged) == acknowledged
+    async with load.pressing_on():
+        await load.repeated_more(3)
+        acknowledged = len(load.acknowledged)
+        await load.repeated_more(repeated, timeout)
+        assert len(load.acknowledged) == acknowledged
