@@ -1,19 +1,31 @@
 """How late the event loop is: a timer at short distances, for as long as somebody wants to know."""
 
 import asyncio
-from collections.abc import Callable
 from time import monotonic
+from typing import Protocol
 
 _INTERVAL_SECONDS = 0.01
 #: It goes on for so long after it was wanted last.
 _LINGER_SECONDS = 0.25
+#: What was told so long ago says nothing of now.
+_STALE_SECONDS = 2.0
+
+
+class Feels(Protocol):
+    """Whoever is told."""
+
+    def felt(self, late_seconds: float) -> None:
+        """A timer of the loop came so late."""
+
+    def begin_anew(self) -> None:
+        """Nothing was told for long."""
 
 
 class LoopDelay:
-    """Tells `felt` of every timer how late it came."""
+    """Tells of every timer how late it came."""
 
-    def __init__(self, felt: Callable[[float], None]):
-        self._felt = felt
+    def __init__(self, told: Feels):
+        self._told = told
         self._wanted_until = 0.0
         self._due = 0.0
         self.is_timing = False
@@ -22,6 +34,8 @@ class LoopDelay:
         """Listen now, and for a moment more."""
         self._wanted_until = monotonic() + _LINGER_SECONDS
         if not self.is_timing:
+            if monotonic() > self._due + _STALE_SECONDS:
+                self._told.begin_anew()
             self._wait()
 
     def _wait(self) -> None:
@@ -32,6 +46,6 @@ class LoopDelay:
     def _look(self) -> None:
         self.is_timing = False
         now = monotonic()
-        self._felt(max(now - self._due, 0.0))
+        self._told.felt(max(now - self._due, 0.0))
         if now < self._wanted_until:
             self._wait()

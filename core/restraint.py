@@ -2,15 +2,19 @@
 
 Where cores are short, what is done for one who floods us is in the way of all others, at every
 step on their path. The loop notices it first: its timers come late, whether it had to wait for a
-core or was at something long itself. So what may wait is done less and less while timers are late,
-and a little more with every one that is not: as much as fits, on whatever machine, beside whomever.
+core or was at something long itself. So what may wait is done by half with each timer that is late,
+and by a little more with each that is not, the longer none was: as much as fits, on whatever
+machine, beside whomever, and soon all there is where nobody minds.
 """
 
 #: A timer that comes later than this is late: on machines with cores to spare hardly one does.
 _LATE_SECONDS = 0.0025
-#: What a late timer leaves, and what a timely one adds. Both in proportion: they are in balance
-#: when about one timer in fifty is late, however much is being done then.
-_LATE, _TIMELY = 0.8, 1.004
+#: What a late timer leaves, and what timely ones add: the first a part in a thousand, as much again
+#: after each 500, and ten at most. All in proportion: they are in balance when about one timer in
+#: 500 is late, however much is being done then.
+_LATE = 0.5
+_TIMELY, _TIMELY_MOST = 0.001, 0.01
+_AS_MUCH_AGAIN = 500
 
 
 class Restraint:
@@ -20,10 +24,19 @@ class Restraint:
         self._least = least
         self._most = most
         self.level = least
+        self._timely = 0
+
+    def begin_anew(self) -> None:
+        """What was felt is long ago."""
+        self.level = self._least
+        self._timely = 0
 
     def felt(self, late_seconds: float) -> None:
         """A timer of the loop came so late."""
         if late_seconds > _LATE_SECONDS:
+            self._timely = 0
             self.level = max(self.level * _LATE, self._least)
         else:
-            self.level = min(self.level * _TIMELY, self._most)
+            self._timely += 1
+            growth = min(_TIMELY * (1 + self._timely / _AS_MUCH_AGAIN), _TIMELY_MOST)
+            self.level = min(self.level * (1 + growth), self._most)

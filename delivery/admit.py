@@ -34,7 +34,7 @@ class Admission:
         self._asked_in_vain: dict[UUID, float] = {}
         self._unclaimed: set[UUID] = set()
         self._allowance = Allowance(clock)
-        self._delay = LoopDelay(self._allowance.restraint.felt)
+        self._delay = LoopDelay(self._allowance.restraint)
 
     def meet(self, webhook_ids: Iterable[UUID]) -> None:
         """These configs have parked deliveries, as a claim found or left them."""

@@ -3,7 +3,7 @@
 Whoever has no backlog is to notice nothing of those who have, also where engine, server and
 PostgreSQL share few cores. So beside prompt deliveries what is let in is a trickle, in small
 chunks: at a rate that grows while the engine's loop is punctual and shrinks while it is not, and
-with one in addition for every other of theirs, so that those with a backlog never get the less the
+with one in addition for every fourth of theirs, so that those with a backlog never get the less the
 more there is of the others. Beside nobody there is no bound.
 
 The rate is that of one config, however many have a backlog: one that is flooded stands out by it,
@@ -16,10 +16,10 @@ from time import monotonic
 from core.restraint import Restraint
 
 #: Deliveries a second that a backlog lets in at least, and beyond which nothing is held back.
-_LEAST_RATE = 150.0
+_LEAST_RATE = 50.0
 _MOST_RATE = 10_000.0
 #: What a backlog may let in for each prompt delivery of others.
-_SHARE = 0.5
+_SHARE = 0.25
 #: Others have deliveries for so long after one.
 _BESIDE_SECONDS = 0.5
 #: What is let in at a time: what fits this time, but a statement is worth a few.

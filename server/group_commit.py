@@ -35,7 +35,7 @@ _BUSY = 0.6
 _EVENTS_GIVING_WAY = 100
 #: What part of the time such commits take: as much as there is room for. But none pauses for long
 #: when a call has waited for so long already.
-_LEAST_SHARE, _MOST_SHARE = 0.05, 0.5
+_LEAST_SHARE, _MOST_SHARE = 0.05, 0.2
 _WAIT_SECONDS = 1.0
 #: Commits are in use for so long after a call.
 _IN_USE_SECONDS = 0.25
@@ -71,7 +71,7 @@ class GroupCommit[Result]:
         self._called_at = float("-inf")
         self._crowd = 0
         self._restraint = Restraint(_LEAST_SHARE, _MOST_SHARE)
-        self._delay = LoopDelay(self._restraint.felt)
+        self._delay = LoopDelay(self._restraint)
 
     async def store(self, events: Sequence[NewEvent]) -> Sequence[Result]:
         """What `store` says of these events, once they are committed.

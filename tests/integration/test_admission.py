@@ -163,4 +163,4 @@ async def test_what_a_config_has_no_places_for_does_not_count(pool: Any) -> None
 
     assert await admission.refill(lambda _: 1)
     assert await queue_states(pool) == {"leased": 1, "parked": 3, "ready": 1}
-    assert admission.rest_seconds() < 2 / 150
+    assert admission.rest_seconds() < 2 / 50

@@ -23,11 +23,20 @@ def test_it_begins_with_the_least_and_grows_up_to_the_most_while_timers_are_punc
     assert feel(restraint, PUNCTUAL, 1000) == 400
 
 
+def test_the_longer_no_timer_was_late_the_faster_it_grows() -> None:
+    restraint = Restraint(1, 1e9)
+    first, second = feel(restraint, PUNCTUAL, 500), feel(restraint, PUNCTUAL, 500)
+    assert second / first > first > 1
+    feel(restraint, LATE, 1)
+    late = restraint.level
+    assert 1 < feel(restraint, PUNCTUAL, 500) / late < second / first
+
+
 def test_late_timers_take_it_down_much_faster_and_never_below_the_least() -> None:
     restraint = Restraint(100, 400)
     feel(restraint, PUNCTUAL, 1000)
-    assert feel(restraint, LATE, 3) < 220
-    assert feel(restraint, LATE, 20) == 100
+    assert 150 < feel(restraint, LATE, 1) < 250
+    assert feel(restraint, LATE, 5) == 100
 
 
 @pytest.mark.parametrize("begins", [120, 9_000])
@@ -42,18 +51,29 @@ def test_it_ends_where_few_timers_are_late(begins: float) -> None:
         restraint.felt(LATE if late else PUNCTUAL)
         levels.append(level)
     settled = levels[3000:]
-    assert min(settled) > 700
+    assert min(settled) > 450
     assert max(settled) < 1500
+
+
+def test_it_begins_anew_with_the_least() -> None:
+    restraint = Restraint(100, 400)
+    feel(restraint, PUNCTUAL, 1000)
+    restraint.begin_anew()
+    assert restraint.level == 100
 
 
 class Ear:
     def __init__(self) -> None:
         self.heard: list[float] = []
         self.first = asyncio.Event()
+        self.began_anew = 0
 
-    def __call__(self, late_seconds: float) -> None:
+    def felt(self, late_seconds: float) -> None:
         self.heard.append(late_seconds)
         self.first.set()
+
+    def begin_anew(self) -> None:
+        self.began_anew += 1
 
 
 async def test_a_loop_that_was_at_something_else_is_late() -> None:
@@ -83,3 +103,17 @@ async def test_nothing_is_timed_any_more_once_nobody_wants_to_know(
     delay.want()
     await ear.first.wait()
     assert len(ear.heard) == 2
+    # Between the two was no time to forget in; before the first was all there was.
+    assert ear.began_anew == 1
+
+
+async def test_what_was_told_long_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.loop_delay._LINGER_SECONDS", 0.0)
+    monkeypatch.setattr("core.loop_delay._STALE_SECONDS", 0.0)
+    ear = Ear()
+    delay = LoopDelay(ear)
+    for _ in range(2):
+        ear.first.clear()
+        delay.want()
+        await ear.first.wait()
+    assert ear.began_anew == 2

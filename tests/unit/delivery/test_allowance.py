@@ -52,9 +52,9 @@ def test_the_bound_ends_soon_after_the_last_of_the_others(clock: Clock) -> None:
 
 def test_a_late_loop_lets_in_the_least_and_some_for_each_of_the_others(clock: Clock) -> None:
     allowance = Allowance(clock)
-    assert 150 <= let_in(allowance, clock, 2, others_a_second=4) / 2 <= 165
-    assert 240 <= let_in(allowance, clock, 2, others_a_second=200) / 2 <= 265
-    assert 900 <= let_in(allowance, clock, 2, others_a_second=2000) / 2 <= 1200
+    assert 50 <= let_in(allowance, clock, 2, others_a_second=4) / 2 <= 60
+    assert 95 <= let_in(allowance, clock, 2, others_a_second=200) / 2 <= 110
+    assert 500 <= let_in(allowance, clock, 2, others_a_second=2000) / 2 <= 650
 
 
 def test_a_punctual_loop_lets_in_more_and_more(clock: Clock) -> None:
