@@ -5,7 +5,7 @@ whether spans are kept or not, so that log lines lead to the producer's trace.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -75,7 +75,6 @@ def parse_trace_parent(text: object) -> TraceParent | None:
     return TraceParent(trace_id, span_id, bool(int(flags, 16) & _SAMPLED))
 
 
-def trace_parent_in(metadata: Iterable[tuple[str, str | bytes]]) -> TraceParent | None:
-    """Of a call's metadata; of several none counts."""
-    given = [value for key, value in metadata if key == METADATA_KEY]
+def sole_trace_parent(given: Sequence[object]) -> TraceParent | None:
+    """Of what a call was given as such; of several none counts."""
     return parse_trace_parent(given[0]) if len(given) == 1 else None

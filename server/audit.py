@@ -7,8 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import new_id
 from core.models import AuditEntry
 from server.authentication import principal
-from server.present_call import origin
-from server.request_id import current_request_id
+from server.present_call import origin, present_request_id
 
 
 def record_change(
@@ -32,7 +31,7 @@ def record_change(
             result="OK",
             changed_fields=sorted(changed_fields),
             comment=comment,
-            request_id=current_request_id.get(),
+            request_id=present_request_id(),
             caller_address=came_from.address,
             user_agent=came_from.user_agent,
         )

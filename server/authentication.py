@@ -10,39 +10,25 @@ it returns, so that what wraps handlers turns them into statuses.
 
 import inspect
 from collections.abc import AsyncIterator, Sequence
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
 from server.caller_limits import CallerLimits
 from server.certificates import CertificateCallers
-from server.present_call import current_message
+from server.present_call import PresentCall, present_call
 from server.principal import Principal
 from server.tokens import TokenVerifier, token_refused
 
 type Handler = grpc.RpcMethodHandler[Any, Any]
 
-# gRPC asks for the handler of a call, and runs it, in one task that only this call has. What is
-# set here is therefore seen by the handler and by what wraps it, and by no other call.
-current_principal: ContextVar[Principal] = ContextVar("current_principal")
-_refusal: ContextVar[Exception] = ContextVar("refusal")
-_stranger: ContextVar["_Stranger"] = ContextVar("stranger")
-
-
-class _Stranger(NamedTuple):
-    """A call whose caller is not known before its handler runs; by certificate without a token."""
-
-    method: str
-    token: str | None
-
 
 def principal() -> Principal:
     """The caller of the present call; a public method has none, which is an Unauthenticated."""
-    try:
-        return current_principal.get()
-    except LookupError:
-        raise token_refused() from None
+    caller = present_call().caller
+    if caller is None:
+        raise token_refused()
+    return caller
 
 
 class Authentication:
@@ -66,39 +52,32 @@ class Authentication:
         # As many as there are methods, and one for all that there are not.
         self._identifying: dict[Handler | None, Handler] = {}
 
-    def guard(
-        self,
-        method: str,
-        metadata: Sequence[tuple[str, str | bytes]],
-        handler: Handler | None,
-    ) -> Handler | None:
+    def guard(self, call: PresentCall, handler: Handler | None) -> Handler | None:
         """What may answer this call: its handler, or one that first asks who calls, or refuses.
 
         Nothing here waits. Whom a token stands for is mostly known, and so the call costs no more.
         """
-        if method in self._public_methods:
+        if call.method in self._public_methods:
             return handler
         try:
-            values = _authorization(metadata)
-            if not values and self._certificates is not None:
-                return self._identified(_Stranger(method, None), handler)
-            token = _bearer_token(values)
-            caller = self._verifier.recall(token)
+            if not call.authorization and self._certificates is not None:
+                return self._identified(handler)
+            call.token = _bearer_token(call.authorization)
+            caller = self._verifier.recall(call.token)
             if caller is None:
-                return self._identified(_Stranger(method, token), handler)
-            self._admit(caller, method)
+                return self._identified(handler)
+            self._admit(call, caller)
         # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
         except Exception as error:
-            _refusal.set(error)
+            call.refusal = error
             return _REFUSING
         return handler
 
-    def _admit(self, caller: Principal, method: str) -> None:
-        current_principal.set(caller)
-        self._limits.admit(caller, method)
+    def _admit(self, call: PresentCall, caller: Principal) -> None:
+        call.caller = caller
+        self._limits.admit(caller, call.method)
 
-    def _identified(self, stranger: _Stranger, handler: Handler | None) -> Handler:
-        _stranger.set(stranger)
+    def _identified(self, handler: Handler | None) -> Handler:
         identifying = self._identifying.get(handler)
         if identifying is None:
             identifying = self._identifying[handler] = self._identifies(handler)
@@ -111,8 +90,8 @@ class Authentication:
         """
 
         async def behaviour(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            stranger = _stranger.get()
-            self._admit(await self._identify(stranger.token, context), stranger.method)
+            call = present_call()
+            self._admit(call, await self._identify(call.token, context))
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             async for response in _responses(handler, requests, context):
@@ -141,7 +120,7 @@ async def _responses(
         request = await context.read()
         if request is grpc.aio.EOF:
             await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
-        current_message.set(request)
+        present_call().message = request
     if not handler.response_streaming:
         yield await (handler.unary_unary or handler.stream_unary)(request, context)
         return
@@ -152,10 +131,6 @@ async def _responses(
         return
     async for response in responses:
         yield response
-
-
-def _authorization(metadata: Sequence[tuple[str, str | bytes]]) -> list[str | bytes]:
-    return [value for key, value in metadata if key == "authorization"]
 
 
 def _bearer_token(values: Sequence[str | bytes]) -> str:
@@ -169,7 +144,7 @@ def _bearer_token(values: Sequence[str | bytes]) -> str:
 
 
 async def _refuse(_requests: object, _context: object) -> AsyncIterator[bytes]:
-    raise _refusal.get()
+    raise present_call().refusal or token_refused()
     # Makes it an async generator, which is what wrappers expect of a stream handler.
     yield b""  # type: ignore[unreachable]
 

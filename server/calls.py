@@ -15,10 +15,9 @@ from grpc_status import rpc_status
 
 from core.errors import PostriderError
 from server.authentication import Authentication
-from server.present_call import current_context
+from server.present_call import PresentCall, begin_call, present_call
 from server.refusals import Refusals
-from server.request_id import current_request_id
-from server.rpc_report import RpcReports, present_rpc
+from server.rpc_report import RpcReports
 from server.status import internal_status, to_domain_error, to_status
 
 type Handler = grpc.RpcMethodHandler[Any, Any]
@@ -48,13 +47,12 @@ class Calls(grpc.GenericRpcHandler):
         self._answering: dict[Handler, Handler] = {}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
-        method = handler_call_details.method
-        metadata = handler_call_details.invocation_metadata
-        self._reports.begin(method, metadata)
-        handler = self._authentication.guard(method, metadata, self._find(handler_call_details))
+        call = begin_call(handler_call_details.method, handler_call_details.invocation_metadata)
+        self._reports.begin(call)
+        handler = self._authentication.guard(call, self._find(handler_call_details))
         if handler is None:
             # gRPC says so to the caller by itself.
-            self._reports.end("UNIMPLEMENTED")
+            self._reports.end(call, "UNIMPLEMENTED")
             return None
         answering = self._answering.get(handler)
         if answering is None:
@@ -88,16 +86,17 @@ def _answering(handler: Handler, refusals: Refusals, reports: RpcReports) -> Han
 
 def _unary(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> Any:
-        current_context.set(context)
+        call = present_call()
+        call.context = context
         try:
             response = await behaviour(request, context)
         except asyncio.CancelledError:
-            reports.end("CANCELLED")
+            reports.end(call, "CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, refusals, reports, request)
+            await _abort(call, error, refusals, reports, request)
         else:
-            reports.end("OK")
+            reports.end(call, "OK")
             return response
 
     return answer
@@ -105,7 +104,8 @@ def _unary(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
 
 def _streaming(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
-        current_context.set(context)
+        call = present_call()
+        call.context = context
         try:
             responses = behaviour(request, context)
             if inspect.isawaitable(responses):
@@ -115,18 +115,18 @@ def _streaming(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
             async for response in responses:
                 yield response
         except (asyncio.CancelledError, GeneratorExit):
-            reports.end("CANCELLED")
+            reports.end(call, "CANCELLED")
             raise
         except Exception as error:
-            await _abort(context, error, refusals, reports, request)
+            await _abort(call, error, refusals, reports, request)
         else:
-            reports.end("OK")
+            reports.end(call, "OK")
 
     return answer
 
 
 async def _abort(
-    context: Context,
+    call: PresentCall,
     error: Exception,
     refusals: Refusals,
     reports: RpcReports,
@@ -134,28 +134,28 @@ async def _abort(
 ) -> None:
     if isinstance(error, grpc.aio.AbortError):
         # A handler of a library (health, reflection) has already answered.
-        reports.end(context.code().name, peer=context.peer())
+        reports.end(call, call.context.code().name, peer=call.context.peer())
         raise error
-    method = present_rpc.get().method
     domain_error = to_domain_error(error)
-    known = rpc_status.to_status(_status_of(error, domain_error, method))
+    known = rpc_status.to_status(_status_of(error, domain_error, call))
     reports.end(
+        call,
         known.code.name,
         reason=domain_error.reason if domain_error else "INTERNAL",
         message=known.details,
-        peer=context.peer(),
+        peer=call.context.peer(),
     )
     if domain_error is not None:
-        await refusals.record(domain_error, method, request)
-    await context.abort_with_status(known)
+        await refusals.record(domain_error, call, request)
+    await call.context.abort_with_status(known)
 
 
 def _status_of(
-    error: Exception, domain_error: PostriderError | None, method: str
+    error: Exception, domain_error: PostriderError | None, call: PresentCall
 ) -> status_pb2.Status:
     if domain_error is None:
-        log.error("rpc_broke", exc_info=error, method=method, reference=current_request_id.get())
-        return internal_status(current_request_id.get())
+        log.error("rpc_broke", exc_info=error, method=call.method, reference=call.request_id)
+        return internal_status(call.request_id)
     if domain_error is not error:
-        log.warning("dependency_away", method=method, error=repr(error))
+        log.warning("dependency_away", method=call.method, error=repr(error))
     return to_status(domain_error)

@@ -29,8 +29,8 @@ from server.ingest import Ingest, PublishedEvent
 from server.merchant_ids import check_merchant_id
 from server.ordered_commits import OrderedCommits, Turns
 from server.pagination import page_size, page_token, parse_page_token
+from server.present_call import present_call
 from server.principal import Principal, Scope
-from server.rpc_report import trace_parent
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = event_service_pb2
@@ -59,7 +59,8 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> pb.PublishEventResponse:
         caller = _publisher()
         _require_own_merchant(caller, request.event)
-        [result] = await self._ingest.publish([event_draft(request.event)], "event", trace_parent())
+        drafts = [event_draft(request.event)]
+        [result] = await self._ingest.publish(drafts, "event", _trace_parent())
         if isinstance(result, PostriderError):
             raise result
         response = pb.PublishEventResponse(duplicate=result.duplicate)
@@ -70,7 +71,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         self, request: pb.PublishEventsRequest, context: Context
     ) -> pb.PublishEventsResponse:
         drafts = _drafts(_publisher(), request.events)
-        results = await self._ingest.publish(drafts, "events[{}]", trace_parent())
+        results = await self._ingest.publish(drafts, "events[{}]", _trace_parent())
         return pb.PublishEventsResponse(results=[_result(result) for result in results])
 
     async def StreamEvents(
@@ -141,7 +142,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     ) -> pb.StreamEventsResponse:
         in_order = any(draft.ordering_key for draft in drafts)
         async with turns.turn() if in_order else nullcontext():
-            results = await self._ingest.publish(drafts, "events[{}]", trace_parent())
+            results = await self._ingest.publish(drafts, "events[{}]", _trace_parent())
         return pb.StreamEventsResponse(
             sequence=sequence, results=[_result(result) for result in results]
         )
@@ -151,6 +152,12 @@ def _publisher() -> Principal:
     caller = principal()
     caller.require(Scope.PUBLISH)
     return caller
+
+
+def _trace_parent() -> str | None:
+    """What the present call leaves with the events it publishes."""
+    trace_parent = present_call().trace_parent
+    return str(trace_parent) if trace_parent is not None else None
 
 
 def _drafts(caller: Principal, events: Sequence[event_pb2.EventInput]) -> list[EventDraft]:

@@ -1,20 +1,92 @@
-"""The call under way: where it came from, and its request where a wrapper no longer has it.
+"""The call under way, and what is known of it so far.
 
-gRPC gives the context to handlers alone, and what records a change stands far below them.
+gRPC asks for the handler of a call, and runs it, in one task that only this call has. What is kept
+here is therefore seen by the handler, by what wraps it and by all that they call, and by no other
+call. Of what a caller sends along, only what we read is kept.
 """
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 from urllib.parse import unquote
 
-import grpc
+from core.tracing import METADATA_KEY as TRACE_PARENT
+from core.tracing import Span, TraceParent, sole_trace_parent
+from server.principal import Principal
+from server.request_id import METADATA_KEY as REQUEST_ID
+from server.request_id import request_id_of
 
 _TEXT_MAX = 256
 
-# As with the caller: one task a call, so no other call sees it.
-current_context: ContextVar[grpc.aio.ServicerContext[Any, Any]] = ContextVar("current_context")
-current_message: ContextVar[object] = ContextVar("current_message", default=None)
+
+class PresentCall:
+    """One call; what is None is not known, or not yet."""
+
+    __slots__ = (
+        "authorization",
+        "began",
+        "caller",
+        "context",
+        "message",
+        "method",
+        "refusal",
+        "request_id",
+        "span",
+        "token",
+        "trace_parent",
+    )
+
+    def __init__(self, method: str, metadata: Iterable[tuple[str, str | bytes]]):
+        self.began = perf_counter()
+        #: As /package.Service/Method.
+        self.method = method
+        #: What was given under that name, each time.
+        self.authorization: tuple[str | bytes, ...] = ()
+        request_ids: tuple[str | bytes, ...] = ()
+        trace_parents: tuple[str | bytes, ...] = ()
+        for key, value in metadata:
+            if key == "authorization":
+                self.authorization += (value,)
+            elif key == REQUEST_ID:
+                request_ids += (value,)
+            elif key == TRACE_PARENT:
+                trace_parents += (value,)
+        self.request_id = request_id_of(request_ids)
+        #: Our span in it, or the caller's where we have none.
+        self.trace_parent: TraceParent | None = sole_trace_parent(trace_parents)
+        self.span: Span | None = None
+        #: Not yet verified.
+        self.token: str | None = None
+        self.caller: Principal | None = None
+        #: Why its handler will not be run.
+        self.refusal: Exception | None = None
+        #: gRPC's, once its handler runs.
+        self.context: Any = None
+        #: Its request, where a wrapper no longer has it.
+        self.message: object = None
+
+
+_present: ContextVar[PresentCall] = ContextVar("present_call")
+
+
+def begin_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> PresentCall:
+    """From here on this is the present call, until its task ends."""
+    call = PresentCall(method, metadata)
+    _present.set(call)
+    return call
+
+
+def present_call() -> PresentCall:
+    """LookupError outside of calls."""
+    return _present.get()
+
+
+def present_request_id() -> str:
+    """That of the present call; a dash outside of calls."""
+    call = _present.get(None)
+    return call.request_id if call is not None else "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +99,14 @@ class Origin:
 
 def origin() -> Origin:
     """Of the present call; behind a gateway the address is the gateway's."""
-    context = current_context.get(None)
-    if context is None:
+    call = _present.get(None)
+    if call is None or call.context is None:
         return Origin("", "")
-    metadata = context.invocation_metadata() or ()
+    metadata = call.context.invocation_metadata() or ()
     agent = next((value for key, value in metadata if key == "user-agent"), "")
     return Origin(
         # As in `ipv4:10.0.0.1:4711` and `ipv6:%5B::1%5D:4711`.
-        printable(unquote(context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")),
+        printable(unquote(call.context.peer()).removeprefix("ipv4:").removeprefix("ipv6:")),
         printable(agent if isinstance(agent, str) else ""),
     )
 

@@ -15,12 +15,10 @@ import structlog
 from core.errors import ConfigurationError, PermissionDenied, PostriderError, Unavailable
 from core.ids import new_id
 from core.models import AuditEntry
-from server.authentication import current_principal
 from server.caller_limits import Rate
 from server.database import Sessions
-from server.present_call import current_message, origin, printable
+from server.present_call import PresentCall, origin, printable
 from server.principal import Principal
-from server.request_id import current_request_id
 
 #: RPCs that change what a caller can see; what they refuse is an attempt at a change.
 CHANGES = frozenset(
@@ -65,15 +63,15 @@ class Refusals:
         self._rate = Rate(PER_SECOND, BURST, clock)
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def record(self, error: PostriderError, method: str, request: object) -> None:
+    async def record(self, error: PostriderError, call: PresentCall, request: object) -> None:
         """Record the refusal of a call, if it is one to record; never raises for a lost entry."""
-        caller = current_principal.get(None)
-        action = method.rpartition("/")[2]
+        caller = call.caller
+        action = call.method.rpartition("/")[2]
         if caller is None or not _is_on_record(error, action):
             return
         if self._rate.spend(f"{caller.subject} {caller.merchant_id}"):
             return
-        entry = _entry(caller, action, error, request)
+        entry = _entry(call, caller, action, error, request)
         writing = asyncio.create_task(self._write(entry), name="audit-refusal")
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
@@ -100,17 +98,19 @@ def _is_on_record(error: PostriderError, action: str) -> bool:
     return isinstance(error, PermissionDenied) or action in CHANGES
 
 
-def _entry(caller: Principal, action: str, error: PostriderError, request: object) -> AuditEntry:
+def _entry(
+    call: PresentCall, caller: Principal, action: str, error: PostriderError, request: object
+) -> AuditEntry:
     came_from = origin()
     return AuditEntry(
         id=new_id(),
         actor=caller.subject,
         merchant_id=caller.merchant_id,
         action=action,
-        resource=_resource(request) or _resource(current_message.get()),
+        resource=_resource(request) or _resource(call.message),
         result=error.reason,
         changed_fields=[],
-        request_id=current_request_id.get(),
+        request_id=call.request_id,
         caller_address=came_from.address,
         user_agent=came_from.user_agent,
     )

@@ -13,10 +13,11 @@ import pytest_asyncio
 
 from cli.development.key import ensure_development_key, mint_token
 from core.errors import Unauthenticated, Unavailable
-from server.authentication import Authentication, current_principal, principal
+from server.authentication import Authentication, principal
 from server.caller_limits import CallerLimits
 from server.config import ServerSettings
 from server.keys import PemKeys, VerificationKey
+from server.present_call import begin_call, present_call
 from server.tokens import TokenVerifier, token_refused
 
 ISSUER = "https://id.example.com/"
@@ -59,7 +60,7 @@ class Echo:
             await context.write(self._who())
 
     async def public(self, _request: bytes, _context: Any) -> bytes:
-        return b"anybody" if current_principal.get(None) is None else self._who()
+        return b"anybody" if present_call().caller is None else self._who()
 
     async def public_by_mistake(self, _request: bytes, _context: Any) -> bytes:
         return self._who()
@@ -84,11 +85,8 @@ class Guarded(grpc.GenericRpcHandler):
         self._echo = grpc.method_handlers_generic_handler("test.Echo", handlers)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        return self._authentication.guard(
-            handler_call_details.method,
-            handler_call_details.invocation_metadata,
-            self._echo.service(handler_call_details),
-        )
+        call = begin_call(handler_call_details.method, handler_call_details.invocation_metadata)
+        return self._authentication.guard(call, self._echo.service(handler_call_details))
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):

@@ -9,11 +9,12 @@ from grpc import StatusCode
 
 from core.config import LogSettings
 from core.logs import SuccessSampling
-from server.authentication import Authentication, current_principal
+from server.authentication import Authentication
 from server.caller_limits import CallerLimits
 from server.calls import Calls
 from server.config import ServerSettings
 from server.measures import ServerMeasures
+from server.present_call import present_call
 from server.refusals import Refusals
 from server.rpc_report import RpcReports
 from server.tokens import TokenVerifier, token_refused
@@ -45,7 +46,7 @@ class NobodyIsKnown(Refusals):
         pass
 
     async def record(self, *_: object) -> None:
-        assert current_principal.get(None) is None
+        assert present_call().caller is None
 
 
 @pytest.fixture

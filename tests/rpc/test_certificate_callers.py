@@ -23,6 +23,7 @@ from server.authentication import Authentication
 from server.caller_limits import CallerLimits
 from server.certificates import CertificateCallers
 from server.config import ServerSettings, TlsSettings
+from server.present_call import PresentCall
 from server.principal import Scope, parse_certificate_scopes
 from server.tokens import token_refused
 from tests.client.test_docs import page
@@ -229,7 +230,7 @@ def test_the_handlers_that_identify_are_as_few_as_the_methods() -> None:
     known: Any = grpc.unary_unary_rpc_method_handler(lambda request, _context: request)
 
     def handler_of(handler: Any) -> Any:
-        return authentication.guard("/a.B/C", (), handler)
+        return authentication.guard(PresentCall("/a.B/C", ()), handler)
 
     for handler in (known, None):
         assert handler_of(handler) is handler_of(handler)

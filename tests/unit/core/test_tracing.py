@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.tracing import TraceParent, parse_trace_parent, trace_parent_in
+from core.tracing import TraceParent, parse_trace_parent, sole_trace_parent
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
@@ -40,7 +40,8 @@ def test_anything_else_is_none(text: object) -> None:
 
 
 def test_of_two_none_counts() -> None:
-    one = ("traceparent", f"00-{TRACE}-{SPAN}-01")
+    one = f"00-{TRACE}-{SPAN}-01"
 
-    assert trace_parent_in([("a", "b"), one]) is not None
-    assert trace_parent_in([one, one]) is None
+    assert sole_trace_parent([one]) is not None
+    assert sole_trace_parent([one, one]) is None
+    assert sole_trace_parent([]) is None
