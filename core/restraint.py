@@ -2,9 +2,9 @@
 
 Where cores are short, what is done for one who floods us is in the way of all others, at every
 step on their path. The loop notices it first: its timers come late, whether it had to wait for a
-core or was at something long itself. So what may wait is done by half with each timer that is late,
-and by a little more with each that is not, the longer none was: as much as fits, on whatever
-machine, beside whomever, and soon all there is where nobody minds.
+core or was at something long itself. So what may wait is halved with each timer that is late, and
+grows a little with each that is not, the faster the longer none was late: as much as fits, on
+whatever machine, beside whomever.
 """
 
 #: A timer that comes later than this is late: on machines with cores to spare hardly one does.
