@@ -4,7 +4,8 @@ Rounds without trouble, with a tenth of all configs dead, and with a merchant wh
 events at once, in turn. The dead are in equal parts: accepts connections and says nothing, has a
 name that DNS never answers for, refuses connections. Each begins with more deliveries than it has
 places, which is the worst there is, and gets its share of the traffic beside. Healthy events come
-one by one at a steady rate for the latency, then as fast as they are received for the throughput.
+one by one at a steady rate for the latency, and then for the throughput as fast as they are
+received, three times over.
 
 In every round healthy events come for a while before the trouble begins: a new engine connects to
 every receiver first, and that is the same with neighbours and without. The first second of the

@@ -2,7 +2,8 @@
 
 import asyncio
 from time import monotonic
-from typing import Protocol
+
+from core.restraint import Restraint
 
 _INTERVAL_SECONDS = 0.01
 #: It goes on for so long after it was wanted last.
@@ -11,21 +12,11 @@ _LINGER_SECONDS = 0.25
 _STALE_SECONDS = 2.0
 
 
-class Feels(Protocol):
-    """Whoever is told."""
-
-    def felt(self, late_seconds: float) -> None:
-        """A timer of the loop came so late."""
-
-    def begin_anew(self) -> None:
-        """Nothing was told for long."""
-
-
 class LoopDelay:
-    """Tells of every timer how late it came."""
+    """Tells a restraint of every timer how late it came."""
 
-    def __init__(self, told: Feels):
-        self._told = told
+    def __init__(self, restraint: Restraint):
+        self._restraint = restraint
         self._wanted_until = 0.0
         self._due = 0.0
         self.is_timing = False
@@ -35,7 +26,7 @@ class LoopDelay:
         self._wanted_until = monotonic() + _LINGER_SECONDS
         if not self.is_timing:
             if monotonic() > self._due + _STALE_SECONDS:
-                self._told.begin_anew()
+                self._restraint.begin_anew()
             self._wait()
 
     def _wait(self) -> None:
@@ -46,6 +37,6 @@ class LoopDelay:
     def _look(self) -> None:
         self.is_timing = False
         now = monotonic()
-        self._told.felt(max(now - self._due, 0.0))
+        self._restraint.felt(max(now - self._due, 0.0))
         if now < self._wanted_until:
             self._wait()

@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import new_id
 from core.models import AuditEntry
 from server.authentication import principal
-from server.present_call import origin, present_request_id
+from server.present_call import origin, present_call
 
 
 def record_change(
@@ -20,7 +20,8 @@ def record_change(
     comment: str = "",
 ) -> None:
     """Add the entry to the caller's transaction: neither is there without the other."""
-    came_from = origin()
+    call = present_call()
+    came_from = origin(call)
     session.add(
         AuditEntry(
             id=new_id(),
@@ -31,7 +32,7 @@ def record_change(
             result="OK",
             changed_fields=sorted(changed_fields),
             comment=comment,
-            request_id=present_request_id(),
+            request_id=call.request_id,
             caller_address=came_from.address,
             user_agent=came_from.user_agent,
         )

@@ -83,12 +83,6 @@ def present_call() -> PresentCall:
     return _present.get()
 
 
-def present_request_id() -> str:
-    """That of the present call; a dash outside of calls."""
-    call = _present.get(None)
-    return call.request_id if call is not None else "-"
-
-
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Host and port that connected to us, and what its library calls itself."""
@@ -97,11 +91,8 @@ class Origin:
     user_agent: str
 
 
-def origin() -> Origin:
-    """Of the present call; behind a gateway the address is the gateway's."""
-    call = _present.get(None)
-    if call is None or call.context is None:
-        return Origin("", "")
+def origin(call: PresentCall) -> Origin:
+    """Of a call whose handler runs; behind a gateway the address is the gateway's."""
     metadata = call.context.invocation_metadata() or ()
     agent = next((value for key, value in metadata if key == "user-agent"), "")
     return Origin(

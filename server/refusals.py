@@ -101,7 +101,7 @@ def _is_on_record(error: PostriderError, action: str) -> bool:
 def _entry(
     call: PresentCall, caller: Principal, action: str, error: PostriderError, request: object
 ) -> AuditEntry:
-    came_from = origin()
+    came_from = origin(call)
     return AuditEntry(
         id=new_id(),
         actor=caller.subject,

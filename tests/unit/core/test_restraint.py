@@ -62,8 +62,9 @@ def test_it_begins_anew_with_the_least() -> None:
     assert restraint.level == 100
 
 
-class Ear:
+class Ear(Restraint):
     def __init__(self) -> None:
+        super().__init__(1, 1)
         self.heard: list[float] = []
         self.first = asyncio.Event()
         self.began_anew = 0
