@@ -64,6 +64,12 @@ class Scene:
         )
         return count
 
+    async def leased_at_least(self, count: int, timeout: float = AMPLE) -> None:
+        """So many deliveries are leased; what is looked at again 20 times a second."""
+        async with asyncio.timeout(timeout):
+            while await self.leased() < count:
+                await self.pool.execute("SELECT pg_sleep(0.05)")
+
     async def failed_attempts(self) -> int:
         """Attempts on record that did not succeed; their receivers may have had the webhook."""
         count: int = await self.pool.fetchval(

@@ -50,11 +50,16 @@ async def test_kill_9_of_all_engines_at_random_moments(
 async def test_an_engine_frozen_past_its_leases_under_load(
     scene: Scene, conclude: Conclude
 ) -> None:
-    sleeper, other = await scene.engine(), await scene.engine()
+    sleeper = await scene.engine()
     async with scene.load.running() as load:
         await load.arrived_more(200)
+        # Or it could freeze at a moment when it holds nothing.
+        quick, load.seconds = load.seconds, (1, 1)
+        await scene.leased_at_least(20)
         sleeper.send(signal.SIGSTOP)
         in_flight = await scene.leased()
+        load.seconds = quick
+        other = await scene.engine()
         # All of its leases have been taken back, and a second engine's worth of work is done.
         await other.wait_for("leases_reclaimed")
         await load.arrived_more(200)
