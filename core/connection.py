@@ -179,9 +179,11 @@ def _server_settings(application_name: str, statement_seconds: float) -> dict[st
         "synchronous_commit": "on",
         # Every statement here is short; compiling one costs more than it saves.
         "jit": "off",
-        # Every one has its index. Statistics of a table that was empty then (a new day's
-        # partition) would talk the planner out of it, and a cached plan would stay so.
+        # Every one has its index, in the order that it asks for. Statistics of a table that was
+        # empty then (a new day's partition, the queue) would talk the planner out of it, and a
+        # cached plan would stay so.
         "enable_seqscan": "off",
+        "enable_bitmapscan": "off",
     }
 
 

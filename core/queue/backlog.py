@@ -4,20 +4,22 @@ from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from core.queue.leases import fences
+from core.queue.lookup import by_id, is_in, of_webhook
 from core.queue.records import Connection, LeasedDelivery
 
 # The due time says nothing here, but keeps what is blocked out of the scan.
-_PARK_WEBHOOKS = """
-UPDATE delivery_queue SET state = 'parked'
-WHERE webhook_id = ANY ($1) AND state = 'ready' AND due_at < 'infinity'
-"""
+_PARK_WEBHOOKS = f"""
+UPDATE delivery_queue q SET state = 'parked'
+FROM unnest($1::uuid[]) AS t(webhook_id)
+WHERE {of_webhook("t.webhook_id")} AND q.state = 'ready' AND q.due_at < 'infinity'
+"""  # noqa: S608 - of constants
 
 
-_PARK_LEASED = """
+_PARK_LEASED = f"""
 UPDATE delivery_queue q SET state = 'parked', lease_id = NULL, lease_until = NULL
 FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
-WHERE q.id = t.id AND q.lease_id = t.lease_id
-"""
+WHERE {by_id("t.id")} AND q.lease_id = t.lease_id
+"""  # noqa: S608 - of constants
 
 
 #: The head of a statement, with `backlogs`: the configs that have one. A loose index scan, of one
@@ -79,11 +81,11 @@ WITH room AS (
     -- Chosen before locked: engines that do this at once choose the same rows, and the second finds
     -- them taken instead of letting in as many again.
     SELECT id FROM delivery_queue
-    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND state = 'parked'
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND {is_in("parked")}
     FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
-FROM locked WHERE q.id = locked.id
+FROM locked WHERE {by_id("locked.id")}
 RETURNING q.webhook_id
 """  # noqa: S608 - of constants
 

@@ -2,11 +2,12 @@
 
 from uuid import UUID
 
+from core.queue.lookup import by_id
 from core.queue.records import Connection
 
 # Passes by what another statement holds at this moment: to wait for a settle, which may itself be
 # waiting for the config our caller has locked, would be a deadlock. The next claim cancels those.
-_CANCEL_WEBHOOK = """
+_CANCEL_WEBHOOK = f"""
 WITH free AS (
     -- Says nothing, but lets the two indexes be used, each of which has one part of the queue.
     SELECT id FROM delivery_queue
@@ -14,7 +15,7 @@ WITH free AS (
     LIMIT $2
     FOR UPDATE SKIP LOCKED
 ), cancelled AS (
-    DELETE FROM delivery_queue q USING free WHERE q.id = free.id RETURNING q.*
+    DELETE FROM delivery_queue q USING free WHERE {by_id("free.id")} RETURNING q.*
 )
 INSERT INTO finished_deliveries
     (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
@@ -22,7 +23,7 @@ INSERT INTO finished_deliveries
 SELECT id, 'cancelled', webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
     redelivery_of
 FROM cancelled
-"""
+"""  # noqa: S608 - of constants
 
 
 async def cancel_webhook(connection: Connection, webhook_id: UUID, limit: int | None = None) -> int:

@@ -216,15 +216,15 @@ INVARIANTS: tuple[Invariant, ...] = (
         # The one whose turn it is.
         suspects="""
             SELECT p.id, '' AS mark FROM page p
-            WHERE NOT EXISTS (
-                SELECT FROM delivery_queue q
+            WHERE (
+                SELECT true FROM delivery_queue q
                 WHERE q.webhook_id = p.webhook_id AND q.ordering_key = p.ordering_key
-                AND q.state <> 'blocked'
-            ) AND NOT EXISTS (
-                SELECT FROM delivery_queue q
+                AND q.state <> 'blocked' LIMIT 1
+            ) IS NULL AND (
+                SELECT true FROM delivery_queue q
                 WHERE q.webhook_id = p.webhook_id AND q.ordering_key = p.ordering_key
-                AND q.state = 'blocked' AND q.ordering_position < p.ordering_position
-            )
+                AND q.state = 'blocked' AND q.ordering_position < p.ordering_position LIMIT 1
+            ) IS NULL
         """,
     ),
     Invariant(
@@ -268,8 +268,8 @@ INVARIANTS: tuple[Invariant, ...] = (
         key="delivery_id",
         suspects="""
             SELECT p.id, '' AS mark FROM page p
-            WHERE NOT EXISTS (SELECT FROM delivery_queue q WHERE q.id = p.id)
-            AND NOT EXISTS (SELECT FROM finished_deliveries f WHERE f.id = p.id)
+            WHERE (SELECT true FROM delivery_queue q WHERE q.id = p.id LIMIT 1) IS NULL
+            AND (SELECT true FROM finished_deliveries f WHERE f.id = p.id LIMIT 1) IS NULL
         """,
     ),
 )

@@ -5,9 +5,10 @@ from datetime import timedelta
 from uuid import UUID
 
 from core.ids import new_id
+from core.queue.lookup import by_id
 from core.queue.records import Connection, LeasedDelivery
 
-_CLAIM = """
+_CLAIM = f"""
 WITH due AS (
     SELECT id FROM delivery_queue
     WHERE state = 'ready' AND due_at <= now()
@@ -17,7 +18,7 @@ WITH due AS (
 ), leased AS (
     UPDATE delivery_queue q
     SET state = 'leased', lease_id = $2, lease_until = now() + $3
-    FROM due WHERE q.id = due.id
+    FROM due WHERE {by_id("due.id")}
     RETURNING q.id, q.webhook_id, q.event_id, q.merchant_id, q.event_type, q.attempt_count,
         q.created_at
 )
@@ -33,18 +34,18 @@ SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_act
 FROM leased l
 JOIN webhook_configs c ON c.id = l.webhook_id
 JOIN events e ON e.id = l.event_id
-"""
+"""  # noqa: S608 - of constants
 
 
-_RELEASE = """
+_RELEASE = f"""
 UPDATE delivery_queue q SET state = 'ready', lease_id = NULL, lease_until = NULL
 FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
-WHERE q.id = t.id AND q.lease_id = t.lease_id
-"""
+WHERE {by_id("t.id")} AND q.lease_id = t.lease_id
+"""  # noqa: S608 - of constants
 
 
 # The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
-_RECLAIM = """
+_RECLAIM = f"""
 WITH expired AS (
     SELECT id FROM delivery_queue
     WHERE state = 'leased' AND lease_until < now()
@@ -55,9 +56,9 @@ WITH expired AS (
 UPDATE delivery_queue q
 SET state = 'ready', lease_id = NULL, lease_until = NULL, reclaim_count = q.reclaim_count + 1,
     due_at = now() + (2 ^ least(q.reclaim_count, 9) - 1) * interval '1 second'
-FROM expired WHERE q.id = expired.id
+FROM expired WHERE {by_id("expired.id")}
 RETURNING q.id
-"""
+"""  # noqa: S608 - of constants
 
 _RECLAIMED_OFTEN = """
 SELECT id, webhook_id, reclaim_count FROM delivery_queue WHERE id = ANY ($1) AND reclaim_count >= $2

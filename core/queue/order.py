@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from uuid import UUID
 from zlib import crc32
 
+from core.queue.lookup import by_id, is_in
 from core.queue.records import Chain, Connection, NewEvent
 
 #: Keys share this many locks: PostgreSQL has room for 6,400 by default, for all transactions
@@ -28,7 +29,7 @@ SELECT count(pg_advisory_xact_lock($1, t.lock)) FROM unnest($2::int[]) AS t(lock
 
 
 # Right however old the snapshot is: a later acceptance comes behind, and what is gone stays gone.
-_PROMOTE = """
+_PROMOTE = f"""
 WITH next AS (
     SELECT b.id
     FROM unnest($1::uuid[], $2::text[]) AS t(webhook_id, ordering_key)
@@ -47,7 +48,7 @@ WITH next AS (
     -- Chosen before locked: what somebody else promotes or cancels now is passed by, and never the
     -- one behind it taken instead.
     SELECT id FROM delivery_queue
-    WHERE id = ANY (ARRAY(SELECT id FROM next)) AND state = 'blocked'
+    WHERE id = ANY (ARRAY(SELECT id FROM next)) AND {is_in("blocked")}
     FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q
@@ -56,9 +57,9 @@ SET state = CASE WHEN (
         WHERE c.id = q.webhook_id
     ) THEN 'ready' ELSE 'parked' END,
     due_at = greatest(now(), (SELECT e.not_before FROM events e WHERE e.id = q.event_id))
-FROM locked WHERE q.id = locked.id
+FROM locked WHERE {by_id("locked.id")}
 RETURNING q.id
-"""
+"""  # noqa: S608 - of constants
 
 
 # A loose index scan: one probe a chain, however long the chains are.

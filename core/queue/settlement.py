@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from core.lifecycle import DeactivationReason
 from core.queue.backlog import park_webhooks
+from core.queue.lookup import by_id
 from core.queue.records import Chain, Connection, Settled, Settlement
 
 # Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
 # Only rows whose lease still holds take part in any of it.
-_SETTLE = """
+_SETTLE = f"""
 WITH input AS (
     SELECT * FROM unnest(
         $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::text[], $7::timestamptz[], $8::int[],
@@ -18,7 +19,7 @@ WITH input AS (
         response_excerpt, position)
 ), finished AS (
     DELETE FROM delivery_queue q USING input i
-    WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
+    WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
     RETURNING q.*, i.final_state, i.outcome, i.status_code, i.position
 ), history AS (
     INSERT INTO finished_deliveries
@@ -32,7 +33,7 @@ WITH input AS (
     SET state = 'ready', lease_id = NULL, lease_until = NULL, attempt_count = q.attempt_count + 1,
         due_at = now() + i.retry_after * interval '1 second'
     FROM input i
-    WHERE q.id = i.delivery_id AND q.lease_id = i.lease_id AND i.final_state IS NULL
+    WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NULL
     RETURNING q.id, q.attempt_count, i.position
 ), settled AS (
     SELECT id, position, attempt_count + 1 AS number FROM finished
@@ -89,7 +90,7 @@ UNION ALL
 SELECT id, 'deactivated', NULL, ends_by FROM counted WHERE ends_by IS NOT NULL
 UNION ALL
 SELECT webhook_id, 'chain', ordering_key, NULL FROM finished WHERE ordering_key IS NOT NULL
-"""
+"""  # noqa: S608 - of constants
 
 #: The fields of a settlement that the statement takes, which are its first ones.
 _COLUMNS = Settlement._fields.index("response_excerpt") + 1

@@ -135,6 +135,7 @@ async def own_settings(url: str) -> None:
     found: Any = await pool.fetchrow(
         "SELECT current_setting('statement_timeout') AS statement,"
         " current_setting('lock_timeout') AS lock, current_setting('enable_seqscan') AS seqscan,"
+        " current_setting('enable_bitmapscan') AS bitmapscan,"
         " current_setting('idle_in_transaction_session_timeout') AS idle,"
         " current_setting('jit') AS jit, current_setting('TimeZone') AS zone"
     )
@@ -143,6 +144,7 @@ async def own_settings(url: str) -> None:
         "statement": "10s",
         "lock": "5s",
         "seqscan": "off",
+        "bitmapscan": "off",
         "idle": "10s",
         "jit": "off",
         "zone": "UTC",

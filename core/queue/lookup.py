@@ -1,0 +1,24 @@
+"""Conditions on the queue that are met by one index, whatever the planner thinks of the table.
+
+Where a vacuum found the queue empty, as at any quiet moment, the planner takes it for empty however
+many pages it has by then, and what it has planned it keeps. Then every way to read all of an index
+looks cheap: with 200,000 deliveries due, a claim of 200 took 3.3 s.
+"""
+
+
+def by_id(delivery_id: str) -> str:
+    """That `q`, a row of delivery_queue, has this id: a look-up in the primary key.
+
+    An equality could also be planned as a join with all of the queue.
+    """
+    return f"q.id = ANY (ARRAY[{delivery_id}])"
+
+
+def of_webhook(webhook_id: str) -> str:
+    """That `q` is of this config, by an index that begins with it; otherwise as by_id()."""
+    return f"q.webhook_id = ANY (ARRAY[{webhook_id}])"
+
+
+def is_in(state: str) -> str:
+    """That a row found by its id is in this state, which is no reason to read the index of it."""
+    return f"state || '' = '{state}'"
