@@ -34,7 +34,9 @@ class HeldTransport:
         self.gate = asyncio.Event()
         self.closed = False
 
-    async def send(self, batch: Sequence[EventInput]) -> Sequence[pb.PublishResult]:
+    async def send(
+        self, batch: Sequence[EventInput], _seconds: float
+    ) -> Sequence[pb.PublishResult]:
         async with self.changed:
             self.batches.append([event.idempotency_key for event in batch])
             self.changed.notify_all()
@@ -199,6 +201,22 @@ async def test_an_outage_that_outlasts_the_patience_is_told_with_the_keys(
     with pytest.raises(PublishFailed, match="publish it again") as failed:
         await future
     assert failed.value.idempotency_key == "pay_1"
+
+
+@pytest.mark.parametrize("ordering_key", ["", "pay_1"])
+async def test_in_an_outage_no_event_waits_for_those_before_it_to_give_up(
+    client: PostriderClient, service: FakeEventService, streaming: bool, ordering_key: str
+) -> None:
+    service.refusals.extend([AWAY] * 100_000)
+    service.stream_refusals.extend([AWAY] * 100_000)
+    publisher = client.publisher(
+        stream=streaming, max_batch=1, max_in_flight=2, delivery_seconds=0.3
+    )
+    futures = [await publisher.publish(event(ordering_key=ordering_key)) for _ in range(40)]
+    async with asyncio.timeout(2):
+        with pytest.raises(ExceptionGroup, match="40 events"):
+            await publisher.close()
+    assert all(isinstance(future.exception(), PublishFailed) for future in futures)
 
 
 async def test_a_refused_batch_fails_with_the_refusal_and_not_the_ones_beside_it(

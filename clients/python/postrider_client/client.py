@@ -92,15 +92,14 @@ class PostriderClient:
         delivery_seconds: float = 60.0,
     ) -> Publisher:
         """A publisher on this client; close it first. Without `stream` it calls PublishEvents."""
-        unary = UnaryTransport(self.events, delivery_seconds)
+        unary = UnaryTransport(self.events)
         return Publisher(
-            StreamTransport(self.events, unary, self._policy, delivery_seconds)
-            if stream
-            else unary,
+            StreamTransport(self.events, unary, self._policy) if stream else unary,
             linger_ms=linger_ms,
             max_batch=max_batch,
             max_in_flight=max_in_flight,
             max_pending=max_pending,
+            delivery_seconds=delivery_seconds,
         )
 
     async def close(self) -> None:

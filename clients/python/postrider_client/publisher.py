@@ -60,6 +60,7 @@ class Publisher:
         max_batch: int = 500,
         max_in_flight: int = 8,
         max_pending: int = 10_000,
+        delivery_seconds: float = 60.0,
     ):
         if not 1 <= max_batch <= _BATCH_MAX:
             raise ValueError(f"max_batch must be 1 to {_BATCH_MAX}")
@@ -67,6 +68,7 @@ class Publisher:
             raise ValueError("max_in_flight and max_pending must be 1 or more, linger_ms 0 or more")
         self._transport = transport
         self._linger = linger_ms / 1000
+        self._delivery_seconds = delivery_seconds
         self._max_batch = max_batch
         self._slots = asyncio.Semaphore(max_in_flight)
         self._room = asyncio.Semaphore(max_pending)
@@ -176,7 +178,7 @@ class Publisher:
             events = [pending.event for pending in batch]
             in_order = any(event.ordering_key for event in events)
             async with self._turn if in_order else nullcontext():
-                results = await self._transport.send(events)
+                results = await self._transport.send(events, self._seconds_left(batch))
             self._resolve(batch, results)
         except asyncio.CancelledError as error:
             self._fail_all(batch, error)
@@ -189,6 +191,18 @@ class Publisher:
                 self._room.release()
             self._slots.release()
             self._progress.set()
+
+    def _seconds_left(self, batch: Sequence[_Pending]) -> float:
+        """For how long a batch may still be tried: as long as its last event may wait.
+
+        What it waited here counts. Else, with the server away, each round of batches would wait
+        anew, and close() for all of the rounds.
+        """
+        now = asyncio.get_running_loop().time()
+        left = batch[-1].since + self._delivery_seconds - now
+        if left <= 0:
+            raise TimeoutError(f"its turn did not come within {self._delivery_seconds:g} s")
+        return left
 
     def _resolve(self, batch: Sequence[_Pending], results: Results) -> None:
         if len(results) != len(batch):

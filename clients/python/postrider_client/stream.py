@@ -8,6 +8,7 @@ nothing of which batch it was about, so each of them then goes by PublishEvents 
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from time import monotonic
 
 import grpc
 
@@ -39,12 +40,10 @@ class StreamTransport:
         stub: event_service_pb2_grpc.EventServiceStub,
         unary: UnaryTransport,
         policy: CallPolicy,
-        delivery_seconds: float,
     ):
         self._stub = stub
         self._unary = unary
         self._policy = policy
-        self._delivery_seconds = delivery_seconds
         self._window = asyncio.Semaphore(_UNACKNOWLEDGED_MAX)
         self._unacked: dict[int, _Sent] = {}
         self._sequence = 0
@@ -61,20 +60,22 @@ class StreamTransport:
             | None
         ) = None
 
-    async def send(self, batch: Batch) -> Results:
+    async def send(self, batch: Batch, seconds: float) -> Results:
+        ends_at = monotonic() + seconds
         if not self._unsupported:
             try:
-                return await self._stream(batch)
+                return await self._stream(batch, ends_at)
             except _StreamRefused:
                 pass
-        return await self._unary.send(batch)
+        return await self._unary.send(batch, max(ends_at - monotonic(), 0.0))
 
     async def close(self) -> None:
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
 
-    async def _stream(self, batch: Batch) -> Results:
+    async def _stream(self, batch: Batch, ends_at: float) -> Results:
+        acked_count = self._acked_count
         async with self._window:
             self._sequence += 1
             sequence = self._sequence
@@ -84,11 +85,11 @@ class StreamTransport:
             if self._runner is None or self._runner.done():
                 self._runner = asyncio.create_task(self._run())
             try:
-                async with asyncio.timeout(self._delivery_seconds):
+                async with asyncio.timeout(ends_at - monotonic()):
                     return await sent.acked
             except TimeoutError:
                 # A stream that stays silent for so long would let the next batches wait as well.
-                if self._call is not None:
+                if self._call is not None and self._acked_count == acked_count:
                     self._call.cancel()
                 raise self._last_error or TimeoutError("no acknowledgement in time") from None
             finally:

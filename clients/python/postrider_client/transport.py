@@ -12,8 +12,8 @@ type Results = Sequence[event_service_pb2.PublishResult]
 class Transport(Protocol):
     """Sends batches, several at a time."""
 
-    async def send(self, batch: Batch) -> Results:
-        """The results in the order of the events, or the last error when time is up."""
+    async def send(self, batch: Batch, seconds: float) -> Results:
+        """The results in the order of the events, or the last error after so many seconds."""
         ...
 
     async def close(self) -> None:
@@ -24,13 +24,12 @@ class Transport(Protocol):
 class UnaryTransport:
     """A PublishEvents call for each batch; the client's interceptor repeats it."""
 
-    def __init__(self, stub: event_service_pb2_grpc.EventServiceStub, delivery_seconds: float):
+    def __init__(self, stub: event_service_pb2_grpc.EventServiceStub):
         self._stub = stub
-        self._delivery_seconds = delivery_seconds
 
-    async def send(self, batch: Batch) -> Results:
+    async def send(self, batch: Batch, seconds: float) -> Results:
         request = event_service_pb2.PublishEventsRequest(events=batch)
-        response = await self._stub.PublishEvents(request, timeout=self._delivery_seconds)
+        response = await self._stub.PublishEvents(request, timeout=seconds)
         return response.results
 
     async def close(self) -> None:
