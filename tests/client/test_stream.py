@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
 from grpc import StatusCode
+from grpc.aio import Metadata
 
 from postrider.v1 import event_service_pb2, event_service_pb2_grpc
 from postrider.v1.event_pb2 import EventInput
 from postrider_client import PostriderClient
+from postrider_client.stream import StreamTransport
+from postrider_client.transport import UnaryTransport
 from tests.client.conftest import QUICK, token
 from tests.fakes.event_service import FakeEventService, Refusal, serving
 
@@ -158,6 +162,43 @@ async def test_a_stream_that_falls_silent_is_given_up_and_the_next_batch_has_a_n
         assert (await (await publisher.publish(event()))).id
         await publisher.close()
     assert service.calls.count("StreamEvents") == 2
+
+
+class _KeepsCancellations:
+    """A call as gRPC's is when a refusal and a cancellation of its reader come at once.
+
+    Its task that prepares a call takes the cancellation for its own, and the reader is told of the
+    refusal alone.
+    """
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    def StreamEvents(self, _requests: Any) -> "_KeepsCancellations":  # noqa: N802
+        return self
+
+    def __aiter__(self) -> "_KeepsCancellations":
+        return self
+
+    async def __anext__(self) -> pb.StreamEventsResponse:
+        self.asked.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise grpc.aio.AioRpcError(StatusCode.UNAVAILABLE, Metadata(), Metadata())
+
+    def cancel(self) -> bool:
+        return True
+
+
+async def test_closing_ends_when_grpc_keeps_the_cancellation_to_itself() -> None:
+    stub: Any = _KeepsCancellations()
+    transport = StreamTransport(stub, UnaryTransport(stub), QUICK)
+    sending = asyncio.create_task(transport.send([event()], 60))
+    await stub.asked.wait()
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await transport.close()
 
 
 async def test_a_server_that_restarts_under_load_has_every_event_once() -> None:

@@ -51,6 +51,7 @@ class StreamTransport:
         self._grown = asyncio.Event()
         self._proven = False
         self._unsupported = False
+        self._closed = False
         self._last_error: Exception | None = None
         self._runner: asyncio.Task[None] | None = None
         self._call: (
@@ -70,6 +71,8 @@ class StreamTransport:
         return await self._unary.send(batch, max(ends_at - monotonic(), 0.0))
 
     async def close(self) -> None:
+        # To cancel is not enough: where a refusal comes at that moment, gRPC keeps it to itself.
+        self._closed = True
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
@@ -98,7 +101,7 @@ class StreamTransport:
     async def _run(self) -> None:
         attempt = 0
         try:
-            while not self._unsupported:
+            while not (self._unsupported or self._closed):
                 await self._grown.wait()
                 before = self._acked_count
                 error = await self._stream_once()
