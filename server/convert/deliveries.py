@@ -26,7 +26,8 @@ def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delive
         next_attempt_time=timestamp(row.due_at) if waits else None,
         create_time=timestamp(row.created_at),
         finish_time=timestamp(row.finished_at),
-        attempts=[_attempt_message(attempt) for attempt in attempts],
+        # They are read after the delivery: what was recorded between the two is no part of it.
+        attempts=[_attempt_message(a) for a in attempts if a.number <= row.attempt_count],
         redelivery_of=format_id("dlv", row.redelivery_of) if row.redelivery_of else "",
     )
 

@@ -109,6 +109,21 @@ async def test_attempts_are_there_oldest_first_with_what_came_of_each(
     assert await get(platform, delivery.id) == delivery
 
 
+async def test_an_attempt_that_is_recorded_while_we_read_is_not_shown_without_what_it_changed(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    await platform.publish()
+    # As it is between the reading of a delivery and that of its attempts.
+    await pool.execute("""
+        INSERT INTO attempts (delivery_id, number, outcome, detail, started_at, duration_us)
+        SELECT id, 1, 'succeeded', '200 OK', now(), 1 FROM delivery_queue
+    """)
+    [delivery] = await deliveries(platform)
+    assert (delivery.state, delivery.attempt_count, len(delivery.attempts)) == (READY, 0, 0)
+    assert await get(platform, delivery.id) == delivery
+
+
 async def test_an_attempt_without_an_answer_has_no_status(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
