@@ -81,6 +81,12 @@ def check_draft(
     return url
 
 
+def check_prefix(header_prefix: str, headers: Mapping[str, str]) -> None:
+    """InvalidArgument when the prefix makes a header that is there already, or must not be."""
+    if violations := prefix_violations(_path("header_prefix"), header_prefix, headers):
+        raise InvalidArgument(*violations)
+
+
 def _events_violations(
     events: Sequence[str], unknown_events: Collection[str], deprecated_events: Collection[str]
 ) -> list[FieldViolation]:

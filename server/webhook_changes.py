@@ -23,7 +23,7 @@ from server.audit import record_change
 from server.convert.ids import id_of, not_found
 from server.convert.webhook_configs import etag_of
 from server.database import Sessions, driver_connection
-from server.registration import UPDATABLE_FIELDS, WebhookDraft
+from server.registration import UPDATABLE_FIELDS, WebhookDraft, check_prefix
 
 #: Columns whose name says their unit, which their field's does not.
 _UNIT = "_seconds"
@@ -81,6 +81,12 @@ class WebhookChanges:
         async with self._sessions.begin() as session:
             row = await load(session, merchant_id, text, lock=True)
             check_etag(row, etag)
+            if not {"headers", "header_prefix"}.isdisjoint(fields):
+                # Of two updates at once, the second meets here what the first made of the other.
+                check_prefix(
+                    draft.header_prefix if "header_prefix" in fields else row.header_prefix,
+                    draft.headers if "headers" in fields else row.headers,
+                )
             changed = _changes(row, url, draft, fields)
             for column, value in changed.items():
                 setattr(row, column, value)

@@ -272,6 +272,22 @@ async def test_what_failures_deactivated_no_merchant_resumes(
         await update(platform, config.id, active=True)
 
 
+async def test_headers_and_a_prefix_that_are_set_at_once_never_make_one_name_twice(
+    platform: Platform, config: WebhookConfig, authority: trustme.CA
+) -> None:
+    async with held_up(authority) as endpoint:
+        updating = asyncio.create_task(
+            update(platform, config.id, url=endpoint.url, headers={"acme-id": "x"})
+        )
+        await endpoint.asked.wait()
+        await update(platform, config.id, header_prefix="acme")
+        endpoint.answer.set()
+        async with refused(StatusCode.INVALID_ARGUMENT, "HEADER_PREFIX_INVALID"):
+            await updating
+    stored = await get(platform, config.id)
+    assert (stored.url, dict(stored.headers), stored.header_prefix) == (config.url, {}, "acme")
+
+
 async def test_a_config_deleted_while_its_new_url_is_pinged_is_not_found(
     platform: Platform, config: WebhookConfig, authority: trustme.CA
 ) -> None:
