@@ -114,8 +114,10 @@ async def test_a_mask_with_a_field_that_cannot_change_is_refused_and_nothing_cha
 async def test_a_mask_of_thousands_of_paths_is_refused_with_an_answer_that_arrives(
     platform: Platform, config: WebhookConfig
 ) -> None:
-    async with refused(StatusCode.INVALID_ARGUMENT, "MASK_FIELD_UNKNOWN"):
+    async with refused(StatusCode.INVALID_ARGUMENT, "MASK_FIELD_UNKNOWN") as error:
         await update(platform, config.id, [f"{n}漢字" * 50 for n in range(5000)])
+    assert error.violations == {MASK: "MASK_FIELD_UNKNOWN"}
+    assert "and 4995 more" in error.message
 
 
 async def test_the_present_etag_is_accepted_and_a_stale_one_refused(
