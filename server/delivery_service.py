@@ -37,7 +37,7 @@ from server.history import (
     list_deliveries,
 )
 from server.measures import ServerMeasures
-from server.pagination import page_size, page_token, parse_page_token
+from server.pagination import fitting, page_size, page_token, parse_page_token
 from server.principal import Scope
 from server.resume_token import ResumeTokens
 from server.tail import Position, Tail, Watcher, take_snapshot
@@ -107,11 +107,12 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             before=before,
         )
         rows = await list_deliveries(self._pool, merchant_id, wanted, size + 1)
-        page = rows[:size]
-        attempts = await attempts_of(self._pool, [row.id for row in page])
+        attempts = await attempts_of(self._pool, [row.id for row in rows[:size]])
+        page = fitting(delivery_messages(rows[:size], attempts))
+        more = len(rows) > len(page)
         return pb.ListDeliveriesResponse(
-            deliveries=delivery_messages(page, attempts),
-            next_page_token=page_token(page[-1].id.hex, *identity) if len(rows) > size else "",
+            deliveries=page,
+            next_page_token=page_token(rows[len(page) - 1].id.hex, *identity) if more else "",
         )
 
     async def RedeliverDelivery(

@@ -2,9 +2,14 @@
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from google.protobuf.message import Message
 
 from core.errors import InvalidArgument
+
+#: Clients that were not told otherwise refuse what is larger than 4 MiB.
+_PAGE_BYTES_MAX = 3 * 1024 * 1024
 
 
 def page_size(requested: int, *, default: int, maximum: int) -> int:
@@ -14,6 +19,16 @@ def page_size(requested: int, *, default: int, maximum: int) -> int:
             "page_size", f"must be 0 (meaning {default}) to {maximum}", reason="PAGE_SIZE_INVALID"
         )
     return min(requested or default, maximum)
+
+
+def fitting[M: Message](messages: Sequence[M]) -> Sequence[M]:
+    """As many of the first as a page has room for in bytes; one in any case."""
+    size = 0
+    for index, message in enumerate(messages):
+        size += message.ByteSize()
+        if size > _PAGE_BYTES_MAX and index:
+            return messages[:index]
+    return messages
 
 
 def page_token(position: str, *list_identity: object) -> str:

@@ -36,7 +36,7 @@ from server.convert.webhook_configs import (
 )
 from server.database import Sessions
 from server.event_types import EventTypes, event_type_name, is_event_type_prefix
-from server.pagination import page_size, page_token, parse_page_token
+from server.pagination import fitting, page_size, page_token, parse_page_token
 from server.ping import Pinger, is_reachable, require_reachable
 from server.principal import Scope
 from server.registration import (
@@ -190,10 +190,11 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
             query = query.where(EventType.name > after)
         async with self._sessions() as session:
             rows = (await session.scalars(query)).all()
-        more = len(rows) > size
+        page = fitting([event_type_message(row) for row in rows[:size]])
+        more = len(rows) > len(page)
         return pb.ListEventTypesResponse(
-            event_types=[event_type_message(row) for row in rows[:size]],
-            next_page_token=page_token(rows[size - 1].name, "event_types") if more else "",
+            event_types=page,
+            next_page_token=page_token(rows[len(page) - 1].name, "event_types") if more else "",
         )
 
     async def _checked_url(

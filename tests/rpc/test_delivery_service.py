@@ -218,6 +218,30 @@ async def test_a_page_has_at_most_100_and_50_unless_asked(
     assert len(await deliveries(platform, page_size=1000)) == 100
 
 
+async def test_a_page_of_long_histories_ends_where_any_client_takes_it(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    published = {(await platform.publish()).event.id for _ in range(100)}
+    # As of a receiver that answers every retry there can be with binary zeros.
+    await pool.execute("UPDATE delivery_queue SET attempt_count = 21")
+    await pool.execute("""
+        INSERT INTO attempts (delivery_id, number, outcome, detail, started_at, duration_us,
+            response_excerpt)
+        SELECT id, number, 'http_error', '500', now(), 1, repeat('\\x00', 1024)
+        FROM delivery_queue, generate_series(1, 21) number
+    """)
+    seen: list[str] = []
+    token = ""
+    while token or not seen:
+        # The channel's limit is the one that gRPC has by default.
+        got = await page(platform, page_size=100, page_token=token)
+        seen += [delivery.event_id for delivery in got.deliveries]
+        token = got.next_page_token
+    assert len(seen) == 100
+    assert set(seen) == published
+
+
 async def test_a_token_is_good_for_the_same_filters_only(
     platform: Platform, receiver: Receiver
 ) -> None:

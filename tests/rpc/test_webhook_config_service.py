@@ -191,6 +191,27 @@ async def test_ping_of_a_stored_url_that_passes_no_more_calls_nobody(
     assert len(receiver.requests) == 1
 
 
+async def test_a_page_of_event_types_with_large_schemas_ends_where_any_client_takes_it(
+    platform: Platform, pool: Any
+) -> None:
+    await pool.execute("""
+        INSERT INTO event_types (name, json_schema, example)
+        SELECT 'large.t' || n, '{}' || repeat(' ', 65000), '{}' || repeat(' ', 200000)
+        FROM generate_series(1, 20) n
+    """)
+    seen: list[str] = []
+    token = ""
+    while token or not seen:
+        got = await platform.webhooks.ListEventTypes(
+            pb.ListEventTypesRequest(page_token=token), metadata=platform.merchant()
+        )
+        seen += [event_type.name for event_type in got.event_types]
+        token = got.next_page_token
+    assert seen == [
+        row["name"] for row in await pool.fetch("SELECT name FROM event_types ORDER BY name")
+    ]
+
+
 async def test_event_types_are_listed_by_name_in_pages(platform: Platform) -> None:
     async def page(size: int = 0, token: str = "") -> pb.ListEventTypesResponse:
         return await platform.webhooks.ListEventTypes(
