@@ -10,6 +10,7 @@ import asyncio
 from time import monotonic
 
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
@@ -18,8 +19,12 @@ from delivery.tls_sessions import ResumingTls
 #: What is read ahead of us before the receiver is held back.
 _READ_AHEAD_BYTES = 16 * 1024
 _HEAD_END = b"\r\n\r\n"
-#: A few 1xx may come with the answer; a flood of them is not worth the copying.
-_HEADS_APART = 3
+#: So many heads may come to one request, 1xx and the answer: whoever sends more never comes to it.
+_HEADS_MAX = 20
+
+
+class AnswerWithheldError(HttpProcessingError):
+    """One 1xx came after another, and no answer."""
 
 
 class ReceiverConnection(ResponseHandler):
@@ -42,7 +47,7 @@ class ReceiverConnection(ResponseHandler):
         """Send one request and return the head of its answer, and its body as it comes.
 
         Raises aiohttp's errors of a connection that ended, and HttpProcessingError for what is not
-        HTTP.
+        HTTP, or never comes to an answer.
         """
         self._resting = False
         self.set_response_params(
@@ -51,11 +56,12 @@ class ReceiverConnection(ResponseHandler):
         # Without a transport the connection ended just now, and read() tells how.
         if self.transport is not None:
             self.transport.write(request)
-        message, body = await self.read()
-        # 1xx are no answer yet, but for 101, which is the last thing said in HTTP.
-        while 100 <= message.code < 200 and message.code != 101:
+        for _ in range(_HEADS_MAX):
             message, body = await self.read()
-        return message, body
+            # 1xx are no answer yet, but for 101, which is the last thing said in HTTP.
+            if not 100 <= message.code < 200 or message.code == 101:
+                return message, body
+        raise AnswerWithheldError
 
     def rest(self) -> None:
         """Between two requests nothing may come: it would be taken for the next one's answer."""
@@ -68,13 +74,14 @@ class ReceiverConnection(ResponseHandler):
         """Parse the head of an answer apart from what came with it in one piece.
 
         Otherwise a fault in the body, such as a Content-Length that is too short, takes with it the
-        status line that was fine.
+        status line that was fine. And what follows more heads than may come is not parsed at all:
+        there is room for thousands of them in what arrives at once.
         """
         if self._resting:
             self.abort()
             return
-        *heads, rest = data.split(_HEAD_END, _HEADS_APART)
+        *heads, rest = data.split(_HEAD_END, _HEADS_MAX)
         for head in heads:
             super().data_received(head + _HEAD_END)
-        if rest or not heads:
+        if (rest or not heads) and len(self) < _HEADS_MAX:
             super().data_received(rest)

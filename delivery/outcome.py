@@ -9,8 +9,12 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
 from core.lifecycle import DeliveryState, Outcome
+from delivery.connection import AnswerWithheldError
 from delivery.proxy import ProxyError
 from delivery.refusal import refusal_of
+
+_NOT_HTTP = "the answer is not valid HTTP/1.1"
+_WITHHELD = "1xx answers kept coming, and no final one"
 
 
 @cache  # of at most a thousand
@@ -55,7 +59,8 @@ def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
         case aiohttp.ClientOSError() | OSError():
             return Outcome.CONNECTION_ERROR, _connect_detail(error)
         case HttpProcessingError():
-            return Outcome.PROTOCOL_ERROR, "the answer is not valid HTTP/1.1"
+            withheld = isinstance(error, AnswerWithheldError)
+            return Outcome.PROTOCOL_ERROR, _WITHHELD if withheld else _NOT_HTTP
     return None
 
 
