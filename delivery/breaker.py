@@ -70,4 +70,5 @@ def _change(
         trips=trips,
         asked_seconds=asked_seconds,
         failures=failures,
+        version=delivery.webhook_version,
     )

@@ -3,7 +3,7 @@
 import random
 from datetime import datetime
 
-from core.lifecycle import AttemptResult
+from core.lifecycle import AttemptResult, DeliveryState
 from core.queue import LeasedDelivery, Settlement
 from delivery.backoff import backoff_schedule, next_backoff
 from delivery.config import DeliverySettings
@@ -48,6 +48,7 @@ def judge(
         first_byte_us=result.first_byte_us,
         remote_address=result.remote_address,
         response_excerpt=result.response_excerpt,
+        blamed_version=webhook.version if state is DeliveryState.FAILED else None,
         number=delivery.attempt_count + 1,
         merchant_id=delivery.merchant_id,
         owed_since=delivery.owed_since,

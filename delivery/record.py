@@ -186,6 +186,10 @@ class Recorder:
 def _merge(changes: dict[UUID, BreakerChange], change: BreakerChange) -> None:
     """One change a config: what makes it wait longest."""
     before = changes.get(change.webhook_id, change)
+    if (change.version or 0) != (before.version or 0):
+        # What an older version came to is not looked at any more.
+        changes[change.webhook_id] = max(before, change, key=lambda c: c.version or 0)
+        return
     longer = before if before.trips and not change.trips else change
     changes[change.webhook_id] = replace(
         longer, asked_seconds=max(before.asked_seconds, change.asked_seconds)

@@ -11,18 +11,20 @@ from core.queue.records import BreakerChange, Connection
 
 # By the state that the engine's claim saw: engines that come to the same conclusion open it once,
 # and what ends late, from before a probe, does not lengthen the wait. What its receiver asked for
-# counts in any state. Retries keep their places: they are parked when they are due.
+# counts in any state, but not for a config that was changed since: it may be another receiver's
+# by now. Retries keep their places: they are parked when they are due.
 _OPEN = """
 WITH wanted AS (
     SELECT c.id, t.trips, greatest(
         w.asked, CASE WHEN t.trips THEN least($5 * 2 ^ least(c.breaker_trips, 30), $6) ELSE 0 END
     ) AS seconds
     FROM webhook_configs c
-    JOIN unnest($1::uuid[], $2::timestamptz[], $3::bool[], $4::float8[])
-        AS w(id, seen, trips, asked) ON w.id = c.id
+    JOIN unnest($1::uuid[], $2::timestamptz[], $3::bool[], $4::float8[], $7::int[])
+        AS w(id, seen, trips, asked, version) ON w.id = c.id
     CROSS JOIN LATERAL (
         SELECT w.trips AND c.breaker_open_until IS NOT DISTINCT FROM w.seen AS trips
     ) t
+    WHERE coalesce(w.version >= c.version, true)
     ORDER BY c.id
     FOR NO KEY UPDATE OF c
 ), opened AS (
@@ -73,6 +75,7 @@ async def open_breakers(
         [c.asked_seconds for c in changes],
         cooldown_seconds,
         cooldown_max_seconds,
+        [c.version for c in changes],
     )
     return {row["id"]: row["seconds"] for row in rows}
 

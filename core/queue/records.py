@@ -97,6 +97,9 @@ class Settlement(NamedTuple):
     first_byte_us: int | None = None
     remote_address: str | None = None
     response_excerpt: str = ""
+    #: Of one that failed for good: the version of the config that it was sent by. What was sent by
+    #: an older one than the present, to another URL perhaps, is not held against the config.
+    blamed_version: int | None = None
     #: Which attempt it was, whose, and since when it was owed: for who counts what is settled.
     number: int = 1
     merchant_id: str = ""
@@ -132,3 +135,6 @@ class BreakerChange:
     asked_seconds: float = 0.0
     #: Failed attempts in a row that led to it, for the log.
     failures: int = 0
+    #: Version of the config at that claim: of a changed one, with another URL perhaps, it says
+    #: nothing.
+    version: int | None = None

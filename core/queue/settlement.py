@@ -13,14 +13,15 @@ _SETTLE = f"""
 WITH input AS (
     SELECT * FROM unnest(
         $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::text[], $7::timestamptz[], $8::int[],
-        $9::text[], $10::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[]
+        $9::text[], $10::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[],
+        $16::int[]
     ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
         duration_us, final_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
-        response_excerpt, position)
+        response_excerpt, blamed_version, position)
 ), finished AS (
     DELETE FROM delivery_queue q USING input i
     WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
-    RETURNING q.*, i.final_state, i.outcome, i.status_code, i.position
+    RETURNING q.*, i.final_state, i.outcome, i.status_code, i.blamed_version, i.position
 ), history AS (
     INSERT INTO finished_deliveries
         (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,
@@ -48,23 +49,29 @@ WITH input AS (
         i.dns_us, i.connect_us, i.first_byte_us, i.remote_address, i.response_excerpt
     FROM settled s JOIN input i ON i.position = s.position
 ), tally AS (
-    SELECT webhook_id, last_delivered IS NOT NULL AS delivered,
+    SELECT webhook_id, last_delivered IS NOT NULL AS delivered, last_version,
         count(*) FILTER (
-            WHERE final_state = 'failed' AND outcome <> 'internal_error'
+            WHERE final_state = 'failed' AND outcome <> 'internal_error' AND is_of_last
             AND position > coalesce(last_delivered, 0)
         ) AS failures,
         -- 410 Gone: nobody will ever be there again, so no further failures are waited for.
-        bool_or(status_code = 410) AS gone
+        bool_or(status_code = 410 AND is_of_last) AS gone
     FROM (
-        SELECT *, max(position) FILTER (WHERE final_state = 'delivered')
-            OVER (PARTITION BY webhook_id) AS last_delivered
-        FROM finished
+        SELECT *, blamed_version IS NOT DISTINCT FROM last_version AS is_of_last
+        FROM (
+            SELECT *, max(blamed_version) OVER (PARTITION BY webhook_id) AS last_version,
+                max(position) FILTER (WHERE final_state = 'delivered')
+                    OVER (PARTITION BY webhook_id) AS last_delivered
+            FROM finished
+        ) f
     ) f
-    GROUP BY webhook_id, last_delivered
+    GROUP BY webhook_id, last_delivered, last_version
 ), locked AS (
     -- Healthy configs are not written at all; the others are locked in one order by every engine.
-    SELECT c.id, c.active, t.gone,
-        CASE WHEN t.delivered THEN 0 ELSE c.consecutive_failures END + t.failures AS failures
+    -- A failure says nothing of a config that has been changed since it was sent.
+    SELECT c.id, c.active, t.gone AND coalesce(t.last_version >= c.version, true) AS gone,
+        CASE WHEN t.delivered THEN 0 ELSE c.consecutive_failures END
+            + CASE WHEN t.last_version < c.version THEN 0 ELSE t.failures END AS failures
     FROM webhook_configs c JOIN tally t ON t.webhook_id = c.id
     WHERE t.failures > 0 OR t.gone OR (t.delivered AND c.consecutive_failures > 0)
     ORDER BY c.id
@@ -93,7 +100,7 @@ SELECT webhook_id, 'chain', ordering_key, NULL FROM finished WHERE ordering_key 
 """  # noqa: S608 - of constants
 
 #: The fields of a settlement that the statement takes, which are its first ones.
-_COLUMNS = Settlement._fields.index("response_excerpt") + 1
+_COLUMNS = Settlement._fields.index("blamed_version") + 1
 
 
 async def settle(

@@ -7,6 +7,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import Any
 
+import pytest
 from aiohttp import web
 from google.protobuf.field_mask_pb2 import FieldMask
 
@@ -348,6 +349,42 @@ async def test_an_operator_a_new_url_and_a_ping_close_a_breaker(
 
 
 # What receivers say.
+
+
+@pytest.mark.parametrize("status", [410, 503])
+async def test_what_the_old_url_says_after_a_move_does_not_stop_the_new_one(
+    platform: Platform, receiver: Receiver, start_receiver: Any, pool: Any, status: int
+) -> None:
+    asked, moved = asyncio.Event(), asyncio.Event()
+
+    async def when_it_has_moved(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await moved.wait()
+        return web.Response(status=status, headers={"Retry-After": "3000"})
+
+    async def settled() -> bool:
+        return await queue_states(pool) == {}
+
+    receiver.default = when_it_has_moved
+    created = await platform.register(receiver.url)
+    async with start_receiver() as new, platform.engine(max_retries=0):
+        await platform.publish()
+        await asyncio.wait_for(asked.wait(), AMPLE)
+        await platform.webhooks.UpdateWebhookConfig(
+            pb.UpdateWebhookConfigRequest(
+                webhook_config=webhook_config_pb2.WebhookConfig(
+                    id=created.webhook_config.id, url=new.url
+                ),
+                update_mask=FieldMask(paths=["url"]),
+            ),
+            metadata=platform.merchant(),
+        )
+        moved.set()
+        await until(settled)
+        await platform.publish()
+        await new.wait_for(1)
+    [config] = await pool.fetch("SELECT active, consecutive_failures FROM webhook_configs")
+    assert tuple(config) == (True, 0)
 
 
 async def test_410_deactivates_at_once_and_an_operator_brings_it_back(

@@ -308,6 +308,7 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
         [1] * 100,
         ["192.0.2.1"] * 100,
         ["ok"] * 100,
+        [1 if state == "failed" else None for state in states],
     )
 
     by_key = [scan for scan in plan.scans if scan.index == "delivery_queue_pkey"]
@@ -418,7 +419,7 @@ async def test_a_breaker_opens_by_the_keys_of_its_config_and_of_what_it_has_due(
     )
 
     opening = await _explain(
-        crowded, breakers._OPEN, [webhook_id], [None], [True], [0.0], 5.0, 300.0
+        crowded, breakers._OPEN, [webhook_id], [None], [True], [0.0], 5.0, 300.0, [1]
     )
     closing = await _explain(crowded, breakers._CLOSE, [webhook_id])
 

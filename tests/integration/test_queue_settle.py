@@ -332,6 +332,36 @@ async def test_deactivation_is_reported_once_and_only_a_person_takes_it_back(poo
     assert await health(pool, webhook_id) == (False, "failures", 0)
 
 
+@pytest.mark.parametrize("status", [410, 500])
+async def test_what_an_older_version_of_a_config_came_to_is_not_held_against_it(
+    pool: Any, status: int
+) -> None:
+    webhook_id = await make_webhook_config(pool, consecutive_failures=9)
+    old, older, new = await lease_many(pool, webhook_id, 3)
+    await pool.execute("UPDATE webhook_configs SET version = 5")
+
+    outdated = [failed(old, status_code=status, blamed_version=4)]
+    outdated += [failed(older, status_code=status, blamed_version=3)]
+    settled = await settle(pool, *outdated)
+
+    assert settled == Settled(frozenset({old.id, older.id}), {})
+    assert await health(pool, webhook_id) == (True, None, 9)
+    settled = await settle(pool, failed(new, status_code=status, blamed_version=5))
+    assert set(settled.deactivated) == {webhook_id}
+
+
+async def test_in_one_batch_only_the_present_version_of_a_config_is_blamed(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    old, new = await lease_many(pool, webhook_id, 2)
+    await pool.execute("UPDATE webhook_configs SET version = 5")
+
+    await settle(
+        pool, failed(new, blamed_version=5), failed(old, status_code=410, blamed_version=4)
+    )
+
+    assert await health(pool, webhook_id) == (True, None, 1)
+
+
 async def test_a_healthy_config_is_not_written_by_its_deliveries(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     before = await pool.fetchval("SELECT xmin::text || ctid::text FROM webhook_configs")

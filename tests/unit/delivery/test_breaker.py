@@ -50,7 +50,7 @@ def test_many_failures_in_a_row_over_some_time_trip() -> None:
     for _ in range(10):
         changes.append(breaker.judge(delivery(), False, 0))
         clock.now += 0.6
-    assert changes == [None] * 9 + [BreakerChange(ONE, None, trips=True, failures=10)]
+    assert changes == [None] * 9 + [BreakerChange(ONE, None, trips=True, failures=10, version=1)]
     # And then it counts anew.
     assert breaker.judge(delivery(), False, 0) is None
 
@@ -91,9 +91,11 @@ def test_the_failures_of_others_do_not_count() -> None:
 def test_one_probe_decides() -> None:
     breaker = Breaker(10, 5.0, Clock())
     seen = PROBE.breaker_open_until
-    assert breaker.judge(PROBE, False, 0) == BreakerChange(ONE, seen, trips=True, failures=1)
+    assert breaker.judge(PROBE, False, 0) == BreakerChange(
+        ONE, seen, trips=True, failures=1, version=1
+    )
     assert breaker.judge(PROBE, None, 0) is None
-    assert breaker.judge(PROBE, True, 0) == BreakerChange(ONE, seen)
+    assert breaker.judge(PROBE, True, 0) == BreakerChange(ONE, seen, version=1)
 
 
 def test_what_began_before_it_opened_closes_nothing() -> None:
@@ -103,5 +105,5 @@ def test_what_began_before_it_opened_closes_nothing() -> None:
 def test_a_receiver_that_asks_for_time_gets_it_at_the_first_failure() -> None:
     breaker = Breaker(10, 5.0, Clock())
     change = breaker.judge(delivery(), False, 30.0)
-    assert change == BreakerChange(ONE, None, asked_seconds=30.0, failures=1)
+    assert change == BreakerChange(ONE, None, asked_seconds=30.0, failures=1, version=1)
     assert breaker.judge(delivery(), True, 0) is None
