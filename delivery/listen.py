@@ -13,6 +13,9 @@ from core.db import CONNECTION_ERRORS, Pool
 from core.queue import CHANNEL
 
 _REOPEN_SECONDS = 1.0
+#: A wait of more polls than this is left to the polls: a timer for each retry would be kept for as
+#: long as a day, and what it gains is a tenth of the wait at most.
+_POLLS_MAX = 10
 
 log = structlog.get_logger()
 
@@ -55,7 +58,9 @@ class Listener:
             connection.terminate()
 
     def expect_retry(self, seconds: float) -> None:
-        """Wake up in time for a retry that this engine scheduled."""
+        """Wake up in time for a retry that this engine scheduled; a late one is for the poll."""
+        if seconds > _POLLS_MAX * self._poll_seconds:
+            return
         asyncio.get_running_loop().call_later(seconds, self._hinted.set)
 
     def wake(self) -> None:

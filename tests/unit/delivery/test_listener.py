@@ -1,0 +1,25 @@
+"""The engine's alarm clock: exact for what is soon, and no timer for each of what is late."""
+
+import asyncio
+import gc
+
+from delivery.listen import Listener
+
+
+async def test_a_retry_that_is_soon_is_woken_up_for() -> None:
+    listener = Listener(None, poll_seconds=60)
+    listener.expect_retry(0.01)
+    async with asyncio.timeout(10):
+        await listener.wait()
+
+
+async def test_retries_that_are_late_cost_no_memory_until_then() -> None:
+    listener = Listener(None, poll_seconds=1)
+    before = _timers()
+    for _ in range(1000):
+        listener.expect_retry(3600)
+    assert _timers() <= before
+
+
+def _timers() -> int:
+    return sum(isinstance(thing, asyncio.TimerHandle) for thing in gc.get_objects())
