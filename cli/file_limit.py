@@ -19,7 +19,8 @@ def fitting_in_flight(wanted: int, database_connections: int) -> int:
     """How many attempts can be in flight at once: `wanted`, or as many as there are files for.
 
     Raises the soft limit as far as it needs to and may. Half of the files are for connections that
-    are idle: those of one attempt stay for the next one to the same receiver.
+    are idle, of which the dialler keeps no more: those of one attempt stay for the next one to the
+    same receiver.
     """
     reserved = database_connections + _OTHER_FILES
     needed = files_for(wanted, database_connections)

@@ -27,11 +27,37 @@ class AnswerWithheldError(HttpProcessingError):
     """One 1xx came after another, and no answer."""
 
 
+class Resting:
+    """The connections that wait for their next request: at most so many, of whatever receivers."""
+
+    def __init__(self, most: int):
+        self._most = most
+        # In the order in which they came to rest.
+        self._connections: dict[ReceiverConnection, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def add(self, connection: "ReceiverConnection") -> None:
+        """One more; where that is one too many, the one that has rested longest is ended."""
+        self._connections[connection] = None
+        if len(self._connections) > self._most:
+            oldest = next(iter(self._connections))
+            self.discard(oldest)
+            # At once: a receiver that does not answer a farewell would keep the file open.
+            oldest.abort()
+
+    def discard(self, connection: "ReceiverConnection") -> None:
+        """It is in use again, or has ended."""
+        self._connections.pop(connection, None)
+
+
 class ReceiverConnection(ResponseHandler):
     """Speaks HTTP/1.1 to one receiver, one request after another."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: asyncio.AbstractEventLoop, among: Resting):
         super().__init__(loop)
+        self._among = among
         self.made_at = monotonic()
         self.remote_address: str | None = None
         self._tls: ResumingTls | None = None
@@ -43,6 +69,10 @@ class ReceiverConnection(ResponseHandler):
         self.remote_address = peer[0] if peer else None
         self._tls = transport.get_extra_info("ssl_object")
 
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._among.discard(self)
+        super().connection_lost(exc)
+
     async def post(self, request: bytes) -> tuple[RawResponseMessage, StreamReader]:
         """Send one request and return the head of its answer, and its body as it comes.
 
@@ -50,6 +80,7 @@ class ReceiverConnection(ResponseHandler):
         HTTP, or never comes to an answer.
         """
         self._resting = False
+        self._among.discard(self)
         self.set_response_params(
             read_until_eof=True, auto_decompress=False, read_bufsize=_READ_AHEAD_BYTES
         )
@@ -66,6 +97,7 @@ class ReceiverConnection(ResponseHandler):
     def rest(self) -> None:
         """Between two requests nothing may come: it would be taken for the next one's answer."""
         self._resting = True
+        self._among.add(self)
         if self._tls is not None:
             self._tls.keep_session()
             self._tls = None

@@ -23,7 +23,7 @@ from yarl import URL
 
 from core.addresses import AddressPolicy
 from core.secret_file import Secret
-from delivery.connection import ReceiverConnection
+from delivery.connection import ReceiverConnection, Resting
 from delivery.destination import Destination
 from delivery.name_servers import Names, NameServers
 from delivery.proxy import EgressProxy, ProxyError, proxy_away
@@ -89,6 +89,7 @@ def open_dialler(
     policy: AddressPolicy,
     ca_file: Path | None,
     idle_seconds: float = 15.0,
+    idle_max: int = 100,
     age_seconds_max: float = 300.0,
     proxy: Secret | None = None,
     names: Names | None = None,
@@ -98,14 +99,21 @@ def open_dialler(
     Raises ConfigurationError when no CA could be trusted, or `proxy` is not http://host:port.
 
     A pooled connection is not judged again, so `idle_seconds` and `age_seconds_max` bound how long
-    one may outlive a change of DNS. `names` stands in for the system's name servers.
+    one may outlive a change of DNS, and `idle_max` how many files all of them hold. `names` stands
+    in for the system's name servers.
     """
     egress_proxy = EgressProxy(proxy) if proxy is not None and proxy.given else None
     tls = trusting_context(ca_file)
     resume_sessions(tls)
     resolver = GuardedResolver(policy, names or NameServers())
     return Dialler(
-        resolver, policy, age_seconds_max, egress_proxy, ssl=tls, keepalive_timeout=idle_seconds
+        resolver,
+        policy,
+        age_seconds_max,
+        egress_proxy,
+        resting=Resting(idle_max),
+        ssl=tls,
+        keepalive_timeout=idle_seconds,
     )
 
 
@@ -118,6 +126,8 @@ class Dialler(aiohttp.TCPConnector):
         policy: AddressPolicy,
         age_seconds_max: float,
         proxy: EgressProxy | None = None,
+        *,
+        resting: Resting,
         **options: Any,
     ):
         super().__init__(
@@ -128,7 +138,9 @@ class Dialler(aiohttp.TCPConnector):
             limit=0,
             **options,
         )
-        self._factory = partial(ReceiverConnection, loop=self._loop)  # type: ignore[assignment]
+        self._factory = partial(  # type: ignore[assignment]
+            ReceiverConnection, loop=self._loop, among=resting
+        )
         self._policy = policy
         self._age_seconds_max = age_seconds_max
         self._proxy = proxy

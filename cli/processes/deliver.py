@@ -74,16 +74,18 @@ async def deliver(
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
+        in_flight = fitting_in_flight(
+            settings.delivery.max_in_flight, settings.database.database_pool_size
+        )
         dialler = await stack.enter_async_context(
             open_dialler(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
                 proxy=settings.egress.secret("egress_proxy"),
+                # The other half of the files that were counted on.
+                idle_max=in_flight,
             )
-        )
-        in_flight = fitting_in_flight(
-            settings.delivery.max_in_flight, settings.database.database_pool_size
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
         measures = EngineMeasures(settings.delivery.metrics_merchants)

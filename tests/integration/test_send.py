@@ -29,7 +29,7 @@ from core.lifecycle import AttemptResult, Outcome
 from core.queue import LeasedDelivery
 from core.signing import new_secret, standard_secret
 from core.urls import UrlPolicy
-from delivery.connection import ReceiverConnection
+from delivery.connection import ReceiverConnection, Resting
 from delivery.destination import Destination, header_lines
 from delivery.dialler import Dialler, open_dialler
 from delivery.ping import ping
@@ -214,7 +214,7 @@ async def test_1xx_without_end_are_cut_off_long_before_the_timeout(
 
 
 async def test_of_a_flood_of_1xx_that_arrives_at_once_nearly_nothing_is_parsed() -> None:
-    connection = ReceiverConnection(asyncio.get_running_loop())
+    connection = ReceiverConnection(asyncio.get_running_loop(), Resting(1))
     connection.set_response_params()
     connection.data_received(b"HTTP/1.1 100 Continue\r\n\r\n" * 10_000)
     assert len(connection) <= 20
@@ -617,6 +617,45 @@ async def test_proxies_and_netrc_of_the_environment_are_not_used(
             assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
         assert called == 0
         assert header(receiver.requests[0], "authorization") is None
+
+
+async def test_of_idle_connections_only_so_many_are_kept_and_those_used_last(
+    ca_file: Path, start: Start
+) -> None:
+    async with (
+        start(ok, ok, ok) as first,
+        start(ok, ok, ok) as second,
+        start(ok, ok, ok) as third,
+        open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, idle_max=2) as dialler,
+    ):
+        for receiver in (first, second, first, third):
+            assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
+        await asyncio.wait_for(second.ended.wait(), AMPLE)
+        for receiver in (third, second):
+            assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
+        assert [r.connections for r in (first, second, third)] == [1, 2, 1]
+
+
+async def test_a_connection_that_its_receiver_has_ended_takes_the_place_of_none(
+    ca_file: Path, start: Start
+) -> None:
+    async def then_hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await ok(reader, writer)
+        writer.close()
+
+    async with (
+        start(ok, ok) as lasting,
+        start(then_hang_up) as short,
+        start(ok, ok) as other,
+        open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, idle_max=2) as dialler,
+    ):
+        await post(dialler, lasting.url)
+        await post(dialler, short.url)
+        await asyncio.wait_for(short.ended.wait(), AMPLE)
+        # Its end comes to us on the same loop, before what this one brings.
+        await post(dialler, other.url)
+        await post(dialler, lasting.url)
+        assert lasting.connections == 1
 
 
 # What arrives.
