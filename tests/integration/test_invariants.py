@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from core import queue
-from core.ids import new_id
+from core.ids import first_id_at, new_id
 from core.lifecycle import DeliveryState, Outcome
 from core.queue import Finding, verification
 from core.queue.invariants import INVARIANTS
@@ -233,6 +234,23 @@ async def test_what_is_broken_is_found_under_its_name_alone(
         MERCHANT,
     )
     assert await broken(pool) == {name: [culprit]}
+
+
+@pytest.mark.parametrize("silent", [15, 16])
+async def test_a_backlog_may_wait_while_many_attempts_that_nobody_answers_hold_places(
+    pool: Any, silent: int
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    await strand_a_backlog(pool, webhook_id)
+    others = await make_webhook_config(pool)
+    long_ago = first_id_at(datetime.now(UTC) - timedelta(seconds=5))
+    for _ in range(silent):
+        await make_delivery(pool, others, state="leased", lease_id=long_ago)
+    # What has begun just now says nothing, and nor does a lease that is over.
+    for lease_in in (60, -1):
+        await make_delivery(pool, others, state="leased", lease_in=lease_in)
+    found = await broken(pool)
+    assert ("backlog_let_in" in found) is (silent < 16)
 
 
 async def make_history(pool: Any) -> None:
