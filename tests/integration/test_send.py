@@ -53,6 +53,8 @@ AMPLE = 10.0
 HEADERS = header_lines({"Content-Type": "a/b"})
 #: For receivers that never come to an end; the test waits for it.
 SHORT = 0.3
+#: Of a TCP connection whose other end has been closed.
+CLOSE_WAIT = 8
 
 type Start = Callable[..., AbstractAsyncContextManager[RawReceiver]]
 
@@ -617,6 +619,28 @@ async def test_proxies_and_netrc_of_the_environment_are_not_used(
             assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
         assert called == 0
         assert header(receiver.requests[0], "authorization") is None
+
+
+async def test_a_receiver_that_leaves_closing_to_us_gets_no_time_for_a_farewell(
+    dialler: Dialler, start: Start
+) -> None:
+    async def then_deaf(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await closed.wait()
+
+    closed = asyncio.Event()
+    async with start(then_deaf) as receiver:
+        assert (await post(dialler, receiver.url)).outcome is Outcome.SUCCEEDED
+        theirs = receiver.writers[0].get_extra_info("socket")
+        async with asyncio.timeout(AMPLE):
+            # Until our end has come to its kernel.
+            while theirs.getsockopt(  # noqa: ASYNC110 - of the kernel, which tells nobody
+                socket.IPPROTO_TCP, socket.TCP_INFO, 1
+            ) != bytes([CLOSE_WAIT]):
+                await asyncio.sleep(0)
+        closed.set()
 
 
 async def test_of_idle_connections_only_so_many_are_kept_and_those_used_last(
