@@ -56,8 +56,8 @@ def running(environment: Environment, *arguments: str) -> Iterator[subprocess.Po
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
+        # In good order: a PostgreSQL that lost its parent would still be writing for a moment.
+        process.terminate()
         process.wait(30)
         if process.stdout:
             process.stdout.close()
