@@ -121,7 +121,9 @@ class WebhookConfigServiceServicer:
 
     def RotateSecret(self, request, context):
         """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-        merchant can change over without a gap.
+        merchant can change over without a gap. Two sign at most: to rotate again within the overlap
+        ends the older one at once, so before you repeat a call whose answer was lost, look at the
+        config's previous_secret_expire_time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

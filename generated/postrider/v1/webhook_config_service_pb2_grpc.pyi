@@ -32,7 +32,9 @@ class WebhookConfigServiceStub:
     """Removes a webhook config. Its open deliveries are cancelled; its history stays readable."""
     RotateSecret: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]
     """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-    merchant can change over without a gap.
+    merchant can change over without a gap. Two sign at most: to rotate again within the overlap
+    ends the older one at once, so before you repeat a call whose answer was lost, look at the
+    config's previous_secret_expire_time.
     """
     PingWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]
     """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried."""
@@ -93,7 +95,9 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_webhook_config_service_pb2.RotateSecretRequest, _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]],
     ) -> _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]:
         """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-        merchant can change over without a gap.
+        merchant can change over without a gap. Two sign at most: to rotate again within the overlap
+        ends the older one at once, so before you repeat a call whose answer was lost, look at the
+        config's previous_secret_expire_time.
         """
 
     @_abc_1.abstractmethod
