@@ -1,7 +1,7 @@
 """Opens connections to the PostgreSQL server that takes writes, of the hosts the URL names.
 
-They are asked in turn, beginning with the one that accepted last. The next does not wait for one
-that is silent, so a primary that vanished costs half a second and not the whole deadline.
+They are asked in turn, beginning with the one that accepted last. The next does not wait long for
+one that is silent, so a primary that vanished costs two seconds and not the whole deadline.
 """
 
 import asyncio
@@ -18,8 +18,10 @@ from core.config import DatabaseSettings
 from core.errors import ConfigurationError
 from core.secret_file import Renewed
 
-#: How long a host may be silent before the next one is asked as well.
+#: How long a host may be silent before the next one is asked as well. The one that accepted last
+#: has more time: being slow, it must not lose to an old primary that came back and takes writes.
 _NEXT_HOST_SECONDS = 0.5
+_NEXT_AFTER_ACCEPTED_LAST_SECONDS = 2.0
 #: Silence after which the other end of a connection is asked whether it is there, and again.
 _PROBE_AFTER_SECONDS = 5
 _PROBE_AGAIN_SECONDS = 2
@@ -113,7 +115,7 @@ class Connector:
                 # Stable, so the others stay in the operator's order.
                 known = self._accepted_last.get(tuple(hosts))
                 order = sorted(hosts, key=lambda host: host != known)
-                accepted, connection = await self._race({h: hosts[h] for h in order})
+                accepted, connection = await self._race({h: hosts[h] for h in order}, known)
                 self._accepted_last[tuple(hosts)] = accepted
         _end_when_the_other_vanishes(connection, self._patience)
         # Not all of them at once.
@@ -131,8 +133,9 @@ class Connector:
             **self._arguments,
         )
 
-    async def _race(self, urls: Mapping[str, str]) -> tuple[str, Connection]:
+    async def _race(self, urls: Mapping[str, str], known: str | None) -> tuple[str, Connection]:
         """The first host to accept, and the connection; the others are given up."""
+        silence = _NEXT_AFTER_ACCEPTED_LAST_SECONDS if known in urls else _NEXT_HOST_SECONDS
         waiting = list(urls)
         attempts: dict[asyncio.Task[Connection], str] = {}
         faults: dict[str, BaseException] = {}
@@ -143,9 +146,10 @@ class Connector:
                     attempts[asyncio.create_task(self._open(urls[host]))] = host
                 await asyncio.wait(
                     [attempt for attempt in attempts if not attempt.done()],
-                    timeout=_NEXT_HOST_SECONDS if waiting else None,
+                    timeout=silence if waiting else None,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
+                silence = _NEXT_HOST_SECONDS
                 for attempt, host in attempts.items():
                     if attempt.done() and host not in faults:
                         fault = attempt.exception()

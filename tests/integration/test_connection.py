@@ -24,7 +24,7 @@ from core.db import open_pool
 from core.errors import ConfigurationError, Unavailable
 from server.database import open_sessions
 from tests.conftest import database_settings
-from tests.fakes.postgres_proxy import PostgresProxy
+from tests.fakes.postgres_proxy import PostgresProxy, proxied
 
 
 @pytest.fixture
@@ -84,6 +84,28 @@ async def test_a_silent_host_does_not_take_the_time_of_the_next(
             await connection.close()
     # The second time, the host that had accepted was asked first.
     assert len(silent.held) == 1
+
+
+async def test_the_host_that_accepted_last_may_be_slow(
+    database_url: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a busy primary would lose to an old one that came back and takes writes as well."""
+    async with proxied(database_url, elsewhere) as (proxy, _):
+        two = connector(naming(database_url, elsewhere))
+        await (await two.connect()).close()
+
+        proxy.asked.clear()
+        proxy.open.clear()
+        monkeypatch.setattr("core.connection._NEXT_HOST_SECONDS", 0.0)
+        connecting = asyncio.create_task(two.connect())
+        await proxy.asked.wait()
+        # For longer than it takes to connect elsewhere.
+        for _ in range(3):
+            await (await connector(database_url).connect()).close()
+        proxy.open.set()
+        connection = await connecting
+        assert connection._transport.get_extra_info("peername").startswith(str(elsewhere))
+        await connection.close()
 
 
 async def test_a_host_that_only_reads_is_passed_over(
