@@ -161,6 +161,8 @@ class Plan:
     scans: list[Scan]
     pages: int
     kinds: set[str]
+    #: PostgreSQL before 18 rounds the rows of a loop: half a row is none.
+    whole_rows: bool
 
     def index_scan(self, index: str) -> Scan:
         """The scan of this index, `_day_` standing for any day; fails when there is none."""
@@ -372,7 +374,7 @@ async def test_enqueueing_in_order_reads_the_ends_of_its_chains_only(crowded: An
     last = plan.index_scan("delivery_queue_blocked")
     assert (last.rows, last.filtered) == (20 * configs, 0)
     first = plan.index_scan("delivery_queue_first")
-    assert (first.rows, first.filtered) == (10 * configs, 0)
+    assert (first.rows, first.filtered) == (_halves(plan, 10 * configs), 0)
     plan.assert_nothing_is_walked()
 
 
@@ -387,7 +389,7 @@ async def test_promoting_reads_the_beginnings_of_its_chains_only(crowded: Any) -
         [chain.ordering_key for chain in chains],
     )
 
-    assert plan.index_scan("delivery_queue_first").rows == 100
+    assert plan.index_scan("delivery_queue_first").rows == _halves(plan, 100)
     # One each; those that have a first may have been looked at, too.
     assert 100 <= plan.index_scan("delivery_queue_blocked").rows <= 200
     assert plan.index_scan("delivery_queue_pkey").rows == 100
@@ -779,7 +781,17 @@ async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:
         for node in _nodes(root)
         if "Scan" in node["Node Type"] and ("Relation Name" in node or "Index Name" in node)
     ]
-    return Plan(scans, _pages(root), {node["Node Type"] for node in _nodes(root)})
+    return Plan(
+        scans,
+        _pages(root),
+        {node["Node Type"] for node in _nodes(root)},
+        whole_rows=connection.get_server_version().major < 18,
+    )
+
+
+def _halves(plan: Plan, rows: int) -> int:
+    """What a plan says that so many rows were, of which every second loop had one."""
+    return 0 if plan.whole_rows else rows
 
 
 def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
