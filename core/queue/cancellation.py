@@ -8,12 +8,15 @@ from core.queue.records import Connection
 # Passes by what another statement holds at this moment: to wait for a settle, which may itself be
 # waiting for the config our caller has locked, would be a deadlock. The next claim cancels those.
 _CANCEL_WEBHOOK = f"""
-WITH free AS (
-    -- Says nothing, but lets the two indexes be used, each of which has one part of the queue.
-    SELECT id FROM delivery_queue
-    WHERE webhook_id = $1 AND (state = 'parked' OR state <> 'parked')
-    LIMIT $2
-    FOR UPDATE SKIP LOCKED
+WITH parked AS (
+    -- Apart, since each has an index of its own.
+    SELECT id FROM delivery_queue q
+    WHERE q.webhook_id = $1 AND q.state = 'parked' LIMIT $2 FOR UPDATE SKIP LOCKED
+), others AS (
+    SELECT id FROM delivery_queue q
+    WHERE q.webhook_id = $1 AND q.state <> 'parked' LIMIT $2 FOR UPDATE SKIP LOCKED
+), free AS (
+    SELECT id FROM parked UNION ALL SELECT id FROM others LIMIT $2
 ), cancelled AS (
     DELETE FROM delivery_queue q USING free WHERE {by_id("free.id")} RETURNING q.*
 )
