@@ -16,6 +16,7 @@ from sqlalchemy import func, select, text
 from core import queue
 from core.db import Pool
 from core.ids import format_id
+from core.lookup import equal
 from core.models import WebhookConfig
 from server.audit import record_change
 from server.database import Sessions
@@ -46,28 +47,32 @@ _ERASE_COMMENTS = text("""
 UPDATE audit_entries SET comment = '' WHERE resource = ANY (:resources) AND comment <> ''
 """)
 
-_ERASE_KEYS = """
-DELETE FROM idempotency_keys WHERE merchant_id = $1 AND key = ANY (ARRAY(
-    SELECT key FROM idempotency_keys WHERE merchant_id = $1 AND created_at <= $3 LIMIT $2
-))
-"""
+# The sum is no time to find keys by: among all merchants' there may be few of this one.
+_ERASE_KEYS = f"""
+WITH chunk AS MATERIALIZED (
+    SELECT merchant_id, key FROM idempotency_keys
+    WHERE merchant_id = $1 AND created_at + interval '0' <= $3 LIMIT $2
+)
+DELETE FROM idempotency_keys k USING chunk c
+WHERE {equal("k.merchant_id", "c.merchant_id")} AND {equal("k.key", "c.key")}
+"""  # noqa: S608 - of constants
 
-_ERASE_EVENTS = """
+_ERASE_EVENTS = f"""
 WITH chunk AS (
     SELECT id, content_type <> '' AS whole FROM events
     WHERE merchant_id = $1 AND id > $2 AND created_at <= $4 ORDER BY id LIMIT $3
 ), erased AS (
     UPDATE events e SET payload = '', content_type = '', ordering_key = NULL
-    FROM chunk c WHERE e.id = c.id AND c.whole
+    FROM chunk c WHERE {equal("e.id", "c.id")} AND c.whole
 )
 SELECT count(*) FILTER (WHERE whole) AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id
 FROM chunk
-"""
+"""  # noqa: S608 - of constants
 
 # That it was one of the merchant's people stays, and what was done to which id with what result;
 # who that was goes, from where and with what, and what a refused request named without its being
 # an id. What operators did to the merchant is theirs: of that the reasons go, as of configs below.
-_ERASE_ENTRIES = """
+_ERASE_ENTRIES = f"""
 WITH chunk AS (
     SELECT id, actor = 'erased' OR (result = 'OK' AND action = ANY ($5)) AS done
     FROM audit_entries
@@ -77,24 +82,24 @@ WITH chunk AS (
     SET actor = 'erased', caller_address = '', user_agent = '', request_id = '', comment = '',
         resource = CASE
             WHEN a.result = 'OK' OR a.resource IN ('', $1)
-                OR a.resource ~ '^(wh|evt|dlv)_[0-9a-f]{32}$' THEN a.resource
+                OR a.resource ~ '^(wh|evt|dlv)_[0-9a-f]{{32}}$' THEN a.resource
             ELSE 'erased' END
-    FROM chunk c WHERE a.id = c.id AND NOT c.done
+    FROM chunk c WHERE {equal("a.id", "c.id")} AND NOT c.done
 )
 SELECT 0 AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id FROM chunk
-"""
+"""  # noqa: S608 - of constants
 
 # What a receiver answered, and where it was, is as personal as what it was sent.
-_ERASE_ATTEMPTS = """
+_ERASE_ATTEMPTS = f"""
 WITH chunk AS (
     SELECT id FROM finished_deliveries
     WHERE merchant_id = $1 AND id > $2 AND created_at <= $4 ORDER BY id LIMIT $3
 ), erased AS (
     UPDATE attempts a SET detail = 'erased', response_excerpt = '', remote_address = NULL
-    FROM chunk c WHERE a.delivery_id = c.id AND a.detail <> 'erased'
+    FROM chunk c WHERE {equal("a.delivery_id", "c.id")} AND a.detail <> 'erased'
 )
 SELECT 0 AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id FROM chunk
-"""
+"""  # noqa: S608 - of constants
 
 
 @dataclass(frozen=True, slots=True)

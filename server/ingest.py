@@ -19,6 +19,7 @@ from core import queue
 from core.db import Pool, met_new_part
 from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
+from core.lookup import equal
 from core.queue import CROWD, Accepted, NewEvent
 from server.crowds import FLOOD, Crowds
 from server.event_rules import DEFAULT_CONTENT_TYPE, EventDraft, EventRules
@@ -38,14 +39,15 @@ type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Accepted]]
 
 # Locking the rows makes this a commit of its own, which a synchronous standby has to confirm, and
 # with it everything before it: the one that stored the event may have given up waiting for that.
-_PREVIOUS = """
+_PREVIOUS = f"""
 SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at, e.not_before,
     e.ordering_key
 FROM unnest($1::text[], $2::text[]) AS t(merchant_id, key)
-JOIN idempotency_keys k ON k.merchant_id = t.merchant_id AND k.key = t.key
-JOIN events e ON e.id = k.event_id
+JOIN idempotency_keys k
+    ON {equal("k.merchant_id", "t.merchant_id")} AND {equal("k.key", "t.key")}
+JOIN events e ON {equal("e.id", "k.event_id")}
 FOR KEY SHARE OF k
-"""
+"""  # noqa: S608 - of constants
 
 
 class PublishedEvent(NamedTuple):

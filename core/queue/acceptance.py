@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from core.db import RETRYABLE_ERRORS, Pool
+from core.lookup import equal
 from core.queue.order import lock_keys, promote
 from core.queue.records import Chain, Connection, NewEvent
 
@@ -56,7 +57,7 @@ _STATE_ALONE = _STATE.format(also="")
 STATE_IN_CROWD = _STATE.format(also=f"AND w.rank <= {_READY_MAX} - {_DUE}")
 
 # One statement per batch, whatever its size: keys, events, and a delivery per matching config.
-_ACCEPT = """
+_ACCEPT = f"""
 WITH input AS (
     SELECT * FROM unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[],
@@ -91,8 +92,9 @@ WITH input AS (
     FROM accepted a
     JOIN filters f ON f.type = a.type
     JOIN webhook_configs c
-        ON c.merchant_id = a.merchant_id AND c.deleted_at IS NULL AND c.events && f.names
-), {queued}, counts AS (
+        ON {equal("c.merchant_id", "a.merchant_id")}
+        AND c.deleted_at IS NULL AND c.events && f.names
+), {{queued}}, counts AS (
     SELECT event_id, count(*) AS deliveries FROM matched GROUP BY event_id
 ), stored AS (
     INSERT INTO events
@@ -106,8 +108,8 @@ WITH input AS (
 -- One row, since each has its price where it is read; now() is the default of created_at.
 SELECT now() AS accepted_at, ARRAY(
     SELECT s.delivery_count FROM input i LEFT JOIN stored s ON s.id = i.id ORDER BY i.position
-) AS delivery_counts{also}
-"""
+) AS delivery_counts{{also}}
+"""  # noqa: S608 - of constants
 
 _QUEUED = """queued AS (
     INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
+from core.lookup import equal
 from core.queue.leases import fences
 from core.queue.lookup import by_id, is_in, of_webhook
 from core.queue.records import Connection, LeasedDelivery
@@ -10,8 +11,15 @@ from core.queue.records import Connection, LeasedDelivery
 # The due time says nothing here, but keeps what is blocked out of the scan.
 _PARK_WEBHOOKS = f"""
 UPDATE delivery_queue q SET state = 'parked'
-FROM unnest($1::uuid[]) AS t(webhook_id)
-WHERE {of_webhook("t.webhook_id")} AND q.state = 'ready' AND q.due_at < 'infinity'
+WHERE q.id = ANY (ARRAY(
+    SELECT r.id FROM unnest($1::uuid[]) AS t(webhook_id) CROSS JOIN LATERAL (
+        SELECT q.id FROM delivery_queue q
+        WHERE {of_webhook("t.webhook_id")} AND q.state <> 'parked' AND q.due_at < 'infinity'
+            AND q.{is_in("ready")}
+        -- Or it would be joined, and by the due time alone.
+        OFFSET 0
+    ) r
+)) AND q.{is_in("ready")}
 """  # noqa: S608 - of constants
 
 
@@ -57,7 +65,8 @@ _ADMIT = f"""
 WITH room AS (
     SELECT c.id, c.breaker_open_until IS NULL AS closed, p.places, p.places - t.taken AS free,
         CASE WHEN c.rate_limit > 0 THEN floor({_TOKENS})::bigint - t.ready END AS tokens
-    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, places) ON a.id = c.id
+    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, places)
+        ON {equal("c.id", "a.id")}
     CROSS JOIN LATERAL (
         SELECT CASE WHEN c.breaker_open_until IS NULL
             THEN least(a.places, nullif(c.max_in_flight, 0)) ELSE 1 END AS places
@@ -94,7 +103,8 @@ RETURNING q.webhook_id
 _SPEND_RATE = f"""
 WITH wanting AS (
     SELECT c.id, c.rate_limit, a.wanted, {_TOKENS} AS tokens
-    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, wanted) ON a.id = c.id
+    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, wanted)
+        ON {equal("c.id", "a.id")}
     WHERE c.rate_limit > 0
     FOR NO KEY UPDATE OF c SKIP LOCKED
 ), granted AS (
@@ -102,7 +112,7 @@ WITH wanting AS (
 )
 UPDATE webhook_configs c
 SET rate_used_until = now() - (g.tokens - g.granted) / g.rate_limit * interval '1 second'
-FROM granted g WHERE c.id = g.id
+FROM granted g WHERE {equal("c.id", "g.id")}
 RETURNING c.id, g.granted::int, greatest(1 - g.tokens + g.granted, 0) / g.rate_limit AS next_in
 """  # noqa: S608 - of constants
 

@@ -7,20 +7,22 @@ is let in; after it, half-open, and one delivery at a time is. Written on transi
 from collections.abc import Collection, Iterable
 from uuid import UUID
 
+from core.lookup import equal
+from core.queue.lookup import is_in, of_webhook
 from core.queue.records import BreakerChange, Connection
 
 # By the state that the engine's claim saw: engines that come to the same conclusion open it once,
 # and what ends late, from before a probe, does not lengthen the wait. What its receiver asked for
 # counts in any state, but not for a config that was changed since: it may be another receiver's
 # by now. Retries keep their places: they are parked when they are due.
-_OPEN = """
+_OPEN = f"""
 WITH wanted AS (
     SELECT c.id, t.trips, greatest(
         w.asked, CASE WHEN t.trips THEN least($5 * 2 ^ least(c.breaker_trips, 30), $6) ELSE 0 END
     ) AS seconds
     FROM webhook_configs c
     JOIN unnest($1::uuid[], $2::timestamptz[], $3::bool[], $4::float8[], $7::int[])
-        AS w(id, seen, trips, asked, version) ON w.id = c.id
+        AS w(id, seen, trips, asked, version) ON {equal("c.id", "w.id")}
     CROSS JOIN LATERAL (
         SELECT w.trips AND c.breaker_open_until IS NOT DISTINCT FROM w.seen AS trips
     ) t
@@ -32,15 +34,23 @@ WITH wanted AS (
     SET breaker_open_until = now() + w.seconds * interval '1 second',
         breaker_trips = c.breaker_trips + w.trips::int
     FROM wanted w
-    WHERE c.id = w.id
+    WHERE {equal("c.id", "w.id")}
         AND now() + w.seconds * interval '1 second' > coalesce(c.breaker_open_until, now())
     RETURNING c.id, w.seconds
 ), parked AS (
     UPDATE delivery_queue q SET state = 'parked'
-    FROM opened o WHERE q.webhook_id = o.id AND q.state = 'ready' AND q.due_at <= now()
+    WHERE q.id = ANY (ARRAY(
+        SELECT r.id FROM opened o CROSS JOIN LATERAL (
+            SELECT q.id FROM delivery_queue q
+            WHERE {of_webhook("o.id")} AND q.state <> 'parked' AND q.due_at <= now()
+                AND q.{is_in("ready")}
+            -- Or it would be joined, and by the due time alone.
+            OFFSET 0
+        ) r
+    )) AND q.{is_in("ready")} AND q.due_at <= now()
 )
 SELECT id, seconds FROM opened
-"""
+"""  # noqa: S608 - of constants
 
 
 _CLOSE = """

@@ -4,18 +4,19 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from core.lifecycle import DeliveryState
+from core.lookup import equal
 from core.queue.records import Connection, Settlement
 
 # What is free is locked here, so that the settle that follows in the same transaction waits for
 # nobody. It writes the configs of what failed for good, and those that have failures to forgive.
-_HELD = """
+_HELD = f"""
 WITH free AS (
     SELECT id, webhook_id FROM delivery_queue WHERE id = ANY ($1) FOR UPDATE SKIP LOCKED
 ), wanted AS (
-    SELECT c.id FROM free f JOIN webhook_configs c ON c.id = f.webhook_id
+    SELECT c.id FROM free f JOIN webhook_configs c ON {equal("c.id", "f.webhook_id")}
     WHERE f.id = ANY ($2) OR c.consecutive_failures > 0
 ), locked AS (
-    SELECT id FROM webhook_configs WHERE id IN (SELECT id FROM wanted)
+    SELECT id FROM webhook_configs WHERE id = ANY (ARRAY(SELECT id FROM wanted))
     ORDER BY id
     FOR NO KEY UPDATE SKIP LOCKED
 )
@@ -23,7 +24,7 @@ SELECT id FROM delivery_queue WHERE id = ANY ($1) AND id NOT IN (
     SELECT id FROM free
     WHERE webhook_id NOT IN (SELECT id FROM wanted EXCEPT SELECT id FROM locked)
 )
-"""
+"""  # noqa: S608 - of constants
 
 
 async def held(connection: Connection, settlements: Sequence[Settlement]) -> set[UUID]:

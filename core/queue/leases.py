@@ -5,6 +5,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from core.ids import new_id
+from core.lookup import equal
 from core.queue.lookup import by_id
 from core.queue.records import Connection, LeasedDelivery
 
@@ -32,8 +33,8 @@ SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_act
     l.event_id, l.merchant_id, l.event_type, e.content_type, e.payload, l.attempt_count,
     greatest(l.created_at, e.not_before) AS owed_since, now() AS claimed_at, e.trace_parent
 FROM leased l
-JOIN webhook_configs c ON c.id = l.webhook_id
-JOIN events e ON e.id = l.event_id
+JOIN webhook_configs c ON {equal("c.id", "l.webhook_id")}
+JOIN events e ON {equal("e.id", "l.event_id")}
 """  # noqa: S608 - of constants
 
 

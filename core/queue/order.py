@@ -39,11 +39,11 @@ WITH next AS (
             AND q.state = 'blocked'
         ORDER BY q.ordering_position LIMIT 1
     ) b
-    WHERE NOT EXISTS (
-        SELECT FROM delivery_queue q
+    WHERE (
+        SELECT true FROM delivery_queue q
         WHERE q.webhook_id = t.webhook_id AND q.ordering_key = t.ordering_key
-            AND q.state <> 'blocked'
-    )
+            AND q.state <> 'blocked' LIMIT 1
+    ) IS NULL
 ), locked AS (
     -- Chosen before locked: what somebody else promotes or cancels now is passed by, and never the
     -- one behind it taken instead.

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from core import queue
 from core.connection import Connection
+from core.lookup import equal
 from core.retention.days import Day
 from core.retention.patience import patiently
 from core.retention.terms import DeliveryTerms
@@ -26,10 +27,10 @@ WITH page AS MATERIALIZED (
 SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last_id,
     (SELECT count(*) FROM outliving) AS outliving
 """
-_FINISHED_MOVED = """, moved AS (
+_FINISHED_MOVED = f""", moved AS (
     UPDATE finished_deliveries f SET kept = true FROM outliving o
-    WHERE f.id = o.id AND f.kept = false
-)"""
+    WHERE {equal("f.id", "o.id")} AND f.kept = false
+)"""  # noqa: S608 - of constants
 
 _REMAINING = """
 SELECT id FROM finished_deliveries
