@@ -8,6 +8,7 @@ from uuid import UUID
 
 from core.ids import first_id_at
 from core.lifecycle import Outcome
+from core.lookup import equal
 from core.queue.acceptance import HAS_BACKLOG, STATE_IN_CROWD
 from core.queue.records import Connection
 
@@ -18,8 +19,8 @@ SELECT new_uuid7(), f.webhook_id, f.event_id, f.merchant_id, f.event_type,
     CASE WHEN w.active AND w.breaker_open_until IS NULL AND NOT {HAS_BACKLOG} THEN 'ready'
         ELSE 'parked' END, f.id
 FROM finished_deliveries f
-JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
-JOIN events e ON e.id = f.event_id
+JOIN webhook_configs w ON {equal("w.id", "f.webhook_id")} AND w.deleted_at IS NULL
+JOIN events e ON {equal("e.id", "f.event_id")}
 WHERE f.id = $2 AND f.merchant_id = $1
 -- Retention waits for us before it removes the delivery, and then finds that its event is needed.
 FOR KEY SHARE OF f
@@ -30,38 +31,41 @@ RETURNING id
 # Reads a page of what was not delivered, in the order of its index, whatever the filters leave of
 # it: so no page is long. Of several that failed of one event for one config, the newest counts. A
 # redelivery that failed in its turn stands in nobody's way.
-_JUDGE = """
+_JUDGE = f"""
 WITH page AS (
     SELECT f.id, f.state, f.webhook_id, f.event_id, f.merchant_id, f.event_type, f.attempt_count
     FROM finished_deliveries f
     WHERE f.state <> 'delivered' AND f.id >= $1 AND f.id < $2
-        AND (f.merchant_id, f.id) > ($3, $4){of_merchant}
-    ORDER BY f.merchant_id, f.id LIMIT $5 {lock}
+        AND (f.merchant_id, f.id) > ($3, $4){{of_merchant}}
+    ORDER BY f.merchant_id, f.id LIMIT $5 {{lock}}
 ), failed AS (
     SELECT p.*, row_number() OVER (PARTITION BY webhook_id, event_id ORDER BY id DESC) AS age
     FROM page p
     WHERE p.state = 'failed' AND ($6::uuid IS NULL OR p.webhook_id = $6)
-        AND ($7::text[] IS NULL OR EXISTS (
-            SELECT FROM attempts a
-            WHERE a.delivery_id = p.id AND a.number = p.attempt_count AND a.outcome = ANY ($7)
+        AND ($7::text[] IS NULL OR (
+            SELECT a.outcome = ANY ($7) FROM attempts a
+            WHERE a.delivery_id = p.id AND a.number = p.attempt_count LIMIT 1
         ))
 ), judged AS (
     SELECT f.*, w.active, w.breaker_open_until IS NULL AS closed, CASE
-        WHEN w.id IS NULL OR e.id IS NULL THEN 'skipped'
-        WHEN f.age > 1 OR EXISTS (
-            SELECT FROM delivery_queue q
+        WHEN w.id IS NULL OR (
+            SELECT true FROM events e WHERE e.id = f.event_id LIMIT 1
+        ) IS NULL THEN 'skipped'
+        WHEN f.age > 1 OR (
+            SELECT true FROM delivery_queue q
             WHERE q.event_id = f.event_id AND q.webhook_id = f.webhook_id
-                AND q.redelivery_of IS NOT NULL
-        ) OR EXISTS (
-            SELECT FROM finished_deliveries r
-            WHERE r.event_id = f.event_id AND r.webhook_id = f.webhook_id
+                AND q.redelivery_of IS NOT NULL LIMIT 1
+        ) OR (
+            SELECT true FROM finished_deliveries r
+            WHERE {equal("r.event_id", "f.event_id")} AND least(r.webhook_id) = f.webhook_id
                 AND r.id > f.id AND r.id > $1 AND r.state = 'delivered'
+            -- Says which index: the ids are for the days alone.
+            ORDER BY r.event_id LIMIT 1
         ) THEN 'repeated'
         ELSE 'wanted' END AS verdict
     FROM failed f
-    LEFT JOIN webhook_configs w ON w.id = f.webhook_id AND w.deleted_at IS NULL
-    LEFT JOIN events e ON e.id = f.event_id
-){made}
+    LEFT JOIN webhook_configs w ON {equal("w.id", "f.webhook_id")} AND w.deleted_at IS NULL
+){{made}}
 SELECT t.*, l.merchant_id, l.id
 FROM (
     SELECT count(*) FILTER (WHERE verdict = 'wanted') AS redelivered,
@@ -73,7 +77,7 @@ FROM (
 LEFT JOIN (
     SELECT merchant_id, id FROM page ORDER BY merchant_id, id OFFSET $5 - 1 LIMIT 1
 ) l ON true
-"""
+"""  # noqa: S608 - of constants
 _MAKE = f""", wanted AS (
     SELECT webhook_id AS id, id AS delivery_id, event_id, merchant_id, event_type, active, closed,
         false AS later, row_number() OVER (PARTITION BY webhook_id ORDER BY id) AS rank
