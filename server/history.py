@@ -8,6 +8,7 @@ from uuid import UUID
 from core.db import Pool
 from core.ids import first_id_at
 from core.lifecycle import OPEN_STATES, DeliveryState
+from core.lookup import equal
 
 _NEWEST = UUID(int=(1 << 128) - 1)
 
@@ -63,23 +64,35 @@ class DeliveryFilter:
 
 
 # Newest first, a page from each of the places a delivery can be in; the pages merge to one. Each
-# branch has an index of its own, which is why the parts of the queue are not read as one.
-_OPEN = """(
+# branch has an index of its own, which is why the parts of the queue are not read as one. Ordered
+# by the config as well: by the id alone all of the queue could be read, until a page was found.
+_OPEN = f"""(
     SELECT q.id, q.state, q.webhook_id, q.event_id, q.event_type, q.attempt_count, q.created_at,
         q.due_at, NULL::timestamptz AS finished_at, q.redelivery_of
     FROM webhook_configs c CROSS JOIN LATERAL (
         SELECT * FROM delivery_queue d
-        WHERE d.webhook_id = c.id AND d.state {part} AND d.id < $2{filters}
-        ORDER BY d.id DESC LIMIT $3
+        WHERE {equal("d.webhook_id", "c.id")} AND {{part}}{{filters}}
+        ORDER BY d.webhook_id DESC, d.id DESC LIMIT $3
     ) q
-    WHERE c.merchant_id = $1 AND c.deleted_at IS NULL
-)"""
+    WHERE c.merchant_id = $1 AND c.deleted_at IS NULL{{of_webhook}}
+)"""  # noqa: S608 - of constants
+_PARTS = {
+    DeliveryState.PARKED: "d.state = 'parked'",
+    DeliveryState.BLOCKED: "d.state = 'blocked'",
+    None: "d.state <> 'parked' AND d.due_at < 'infinity'",
+}
+# That an id of the queue is less, or not, than an argument: never by the index of all ids.
+_ID_IS = {
+    DeliveryState.PARKED: "(d.webhook_id, d.id) {than} (c.id, ${argument})",
+    DeliveryState.BLOCKED: "(d.webhook_id, d.id) {than} (c.id, ${argument})",
+    None: "least(d.id) {than} ${argument}",
+}
 _FINISHED = """(
     SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
         NULL::timestamptz AS due_at, d.finished_at, d.redelivery_of
     FROM finished_deliveries d
-    WHERE d.merchant_id = $1 AND d.id < $2{filters}
-    ORDER BY d.id DESC LIMIT $3
+    WHERE {merchant} = $1 AND d.id < $2{filters}
+    ORDER BY {order}d.id DESC LIMIT $3
 )"""
 
 _ONE = """
@@ -127,31 +140,79 @@ def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, li
     """The statement of a page, with its arguments."""
     bounds = [_NEWEST, wanted.before, first_id_at(wanted.end_at) if wanted.end_at else None]
     arguments: list[object] = [merchant_id, min(bound for bound in bounds if bound), limit]
-    filters = ""
-    for condition, value in (
-        ("webhook_id =", wanted.webhook_id),
-        ("event_id =", wanted.event_id),
-        ("event_type =", wanted.event_type),
-        ("id >=", first_id_at(wanted.start_at) if wanted.start_at else None),
-    ):
-        if value is not None:
-            arguments.append(value)
-            filters += f" AND d.{condition} ${len(arguments)}"
-    if wanted.state is not None:
-        # Not an argument: only of a constant does the planner know whether a partial index has it.
-        filters += f" AND d.state = '{wanted.state.value}'"
+    of_webhook = of_event = filters = ""
+    start: int | None = None
+    if wanted.webhook_id is not None:
+        arguments.append(wanted.webhook_id)
+        of_webhook = f"${len(arguments)}"
+    if wanted.event_id is not None:
+        arguments.append(wanted.event_id)
+        of_event = f"${len(arguments)}"
+        filters += f" AND {equal('d.event_id', f'{of_event}::uuid')}"
+    if wanted.event_type is not None:
+        arguments.append(wanted.event_type)
+        filters += f" AND d.event_type = ${len(arguments)}"
+    if wanted.start_at is not None:
+        arguments.append(first_id_at(wanted.start_at))
+        start = len(arguments)
     branches = []
     if wanted.state is None or wanted.state in OPEN_STATES:
-        branches += [
-            _OPEN.format(part=part, filters=filters)
-            for part in ("= 'parked'", "= 'blocked'", "<> 'parked' AND d.due_at < 'infinity'")
-        ]
+        branches = _open_branches(wanted.state, of_webhook, filters, start)
     if wanted.state is None or wanted.state not in OPEN_STATES:
-        branches.append(_FINISHED.format(filters=filters))
+        branches.append(_finished_branch(wanted.state, of_webhook, of_event, filters, start))
     # As a subquery: a single branch would have two ORDER BY.
     whole = " UNION ALL ".join(branches)
     statement = f"SELECT * FROM ({whole}) d ORDER BY id DESC LIMIT $3"  # noqa: S608 - of our own parts
     return statement, arguments
+
+
+def _open_branches(
+    state: DeliveryState | None, of_webhook: str, filters: str, start: int | None
+) -> list[str]:
+    """Of the parts of the queue, those that may have deliveries of this state."""
+    own_part = state if state in _PARTS else None
+    branches = []
+    for part, condition in _PARTS.items():
+        if state is not None and part is not own_part:
+            continue
+        more = f"{filters} AND {_ID_IS[part].format(than='<', argument=2)}"
+        if start is not None:
+            more += f" AND {_ID_IS[part].format(than='>=', argument=start)}"
+        if state is not None and part is None:
+            # No reason to read the index of all that are due, or leased.
+            more += f" AND d.state || '' = '{state.value}'"
+        branches.append(
+            _OPEN.format(
+                part=condition,
+                filters=more,
+                of_webhook=f" AND c.id = {of_webhook}" if of_webhook else "",
+            )
+        )
+    return branches
+
+
+def _finished_branch(
+    state: DeliveryState | None, of_webhook: str, of_event: str, filters: str, start: int | None
+) -> str:
+    """By the index of the event, else of the config, else of the merchant: who has most of what
+    there is would be read to the end otherwise, for the few of a config or an event.
+    """
+    merchant, order = "d.merchant_id", ""
+    if of_event:
+        merchant, order = "d.merchant_id || ''", "d.event_id DESC, "
+        filters += f" AND least(d.webhook_id) = {of_webhook}" if of_webhook else ""
+    elif of_webhook and start is None and state in (None, DeliveryState.DELIVERED):
+        order = "d.webhook_id DESC, "
+        filters += f" AND {equal('d.webhook_id', f'{of_webhook}::uuid')}"
+    elif of_webhook:
+        # Of what went wrong, or of a time, there is little by the other indexes as well.
+        filters += f" AND d.webhook_id = {of_webhook}"
+    if state is not None:
+        # Not an argument: only of a constant does the planner know whether a partial index has it.
+        filters += f" AND d.state = '{state.value}'"
+    if start is not None:
+        filters += f" AND d.id >= ${start}"
+    return _FINISHED.format(merchant=merchant, filters=filters, order=order)
 
 
 async def attempts_of(pool: Pool, delivery_ids: Sequence[UUID]) -> dict[UUID, list[AttemptRow]]:
