@@ -21,7 +21,7 @@ from cli.embedded_postgres import EmbeddedPostgres
 from cli.operations.migrate import migrate
 from core.connection import Connector
 from core.ids import first_id_at, new_id
-from core.lifecycle import Outcome
+from core.lifecycle import DeliveryState, Outcome
 from core.queue import (
     NewEvent,
     acceptance,
@@ -39,7 +39,7 @@ from core.queue import (
 from core.queue.invariants import INVARIANTS, Invariant
 from core.retention import age, days, keep
 from delivery import census
-from server import audit_log, erasure, event_history, history, queue_status
+from server import audit_log, erasure, event_history, history, ingest, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
 
@@ -751,6 +751,131 @@ async def test_a_page_of_retention_reads_that_page(crowded: Any, dry: bool) -> N
         plan.assert_nothing_is_walked()
         # Of 20,000; of an index by event a little more than what is shown.
         assert max(s.rows + s.filtered for s in plan.scans if s.kind != "CTE Scan") <= 300, plan
+
+
+_PAGES = {
+    "all": history.DeliveryFilter(),
+    "times": history.DeliveryFilter(start_at=STARTED_AT, end_at=STARTED_AT.replace(year=2100)),
+    "ready": history.DeliveryFilter(state=DeliveryState.READY),
+    "of a config": history.DeliveryFilter(webhook_id=UUID(int=1)),
+    "of an event": history.DeliveryFilter(event_id=UUID(int=1)),
+}
+_JUDGE = redelivery._JUDGE.format(of_merchant="", lock="", made="")
+#: Statements that were planned when there was next to nothing.
+_PLANNED_EARLY = {
+    "enqueue": acceptance._ENQUEUE,
+    "previous": ingest._PREVIOUS,
+    "claim": leases._CLAIM,
+    "held": holding._HELD,
+    "spend": backlog._SPEND_RATE,
+    "park": backlog._PARK_WEBHOOKS,
+    "open breakers": breakers._OPEN,
+    "promote": order._PROMOTE,
+    "cancel": cancellation._CANCEL_WEBHOOK,
+    "judge": _JUDGE,
+    "erase keys": erasure._ERASE_KEYS,
+    "erase events": erasure._ERASE_EVENTS,
+    "erase attempts": erasure._ERASE_ATTEMPTS,
+    "remove keys": age._KEYS,
+    "remove entries": age._AUDIT,
+} | {f"page {name}": history._page("m_1", page, 51)[0] for name, page in _PAGES.items()}
+
+
+@pytest.fixture(scope="module")
+async def grown(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
+    """A connection whose plans were made, for any arguments, before the crowd came."""
+    admin = await asyncpg.connect(postgres.url())
+    await admin.execute("CREATE DATABASE grown_query_plans")
+    settings = database_settings(postgres.url("grown_query_plans"))
+    await asyncio.to_thread(migrate, settings)
+    connection = await Connector(settings, "query-plans").connect()
+    today = await days.today(connection)
+    for number in range(-2, 2):
+        assert await days.make_day(connection, today.later(number))
+    few = _CROWD.replace("4000", "20").replace("20000", "20")
+    await connection.execute(few)
+    await connection.execute("VACUUM ANALYZE")
+    await connection.execute("SET plan_cache_mode = force_generic_plan")
+    for number, statement in enumerate(_PLANNED_EARLY.values()):
+        await connection.execute(f"PREPARE early_{number} AS {statement}")
+        types = (await connection.prepare(statement)).get_parameters()
+        nulls = ", ".join("NULL" for _ in types)
+        await connection.execute(f"EXPLAIN EXECUTE early_{number}({nulls})")
+    # Gone, but not for the statistics, nor for what was planned by them.
+    for table in ("delivery_queue", "attempts", "finished_deliveries", "events"):
+        await connection.execute(f"DELETE FROM {table}")  # noqa: S608 - of constants
+    await connection.execute("DELETE FROM idempotency_keys; DELETE FROM webhook_configs")
+    await connection.execute(_CROWD)
+    yield connection
+    await connection.close()
+    await admin.execute("DROP DATABASE grown_query_plans")
+    await admin.close()
+
+
+@pytest.mark.parametrize("name", _PLANNED_EARLY)
+async def test_what_was_planned_of_few_rows_is_right_for_many(grown: Any, name: str) -> None:
+    arguments = await _arguments(grown, name)
+    statement = await grown.prepare(_PLANNED_EARLY[name])
+    values = ", ".join(
+        [
+            str(await grown.fetchval(f"SELECT quote_nullable(($1::{t.name})::text)", value))
+            for t, value in zip(statement.get_parameters(), arguments, strict=True)
+        ]
+    )
+    number = list(_PLANNED_EARLY).index(name)
+
+    plan = await _explain(grown, f"EXECUTE early_{number}({values})")
+
+    plan.assert_nothing_is_walked()
+    # A page of few finished deliveries may look at a whole day for them, in the order it has.
+    read = max(
+        scan.rows + scan.filtered
+        for scan in plan.scans
+        if scan.kind != "CTE Scan"
+        and not (name.startswith("page") and scan.relation.startswith("finished_deliveries"))
+    )
+    # Of 20,000 rows and more, and 4,000 configs; of a backlog 1,400 are one config's.
+    assert read <= 1500, plan.scans
+
+
+async def _arguments(connection: Any, name: str) -> Sequence[Any]:
+    """Of about 100 rows, or pages of 100."""
+    kind, _, page = name.partition(" ")
+    if kind == "page":
+        values = history._page("m_1", _PAGES[page], 51)[1]
+        column = {"of a config": "webhook_id", "of an event": "event_id"}.get(page)
+        if column:
+            found = f"SELECT {column} FROM finished_deliveries LIMIT 1"  # noqa: S608 - of constants
+            values[3] = await connection.fetchval(found)
+        return values
+    now = datetime.now(UTC)
+    queue = await connection.fetch("SELECT id FROM delivery_queue LIMIT 100")
+    configs = await connection.fetch("SELECT id FROM webhook_configs LIMIT 20")
+    ids, config_ids = [row["id"] for row in queue], [row["id"] for row in configs]
+    chains = await order.chains_after(connection, None, 100)
+    events = [make_event(merchant_id=f"m_{n}", idempotency_key=f"k{n}") for n in range(10, 60)]
+    failed = redelivery.FailedFilter(STARTED_AT, now, None, outcomes=[Outcome.SUCCEEDED])
+    arguments: dict[str, Sequence[Any]] = {
+        "enqueue": _parameters(events),
+        "previous": (["m_1"] * 50, [str(n) for n in range(50)]),
+        "claim": (100, new_id(), timedelta(seconds=60)),
+        "held": (ids, ids),
+        "spend": (config_ids, [3] * 20),
+        "park": (config_ids,),
+        "open breakers": (
+            *(config_ids, [None] * 20, [True] * 20, [0.0] * 20),
+            *(5.0, 300.0, [1] * 20),
+        ),
+        "promote": ([c.webhook_id for c in chains], [c.ordering_key for c in chains]),
+        "cancel": (await _quiet_config(connection), None),
+        "judge": redelivery._arguments(failed, redelivery.BEGINNING, 100),
+        "erase keys": ("m_1", 100, now),
+        "erase events": ("m_1", UUID(int=0), 100, now),
+        "erase attempts": ("m_1", UUID(int=0), 100, now),
+        "remove keys": (now - timedelta(days=1), 100),
+        "remove entries": (now - timedelta(days=1), 100, first_id_at(now)),
+    }
+    return arguments[name]
 
 
 def _parameters(events: Sequence[NewEvent]) -> list[Sequence[Any]]:
