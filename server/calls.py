@@ -5,15 +5,16 @@ Nothing an exception says reaches a caller unless core/errors.py made it to be s
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from core.errors import PostriderError
+from core.errors import InvalidArgument, PostriderError
 from server.authentication import Authentication
 from server.present_call import PresentCall, begin_call, present_call
 from server.refusals import Refusals
@@ -22,6 +23,7 @@ from server.status import internal_status, to_domain_error, to_status
 
 type Handler = grpc.RpcMethodHandler[Any, Any]
 type Context = grpc.aio.ServicerContext[Any, Any]
+type Read = Callable[[bytes], Any]
 
 log = structlog.get_logger()
 
@@ -69,26 +71,51 @@ class Calls(grpc.GenericRpcHandler):
 
 def _answering(handler: Handler, refusals: Refusals, reports: RpcReports) -> Handler:
     """The same handler, with a report and every error as a status."""
+    read = _readable(handler.request_deserializer)
+    # The messages of a stream are read while the handler runs. That of any other call gRPC reads
+    # before, where nobody could answer for one that is none: so it comes as bytes.
     codecs = {
-        "request_deserializer": handler.request_deserializer,
+        "request_deserializer": read if handler.request_streaming else None,
         "response_serializer": handler.response_serializer,
     }
+    take = None if handler.request_streaming else read
     if handler.response_streaming:
-        responses = _streaming(handler.stream_stream or handler.unary_stream, refusals, reports)
+        behaviour = handler.stream_stream or handler.unary_stream
+        responses = _streaming(behaviour, take, refusals, reports)
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(responses, **codecs)
         return grpc.unary_stream_rpc_method_handler(responses, **codecs)
-    answer = _unary(handler.stream_unary or handler.unary_unary, refusals, reports)
+    answer = _unary(handler.stream_unary or handler.unary_unary, take, refusals, reports)
     if handler.request_streaming:
         return grpc.stream_unary_rpc_method_handler(answer, **codecs)
     return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-def _unary(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
+def _readable(deserializer: Read | None) -> Read | None:
+    """The same deserializer; bytes that are no such message are the caller's fault."""
+    if deserializer is None:
+        return None
+
+    def read(message: bytes) -> Any:
+        try:
+            return deserializer(message)
+        except DecodeError:
+            raise InvalidArgument.of(
+                "request",
+                "its bytes are not the message of this call, or a text in it is not UTF-8",
+                reason="REQUEST_MALFORMED",
+            ) from None
+
+    return read
+
+
+def _unary(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> Any:
         call = present_call()
         call.context = context
         try:
+            if take is not None:
+                request = take(request)
             response = await behaviour(request, context)
         except asyncio.CancelledError:
             reports.end(call, "CANCELLED")
@@ -102,11 +129,13 @@ def _unary(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
     return answer
 
 
-def _streaming(behaviour: Any, refusals: Refusals, reports: RpcReports) -> Any:
+def _streaming(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
         call = present_call()
         call.context = context
         try:
+            if take is not None:
+                request = take(request)
             responses = behaviour(request, context)
             if inspect.isawaitable(responses):
                 # A handler may also write to the context instead of yielding.

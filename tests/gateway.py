@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from yarl import URL
 
 from tests.platform import Metadata
 
@@ -46,7 +47,7 @@ class Gateway:
         self.session = session
 
     async def call(
-        self, method: str, path: str, metadata: Metadata | None = None, **request: Any
+        self, method: str, path: str | URL, metadata: Metadata | None = None, **request: Any
     ) -> Answer:
         """One request; fails unless the answer is JSON, whatever its status."""
         headers = {**dict(metadata or ()), **request.pop("headers", {})}

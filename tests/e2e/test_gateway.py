@@ -7,6 +7,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from yarl import URL
 
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
@@ -225,6 +226,14 @@ async def test_json_of_the_wrong_form_is_a_typed_400(platform: Platform, gateway
         assert (answer.status, answer.body["code"]) == (400, 3), body
         assert answer.reason == "REQUEST_MALFORMED"
         assert answer.body["message"]
+
+
+async def test_text_that_is_not_utf_8_is_a_typed_400(platform: Platform, gateway: Gateway) -> None:
+    for path in ("/v1/events/%ff%fe", "/v1/events?merchantId=%ff"):
+        answer = await gateway.call("GET", URL(path, encoded=True), platform.producer())
+
+        assert (answer.status, answer.body["code"]) == (400, 3), path
+        assert answer.reason == "REQUEST_MALFORMED"
 
 
 async def test_an_id_in_the_body_cannot_overrule_the_one_in_the_path(

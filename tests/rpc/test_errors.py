@@ -18,6 +18,7 @@ from tests.fakes.receiver import Receiver
 from tests.platform import Platform, bearer
 from tests.rpcs import call, methods, name_of
 
+SCOPES = ("webhooks:manage", "events:publish", "webhooks:admin")
 INTERNAL = "postgresql://user:password@10.0.0.5/postrider"
 
 
@@ -121,14 +122,19 @@ async def test_a_method_that_does_not_exist_is_unimplemented(platform: Platform)
     assert caught.value.code() is StatusCode.UNIMPLEMENTED
 
 
-async def test_bytes_that_are_no_message_are_not_a_crash(platform: Platform) -> None:
+async def test_bytes_that_are_no_message_are_the_callers_fault(
+    platform: Platform, logged: list[Any]
+) -> None:
     untyped: Any = platform.channel.unary_unary
     for method in methods():
         path = f"/{method.containing_service.full_name}/{method.name}"
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await untyped(path)(b"\xff" * 10, metadata=platform.merchant())
-        assert "Traceback" not in (caught.value.details() or "")
-    await list_deliveries(platform)
+        metadata = bearer(platform.token(*SCOPES, merchant_id="m_1", subject=path))
+        # A token that is new and one that was seen before take different ways.
+        for _ in range(2):
+            async with refused(StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED"):
+                await untyped(path)(b"\xff" * 10, metadata=metadata)
+    lines = [(entry["event"], entry["reason"]) for entry in logged]
+    assert lines == [("rpc", "REQUEST_MALFORMED")] * 2 * len(methods())
 
 
 @pytest.fixture
