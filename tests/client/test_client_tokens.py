@@ -128,3 +128,12 @@ async def test_an_expired_token_is_never_returned(
 
 def test_a_token_does_not_show_itself() -> None:
     assert "secret-jwt" not in repr(Token("secret-jwt"))
+
+
+@pytest.mark.parametrize("value", ["", "ey.ey.s\n", "ey.ey.s ", "ey.ey\x00s", "ey.é.s"])
+async def test_what_no_header_can_carry_is_refused_by_name(value: str, clock: Clock) -> None:
+    async def source() -> Token:
+        return Token(value)
+
+    with pytest.raises(TokenUnavailable, match="white space"):
+        await TokenCache(source, clock=clock).get()

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from postrider_client.errors import TokenUnavailable
 
 #: After a failure the source is left alone for this long while the old token is still good.
 _RETRY_SECONDS = 1.0
+_SENDABLE = re.compile(r"[\x21-\x7e]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,12 @@ class TokenCache:
 
     async def _fetch(self) -> Token:
         token = await self._source()
-        if not token.value.isascii() or not token.value:
-            raise ValueError("the token source returned no ASCII token")
+        # gRPC never ends a call whose header it cannot send, not even at its deadline.
+        if not _SENDABLE.fullmatch(token.value):
+            raise ValueError(
+                "the token source returned a token that is empty or has white space, such as the "
+                "newline at the end of a file, or characters that no token has"
+            )
         if token.expires_at <= self._clock():
             raise ValueError("the token source returned a token that has expired")
         return token
