@@ -135,6 +135,17 @@ async def test_publish_waits_while_too_much_is_pending(held: HeldTransport) -> N
     await publisher.close()
 
 
+async def test_what_is_no_event_takes_no_place(held: HeldTransport) -> None:
+    held.gate.set()
+    no_event: Any = {"merchant_id": "m_1"}
+    async with Publisher(held, max_pending=1) as publisher, asyncio.timeout(5):
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                await publisher.publish(no_event)
+        await publisher.publish(event("a"))
+    assert held.batches == [["a"]]
+
+
 async def test_the_message_may_be_reused_at_once(held: HeldTransport) -> None:
     held.gate.set()
     async with Publisher(held, linger_ms=20) as publisher:

@@ -87,15 +87,16 @@ class Publisher:
 
     async def publish(self, event: event_pb2.EventInput) -> asyncio.Future[Published]:
         """Take the event, once there is room; the future is done when it is durable or refused."""
+        # A copy, since the caller may reuse the message while it waits here. First of all, since
+        # what is no event raises, and must not take a place with it.
+        taken = event_pb2.EventInput()
+        taken.CopyFrom(event)
+        taken = keyed(taken)
+        loop = asyncio.get_running_loop()
         await self._room.acquire()
         if self._closed:
             self._room.release()
             raise PublisherClosed("this publisher is closed")
-        loop = asyncio.get_running_loop()
-        # A copy, since the caller may reuse the message while it waits here.
-        taken = event_pb2.EventInput()
-        taken.CopyFrom(event)
-        taken = keyed(taken)
         self._numbered += 1
         pending = _Pending(
             self._numbered, taken, loop.create_future(), taken.ByteSize(), loop.time()
