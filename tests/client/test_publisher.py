@@ -273,3 +273,16 @@ async def test_a_close_that_is_given_up_leaves_no_future_undone(held: HeldTransp
         with pytest.raises(PublishFailed):
             await future
     assert held.closed
+
+
+async def test_a_close_given_up_at_once_leaves_no_future_undone(held: HeldTransport) -> None:
+    publisher = Publisher(held, linger_ms=60_000)
+    future = await publisher.publish(event("a"))
+    closing = asyncio.create_task(publisher.close())
+    # One turn of the loop: the batch is ripe, and the task that will send it has not begun.
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait({closing})
+    with pytest.raises(PublishFailed):
+        await asyncio.wait_for(future, 5)
+    assert held.batches == []

@@ -249,7 +249,9 @@ class Publisher:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        left, self._waiting = list(self._waiting), deque()
+        # Those of a batch whose task had not begun when it was cancelled are among them.
+        left = sorted(self._unsettled, key=lambda pending: pending.number)
+        self._waiting.clear()
         self._fail_all(left, PublisherClosed("this publisher was closed before it was sent"))
         self._unsettled.difference_update(left)
         for _ in left:
