@@ -106,13 +106,35 @@ def _channel(given: dict[str, Any]) -> Any:
         path = given[name]
         return None if path is None else _content(path).encode()
 
-    certificate = read("client_certificate_file")
-    if not (given["tls"] or given["server_ca_file"] or certificate):
+    names = ("server_ca_file", "client_certificate_file", "client_key_file")
+    if not (given["tls"] or any(given[name] is not None for name in names)):
         return grpc.aio.insecure_channel(given["address"])
-    credentials = grpc.ssl_channel_credentials(
-        read("server_ca_file"), read("client_key_file"), certificate
-    )
+    authorities, certificate, key = (read(name) for name in names)
+    # gRPC ends the whole process over half a pair, and of files that are no good says nothing.
+    if (certificate is None) != (key is None):
+        raise ConfigurationError("--client-certificate-file and --client-key-file go together")
+    _check_pem(given)
+    credentials = grpc.ssl_channel_credentials(authorities, key, certificate)
     return grpc.aio.secure_channel(given["address"], credentials)
+
+
+def _check_pem(given: dict[str, Any]) -> None:
+    context = ssl.create_default_context()
+    options = "--server-ca-file"
+    try:
+        if given["server_ca_file"] is not None:
+            context.load_verify_locations(given["server_ca_file"])
+        if given["client_certificate_file"] is not None:
+            options = "--client-certificate-file and --client-key-file"
+            # With a password, or it asks the terminal for that of a key that is encrypted.
+            context.load_cert_chain(
+                given["client_certificate_file"], given["client_key_file"], password=""
+            )
+    except OSError as error:
+        raise ConfigurationError(
+            f"{options} cannot be used ({error.strerror or error}): name what is in PEM, and a "
+            "certificate with its own key"
+        ) from None
 
 
 def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]]:

@@ -117,3 +117,28 @@ async def test_what_is_wrong_is_said(
 
     assert (ended_with, report["failed_step"]) == (code, step)
     assert said in report["error"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--client-certificate-file", "one.pem"], "go together"),
+        (["--client-key-file", "one.key"], "go together"),
+        (["--client-certificate-file", "one.pem", "--client-key-file", "other.key"], "own key"),
+        (["--server-ca-file", "empty.pem"], "--server-ca-file cannot be used"),
+    ],
+)
+async def test_tls_files_that_are_no_good_are_named(
+    *, command: list[str], authority: trustme.CA, tmp_path: Path, options: list[str], said: str
+) -> None:
+    for name in ("one", "other"):
+        certificate = authority.issue_cert(f"{name}.example")
+        certificate.cert_chain_pems[0].write_to_path(str(tmp_path / f"{name}.pem"))
+        certificate.private_key_pem.write_to_path(str(tmp_path / f"{name}.key"))
+    (tmp_path / "empty.pem").touch()
+    given = [str(tmp_path / o) if "." in o else o for o in options]
+
+    code, report = await ended(await start([*command, *given]))
+
+    assert (code, report["failed_step"]) == (2, "start")
+    assert said in report["error"]
