@@ -5,7 +5,6 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from core.errors import ConfigurationError
@@ -28,6 +27,7 @@ from server.certificates import CertificateCallers
 from server.config import ServerSettings, TlsSettings
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
+from server.health import Health
 from server.limits import channel_options
 from server.refusals import Refusals
 from server.rpc_report import RpcReports
@@ -111,7 +111,7 @@ class App:
             public,
             CertificateCallers(scopes) if scopes else None,
         )
-        self._health = health_aio.HealthServicer()
+        self._health = Health(("", LIVENESS, *SERVICE_NAMES))
         services: Any = _Services()
         event_service_pb2_grpc.add_EventServiceServicer_to_server(events, services)
         webhook_config_service_pb2_grpc.add_WebhookConfigServiceServicer_to_server(

@@ -16,6 +16,7 @@ from tests.platform import Platform, running_platform
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+pb: Any = health_pb2
 #: Interval 0.05 s, connect timeout 0.5 s, and what a busy machine adds.
 SECONDS_UNTIL_TOLD = 5
 
@@ -35,10 +36,13 @@ class Watched:
 
 async def statuses(channel: grpc.aio.Channel) -> dict[str, int]:
     stub: Any = health_pb2_grpc.HealthStub(channel)
-    return {
+    found = {
         name: (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status
         for name in ("", *SERVICE_NAMES, LIVENESS)
     }
+    listed = (await stub.List(pb.HealthListRequest())).statuses
+    assert {name: health.status for name, health in listed.items()} == found
+    return found
 
 
 @pytest.fixture
