@@ -43,8 +43,9 @@ class Answer:
 class Gateway:
     """Calls through Envoy, as a merchant's HTTP client makes them."""
 
-    def __init__(self, session: aiohttp.ClientSession):
+    def __init__(self, session: aiohttp.ClientSession, address: str):
         self.session = session
+        self.address = address
 
     async def call(
         self, method: str, path: str | URL, metadata: Metadata | None = None, **request: Any
@@ -81,8 +82,9 @@ async def running_gateway(server_address: str, directory: Path) -> AsyncIterator
             await _until_accepting(port)
         # A pipe that nobody reads stops its writer once it is full.
         draining = asyncio.create_task(process.stderr.read())
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            yield Gateway(session)
+        address = f"http://127.0.0.1:{port}"
+        async with aiohttp.ClientSession(address) as session:
+            yield Gateway(session, address)
     finally:
         process.kill()
         await process.wait()

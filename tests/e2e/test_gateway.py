@@ -5,6 +5,7 @@ import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import orjson
 import pytest
 from yarl import URL
@@ -266,3 +267,23 @@ async def test_a_server_that_is_away_is_a_typed_503(tmp_path: Path) -> None:
         answer = await gateway.call("GET", CONFIGS)
 
     assert (answer.status, answer.body["code"], answer.reason) == (503, 14, "SERVER_UNAVAILABLE")
+
+
+async def test_what_is_no_server_is_a_typed_502(tmp_path: Path) -> None:
+    async def speak_http_1(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    other = await asyncio.start_server(speak_http_1, "127.0.0.1", 0)
+    port = other.sockets[0].getsockname()[1]
+    async with other, running_gateway(f"127.0.0.1:{port}", tmp_path) as gateway:
+        answer = await gateway.call("GET", CONFIGS)
+
+    assert (answer.status, answer.body["code"], answer.reason) == (502, 14, "SERVER_UNAVAILABLE")
+
+
+async def test_http_1_0_is_a_typed_426(platform: Platform, gateway: Gateway) -> None:
+    async with aiohttp.ClientSession(gateway.address, version=aiohttp.HttpVersion10) as old:
+        answer = await Gateway(old, gateway.address).call("GET", CONFIGS, platform.merchant())
+
+    assert (answer.status, answer.body["code"], answer.reason) == (426, 3, "REQUEST_MALFORMED")
