@@ -57,7 +57,7 @@ class Outcome(StrEnum):
     PROTOCOL_ERROR = "protocol_error"
     #: The URL, or the address behind it, is none that we call: permanent, so it is not retried.
     REFUSED = "refused"
-    #: A fault of ours: retried, but never counted against the webhook config.
+    #: A fault of ours: uses up no retries, and is never counted against the webhook config.
     INTERNAL_ERROR = "internal_error"
 
 

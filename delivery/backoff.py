@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 #: together are not called again together.
 JITTER = 0.2
 
+#: What a fault of ours waits for is our own recovery, which takes moments or an operator.
+_FAULT_SECONDS = 1.0
+_FAULT_SECONDS_MAX = 900.0
+
 
 def backoff_schedule(
     operator_schedule: Sequence[float], max_retries: int, own_schedule: Sequence[float]
@@ -29,3 +33,12 @@ def next_backoff(
     if attempts_made > len(schedule):
         return None
     return schedule[attempts_made - 1] * (1 + JITTER * random())
+
+
+def fault_backoff(faults: int, retries: int, random: Callable[[], float]) -> float | None:
+    """Seconds until the next attempt after `faults` (≥ 1) that were broken by us; None: give up."""
+    if faults > retries:
+        return None
+    # Their number has no bound that keeps a power of it small.
+    wait = min(_FAULT_SECONDS * 2.0 ** min(faults - 1, 20), _FAULT_SECONDS_MAX)
+    return wait * (1 + JITTER * random())

@@ -23,6 +23,14 @@ class DeliverySettings(Block):
         description="comma-separated waits before each retry, up to a fifth longer by jitter; the "
         "last repeats when there are more retries than waits",
     )
+    max_fault_retries: int = Field(
+        300,
+        ge=0,
+        le=10_000,
+        description="attempts after those that a fault of Postrider's own broke, such as a missing "
+        "encryption key, before a delivery has failed; they use up no other retries, and their "
+        "waits double from 1 s to 15 min: 300 are three days",
+    )
     max_consecutive_failures: int = Field(
         10,
         ge=1,

@@ -3,9 +3,9 @@
 import random
 from datetime import datetime
 
-from core.lifecycle import AttemptResult, DeliveryState
+from core.lifecycle import AttemptResult, DeliveryState, Outcome
 from core.queue import LeasedDelivery, Settlement
-from delivery.backoff import backoff_schedule, next_backoff
+from delivery.backoff import backoff_schedule, fault_backoff, next_backoff
 from delivery.config import DeliverySettings
 from delivery.outcome import final_state
 from delivery.webhooks import Webhook
@@ -25,11 +25,7 @@ def judge(
     result: AttemptResult,
 ) -> Settlement:
     """Final state or another attempt, and when: the one place where this is decided."""
-    schedule = backoff_schedule(
-        settings.retry_schedule_seconds, settings.max_retries, webhook.retry_schedule_seconds
-    )
-    # Jitter keeps receivers from being called in step; nobody gains from predicting it.
-    backoff = next_backoff(schedule, delivery.attempt_count + 1, random.random)
+    backoff = _backoff(delivery, webhook, settings, result.outcome)
     state = final_state(result.outcome, result.status_code, backoff)
     # A receiver may ask for more time, never for less.
     wait = max(backoff or 0.0, asked_seconds(result, settings))
@@ -54,3 +50,18 @@ def judge(
         owed_since=delivery.owed_since,
         webhook_id=delivery.webhook_id,
     )
+
+
+def _backoff(
+    delivery: LeasedDelivery, webhook: Webhook, settings: DeliverySettings, outcome: Outcome
+) -> float | None:
+    """Faults of ours and what receivers do wrong are counted apart: neither spends the other's."""
+    # Jitter keeps receivers from being called in step; nobody gains from predicting it.
+    if outcome is Outcome.INTERNAL_ERROR:
+        return fault_backoff(delivery.fault_count + 1, settings.max_fault_retries, random.random)
+    schedule = backoff_schedule(
+        settings.retry_schedule_seconds, settings.max_retries, webhook.retry_schedule_seconds
+    )
+    # Not less than one, whatever somebody's SQL has left there.
+    made = max(delivery.attempt_count + 1 - delivery.fault_count, 1)
+    return next_backoff(schedule, made, random.random)

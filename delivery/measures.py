@@ -10,7 +10,7 @@ from delivery.busiest import BusiestMerchants
 
 #: Claims and sweeps ask the database every second, so this is long.
 _QUIET_SECONDS_MAX = 10.0
-#: A delivery has 1 attempt, 4 by default, 21 at most.
+#: A delivery has 1 attempt, 4 by default, 21 at most; more only by faults of ours.
 _ATTEMPTS = (1, 2, 3, 4, 6, 11, 21)
 _MICRO = 1e-6
 

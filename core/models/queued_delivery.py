@@ -114,3 +114,6 @@ class QueuedDelivery(Base):
     ordering_position: Mapped[int | None] = mapped_column(
         BigInteger, comment="Its place in that order"
     )
+    fault_count: Mapped[int] = mapped_column(
+        server_default=text("0"), comment="Attempts on record that a fault of ours broke"
+    )

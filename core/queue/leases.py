@@ -21,7 +21,7 @@ WITH due AS (
     SET state = 'leased', lease_id = $2, lease_until = now() + $3
     FROM due WHERE {by_id("due.id")}
     RETURNING q.id, q.webhook_id, q.event_id, q.merchant_id, q.event_type, q.attempt_count,
-        q.created_at
+        q.fault_count, q.created_at
 )
 SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_active,
     c.deleted_at IS NOT NULL AS webhook_deleted, c.breaker_open_until,
@@ -31,7 +31,8 @@ SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_act
         WHERE p.webhook_id = l.webhook_id AND p.state = 'parked' LIMIT 1
     ) IS NOT NULL AS has_backlog,
     l.event_id, l.merchant_id, l.event_type, e.content_type, e.payload, l.attempt_count,
-    greatest(l.created_at, e.not_before) AS owed_since, now() AS claimed_at, e.trace_parent
+    l.fault_count, greatest(l.created_at, e.not_before) AS owed_since, now() AS claimed_at,
+    e.trace_parent
 FROM leased l
 JOIN webhook_configs c ON {equal("c.id", "l.webhook_id")}
 JOIN events e ON {equal("e.id", "l.event_id")}

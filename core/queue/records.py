@@ -63,6 +63,8 @@ class LeasedDelivery(NamedTuple):
     content_type: str
     payload: bytes
     attempt_count: int
+    #: How many of them a fault of ours broke.
+    fault_count: int
     #: When it was accepted or asked for again, or later: its event's not_before.
     owed_since: datetime
     claimed_at: datetime

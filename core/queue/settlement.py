@@ -32,6 +32,7 @@ WITH input AS (
 ), rescheduled AS (
     UPDATE delivery_queue q
     SET state = 'ready', lease_id = NULL, lease_until = NULL, attempt_count = q.attempt_count + 1,
+        fault_count = q.fault_count + (i.outcome = 'internal_error')::int,
         due_at = now() + i.retry_after * interval '1 second'
     FROM input i
     WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NULL

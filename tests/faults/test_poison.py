@@ -70,7 +70,7 @@ async def test_a_poison_row_harms_nothing_but_itself(
         return await scene.load.answer(request)
 
     scene.receiver.default = answer
-    await scene.engine(**PATIENT, max_retries=2)
+    await scene.engine(**PATIENT, max_retries=2, max_fault_retries=2)
     await poison(scene, pool)
     async with scene.load.running() as load:
         await load.arrived_more(100)

@@ -647,12 +647,10 @@ async def test_an_unreadable_secret_is_our_fault_alone(
         parse_id("wh", created.webhook_config.id),
         ciphertext,
     )
-    async with platform.engine(
-        max_retries=1, max_consecutive_failures=1, retry_schedule_seconds=(0.02,)
-    ):
+    async with platform.engine(max_retries=0, max_fault_retries=1, max_consecutive_failures=1):
         await platform.publish()
         await platform.publish(merchant_id="m_2")
-        await log.wait_for("attempt", 3, timeout=5)
+        await log.wait_for("attempt", 3, timeout=AMPLE)
     assert len(receiver.webhooks) == 1
     [delivery] = await deliveries(platform)
     assert delivery.state == delivery_pb2.DELIVERY_STATE_FAILED
@@ -675,7 +673,9 @@ async def test_an_unreadable_secret_is_read_once_its_key_is_in_the_file(
     assert webhook_id is not None
     pair = new_key()
     elsewhere = load_keyring(EncryptionSettings(encryption_keys=SecretStr(pair)))
-    async with platform.engine(max_retries=20, retry_schedule_seconds=(0.02,)):
+    # After the faults it has all its retries, which is one.
+    receiver.script.append(500)
+    async with platform.engine(max_retries=1, retry_schedule_seconds=(0.02,)):
         # As a server does that has the new key already, where this engine's file comes late.
         await pool.execute(
             "UPDATE webhook_configs SET secret_key_id = $2, secret_ciphertext = $3 WHERE id = $1",
@@ -684,8 +684,14 @@ async def test_an_unreadable_secret_is_read_once_its_key_is_in_the_file(
         await platform.publish()
         await log.wait_for("secret_unreadable", 1, timeout=AMPLE)
         file.write_text(f"{ENCRYPTION_KEYS}\n{pair}\n")
-        await receiver.wait_for(1)
+        await receiver.wait_for(2)
     assert log.named("secret_file_loaded")
+    [delivery] = await deliveries(platform)
+    assert delivery.state == delivery_pb2.DELIVERY_STATE_DELIVERED
+    *faults, failed, delivered = [attempt.outcome for attempt in delivery.attempts]
+    assert set(faults) == {delivery_pb2.OUTCOME_INTERNAL_ERROR}
+    assert failed == delivery_pb2.OUTCOME_HTTP_ERROR
+    assert delivered == delivery_pb2.OUTCOME_SUCCEEDED
 
 
 async def test_an_event_is_sent_on_the_hint_long_before_the_poll(

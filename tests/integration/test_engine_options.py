@@ -372,7 +372,7 @@ async def test_stored_headers_that_could_break_out_harm_only_their_own_webhooks(
         '{"X-Tenant": "a\\r\\nX-Admin: 1"}',
         parse_id("wh", healthy.webhook_config.id),
     )
-    async with platform.engine(max_retries=0):
+    async with platform.engine(max_fault_retries=0):
         await platform.publish()
         await receiver.wait_for(1)
         await until_queued(pool, {})

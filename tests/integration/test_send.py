@@ -873,6 +873,7 @@ def leased(payload: bytes, attempt_count: int = 0) -> LeasedDelivery:
         content_type="application/json; charset=utf-8",
         payload=payload,
         attempt_count=attempt_count,
+        fault_count=0,
         owed_since=datetime.datetime.now(datetime.UTC),
         claimed_at=datetime.datetime.now(datetime.UTC),
     )

@@ -92,7 +92,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     not allowed, or nothing that can be called. Not retried.
     """
     OUTCOME_INTERNAL_ERROR: _Outcome.ValueType  # 9
-    """A fault of Postrider itself; never counted against the webhook config."""
+    """A fault of Postrider itself; uses up no retries, and is never counted against the webhook config."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """What came of an attempt."""
@@ -118,7 +118,7 @@ OUTCOME_REFUSED: Outcome.ValueType  # 8
 not allowed, or nothing that can be called. Not retried.
 """
 OUTCOME_INTERNAL_ERROR: Outcome.ValueType  # 9
-"""A fault of Postrider itself; never counted against the webhook config."""
+"""A fault of Postrider itself; uses up no retries, and is never counted against the webhook config."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final

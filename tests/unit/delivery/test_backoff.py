@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delivery.backoff import JITTER, backoff_schedule, next_backoff
+from delivery.backoff import JITTER, backoff_schedule, fault_backoff, next_backoff
+from delivery.config import DeliverySettings
 
 WAITS = st.floats(min_value=0.001, max_value=86_400)
 SCHEDULES = st.lists(WAITS, min_size=1, max_size=20)
@@ -72,3 +73,26 @@ def test_jitter_never_hastens_and_delays_by_a_fifth_at_most(
 def test_two_receivers_that_failed_together_are_not_called_together() -> None:
     chances = iter((0.0, 0.5, 0.9))
     assert len({next_backoff((10.0,), 1, lambda: next(chances)) for _ in range(3)}) == 3
+
+
+def test_faults_of_ours_wait_twice_as_long_each_time_up_to_a_quarter_of_an_hour() -> None:
+    waits = [fault_backoff(faults, 300, lambda: 0.0) for faults in range(1, 13)]
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]
+
+
+@given(st.integers(1, 10_000), st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
+def test_faults_of_ours_end_a_delivery_after_so_many_retries(
+    faults: int, retries: int, chance: float
+) -> None:
+    wait = fault_backoff(faults, retries, lambda: chance)
+    if faults > retries:
+        assert wait is None
+    else:
+        assert wait is not None
+        assert 1 <= wait <= 900 * (1 + JITTER)
+
+
+def test_by_default_a_fault_of_ours_is_waited_for_about_three_days() -> None:
+    retries = DeliverySettings().max_fault_retries
+    waits = [fault_backoff(faults, retries, lambda: 0.0) or 0.0 for faults in range(1, retries + 1)]
+    assert 3 <= sum(waits) / 86_400 < 3.1

@@ -35,6 +35,7 @@ def delivery(webhook_id: object = ONE, open_until: datetime | None = None) -> Le
         content_type="application/json",
         payload=b"{}",
         attempt_count=0,
+        fault_count=0,
         owed_since=NOW,
         claimed_at=NOW,
     )
