@@ -258,6 +258,10 @@ class Engine:
                 self._measures.leases_lost += 1
                 log.warning("lease_lost", delivery_id=format_id("dlv", settlement.delivery_id))
                 continue
+            if settlement.delivery_id in settled.outdated:
+                log.info("attempt_outdated", delivery_id=format_id("dlv", settlement.delivery_id))
+                self._listener.wake()
+                continue
             self._measures.settled(settlement)
             if settlement.final_state is None:
                 self._listener.expect_retry(settlement.retry_after_seconds)

@@ -120,6 +120,8 @@ class Settled:
     delivery_ids: frozenset[UUID]
     deactivated: Mapping[UUID, DeactivationReason]
     ended_chains: tuple[Chain, ...] = ()
+    #: Those that were to fail by a config which has been changed since; they are open, and due.
+    outdated: frozenset[UUID] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,25 @@ from core.queue.records import Chain, Connection, Settled, Settlement
 # Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
 # Only rows whose lease still holds take part in any of it.
 _SETTLE = f"""
-WITH input AS (
+WITH given AS (
     SELECT * FROM unnest(
         $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::text[], $7::timestamptz[], $8::int[],
         $9::text[], $10::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[],
         $16::int[]
     ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
-        duration_us, final_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
+        duration_us, wanted_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
         response_excerpt, blamed_version, position)
+), outdated AS (
+    -- Its merchant has changed the config since, to another URL perhaps: this is not the last word.
+    -- That we made the config inactive is no such change.
+    SELECT g.delivery_id, g.position
+    FROM given g JOIN delivery_queue q ON {by_id("g.delivery_id")} AND q.lease_id = g.lease_id
+    JOIN webhook_configs c ON c.id = ANY (ARRAY[q.webhook_id])
+    WHERE g.wanted_state = 'failed' AND g.blamed_version < c.version
+    AND (c.active OR c.deactivation_reason = 'paused')
+), input AS (
+    SELECT g.*, CASE WHEN o.position IS NULL THEN g.wanted_state END AS final_state
+    FROM given g LEFT JOIN outdated o ON o.position = g.position
 ), finished AS (
     DELETE FROM delivery_queue q USING input i
     WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
@@ -98,6 +109,8 @@ UNION ALL
 SELECT id, 'deactivated', NULL, ends_by FROM counted WHERE ends_by IS NOT NULL
 UNION ALL
 SELECT webhook_id, 'chain', ordering_key, NULL FROM finished WHERE ordering_key IS NOT NULL
+UNION ALL
+SELECT delivery_id, 'outdated', NULL, NULL FROM outdated
 """  # noqa: S608 - of constants
 
 #: The fields of a settlement that the statement takes, which are its first ones.
@@ -111,7 +124,7 @@ async def settle(
 
     A settlement whose lease no longer holds is ignored as a whole: no attempt, no count. Failures
     count in the order of the batch, and a delivered one forgives those before it; a 410 ends its
-    config at once.
+    config at once. No delivery ends as failed on the word of an older version of its config.
     """
     if not settlements:
         return Settled(frozenset(), {})
@@ -130,4 +143,5 @@ async def settle(
         frozenset(row["id"] for row in rows if row["kind"] == "settled"),
         deactivated,
         tuple(Chain(row["id"], row["ordering_key"]) for row in rows if row["kind"] == "chain"),
+        frozenset(row["id"] for row in rows if row["kind"] == "outdated"),
     )

@@ -380,9 +380,11 @@ async def test_what_the_old_url_says_after_a_move_does_not_stop_the_new_one(
             metadata=platform.merchant(),
         )
         moved.set()
+        # What the old URL refused is for the new one to take.
+        await new.wait_for(1)
         await until(settled)
         await platform.publish()
-        await new.wait_for(1)
+        await new.wait_for(2)
     [config] = await pool.fetch("SELECT active, consecutive_failures FROM webhook_configs")
     assert tuple(config) == (True, 0)
 

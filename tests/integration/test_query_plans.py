@@ -314,7 +314,8 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
     )
 
     by_key = [scan for scan in plan.scans if scan.index == "delivery_queue_pkey"]
-    assert [scan.rows + scan.filtered for scan in by_key] == [50, 50]
+    # Of what is to fail, to be finished and to go on.
+    assert sorted(scan.rows + scan.filtered for scan in by_key) == [25, 50, 50]
     assert plan.index_scan("webhook_configs_pkey").rows <= 50
     plan.assert_nothing_is_walked()
 

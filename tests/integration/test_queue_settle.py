@@ -344,10 +344,31 @@ async def test_what_an_older_version_of_a_config_came_to_is_not_held_against_it(
     outdated += [failed(older, status_code=status, blamed_version=3)]
     settled = await settle(pool, *outdated)
 
-    assert settled == Settled(frozenset({old.id, older.id}), {})
+    both = frozenset({old.id, older.id})
+    assert settled == Settled(both, {}, outdated=both)
     assert await health(pool, webhook_id) == (True, None, 9)
+    # The present version has the last word.
+    assert await states(pool) == ["leased", "ready", "ready"]
+    assert {d.id for d in await queue.claim(pool, 10, 60)} == ids_of([old, older])
     settled = await settle(pool, failed(new, status_code=status, blamed_version=5))
     assert set(settled.deactivated) == {webhook_id}
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"), [("paused", "ready"), ("failures", "failed"), ("gone", "failed")]
+)
+async def test_a_config_that_we_made_inactive_is_no_newer_one(
+    pool: Any, reason: str, state: str
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    delivery = await lease_one(pool, webhook_id)
+    await pool.execute(
+        "UPDATE webhook_configs SET version = 5, active = false, deactivation_reason = $1", reason
+    )
+
+    await settle(pool, failed(delivery, blamed_version=4))
+
+    assert await states(pool) == [state]
 
 
 async def test_in_one_batch_only_the_present_version_of_a_config_is_blamed(pool: Any) -> None:
