@@ -19,7 +19,7 @@ from core.ids import format_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult, Outcome
 from core.queue import Chain, LeasedDelivery, Settled, Settlement
-from core.tasks import end
+from core.tasks import end, end_by
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
 from delivery.admit import Admission
@@ -45,6 +45,9 @@ from delivery.webhooks import Webhook, WebhookCache, forget_expired_secrets
 
 _DATABASE_RETRY_SECONDS = 0.5
 _SWEEP_SECONDS = 1.0
+#: How long a stop waits for a claim under way. What one takes whose answer comes later is sent when
+#: its lease has ended.
+_LAST_CLAIM_SECONDS = 5.0
 _SWEEPS_BETWEEN_CLEANING = 60
 
 log = structlog.get_logger()
@@ -79,7 +82,7 @@ class Engine:
         )
         self._breaker = Breaker(settings.breaker_failures, settings.breaker_failing_seconds)
         self._admission = Admission(pool)
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._room = Room(settings.max_in_flight, self._places.reserve, settings.claim_batch)
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
         # The last claim brought as many as it asked for; or we stop.
@@ -88,13 +91,19 @@ class Engine:
 
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
-        self._stopping = True
+        self._stopping.set()
         self._room.close()
         self._more_due.set()
         self._listener.wake()
 
     async def run(self) -> None:
-        """Deliver until stop(). Raises only for bugs; an absent database is waited for."""
+        """Deliver until stop(). Raises only for bugs; an absent database is waited for.
+
+        After stop() it takes the drain time twice at most, whatever the database does: once for
+        what is under way, once to tell the database of it.
+        """
+        now = asyncio.get_running_loop().time
+        seconds = self._settings.delivery_drain_seconds
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(self._recorder.run()),
@@ -102,15 +111,22 @@ class Engine:
                 group.create_task(self._sweep_forever()),
                 group.create_task(keep_clean(self._pool)),
             ]
-            await self._claim_until_stopped()
-            await self._drain()
+            claiming = group.create_task(self._claim_until_stopped())
+            stopping = group.create_task(self._stopping.wait())
+            await asyncio.wait({claiming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            drained_by = now() + seconds
+            await end_by(min(now() + _LAST_CLAIM_SECONDS, drained_by), claiming)
+            await end([stopping])
+            released = await self._drain(drained_by)
+            recorded_by = now() + seconds
+            await self._release(released, recorded_by)
             await end(loops)
-        await self._record_the_rest()
+        await self._record_the_rest(recorded_by)
 
     async def _claim_until_stopped(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._claim_beside())
-            while not self._stopping:
+            while not self._stopping.is_set():
                 # Beside the claim, which others would have to wait for longer; the next has them.
                 refilling = asyncio.create_task(self._refill())
                 try:
@@ -126,14 +142,14 @@ class Engine:
         The attempts of one claim end nearly together; until the next one came back there would be
         nothing to do.
         """
-        while not self._stopping:
+        while not self._stopping.is_set():
             await self._more_due.wait()
             await self._claim()
 
     async def _claim(self) -> bool:
         """Claim what there is room for, and begin it; whether that was all that is due."""
         limit = await self._room.wait()
-        if limit <= 0 or self._stopping:
+        if limit <= 0 or self._stopping.is_set():
             return False
         try:
             # Until its attempts have begun, or the other claim would ask for the same room.
@@ -152,7 +168,7 @@ class Engine:
         if claimed.taken == limit:
             self._more_due.set()
             return False
-        if not self._stopping:
+        if not self._stopping.is_set():
             self._more_due.clear()
         return True
 
@@ -297,29 +313,36 @@ class Engine:
                     self._listener.wake()
             await asyncio.sleep(_SWEEP_SECONDS)
 
-    async def _drain(self) -> None:
+    async def _drain(self, deadline: float) -> Sequence[LeasedDelivery]:
+        """Let attempts end until then; those that did not are given up, and returned."""
         if self._attempts:
             log.info("draining", in_flight=len(self._attempts))
-            await asyncio.wait(self._attempts, timeout=self._settings.delivery_drain_seconds)
+            rest = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait(self._attempts, timeout=max(rest, 0))
         unfinished = dict(self._attempts)
         for task in unfinished:
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished)
-            # One that ended at the last moment has a result to record.
-            released = [delivery for task, delivery in unfinished.items() if task.cancelled()]
-            log.warning("released_unfinished", deliveries=len(released))
-            try:
-                await queue.release(self._pool, released)
-            except RETRYABLE_ERRORS as error:
-                # Their leases end by themselves; only later.
-                log.warning("release_failed", error=repr(error))
+        # One that ended at the last moment has a result to record.
+        return [delivery for task, delivery in unfinished.items() if task.cancelled()]
 
-    async def _record_the_rest(self) -> None:
+    async def _release(self, deliveries: Sequence[LeasedDelivery], deadline: float) -> None:
+        if not deliveries:
+            return
+        log.warning("released_unfinished", deliveries=len(deliveries))
+        releasing = asyncio.create_task(queue.release(self._pool, deliveries))
+        await end_by(deadline, releasing)
+        try:
+            releasing.result()
+        except (*RETRYABLE_ERRORS, asyncio.CancelledError) as error:
+            # Their leases end by themselves; only later.
+            log.warning("release_failed", error=repr(error))
+
+    async def _record_the_rest(self, deadline: float) -> None:
         """Wait for the database, but not for ever: who stops us would kill us in the end."""
         recording = asyncio.create_task(self._recorder.flush())
-        await asyncio.wait({recording}, timeout=self._settings.delivery_drain_seconds)
-        await end([recording])
+        await end_by(deadline, recording)
         if not recording.cancelled():
             recording.result()
         if self._recorder.pending:
