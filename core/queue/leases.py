@@ -31,8 +31,10 @@ SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_act
         WHERE p.webhook_id = l.webhook_id AND p.state = 'parked' LIMIT 1
     ) IS NOT NULL AS has_backlog,
     l.event_id, l.merchant_id, l.event_type, e.content_type, e.payload, l.attempt_count,
-    l.fault_count, greatest(l.created_at, e.not_before) AS owed_since, now() AS claimed_at,
-    e.trace_parent
+    l.fault_count,
+    -- Nothing that Python cannot read, and not the future: clocks are set back.
+    least(greatest(l.created_at, e.not_before, 'epoch'), now()) AS owed_since,
+    now() AS claimed_at, e.trace_parent
 FROM leased l
 JOIN webhook_configs c ON {equal("c.id", "l.webhook_id")}
 JOIN events e ON {equal("e.id", "l.event_id")}
@@ -56,7 +58,8 @@ WITH expired AS (
     FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q
-SET state = 'ready', lease_id = NULL, lease_until = NULL, reclaim_count = q.reclaim_count + 1,
+SET state = 'ready', lease_id = NULL, lease_until = NULL,
+    reclaim_count = least(q.reclaim_count, 1000000) + 1,
     due_at = now() + (2 ^ least(q.reclaim_count, 9) - 1) * interval '1 second'
 FROM expired WHERE {by_id("expired.id")}
 RETURNING q.id

@@ -5,6 +5,7 @@ test_queue_settle.py has the results of attempts; test_queue_model.py mixes ever
 
 import asyncio
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -635,6 +636,34 @@ async def test_a_hint_reaches_those_who_listen(pool: Any) -> None:
         async with asyncio.timeout(10):
             await heard.wait()
         await listener.reset()
+
+
+@pytest.mark.parametrize("created_at", ["infinity", "-infinity", "20000-01-01", "4000-01-01 BC"])
+async def test_a_time_that_nobody_could_read_takes_no_claim_with_it(
+    pool: Any, created_at: str
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    odd, sound = [await make_delivery(pool, webhook_id) for _ in range(2)]
+    await pool.execute(
+        f"UPDATE delivery_queue SET created_at = '{created_at}' WHERE id = $1",  # noqa: S608
+        odd,
+    )
+
+    claimed = await queue.claim(pool, 10, 60)
+
+    assert ids_of(claimed) == {odd, sound}
+    # What is owed since then is reckoned by it.
+    assert all(d.claimed_at - d.owed_since >= timedelta(0) for d in claimed)
+
+
+async def test_a_delivery_is_reclaimed_however_often_it_was_before(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    most = 2**31 - 1
+    delivery_id = await make_delivery(
+        pool, webhook_id, state="leased", lease_in=-1, reclaim_count=most
+    )
+
+    assert await queue.reclaim(pool, 10) == [delivery_id]
 
 
 # --- the table's own rules
