@@ -14,7 +14,7 @@ from core.lifecycle import Outcome
 from delivery.destination import Destination
 from delivery.dialler import Dialler, open_dialler
 from delivery.send import send
-from delivery.tls_sessions import TlsSessions
+from delivery.tls_sessions import ResumingTls, TlsSessions
 from tests.fakes.names import FakeNames
 from tests.fakes.raw_receiver import RawReceiver, receiving_raw, server_tls
 from tests.integration.test_send import AMPLE, LOOPBACK_ALLOWED
@@ -61,6 +61,24 @@ async def dialler(ca_file: Path) -> AsyncIterator[Dialler]:
 async def post(dialler: Dialler, receiver: Handshakes, host: str = "a.example") -> Outcome:
     url = f"https://{host}:{receiver.port}/"
     return (await send(dialler, Destination(url), b"", b"{}", AMPLE)).outcome
+
+
+async def test_a_session_is_read_once_however_often_it_is_resumed(
+    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine: Any = ssl.SSLObject.__dict__["session"]
+    reads: list[ssl.SSLObject] = []
+
+    def read(tls: ssl.SSLObject) -> Any:
+        reads.append(tls)
+        return genuine.__get__(tls)
+
+    # CPython leaks a copy with each.
+    monkeypatch.setattr(ResumingTls, "session", property(read, genuine.__set__), raising=False)
+    for _ in range(5):
+        assert await post(dialler, receiver) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, True, True, True, True]
+    assert len(reads) == 1
 
 
 async def test_a_later_connection_resumes_and_other_hosts_do_not(
