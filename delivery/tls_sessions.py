@@ -26,6 +26,8 @@ class TlsSessions:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, deque[_Kept]] = OrderedDict()
+        # When a host did not take up what it was offered.
+        self._declined: OrderedDict[str, float] = OrderedDict()
 
     def take(self, host: str) -> _Kept | None:
         """The newest session of this host that is not too old."""
@@ -42,6 +44,19 @@ class TlsSessions:
         self._kept.move_to_end(host)
         if len(self._kept) > _HOSTS_MAX:
             self._kept.popitem(last=False)
+
+    def decline(self, host: str) -> None:
+        """It did not resume: for an hour none of its sessions is wanted."""
+        self._kept.pop(host, None)
+        self._declined[host] = monotonic()
+        self._declined.move_to_end(host)
+        if len(self._declined) > _HOSTS_MAX:
+            self._declined.popitem(last=False)
+
+    def are_wanted(self, host: str) -> bool:
+        """Whether it is worth while to read a session of this host."""
+        declined_at = self._declined.get(host)
+        return declined_at is None or monotonic() - declined_at > _VERIFIED_SECONDS_MAX
 
 
 class ResumingTls(ssl.SSLObject):
@@ -65,12 +80,16 @@ class ResumingTls(ssl.SSLObject):
         """After an answer: with TLS 1.3 a session comes with it, not with the handshake.
 
         One that was resumed goes back as it is. CPython leaks a copy of the session, 6.5 KB and
-        more, each time that `session` is read, so it is read once, and only of a full handshake.
+        more, each time that `session` is read, so it is read once, only of a full handshake, and
+        not of a host that resumes none.
         """
         host = self.server_hostname or ""
-        if self._resumed is not None and self.session_reused:
-            self.sessions.keep(host, *self._resumed)
-        elif (session := self.session) is not None:
+        if self._resumed is not None:
+            if self.session_reused:
+                self.sessions.keep(host, *self._resumed)
+            else:
+                self.sessions.decline(host)
+        elif self.sessions.are_wanted(host) and (session := self.session) is not None:
             self.sessions.keep(host, session, monotonic())
 
 

@@ -63,9 +63,9 @@ async def post(dialler: Dialler, receiver: Handshakes, host: str = "a.example") 
     return (await send(dialler, Destination(url), b"", b"{}", AMPLE)).outcome
 
 
-async def test_a_session_is_read_once_however_often_it_is_resumed(
-    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLObject]:
+    """Of whom the session was read; CPython leaks a copy each time."""
     genuine: Any = ssl.SSLObject.__dict__["session"]
     reads: list[ssl.SSLObject] = []
 
@@ -73,12 +73,35 @@ async def test_a_session_is_read_once_however_often_it_is_resumed(
         reads.append(tls)
         return genuine.__get__(tls)
 
-    # CPython leaks a copy with each.
     monkeypatch.setattr(ResumingTls, "session", property(read, genuine.__set__), raising=False)
+    return reads
+
+
+async def test_a_session_is_read_once_however_often_it_is_resumed(
+    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+) -> None:
     for _ in range(5):
         assert await post(dialler, receiver) is Outcome.SUCCEEDED
     assert receiver.resumed == [False, True, True, True, True]
     assert len(reads) == 1
+
+
+async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
+    dialler: Dialler,
+    authority: trustme.CA,
+    reads: list[ssl.SSLObject],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began = monotonic()
+    for count, seconds in enumerate((0, 1, 2, 3, 3500, 3700, 3701, 3702), start=1):
+        monkeypatch.setattr("delivery.tls_sessions.monotonic", lambda now=began + seconds: now)
+        # Each with keys of its own, so none can read the ticket of another.
+        fresh = Handshakes()
+        async with receiving_raw(fresh, server_tls(authority.issue_cert("a.example"))):
+            assert await post(dialler, fresh) is Outcome.SUCCEEDED
+        assert fresh.resumed == [False]
+        # The first, and after an hour the next.
+        assert len(reads) == (1 if count <= 5 else 2)
 
 
 async def test_a_later_connection_resumes_and_other_hosts_do_not(
@@ -141,3 +164,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             sessions.keep(f"{n}.example", session, monotonic())
     assert sorted(sessions._kept) == ["2.example", "3.example", "4.example"]
     assert [len(kept) for kept in sessions._kept.values()] == [4, 4, 4]
+    for n in range(5):
+        sessions.decline(f"{n}.example")
+    assert sorted(sessions._declined) == ["2.example", "3.example", "4.example"]
+    assert sessions._kept == {}
