@@ -126,9 +126,9 @@ def _check_pem(given: dict[str, Any]) -> None:
             context.load_verify_locations(given["server_ca_file"])
         if given["client_certificate_file"] is not None:
             options = "--client-certificate-file and --client-key-file"
-            # With a password, or it asks the terminal for that of a key that is encrypted.
+            # Or it asks the terminal for the password of a key that is encrypted.
             context.load_cert_chain(
-                given["client_certificate_file"], given["client_key_file"], password=""
+                given["client_certificate_file"], given["client_key_file"], password=bytes
             )
     except OSError as error:
         raise ConfigurationError(
