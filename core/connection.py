@@ -1,7 +1,8 @@
 """Opens connections to the PostgreSQL server that takes writes, of the hosts the URL names.
 
-They are asked in turn, beginning with the one that accepted last. The next does not wait long for
-one that is silent, so a primary that vanished costs two seconds and not the whole deadline.
+They are asked in turn, beginning with the one that accepted last. The next does not wait for one
+that is silent, so a primary that vanished costs half a second and not the whole deadline. One that
+was a primary before somebody else was promoted is refused, though it takes writes.
 """
 
 import asyncio
@@ -18,10 +19,8 @@ from core.config import DatabaseSettings
 from core.errors import ConfigurationError
 from core.secret_file import Renewed
 
-#: How long a host may be silent before the next one is asked as well. The one that accepted last
-#: has more time: being slow, it must not lose to an old primary that came back and takes writes.
+#: How long a host may be silent before the next one is asked as well.
 _NEXT_HOST_SECONDS = 0.5
-_NEXT_AFTER_ACCEPTED_LAST_SECONDS = 2.0
 #: Silence after which the other end of a connection is asked whether it is there, and again.
 _PROBE_AFTER_SECONDS = 5
 _PROBE_AGAIN_SECONDS = 2
@@ -31,6 +30,15 @@ _REFUSED = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
 )
+
+#: Whose data it has and, where it takes writes, since which promotion: each begins a new timeline,
+#: with a higher number. pg_control_checkpoint() learns of it only with the next checkpoint.
+_WHICH_TIMELINE = """
+    SELECT system_identifier,
+           CASE WHEN NOT pg_is_in_recovery()
+                THEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END AS timeline
+    FROM pg_control_system()
+"""
 
 #: asyncpg has no types of its own; what it returns is described where it is used.
 type Connection = Any
@@ -81,9 +89,11 @@ class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
 class Connector:
     """Connects as the settings say, whenever asked."""
 
-    #: Of these hosts, for all of the process: one that comes late must not be the only one to find
-    #: an old primary that came back and takes writes.
+    # For all of the process: a connector that is made late must not be the only one to take an old
+    # primary for the one that accepts.
     _accepted_last: ClassVar[dict[tuple[str, ...], str]] = {}
+    #: The newest that was met, by the system identifier, which an upgrade changes.
+    _timelines: ClassVar[dict[int, int]] = {}
 
     def __init__(
         self, settings: DatabaseSettings, application_name: str, *, limit_statements: bool = True
@@ -115,7 +125,7 @@ class Connector:
                 # Stable, so the others stay in the operator's order.
                 known = self._accepted_last.get(tuple(hosts))
                 order = sorted(hosts, key=lambda host: host != known)
-                accepted, connection = await self._race({h: hosts[h] for h in order}, known)
+                accepted, connection = await self._race({h: hosts[h] for h in order})
                 self._accepted_last[tuple(hosts)] = accepted
         _end_when_the_other_vanishes(connection, self._patience)
         # Not all of them at once.
@@ -133,9 +143,27 @@ class Connector:
             **self._arguments,
         )
 
-    async def _race(self, urls: Mapping[str, str], known: str | None) -> tuple[str, Connection]:
+    async def _open_one_of_several(self, url: str) -> Connection:
+        connection = await self._open(url)
+        try:
+            await self._refuse_an_old_primary(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
+    async def _refuse_an_old_primary(self, connection: Connection) -> None:
+        """ConnectionError for one that takes writes though another has been promoted since."""
+        system, timeline = await _timeline(connection)
+        newest = self._timelines[system] = max(timeline, self._timelines.get(system, 0))
+        if 0 < timeline < newest:
+            raise ConnectionError(
+                f"it takes writes on timeline {timeline}, though another server has been promoted "
+                f"to timeline {newest}: stop it, or let it follow (pg_rewind)"
+            )
+
+    async def _race(self, urls: Mapping[str, str]) -> tuple[str, Connection]:
         """The first host to accept, and the connection; the others are given up."""
-        silence = _NEXT_AFTER_ACCEPTED_LAST_SECONDS if known in urls else _NEXT_HOST_SECONDS
         waiting = list(urls)
         attempts: dict[asyncio.Task[Connection], str] = {}
         faults: dict[str, BaseException] = {}
@@ -143,13 +171,12 @@ class Connector:
             while waiting or len(faults) < len(attempts):
                 if waiting:
                     host = waiting.pop(0)
-                    attempts[asyncio.create_task(self._open(urls[host]))] = host
+                    attempts[asyncio.create_task(self._open_one_of_several(urls[host]))] = host
                 await asyncio.wait(
                     [attempt for attempt in attempts if not attempt.done()],
-                    timeout=silence if waiting else None,
+                    timeout=_NEXT_HOST_SECONDS if waiting else None,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                silence = _NEXT_HOST_SECONDS
                 for attempt, host in attempts.items():
                     if attempt.done() and host not in faults:
                         fault = attempt.exception()
@@ -166,6 +193,16 @@ class Connector:
                 raise fault
         said = [f"{host}: {str(fault) or type(fault).__name__}" for host, fault in faults.items()]
         raise ConnectionError("; ".join(said))
+
+
+async def _timeline(connection: Connection) -> tuple[int, int]:
+    """The system identifier and, of a primary that says it, the timeline; 0 otherwise."""
+    try:
+        system, timeline = await connection.fetchrow(_WHICH_TIMELINE)
+    # Services that are PostgreSQL by protocol only have no such functions, or not for everybody.
+    except asyncpg.PostgresError:
+        return 0, 0
+    return system, int(timeline or "0", 16)
 
 
 def _discard(attempt: asyncio.Task[Connection]) -> None:

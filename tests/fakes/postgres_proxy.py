@@ -17,15 +17,9 @@ class PostgresProxy:
         self.one_in = 0
         self.commits = 0
         self.cuts = 0
-        #: Set: somebody connects. Who does waits for the other.
-        self.asked = asyncio.Event()
-        self.open = asyncio.Event()
-        self.open.set()
         self._upstream = upstream
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.asked.set()
-        await self.open.wait()
         server_reader, server_writer = await asyncio.open_unix_connection(self._upstream)
         with suppress(OSError, asyncio.IncompleteReadError):
             async with asyncio.TaskGroup() as group:
