@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -113,24 +114,31 @@ WHERE oid = 'delivery_queue'::regclass
 """
 
 
-@pytest.fixture(scope="module")
-async def crowd(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
-    """A connection to a database with all these rows, analysed."""
+@asynccontextmanager
+async def _database(postgres: EmbeddedPostgres, name: str, numbers: range) -> AsyncIterator[Any]:
+    """A connection to a new database with these days, by their distance from today."""
     admin = await asyncpg.connect(postgres.url())
-    await admin.execute("CREATE DATABASE query_plans")
-    settings = database_settings(postgres.url("query_plans"))
+    await admin.execute(f"CREATE DATABASE {name}")
+    settings = database_settings(postgres.url(name))
     await asyncio.to_thread(migrate, settings)
     # As everything of ours connects.
     connection = await Connector(settings, "query-plans").connect()
     today = await days.today(connection)
-    for number in range(-30, 8):
+    for number in numbers:
         assert await days.make_day(connection, today.later(number))
-    await connection.execute(_CROWD)
-    await connection.execute("VACUUM ANALYZE")
     yield connection
     await connection.close()
-    await admin.execute("DROP DATABASE query_plans")
+    await admin.execute(f"DROP DATABASE {name}")
     await admin.close()
+
+
+@pytest.fixture(scope="module")
+async def crowd(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
+    """A connection to a database with all these rows, analysed."""
+    async with _database(postgres, "query_plans", range(-30, 8)) as connection:
+        await connection.execute(_CROWD)
+        await connection.execute("VACUUM ANALYZE")
+        yield connection
 
 
 @pytest.fixture(params=["analysed", "vacuumed when it was empty"])
@@ -785,32 +793,22 @@ _PLANNED_EARLY = {
 @pytest.fixture(scope="module")
 async def grown(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
     """A connection whose plans were made, for any arguments, before the crowd came."""
-    admin = await asyncpg.connect(postgres.url())
-    await admin.execute("CREATE DATABASE grown_query_plans")
-    settings = database_settings(postgres.url("grown_query_plans"))
-    await asyncio.to_thread(migrate, settings)
-    connection = await Connector(settings, "query-plans").connect()
-    today = await days.today(connection)
-    for number in range(-2, 2):
-        assert await days.make_day(connection, today.later(number))
-    few = _CROWD.replace("4000", "20").replace("20000", "20")
-    await connection.execute(few)
-    await connection.execute("VACUUM ANALYZE")
-    await connection.execute("SET plan_cache_mode = force_generic_plan")
-    for number, statement in enumerate(_PLANNED_EARLY.values()):
-        await connection.execute(f"PREPARE early_{number} AS {statement}")
-        types = (await connection.prepare(statement)).get_parameters()
-        nulls = ", ".join("NULL" for _ in types)
-        await connection.execute(f"EXPLAIN EXECUTE early_{number}({nulls})")
-    # Gone, but not for the statistics, nor for what was planned by them.
-    for table in ("delivery_queue", "attempts", "finished_deliveries", "events"):
-        await connection.execute(f"DELETE FROM {table}")  # noqa: S608 - of constants
-    await connection.execute("DELETE FROM idempotency_keys; DELETE FROM webhook_configs")
-    await connection.execute(_CROWD)
-    yield connection
-    await connection.close()
-    await admin.execute("DROP DATABASE grown_query_plans")
-    await admin.close()
+    async with _database(postgres, "grown_query_plans", range(-2, 2)) as connection:
+        few = _CROWD.replace("4000", "20").replace("20000", "20")
+        await connection.execute(few)
+        await connection.execute("VACUUM ANALYZE")
+        await connection.execute("SET plan_cache_mode = force_generic_plan")
+        for number, statement in enumerate(_PLANNED_EARLY.values()):
+            await connection.execute(f"PREPARE early_{number} AS {statement}")
+            types = (await connection.prepare(statement)).get_parameters()
+            nulls = ", ".join("NULL" for _ in types)
+            await connection.execute(f"EXPLAIN EXECUTE early_{number}({nulls})")
+        # Gone, but not for the statistics, nor for what was planned by them.
+        for table in ("delivery_queue", "attempts", "finished_deliveries", "events"):
+            await connection.execute(f"DELETE FROM {table}")  # noqa: S608 - of constants
+        await connection.execute("DELETE FROM idempotency_keys; DELETE FROM webhook_configs")
+        await connection.execute(_CROWD)
+        yield connection
 
 
 @pytest.mark.parametrize("name", _PLANNED_EARLY)
