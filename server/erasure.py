@@ -16,7 +16,7 @@ from sqlalchemy import func, select, text
 from core import queue
 from core.db import Pool
 from core.ids import format_id
-from core.lookup import equal
+from core.lookup import equal, hidden
 from core.models import WebhookConfig
 from server.audit import record_change
 from server.database import Sessions
@@ -47,11 +47,11 @@ _ERASE_COMMENTS = text("""
 UPDATE audit_entries SET comment = '' WHERE resource = ANY (:resources) AND comment <> ''
 """)
 
-# The sum is no time to find keys by: among all merchants' there may be few of this one.
+# No time to find keys by: among all merchants' there may be few of this one.
 _ERASE_KEYS = f"""
 WITH chunk AS MATERIALIZED (
     SELECT merchant_id, key FROM idempotency_keys
-    WHERE merchant_id = $1 AND created_at + interval '0' <= $3 LIMIT $2
+    WHERE merchant_id = $1 AND {hidden("created_at")} <= $3 LIMIT $2
 )
 DELETE FROM idempotency_keys k USING chunk c
 WHERE {equal("k.merchant_id", "c.merchant_id")} AND {equal("k.key", "c.key")}

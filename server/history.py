@@ -8,7 +8,7 @@ from uuid import UUID
 from core.db import Pool
 from core.ids import first_id_at
 from core.lifecycle import OPEN_STATES, DeliveryState
-from core.lookup import equal
+from core.lookup import equal, hidden
 
 _NEWEST = UUID(int=(1 << 128) - 1)
 
@@ -85,7 +85,7 @@ _PARTS = {
 _ID_IS = {
     DeliveryState.PARKED: "(d.webhook_id, d.id) {than} (c.id, ${argument})",
     DeliveryState.BLOCKED: "(d.webhook_id, d.id) {than} (c.id, ${argument})",
-    None: "least(d.id) {than} ${argument}",
+    None: hidden("d.id") + " {than} ${argument}",
 }
 _FINISHED = """(
     SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
@@ -180,7 +180,7 @@ def _open_branches(
             more += f" AND {_ID_IS[part].format(than='>=', argument=start)}"
         if state is not None and part is None:
             # No reason to read the index of all that are due, or leased.
-            more += f" AND d.state || '' = '{state.value}'"
+            more += f" AND {hidden('d.state')} = '{state.value}'"
         branches.append(
             _OPEN.format(
                 part=condition,
@@ -199,8 +199,8 @@ def _finished_branch(
     """
     merchant, order = "d.merchant_id", ""
     if of_event:
-        merchant, order = "d.merchant_id || ''", "d.event_id DESC, "
-        filters += f" AND least(d.webhook_id) = {of_webhook}" if of_webhook else ""
+        merchant, order = hidden("d.merchant_id"), "d.event_id DESC, "
+        filters += f" AND {hidden('d.webhook_id')} = {of_webhook}" if of_webhook else ""
     elif of_webhook and start is None and state in (None, DeliveryState.DELIVERED):
         order = "d.webhook_id DESC, "
         filters += f" AND {equal('d.webhook_id', f'{of_webhook}::uuid')}"

@@ -3,30 +3,35 @@
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
-from core.lookup import equal
+from core.lookup import equal, hidden
 from core.queue.leases import fences
-from core.queue.lookup import by_id, is_in, of_webhook
 from core.queue.records import Connection, LeasedDelivery
 
+
+def park_ready(configs: str, due: str) -> str:
+    """A statement that parks what is ready and so due of the `configs`, rows `c(webhook_id)`."""
+    return f"""
+        UPDATE delivery_queue q SET state = 'parked'
+        WHERE q.id = ANY (ARRAY(
+            SELECT r.id FROM {configs} CROSS JOIN LATERAL (
+                SELECT q.id FROM delivery_queue q
+                WHERE {equal("q.webhook_id", "c.webhook_id")} AND q.state <> 'parked'
+                    AND q.due_at {due} AND {hidden("q.state")} = 'ready'
+                -- Or it would be joined, and by the due time alone.
+                OFFSET 0
+            ) r
+        )) AND {hidden("q.state")} = 'ready' AND q.due_at {due}
+    """  # noqa: S608 - of constants
+
+
 # The due time says nothing here, but keeps what is blocked out of the scan.
-_PARK_WEBHOOKS = f"""
-UPDATE delivery_queue q SET state = 'parked'
-WHERE q.id = ANY (ARRAY(
-    SELECT r.id FROM unnest($1::uuid[]) AS t(webhook_id) CROSS JOIN LATERAL (
-        SELECT q.id FROM delivery_queue q
-        WHERE {of_webhook("t.webhook_id")} AND q.state <> 'parked' AND q.due_at < 'infinity'
-            AND q.{is_in("ready")}
-        -- Or it would be joined, and by the due time alone.
-        OFFSET 0
-    ) r
-)) AND q.{is_in("ready")}
-"""  # noqa: S608 - of constants
+_PARK_WEBHOOKS = park_ready("unnest($1::uuid[]) AS c(webhook_id)", "< 'infinity'")
 
 
 _PARK_LEASED = f"""
 UPDATE delivery_queue q SET state = 'parked', lease_id = NULL, lease_until = NULL
 FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
-WHERE {by_id("t.id")} AND q.lease_id = t.lease_id
+WHERE {equal("q.id", "t.id")} AND q.lease_id = t.lease_id
 """  # noqa: S608 - of constants
 
 
@@ -90,11 +95,11 @@ WITH room AS (
     -- Chosen before locked: engines that do this at once choose the same rows, and the second finds
     -- them taken instead of letting in as many again.
     SELECT id FROM delivery_queue
-    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND {is_in("parked")}
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND {hidden("state")} = 'parked'
     FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q SET state = 'ready', due_at = greatest(q.due_at, now())
-FROM locked WHERE {by_id("locked.id")}
+FROM locked WHERE {equal("q.id", "locked.id")}
 RETURNING q.webhook_id
 """  # noqa: S608 - of constants
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from uuid import UUID
 
 from core.lookup import equal
-from core.queue.lookup import is_in, of_webhook
+from core.queue.backlog import park_ready
 from core.queue.records import BreakerChange, Connection
 
 # By the state that the engine's claim saw: engines that come to the same conclusion open it once,
@@ -38,16 +38,7 @@ WITH wanted AS (
         AND now() + w.seconds * interval '1 second' > coalesce(c.breaker_open_until, now())
     RETURNING c.id, w.seconds
 ), parked AS (
-    UPDATE delivery_queue q SET state = 'parked'
-    WHERE q.id = ANY (ARRAY(
-        SELECT r.id FROM opened o CROSS JOIN LATERAL (
-            SELECT q.id FROM delivery_queue q
-            WHERE {of_webhook("o.id")} AND q.state <> 'parked' AND q.due_at <= now()
-                AND q.{is_in("ready")}
-            -- Or it would be joined, and by the due time alone.
-            OFFSET 0
-        ) r
-    )) AND q.{is_in("ready")} AND q.due_at <= now()
+    {park_ready("opened AS c(webhook_id)", "<= now()")}
 )
 SELECT id, seconds FROM opened
 """  # noqa: S608 - of constants

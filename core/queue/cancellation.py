@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from core.queue.lookup import by_id
+from core.lookup import equal
 from core.queue.records import Connection
 
 # Passes by what another statement holds at this moment: to wait for a settle, which may itself be
@@ -18,7 +18,7 @@ WITH parked AS (
 ), free AS (
     SELECT id FROM parked UNION ALL SELECT id FROM others LIMIT $2
 ), cancelled AS (
-    DELETE FROM delivery_queue q USING free WHERE {by_id("free.id")} RETURNING q.*
+    DELETE FROM delivery_queue q USING free WHERE {equal("q.id", "free.id")} RETURNING q.*
 )
 INSERT INTO finished_deliveries
     (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at,

@@ -6,7 +6,6 @@ from uuid import UUID
 
 from core.ids import new_id
 from core.lookup import equal
-from core.queue.lookup import by_id
 from core.queue.records import Connection, LeasedDelivery
 
 _CLAIM = f"""
@@ -19,7 +18,7 @@ WITH due AS (
 ), leased AS (
     UPDATE delivery_queue q
     SET state = 'leased', lease_id = $2, lease_until = now() + $3
-    FROM due WHERE {by_id("due.id")}
+    FROM due WHERE {equal("q.id", "due.id")}
     RETURNING q.id, q.webhook_id, q.event_id, q.merchant_id, q.event_type, q.attempt_count,
         q.fault_count, q.created_at
 )
@@ -44,7 +43,7 @@ JOIN events e ON {equal("e.id", "l.event_id")}
 _RELEASE = f"""
 UPDATE delivery_queue q SET state = 'ready', lease_id = NULL, lease_until = NULL
 FROM unnest($1::uuid[], $2::uuid[]) AS t(id, lease_id)
-WHERE {by_id("t.id")} AND q.lease_id = t.lease_id
+WHERE {equal("q.id", "t.id")} AND q.lease_id = t.lease_id
 """  # noqa: S608 - of constants
 
 
@@ -61,7 +60,7 @@ UPDATE delivery_queue q
 SET state = 'ready', lease_id = NULL, lease_until = NULL,
     reclaim_count = least(q.reclaim_count, 1000000) + 1,
     due_at = now() + (2 ^ least(q.reclaim_count, 9) - 1) * interval '1 second'
-FROM expired WHERE {by_id("expired.id")}
+FROM expired WHERE {equal("q.id", "expired.id")}
 RETURNING q.id
 """  # noqa: S608 - of constants
 

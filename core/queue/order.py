@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from uuid import UUID
 from zlib import crc32
 
-from core.queue.lookup import by_id, is_in
+from core.lookup import equal, hidden
 from core.queue.records import Chain, Connection, NewEvent
 
 #: Keys share this many locks: PostgreSQL has room for 6,400 by default, for all transactions
@@ -48,7 +48,7 @@ WITH next AS (
     -- Chosen before locked: what somebody else promotes or cancels now is passed by, and never the
     -- one behind it taken instead.
     SELECT id FROM delivery_queue
-    WHERE id = ANY (ARRAY(SELECT id FROM next)) AND {is_in("blocked")}
+    WHERE id = ANY (ARRAY(SELECT id FROM next)) AND {hidden("state")} = 'blocked'
     FOR UPDATE SKIP LOCKED
 )
 UPDATE delivery_queue q
@@ -57,7 +57,7 @@ SET state = CASE WHEN (
         WHERE c.id = q.webhook_id
     ) THEN 'ready' ELSE 'parked' END,
     due_at = greatest(now(), (SELECT e.not_before FROM events e WHERE e.id = q.event_id))
-FROM locked WHERE {by_id("locked.id")}
+FROM locked WHERE {equal("q.id", "locked.id")}
 RETURNING q.id
 """  # noqa: S608 - of constants
 

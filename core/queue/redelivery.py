@@ -8,7 +8,7 @@ from uuid import UUID
 
 from core.ids import first_id_at
 from core.lifecycle import Outcome
-from core.lookup import equal
+from core.lookup import equal, hidden
 from core.queue.acceptance import HAS_BACKLOG, STATE_IN_CROWD
 from core.queue.records import Connection
 
@@ -57,7 +57,7 @@ WITH page AS (
                 AND q.redelivery_of IS NOT NULL LIMIT 1
         ) OR (
             SELECT true FROM finished_deliveries r
-            WHERE {equal("r.event_id", "f.event_id")} AND least(r.webhook_id) = f.webhook_id
+            WHERE {equal("r.event_id", "f.event_id")} AND {hidden("r.webhook_id")} = f.webhook_id
                 AND r.id > f.id AND r.id > $1 AND r.state = 'delivered'
             -- Says which index: the ids are for the days alone.
             ORDER BY r.event_id LIMIT 1

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from core.lifecycle import DeactivationReason
+from core.lookup import equal
 from core.queue.backlog import park_webhooks
-from core.queue.lookup import by_id
 from core.queue.records import Chain, Connection, Settled, Settlement
 
 # Deletes or reschedules, writes the attempts, and counts failures per config, in one statement.
@@ -22,8 +22,9 @@ WITH given AS (
     -- Its merchant has changed the config since, to another URL perhaps: this is not the last word.
     -- That we made the config inactive is no such change.
     SELECT g.delivery_id, g.position
-    FROM given g JOIN delivery_queue q ON {by_id("g.delivery_id")} AND q.lease_id = g.lease_id
-    JOIN webhook_configs c ON c.id = ANY (ARRAY[q.webhook_id])
+    FROM given g
+    JOIN delivery_queue q ON {equal("q.id", "g.delivery_id")} AND q.lease_id = g.lease_id
+    JOIN webhook_configs c ON {equal("c.id", "q.webhook_id")}
     WHERE g.wanted_state = 'failed' AND g.blamed_version < c.version
     AND (c.active OR c.deactivation_reason = 'paused')
 ), input AS (
@@ -31,7 +32,7 @@ WITH given AS (
     FROM given g LEFT JOIN outdated o ON o.position = g.position
 ), finished AS (
     DELETE FROM delivery_queue q USING input i
-    WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
+    WHERE {equal("q.id", "i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NOT NULL
     RETURNING q.*, i.final_state, i.outcome, i.status_code, i.blamed_version, i.position
 ), history AS (
     INSERT INTO finished_deliveries
@@ -46,7 +47,7 @@ WITH given AS (
         fault_count = q.fault_count + (i.outcome = 'internal_error')::int,
         due_at = now() + i.retry_after * interval '1 second'
     FROM input i
-    WHERE {by_id("i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NULL
+    WHERE {equal("q.id", "i.delivery_id")} AND q.lease_id = i.lease_id AND i.final_state IS NULL
     RETURNING q.id, q.attempt_count, i.position
 ), settled AS (
     SELECT id, position, attempt_count + 1 AS number FROM finished
