@@ -63,30 +63,54 @@ class DeliveryFilter:
     before: UUID | None = None
 
 
-# Newest first, a page from each of the places a delivery can be in; the pages merge to one. Each
-# branch has an index of its own, which is why the parts of the queue are not read as one. Ordered
-# by the config as well: by the id alone all of the queue could be read, until a page was found.
-_OPEN = f"""(
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the queue, with the statement of a page of it, which one index has in its order."""
+
+    states: frozenset[DeliveryState]
+    page: str
+    #: That an id is `than` an `argument`.
+    id_is: str
+
+
+# Newest first, a page from each of the places a delivery can be in; the pages merge to one.
+# Ordered by the config as well: by the id alone all of the queue could be read, until a page was
+# found.
+_OF_CONFIGS = f"""(
     SELECT q.id, q.state, q.webhook_id, q.event_id, q.event_type, q.attempt_count, q.created_at,
         q.due_at, NULL::timestamptz AS finished_at, q.redelivery_of
     FROM webhook_configs c CROSS JOIN LATERAL (
         SELECT * FROM delivery_queue d
-        WHERE {equal("d.webhook_id", "c.id")} AND {{part}}{{filters}}
+        WHERE {equal("d.webhook_id", "c.id")} AND PART{{filters}}
         ORDER BY d.webhook_id DESC, d.id DESC LIMIT $3
     ) q
     WHERE c.merchant_id = $1 AND c.deleted_at IS NULL{{of_webhook}}
 )"""  # noqa: S608 - of constants
-_PARTS = {
-    DeliveryState.PARKED: "d.state = 'parked'",
-    DeliveryState.BLOCKED: "d.state = 'blocked'",
-    None: "d.state <> 'parked' AND d.due_at < 'infinity'",
-}
-# That an id of the queue is less, or not, than an argument: never by the index of all ids.
-_ID_IS = {
-    DeliveryState.PARKED: "(d.webhook_id, d.id) {than} (c.id, ${argument})",
-    DeliveryState.BLOCKED: "(d.webhook_id, d.id) {than} (c.id, ${argument})",
-    None: hidden("d.id") + " {than} ${argument}",
-}
+# In the words of its index, which no other statement has.
+_OF_EVENT = f"""(
+    SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
+        d.due_at, NULL::timestamptz AS finished_at, d.redelivery_of
+    FROM delivery_queue d JOIN webhook_configs c ON {equal("c.id", "d.webhook_id")}
+    WHERE greatest(d.state) IN ('parked', 'blocked'){{filters}}
+        AND c.merchant_id = $1 AND c.deleted_at IS NULL{{of_webhook}}
+    ORDER BY d.event_id DESC, d.id DESC LIMIT $3
+)"""  # noqa: S608 - of constants
+_PARKED, _BLOCKED = (
+    _Part(
+        frozenset({state}),
+        _OF_CONFIGS.replace("PART", f"d.state = '{state.value}'"),
+        "(d.webhook_id, d.id) {than} (c.id, ${argument})",
+    )
+    for state in (DeliveryState.PARKED, DeliveryState.BLOCKED)
+)
+# By no index of ids: of a config there is little of these.
+_UNDER_WAY = _Part(
+    OPEN_STATES - _PARKED.states - _BLOCKED.states,
+    _OF_CONFIGS.replace("PART", "d.state <> 'parked' AND d.due_at < 'infinity'"),
+    hidden("d.id") + " {than} ${argument}",
+)
+# Whole backlogs would be read for it otherwise.
+_WAITING_OF_EVENT = _Part(_PARKED.states | _BLOCKED.states, _OF_EVENT, _UNDER_WAY.id_is)
 _FINISHED = """(
     SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
         NULL::timestamptz AS due_at, d.finished_at, d.redelivery_of
@@ -157,7 +181,7 @@ def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, li
         start = len(arguments)
     branches = []
     if wanted.state is None or wanted.state in OPEN_STATES:
-        branches = _open_branches(wanted.state, of_webhook, filters, start)
+        branches = _open_branches(wanted.state, of_webhook, of_event, filters, start)
     if wanted.state is None or wanted.state not in OPEN_STATES:
         branches.append(_finished_branch(wanted.state, of_webhook, of_event, filters, start))
     # As a subquery: a single branch would have two ORDER BY.
@@ -167,27 +191,21 @@ def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, li
 
 
 def _open_branches(
-    state: DeliveryState | None, of_webhook: str, filters: str, start: int | None
+    state: DeliveryState | None, of_webhook: str, of_event: str, filters: str, start: int | None
 ) -> list[str]:
     """Of the parts of the queue, those that may have deliveries of this state."""
-    own_part = state if state in _PARTS else None
     branches = []
-    for part, condition in _PARTS.items():
-        if state is not None and part is not own_part:
+    for part in (_WAITING_OF_EVENT, _UNDER_WAY) if of_event else (_PARKED, _BLOCKED, _UNDER_WAY):
+        if state is not None and state not in part.states:
             continue
-        more = f"{filters} AND {_ID_IS[part].format(than='<', argument=2)}"
+        more = f"{filters} AND {part.id_is.format(than='<', argument=2)}"
         if start is not None:
-            more += f" AND {_ID_IS[part].format(than='>=', argument=start)}"
-        if state is not None and part is None:
+            more += f" AND {part.id_is.format(than='>=', argument=start)}"
+        if state is not None and len(part.states) > 1:
             # No reason to read the index of all that are due, or leased.
             more += f" AND {hidden('d.state')} = '{state.value}'"
-        branches.append(
-            _OPEN.format(
-                part=condition,
-                filters=more,
-                of_webhook=f" AND c.id = {of_webhook}" if of_webhook else "",
-            )
-        )
+        of_config = f" AND c.id = {of_webhook}" if of_webhook else ""
+        branches.append(part.page.format(filters=more, of_webhook=of_config))
     return branches
 
 

@@ -16,7 +16,7 @@ from grpc import StatusCode
 
 from cli.embedded_postgres import EmbeddedPostgres
 from cli.operations.migrate import migrate
-from core.ids import first_id_at, format_id
+from core.ids import first_id_at, format_id, new_id
 from core.lifecycle import DeliveryState
 from postrider.v1 import delivery_pb2
 from postrider.v1 import delivery_service_pb2 as pb
@@ -83,6 +83,41 @@ async def test_only_deliveries_of_the_event_type_are_listed_open_and_finished(
     found = await listed(platform, event_type=wanted)
     assert found == sorted(expected, reverse=True)
     assert await listed(platform, event_type="dispute.opened") == []
+
+
+async def test_what_an_event_has_open_is_listed_wherever_it_waits(
+    platform: Platform, pool: Any
+) -> None:
+    event_id = new_id()
+    one, other = [await make_webhook_config(pool, ordered=True) for _ in range(2)]
+    deleted = await make_webhook_config(pool)
+    await pool.execute("UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", deleted)
+    foreign = await make_webhook_config(pool, merchant_id="m_other")
+    states: dict[str, dict[str, Any]] = {state: {} for state in ("ready", "leased", "parked")}
+    states["blocked"] = {"ordering_key": "k", "due_in": float("inf")}
+    of_state: dict[str, list[str]] = {state: [] for state in states}
+    position = itertools.count()
+    for webhook_id in (one, other, deleted, foreign):
+        for state, row in states.items():
+            for event in (event_id, new_id()):
+                if state == "blocked":
+                    row["ordering_position"] = next(position)
+                row_id = await make_delivery(pool, webhook_id, state=state, event_id=event, **row)
+                if event == event_id and webhook_id in (one, other):
+                    of_state[state].append(format_id("dlv", row_id))
+
+    of_event = {"event_id": format_id("evt", event_id)}
+    expected = sorted((made for of_one in of_state.values() for made in of_one), reverse=True)
+    assert await listed(platform, **of_event) == expected
+    for state, made in of_state.items():
+        wanted = delivery_pb2.DeliveryState.Value(f"DELIVERY_STATE_{state.upper()}")
+        assert await listed(platform, **of_event, state=wanted) == sorted(made, reverse=True)
+    assert await listed(platform, **of_event, webhook_id=format_id("wh", one)) == sorted(
+        (made[0] for made in of_state.values()), reverse=True
+    )
+    first = await page(platform, **of_event, page_size=3)
+    rest = await page(platform, **of_event, page_size=9, page_token=first.next_page_token)
+    assert [d.id for d in (*first.deliveries, *rest.deliveries)] == expected
 
 
 async def test_a_time_range_holds_its_start_and_not_its_end(platform: Platform, pool: Any) -> None:
