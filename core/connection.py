@@ -225,6 +225,7 @@ def _server_settings(application_name: str, statement_seconds: float) -> dict[st
         # cached plan would stay so.
         "enable_seqscan": "off",
         "enable_bitmapscan": "off",
+        "enable_incremental_sort": "off",
     }
 
 

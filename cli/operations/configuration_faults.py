@@ -150,7 +150,8 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
         " current_setting('server_version_num')::int / 10000 AS version,"
         " current_setting('fsync')::bool AS fsync,"
         " NOT current_setting('enable_seqscan')::bool"
-        " AND NOT current_setting('enable_bitmapscan')::bool AS settings_arrived,"
+        " AND NOT current_setting('enable_bitmapscan')::bool"
+        " AND NOT current_setting('enable_incremental_sort')::bool AS settings_arrived,"
         " current_setting('max_connections')::int"
         " - current_setting('superuser_reserved_connections')::int AS connections"
     )

@@ -136,6 +136,7 @@ async def own_settings(url: str) -> None:
         "SELECT current_setting('statement_timeout') AS statement,"
         " current_setting('lock_timeout') AS lock, current_setting('enable_seqscan') AS seqscan,"
         " current_setting('enable_bitmapscan') AS bitmapscan,"
+        " current_setting('enable_incremental_sort') AS incremental_sort,"
         " current_setting('idle_in_transaction_session_timeout') AS idle,"
         " current_setting('jit') AS jit, current_setting('TimeZone') AS zone"
     )
@@ -145,6 +146,7 @@ async def own_settings(url: str) -> None:
         "lock": "5s",
         "seqscan": "off",
         "bitmapscan": "off",
+        "incremental_sort": "off",
         "idle": "10s",
         "jit": "off",
         "zone": "UTC",

@@ -47,8 +47,9 @@ from tests.factories import STARTED_AT, make_event
 _CROWD = """
 INSERT INTO webhook_configs
     (id, merchant_id, url, events, secret_ciphertext, secret_key_id, consecutive_failures, ordered)
-SELECT new_uuid7(), 'm_' || n / 2, 'https://merchant.example/', '{payment.succeeded}', '', 'k1', 1,
-    true
+SELECT (lpad(to_hex((extract(epoch FROM now()) * 1000 + n)::bigint - 5000), 12, '0')
+        || right(replace(new_uuid7()::text, '-', ''), 20))::uuid,
+    'm_' || n / 2, 'https://merchant.example/', '{payment.succeeded}', '', 'k1', 1, true
 FROM generate_series(1, 4000) n;
 
 INSERT INTO events (id, merchant_id, type, content_type, payload, delivery_count)
@@ -93,15 +94,16 @@ FROM generate_series(1, 20000) n;
 -- Of 5 configs with a backlog, 40 chains of 25; every second one has lost its first.
 INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, due_at,
     ordering_key, ordering_position)
-SELECT new_uuid7(), c.id, (SELECT id FROM events LIMIT 1), c.merchant_id, 'payment.succeeded',
+SELECT new_uuid7(), c.id, e.id, c.merchant_id, 'payment.succeeded',
     CASE WHEN place = 1 THEN 'ready' ELSE 'blocked' END,
     CASE WHEN place = 1 THEN now() + interval '1 day' ELSE 'infinity' END, 'key ' || key, place
 FROM (
     SELECT id, merchant_id FROM webhook_configs
     WHERE id IN (SELECT webhook_id FROM delivery_queue WHERE state = 'parked')
     ORDER BY id LIMIT 5
-) c, generate_series(1, 40) key, generate_series(1, 25) place
-WHERE place > 1 OR key % 2 = 1;
+) c, generate_series(1, 40) key, generate_series(1, 25) place,
+    (SELECT id, row_number() OVER (ORDER BY id) AS n, count(*) OVER () AS events FROM events) e
+WHERE e.n = 1 + (key * 25 + place) % e.events AND (place > 1 OR key % 2 = 1);
 """
 
 
