@@ -4,6 +4,8 @@ import resource
 
 import structlog
 
+from delivery.resolver import RACED_MAX
+
 #: Standard streams, event loop, look-ups of names, a certificate that is read.
 _OTHER_FILES = 32
 
@@ -20,15 +22,19 @@ def fitting_in_flight(wanted: int, database_connections: int) -> int:
 
     Raises the soft limit as far as it needs to and may. Half of the files are for connections that
     are idle, of which the dialler keeps no more: those of one attempt stay for the next one to the
-    same receiver.
+    same receiver. Where there may be more, there is room for an outage as well, in which every
+    attempt races all the addresses of its receiver.
     """
     reserved = database_connections + _OTHER_FILES
     needed = files_for(wanted, database_connections)
+    ample = needed + (RACED_MAX - 1) * wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    allowed = soft
+    if soft != resource.RLIM_INFINITY and soft < ample:
+        allowed = ample if hard == resource.RLIM_INFINITY else min(ample, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == resource.RLIM_INFINITY or allowed >= needed:
         return wanted
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     fitting = max(min(wanted, (allowed - reserved) // 2), 1)
     if fitting < wanted:
         log.warning(

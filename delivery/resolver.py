@@ -1,6 +1,7 @@
 """Names to addresses that may be dialled: look-ups that are bounded, shared and judged."""
 
 import asyncio
+import random
 import socket
 from collections.abc import Sequence
 
@@ -12,14 +13,20 @@ from delivery.refusal import refuse_unless_allowed
 
 #: Look-ups at once; more of them wait, within their own time.
 _LOOKUPS_MAX = 1000
+#: Of each family an attempt has so many addresses, which bounds what it dials: aiohttp races all it
+#: is given, a socket each, and when all have failed begins again with all but the first.
+_PER_FAMILY_MAX = 4
+#: Sockets that one attempt has open at most while it connects.
+RACED_MAX = 2 * _PER_FAMILY_MAX
 
 
 class GuardedResolver(AbstractResolver):
     """Resolves a name to addresses that may all be dialled, or refuses the name.
 
     All or nothing, because a name with one inner address among public ones was made to be dialled
-    until the inner one is hit. Failures of DNS itself are `socket.gaierror`, which aiohttp turns
-    into ClientConnectorDNSError; running out of time is one of them (EAI_AGAIN).
+    until the inner one is hit. Of very many it gives a few, others each time. Failures of DNS
+    itself are `socket.gaierror`, which aiohttp turns into ClientConnectorDNSError; running out of
+    time is one of them (EAI_AGAIN).
     """
 
     def __init__(self, policy: AddressPolicy, names: Names, *, timeout_seconds: float = 5.0):
@@ -46,7 +53,7 @@ class GuardedResolver(AbstractResolver):
                 proto=0,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
-            for address in addresses
+            for address in _few(addresses)
         ]
 
     async def close(self) -> None:
@@ -85,3 +92,12 @@ class GuardedResolver(AbstractResolver):
         if not done.cancelled():
             # Everybody who waited may have run out of time; asyncio must not log it as unseen.
             done.exception()
+
+
+def _few(addresses: Sequence[str]) -> list[str]:
+    """Some of each family, in their order; at random, so that the next attempt tries others."""
+    few: set[str] = set()
+    for is_ipv6 in (False, True):
+        family = list({address for address in addresses if (":" in address) is is_ipv6})
+        few.update(random.sample(family, min(len(family), _PER_FAMILY_MAX)))
+    return [address for address in dict.fromkeys(addresses) if address in few]

@@ -20,7 +20,7 @@ from core.lifecycle import AttemptResult, Outcome
 from delivery.destination import Destination
 from delivery.dialler import Dialler, Dialling, open_dialler
 from delivery.refusal import AddressRefused, refusal_of
-from delivery.resolver import GuardedResolver
+from delivery.resolver import RACED_MAX, GuardedResolver
 from delivery.send import send
 from tests.fakes.names import FakeNames
 
@@ -255,6 +255,29 @@ async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_
     ) as dialler:
         with pytest.raises(aiohttp.ClientConnectorDNSError):
             await dial(dialler, receiver.url(NAME))
+
+
+async def test_a_name_of_very_many_addresses_is_dialled_no_more_than_another(
+    ca_file: Path,
+) -> None:
+    """aiohttp tries all, a socket each, and where they refuse begins again with all but one."""
+    connections = 0
+
+    def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.close()
+
+    lookup = answers(*(f"127.0.1.{number}" for number in range(1, 201)))
+    server = await asyncio.start_server(hang_up, "0.0.0.0", 0)  # noqa: S104
+    url = f"https://{NAME}:{server.sockets[0].getsockname()[1]}/"
+    async with (
+        server,
+        open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)) as dialler,
+    ):
+        result = await send(dialler, Destination(url), b"", b"{}", 10)
+    assert result.outcome is Outcome.CONNECTION_ERROR
+    assert connections <= RACED_MAX
 
 
 async def test_closing_the_dialler_closes_what_it_asks(ca_file: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from core.addresses import AddressPolicy
-from delivery.resolver import GuardedResolver
+from delivery.refusal import AddressRefused
+from delivery.resolver import RACED_MAX, GuardedResolver
 from tests.fakes.names import FakeNames
 
 NOTHING_ALLOWED = AddressPolicy()
@@ -101,4 +102,34 @@ async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_lim
     errors = await asyncio.gather(*resolving, return_exceptions=True)
     assert [getattr(error, "errno", None) for error in errors] == [socket.EAI_AGAIN] * 3
     assert len(names.asked) == 2
+    await resolver.close()
+
+
+async def test_of_very_many_addresses_an_attempt_has_a_few_of_each_family_and_the_next_others() -> (
+    None
+):
+    public = [f"8.8.8.{n}" for n in range(200)] + [f"2606:4700::{n:x}" for n in range(1, 200)]
+    resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: public))
+    seen: set[str] = set()
+    for _ in range(5):
+        given = [row["host"] for row in await resolver.resolve(NAME, 443)]
+        assert sorted(":" in address for address in given) == [False] * 4 + [True] * 4
+        assert given == [address for address in public if address in given]
+        seen.update(given)
+    assert len(seen) > RACED_MAX
+    await resolver.close()
+
+
+async def test_one_inner_address_among_very_many_refuses_the_name() -> None:
+    answers = [f"8.8.8.{n}" for n in range(200)] + ["10.0.0.1"]
+    resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: answers))
+    for _ in range(5):
+        with pytest.raises(AddressRefused):
+            await resolver.resolve(NAME, 443)
+    await resolver.close()
+
+
+async def test_an_address_that_came_twice_is_tried_once() -> None:
+    resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: ["8.8.8.8"] * 9))
+    assert [row["host"] for row in await resolver.resolve(NAME, 443)] == ["8.8.8.8"]
     await resolver.close()
