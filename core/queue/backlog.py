@@ -55,9 +55,13 @@ _WEBHOOKS_WITH_BACKLOG = f"{BACKLOGS} SELECT webhook_id FROM backlogs"  # noqa: 
 
 
 # How many webhooks a config's rate leaves now: what came back since it was used up, at most a
-# second's and one. A rate is kept in one column, for all engines together.
+# second's and one. A rate is kept in one column, for all engines together. It is in the future only
+# by as much as two statements are apart, or when the database's clock was set back: then it counts
+# as never used, or the config would get nothing until that time, whatever comes in.
 _TOKENS = """
-    least(c.rate_limit + 1, c.rate_limit * extract(epoch FROM now() - c.rate_used_until)::float8)
+    least(c.rate_limit + 1, c.rate_limit * extract(epoch FROM now() - CASE
+        WHEN c.rate_used_until < now() + interval '1 minute' THEN c.rate_used_until
+    END)::float8)
 """
 
 

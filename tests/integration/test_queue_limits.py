@@ -80,6 +80,26 @@ async def test_what_a_rate_grants_comes_back_with_the_databases_time(
     assert (await queue.spend_rate(pool, {webhook_id: 100}))[webhook_id][0] == granted
 
 
+async def test_a_clock_that_was_set_back_costs_a_limited_config_no_more_than_a_burst(
+    pool: Any,
+) -> None:
+    webhook_id = await make_webhook_config(pool, rate_limit=2.0)
+    for _ in range(8):
+        await make_delivery(pool, webhook_id, state="parked")
+    await _used_until(pool, webhook_id, -3600.0)
+
+    assert await queue.admit(pool, {webhook_id: 16}) == {webhook_id}
+    assert Counter(await states(pool, webhook_id)) == {"ready": 3, "parked": 5}
+    assert (await queue.spend_rate(pool, {webhook_id: 8}))[webhook_id][0] == 3
+    assert (await queue.spend_rate(pool, {webhook_id: 8}))[webhook_id][0] == 0
+
+
+async def test_what_a_later_statement_has_spent_is_not_granted_again(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, rate_limit=2.0)
+    await _used_until(pool, webhook_id, -5.0)
+    assert (await queue.spend_rate(pool, {webhook_id: 8}))[webhook_id][0] == 0
+
+
 async def test_what_is_granted_adds_up_to_no_more_than_the_rate_however_many_ask(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, rate_limit=3.0)
     before = await pool.fetchval("SELECT clock_timestamp()")
