@@ -51,11 +51,13 @@ class Listener:
         try:
             await connection.add_listener(CHANNEL, on_hint)
             await closed.wait()
+            raise ConnectionResetError("the connection that listens for hints has ended")
         finally:
             # Never given back for other use. At once and without a word to the server: a farewell
             # that fails would hide that we are being cancelled.
-            connection.remove_termination_listener(on_close)
-            connection.terminate()
+            if not closed.is_set():
+                connection.remove_termination_listener(on_close)
+                connection.terminate()
 
     def expect_retry(self, seconds: float) -> None:
         """Wake up in time for a retry that this engine scheduled; a late one is for the poll."""

@@ -735,6 +735,8 @@ async def test_nothing_is_lost_when_the_database_drops_every_session_of_the_engi
             while missing := len(set(published) - set(ids(receiver))):
                 await receiver.wait_for(len(receiver.webhooks) + missing, timeout=AMPLE)
         await log.wait_for("listen_reopened")
+    # What happened, and not what we tried with the connection afterwards.
+    assert "has ended" in log.named("listen_reopened")[0]["error"]
     assert set(ids(receiver)) == set(published)
     assert await finished_states(pool) == {DeliveryState.DELIVERED: 150}
     assert not await queue_states(pool)
