@@ -6,7 +6,7 @@ they change about breakers is written before them, so that no delivery slips in 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from uuid import UUID
@@ -46,6 +46,8 @@ class Recorder:
         # A settle met somebody's lock: look for what is held before each, until nothing is.
         self._wary = False
         self._changes: dict[UUID, BreakerChange] = {}
+        # The same of breakers, and of their configs.
+        self._wary_of_webhooks = False
         self._arrived = asyncio.Event()
 
     @property
@@ -125,30 +127,60 @@ class Recorder:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _change_breakers(self) -> None:
+        """Write what is new of breakers; what somebody holds the config of waits for the next."""
+        postponed: dict[UUID, BreakerChange] = {}
         while self._changes:
             # Others arrive while these are written.
             changes, self._changes = self._changes, {}
-            opening = [c for c in changes.values() if c.trips or c.asked_seconds]
-            closing = [c.webhook_id for c in changes.values() if c not in opening]
             try:
-                await self._open_breakers(opening)
-                await self._close_breakers(closing)
+                held = await self._write_breakers(changes)
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
-                if _concerns_everything(error):
+                locked = isinstance(error, asyncpg.LockNotAvailableError)
+                if _concerns_everything(error) or (locked and not self._wary_of_webhooks):
                     log.warning("breakers_retried", error=repr(error))
                     for later in self._changes.values():
                         _merge(changes, later)
                     self._changes = changes
-                    await asyncio.sleep(_RETRY_SECONDS)
+                    self._wary_of_webhooks |= locked
+                    if not locked:
+                        await asyncio.sleep(_RETRY_SECONDS)
                     continue
-                # Somebody holds a config for long. Its next attempts will say the same again.
+                # The next attempts will say the same again.
                 log.warning("breakers_not_changed", error=repr(error))
+            else:
+                for webhook_id in held:
+                    _merge(postponed, changes[webhook_id])
+        self._changes = postponed
 
-    async def _open_breakers(self, changes: Sequence[BreakerChange]) -> None:
+    async def _write_breakers(self, changes: Mapping[UUID, BreakerChange]) -> Collection[UUID]:
+        """Returns the configs for which that would have to wait: none, unless we are wary."""
+        if not self._wary_of_webhooks:
+            await self._apply(self._pool, changes.values())
+            return ()
+        async with self._pool.acquire() as connection, connection.transaction():
+            held = await queue.held_webhooks(connection, changes)
+            await self._apply(
+                connection, [c for webhook_id, c in changes.items() if webhook_id not in held]
+            )
+        self._wary_of_webhooks = bool(held)
+        return held
+
+    async def _apply(
+        self, connection: queue.Connection, changes: Collection[BreakerChange]
+    ) -> None:
+        opening = [c for c in changes if c.trips or c.asked_seconds]
+        await self._open_breakers(connection, opening)
+        await self._close_breakers(
+            connection, [c.webhook_id for c in changes if not (c.trips or c.asked_seconds)]
+        )
+
+    async def _open_breakers(
+        self, connection: queue.Connection, changes: Sequence[BreakerChange]
+    ) -> None:
         if not changes:
             return
         opened = await queue.open_breakers(
-            self._pool,
+            connection,
             changes,
             self._settings.breaker_cooldown_seconds,
             self._settings.breaker_cooldown_max_seconds,
@@ -164,9 +196,11 @@ class Recorder:
                     asked=change.asked_seconds > 0,
                 )
 
-    async def _close_breakers(self, webhook_ids: Sequence[UUID]) -> None:
+    async def _close_breakers(
+        self, connection: queue.Connection, webhook_ids: Sequence[UUID]
+    ) -> None:
         if webhook_ids:
-            closed = await queue.close_breakers(self._pool, webhook_ids)
+            closed = await queue.close_breakers(connection, webhook_ids)
             self._measures.breakers_closed += len(closed)
             for webhook_id in closed:
                 log.info("breaker_closed", webhook_id=format_id("wh", webhook_id))

@@ -17,7 +17,7 @@ from core.queue.backlog import (
 from core.queue.breakers import close_breakers, open_breakers
 from core.queue.cancellation import cancel_webhook
 from core.queue.depth import Depth, measure_depth
-from core.queue.holding import held
+from core.queue.holding import held, held_webhooks
 from core.queue.leases import claim, reclaim, reclaimed_often, release
 from core.queue.order import chains_after, promote
 from core.queue.records import (
@@ -69,6 +69,7 @@ __all__ = [
     "enqueue_in_order",
     "has_many_dead",
     "held",
+    "held_webhooks",
     "hint",
     "measure_depth",
     "old_events_of_open",

@@ -1,6 +1,6 @@
 """What somebody else has locked: a session that is idle in its transaction, say, for hours."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from uuid import UUID
 
 from core.lifecycle import DeliveryState
@@ -27,8 +27,22 @@ SELECT id FROM delivery_queue WHERE id = ANY ($1) AND id NOT IN (
 """  # noqa: S608 - of constants
 
 
+_HELD_WEBHOOKS = """
+WITH free AS (
+    SELECT id FROM webhook_configs WHERE id = ANY ($1) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+)
+SELECT id FROM webhook_configs WHERE id = ANY ($1) AND id NOT IN (SELECT id FROM free)
+"""
+
+
 async def held(connection: Connection, settlements: Sequence[Settlement]) -> set[UUID]:
     """The deliveries of these that cannot be settled now without waiting for somebody's lock."""
     failed = [s.delivery_id for s in settlements if s.final_state is DeliveryState.FAILED]
     rows = await connection.fetch(_HELD, [s.delivery_id for s in settlements], failed)
+    return {row["id"] for row in rows}
+
+
+async def held_webhooks(connection: Connection, webhook_ids: Collection[UUID]) -> set[UUID]:
+    """The configs of these that somebody has locked; the others are, from now on, by us."""
+    rows = await connection.fetch(_HELD_WEBHOOKS, list(webhook_ids))
     return {row["id"] for row in rows}
