@@ -18,6 +18,8 @@ class FakeNameServer(asyncio.DatagramProtocol):
     def __init__(self, known: dict[str, list[str]], silent: str = "silent.example"):
         self.known = known
         self.silent = silent
+        #: Of 0 an answer is kept by nobody.
+        self.ttl = 0
         self.address = ""
         #: Names as they were asked for, each once for A and once for AAAA.
         self.asked: list[str] = []
@@ -48,8 +50,8 @@ class FakeNameServer(asyncio.DatagramProtocol):
         [kind] = struct.unpack_from(">H", data, end + 1)
         addresses = [ip_address(text) for text in self.known.get(name, [])]
         records = [
-            # The name is where the question's begins; a TTL of 0 is kept by nobody.
-            struct.pack(">HHHIH", 0xC00C, kind, 1, 0, len(address.packed)) + address.packed
+            # The name is where the question's begins.
+            struct.pack(">HHHIH", 0xC00C, kind, 1, self.ttl, len(address.packed)) + address.packed
             for address in addresses
             if _TYPES[address.version] == kind
         ]

@@ -128,3 +128,42 @@ async def test_closing_does_not_wait_for_a_silent_server(
     async with asyncio.timeout(1):
         with pytest.raises((socket.gaierror, asyncio.CancelledError)):
             await waiting
+
+
+async def test_answers_are_kept_for_so_many_look_ups_at_most(
+    names: NameServers, server: FakeNameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long they are good for: c-ares keeps them whole, and as many as there are."""
+    monkeypatch.setattr("delivery.name_servers._LOOKUPS_MAX", 3)
+    server.ttl = 3600
+    for asked in (2, 2, 2, 4, 4, 4, 6):
+        assert sorted(await names.look_up("both.example")) == sorted(KNOWN["both.example"])
+        assert len(server.asked) == asked
+
+
+async def test_who_waits_for_an_answer_has_it_when_others_have_begun_anew(
+    names: NameServers, server: FakeNameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("delivery.name_servers._LOOKUPS_MAX", 1)
+    server.known = {**KNOWN, "late.silent.example": ["8.8.8.8"]}
+    waiting = asyncio.create_task(names.look_up("late.silent.example"))
+    await server.wait_until_asked(2)
+    for name, addresses in KNOWN.items():
+        assert sorted(await names.look_up(name)) == sorted(addresses)
+    server.silent = "nothing.example"
+    async with asyncio.timeout(AMPLE):
+        assert await waiting == ["8.8.8.8"]
+
+
+async def test_closing_ends_what_waits_since_before_others_began_anew(
+    names: NameServers, server: FakeNameServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("delivery.name_servers._LOOKUPS_MAX", 1)
+    waiting = asyncio.create_task(names.look_up("silent.example"))
+    await server.wait_until_asked(2)
+    await names.look_up("both.example")
+    await names.close()
+    # Of itself it would wait for 5 s and more.
+    async with asyncio.timeout(3):
+        with pytest.raises(socket.gaierror):
+            await waiting
