@@ -4,6 +4,7 @@ import asyncio
 import random
 import socket
 from collections.abc import Sequence
+from time import monotonic
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
@@ -16,6 +17,10 @@ _LOOKUPS_MAX = 1000
 #: Of each family an attempt has so many addresses, which bounds what it dials: aiohttp races all it
 #: is given, a socket each, and when all have failed begins again with all but the first.
 _PER_FAMILY_MAX = 4
+#: A look-up costs the loop 14 us an address, and of so many it is not made for each connection.
+_MANY = 100
+_KEPT_SECONDS = 60.0
+_KEPT_MAX = 1000
 #: Sockets that one attempt has open at most while it connects.
 RACED_MAX = 2 * _PER_FAMILY_MAX
 
@@ -24,7 +29,7 @@ class GuardedResolver(AbstractResolver):
     """Resolves a name to addresses that may all be dialled, or refuses the name.
 
     All or nothing, because a name with one inner address among public ones was made to be dialled
-    until the inner one is hit. Of very many it gives a few, others each time. Failures of DNS
+    until the inner one is hit. Of those that pass it gives a few, at random. Failures of DNS
     itself are `socket.gaierror`, which aiohttp turns into ClientConnectorDNSError; running out of
     time is one of them (EAI_AGAIN).
     """
@@ -35,15 +40,13 @@ class GuardedResolver(AbstractResolver):
         self._timeout_seconds = timeout_seconds
         self._places = asyncio.Semaphore(_LOOKUPS_MAX)
         self._running: dict[str, asyncio.Task[Sequence[str]]] = {}
+        # Of names with many addresses, those given last and until when they are given again.
+        self._kept: dict[str, tuple[Sequence[str], float]] = {}
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        addresses = await self._addresses_of(host)
-        if not addresses:
-            raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
-        for address in addresses:
-            refuse_unless_allowed(self._policy, address)
+        few = await self._few_of(host.rstrip(".").lower())
         return [
             ResolveResult(
                 hostname=host,
@@ -53,7 +56,7 @@ class GuardedResolver(AbstractResolver):
                 proto=0,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
-            for address in _few(addresses)
+            for address in few
         ]
 
     async def close(self) -> None:
@@ -61,8 +64,24 @@ class GuardedResolver(AbstractResolver):
             running.cancel()
         await self._names.close()
 
-    async def _addresses_of(self, host: str) -> Sequence[str]:
-        name = host.rstrip(".").lower()
+    async def _few_of(self, name: str) -> Sequence[str]:
+        """Some of the name's addresses, which are all judged."""
+        few, until = self._kept.get(name, ((), 0.0))
+        if monotonic() < until:
+            return few
+        addresses = await self._addresses_of(name)
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "the name has no address")
+        for address in addresses:
+            refuse_unless_allowed(self._policy, address)
+        few = tuple(_few(addresses))
+        if len(addresses) > _MANY:
+            if len(self._kept) >= _KEPT_MAX:
+                self._kept.clear()
+            self._kept[name] = few, monotonic() + _KEPT_SECONDS
+        return few
+
+    async def _addresses_of(self, name: str) -> Sequence[str]:
         if name == "localhost" or name.endswith(".localhost"):
             # By RFC 6761 never a question for DNS; ::1 is left out so that an operator who allows
             # 127.0.0.0/8 has said enough.

@@ -105,10 +105,8 @@ async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_lim
     await resolver.close()
 
 
-async def test_of_very_many_addresses_an_attempt_has_a_few_of_each_family_and_the_next_others() -> (
-    None
-):
-    public = [f"8.8.8.{n}" for n in range(200)] + [f"2606:4700::{n:x}" for n in range(1, 200)]
+async def test_of_many_addresses_an_attempt_has_a_few_of_each_family_and_the_next_others() -> None:
+    public = [f"8.8.8.{n}" for n in range(50)] + [f"2606:4700::{n:x}" for n in range(1, 51)]
     resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: public))
     seen: set[str] = set()
     for _ in range(5):
@@ -132,4 +130,26 @@ async def test_one_inner_address_among_very_many_refuses_the_name() -> None:
 async def test_an_address_that_came_twice_is_tried_once() -> None:
     resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: ["8.8.8.8"] * 9))
     assert [row["host"] for row in await resolver.resolve(NAME, 443)] == ["8.8.8.8"]
+    await resolver.close()
+
+
+@pytest.mark.parametrize(("count", "asked"), [(100, 3), (101, 1)])
+async def test_a_name_with_very_many_addresses_is_not_looked_up_for_each_connection(
+    count: int, asked: int
+) -> None:
+    names = FakeNames(lambda _: [f"8.8.{n % 2}.{n}" for n in range(count)])
+    resolver = GuardedResolver(NOTHING_ALLOWED, names)
+    for host in (NAME, f"{NAME.upper()}.", NAME):
+        assert len(await resolver.resolve(host, 443)) == 4
+    assert names.asked == [NAME] * asked
+    await resolver.close()
+
+
+async def test_what_is_kept_of_a_name_is_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delivery.resolver._KEPT_SECONDS", 0.0)
+    names = FakeNames(lambda _: [f"8.8.{n % 2}.{n}" for n in range(200)])
+    resolver = GuardedResolver(NOTHING_ALLOWED, names)
+    for _ in range(2):
+        await resolver.resolve(NAME, 443)
+    assert names.asked == [NAME] * 2
     await resolver.close()
