@@ -15,6 +15,7 @@ from postrider_client.errors import (
     PublishFailed,
     TokenUnavailable,
     WebhookRefused,
+    WrongEventLoop,
 )
 from postrider_client.publisher import Published, Publisher
 from postrider_client.tokens import Token, TokenSource
@@ -36,6 +37,7 @@ __all__ = [
     "TokenUnavailable",
     "Webhook",
     "WebhookRefused",
+    "WrongEventLoop",
     "verify_webhook",
 ]
 

@@ -14,6 +14,7 @@ from postrider.v1 import (
     webhook_config_service_pb2_grpc,
 )
 from postrider_client.calls import CallPolicy, StreamStreamCalls, UnaryCalls, UnaryStreamCalls
+from postrider_client.home_loop import HomeLoop
 from postrider_client.publisher import Published, Publisher
 from postrider_client.stream import StreamTransport
 from postrider_client.tokens import TokenCache, TokenSource
@@ -30,7 +31,7 @@ _OPTIONS = [
 
 
 class PostriderClient:
-    """Calls Postrider; `async with` closes it. One is enough for a process.
+    """Calls Postrider; `async with` closes it. One is enough for an event loop.
 
     `events`, `webhooks`, `deliveries` and `admin` are the generated stubs: every call through them
     carries a token and a deadline, and reads and publishes are repeated while the server is away.
@@ -48,12 +49,13 @@ class PostriderClient:
         """`tls` is True for the system's authorities, credentials of your own, or False for
         plain text, which shows the token to whoever is on the way: for loopback and meshes.
         Without a `token_source` those credentials have to hold a certificate that Postrider
-        knows; ValueError when there are none."""
+        knows; ValueError when there are none. WrongEventLoop outside of a running loop."""
         if token_source is None and isinstance(tls, bool):
             raise ValueError(
                 "without a token_source, tls must be channel credentials with a certificate"
             )
         policy = policy or CallPolicy()
+        self._home = HomeLoop()
         self._policy = policy
         self._tokens: TokenCache | None = None
         if token_source is not None:
@@ -68,10 +70,14 @@ class PostriderClient:
             self._channel = grpc.aio.secure_channel(
                 address, credentials, _OPTIONS, interceptors=interceptors
             )
-        self.events = event_service_pb2_grpc.EventServiceStub(self._channel)
-        self.webhooks = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(self._channel)
-        self.deliveries = delivery_service_pb2_grpc.DeliveryServiceStub(self._channel)
-        self.admin = admin_service_pb2_grpc.AdminServiceStub(self._channel)
+        self.events = self._home.keep(event_service_pb2_grpc.EventServiceStub(self._channel))
+        self.webhooks = self._home.keep(
+            webhook_config_service_pb2_grpc.WebhookConfigServiceStub(self._channel)
+        )
+        self.deliveries = self._home.keep(
+            delivery_service_pb2_grpc.DeliveryServiceStub(self._channel)
+        )
+        self.admin = self._home.keep(admin_service_pb2_grpc.AdminServiceStub(self._channel))
 
     async def publish(
         self, event: event_pb2.EventInput, *, timeout: float | None = None
@@ -92,6 +98,7 @@ class PostriderClient:
         delivery_seconds: float = 60.0,
     ) -> Publisher:
         """A publisher on this client; close it first. Without `stream` it calls PublishEvents."""
+        self._home.require()
         unary = UnaryTransport(self.events)
         return Publisher(
             StreamTransport(self.events, unary, self._policy) if stream else unary,
@@ -104,6 +111,7 @@ class PostriderClient:
 
     async def close(self) -> None:
         """End the calls that are under way, and the connection."""
+        self._home.require()
         await self._channel.close()
         if self._tokens is not None:
             await self._tokens.close()

@@ -31,6 +31,10 @@ class PublishFailed(PostriderClientError):
         self.idempotency_key = idempotency_key
 
 
+class WrongEventLoop(PostriderClientError):
+    """A client or publisher was used where its event loop does not run; nothing was sent."""
+
+
 class PublisherClosed(PostriderClientError):
     """publish() after close()."""
 

@@ -19,6 +19,7 @@ import grpc
 from postrider.v1 import event_pb2, event_service_pb2
 from postrider_client.calls import keyed
 from postrider_client.errors import EventRejected, PublisherClosed, PublishFailed
+from postrider_client.home_loop import HomeLoop
 from postrider_client.transport import Results, Transport
 
 #: The server takes 1,000 events and 16 MiB a message; one event may have 1 MiB.
@@ -66,6 +67,7 @@ class Publisher:
             raise ValueError(f"max_batch must be 1 to {_BATCH_MAX}")
         if max_in_flight < 1 or max_pending < 1 or linger_ms < 0:
             raise ValueError("max_in_flight and max_pending must be 1 or more, linger_ms 0 or more")
+        self._home = HomeLoop()
         self._transport = transport
         self._linger = linger_ms / 1000
         self._delivery_seconds = delivery_seconds
@@ -87,6 +89,7 @@ class Publisher:
 
     async def publish(self, event: event_pb2.EventInput) -> asyncio.Future[Published]:
         """Take the event, once there is room; the future is done when it is durable or refused."""
+        self._home.require()
         # A copy, since the caller may reuse the message while it waits here. First of all, since
         # what is no event raises, and must not take a place with it.
         taken = event_pb2.EventInput()
@@ -112,6 +115,7 @@ class Publisher:
 
     async def flush(self) -> None:
         """Send what is pending now and wait for it; raises an ExceptionGroup of what failed."""
+        self._home.require()
         self._hurried = self._numbered
         self._judge_ripeness()
         awaited = set(self._unsettled)
@@ -122,6 +126,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Take nothing more, deliver what is pending, and raise as flush() does."""
+        self._home.require()
         self._closed = True
         try:
             await self.flush()
