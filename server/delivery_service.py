@@ -40,7 +40,7 @@ from server.measures import ServerMeasures
 from server.pagination import fitting, page_size, page_token, parse_page_token
 from server.principal import Scope
 from server.resume_token import ResumeTokens
-from server.tail import Position, Tail, Watcher, take_snapshot
+from server.tail import Tail, Watcher, newest_position, take_snapshot
 from server.watch import Watch
 
 type Context = grpc.aio.ServicerContext[Any, Any]
@@ -138,10 +138,11 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         webhook_id = optional_id_of("wh", request.webhook_id, "webhook_id")
         event_type = event_type_filter(request.event_type)
         tokens = ResumeTokens(self._keyring, merchant_id, webhook_id, event_type)
-        start = tokens.open(request.resume_token) if request.resume_token else None
+        resumed = tokens.open(request.resume_token) if request.resume_token else None
         if webhook_id is not None and not await has_webhook(self._pool, merchant_id, webhook_id):
             raise not_found("wh", request.webhook_id)
-        since = await take_snapshot(self._pool) if start is None else None
+        start = resumed or await newest_position(self._pool)
+        since = await take_snapshot(self._pool) if resumed is None else None
         watch = Watch(
             self._pool,
             self._tail,
@@ -152,9 +153,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         )
         self._measures.watchers += 1
         try:
-            async with aclosing(
-                watch.follow(start or Position(since.xmin if since else 0))
-            ) as told:
+            async with aclosing(watch.follow(start)) as told:
                 async for news in told:
                     yield watch_message(news.recorded, tokens.seal(news.position))
         finally:

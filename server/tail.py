@@ -3,6 +3,10 @@
 Attempts are read in the order of the transactions that recorded them, and only below the oldest
 transaction that still runs: one that began early and commits late is waited for, never skipped. So
 a position (transaction, delivery, attempt) has everything before it behind it, for any process.
+
+A position is always that of an attempt, never just of a moment: numbers of transactions that left
+nothing behind are given out again after a crash, those of a commit never. Only a database that was
+set back (restored, or failed over to a standby that lagged) can be behind a position, and says so.
 """
 
 import asyncio
@@ -14,7 +18,7 @@ from uuid import UUID
 import structlog
 
 from core.db import RETRYABLE_ERRORS, Pool
-from core.errors import PostriderError, QuotaExceeded, Unavailable
+from core.errors import InvalidArgument, PostriderError, QuotaExceeded, Unavailable
 from server.history import AttemptRow, DeliveryRow
 
 _POLL_SECONDS = 0.2
@@ -22,6 +26,12 @@ _POLL_SECONDS = 0.2
 BATCH = 1000
 
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
+
+_NEWEST = """
+SELECT recorded_xid, delivery_id, number FROM attempts
+WHERE recorded_xid < pg_snapshot_xmin(pg_current_snapshot())::text::bigint
+ORDER BY recorded_xid DESC, delivery_id DESC, number DESC LIMIT 1
+"""
 
 _READ = """
 WITH horizon AS MATERIALIZED (
@@ -111,20 +121,30 @@ async def take_snapshot(pool: Pool) -> Snapshot:
     return Snapshot.parse(await pool.fetchval(_SNAPSHOT))
 
 
+async def newest_position(pool: Pool) -> Position:
+    """Of the newest attempt that is certain; what a later snapshot lacks comes after it."""
+    row = await pool.fetchrow(_NEWEST)
+    return Position(*row) if row else Position(0)
+
+
 async def read_recorded(
     pool: Pool, after: Position, merchant_ids: Sequence[str], limit: int = BATCH
 ) -> Batch:
-    """The next attempts after a position, of at most `limit` of all merchants'."""
+    """The next attempts after a position, of at most `limit` of all merchants'.
+
+    InvalidArgument when the database does not reach as far as the position.
+    """
     rows = await pool.fetch(
         _READ, after.xid, after.delivery_id, after.number, limit, list(merchant_ids)
     )
     first = rows[0]
-    full = first["scanned"] == limit
-    if full:
+    if first["horizon"] < after.xid:
+        raise _set_back()
+    end = after
+    if first["scanned"]:
         end = Position(first["last_xid"], first["last_delivery"], first["last_number"])
-    else:
-        end = max(after, Position(first["horizon"]))
-    return Batch([_recorded(row) for row in rows if row["id"] is not None], end, full)
+    recorded = [_recorded(row) for row in rows if row["id"] is not None]
+    return Batch(recorded, end, first["scanned"] == limit)
 
 
 def _recorded(row: Any) -> Recorded:
@@ -147,8 +167,8 @@ class Watcher:
         self._event_type = event_type
         self._backlog = backlog
         self.pending: list[Recorded] = []
-        #: From where on the tail puts here what it reads; None until it does.
-        self.joined_at: Position | None = None
+        #: Whether the tail puts here what it reads.
+        self.joined = False
         self.ended: PostriderError | None = None
         self.news = asyncio.Event()
 
@@ -159,9 +179,9 @@ class Watcher:
             delivery.event_type,
         )
 
-    def join(self, position: Position) -> None:
-        if self.joined_at is None:
-            self.joined_at = position
+    def join(self) -> None:
+        if not self.joined:
+            self.joined = True
             self.news.set()
 
     def put(self, recorded: Recorded) -> None:
@@ -219,21 +239,36 @@ class Tail:
             self.position = None
             return
         if self.position is None:
-            self.position = Position((await take_snapshot(self._pool)).xmin)
+            self.position = await newest_position(self._pool)
         # Whoever comes while we read waits for the next round: their merchant is not asked for.
         watchers = list(self._watchers)
         for watcher in watchers:
-            watcher.join(self.position)
+            watcher.join()
         more = True
         while more:
             merchant_ids = list({watcher.merchant_id for watcher in watchers})
-            batch = await read_recorded(self._pool, self.position, merchant_ids)
+            try:
+                batch = await read_recorded(self._pool, self.position, merchant_ids)
+            except InvalidArgument as error:
+                self.position = None
+                for watcher in watchers:
+                    watcher.end(error)
+                return
             for recorded in batch.recorded:
                 for watcher in watchers:
                     if watcher.merchant_id == recorded.merchant_id:
                         watcher.put(recorded)
             self.position = batch.end
             more = batch.full
+
+
+def _set_back() -> InvalidArgument:
+    return InvalidArgument.of(
+        "resume_token",
+        "is of later than all that the database holds, which was set back to an earlier state: "
+        "leave it empty, and list the deliveries of the time between",
+        reason="RESUME_TOKEN_INVALID",
+    )
 
 
 def _too_slow(merchant_id: str, backlog: int) -> QuotaExceeded:

@@ -50,31 +50,29 @@ class Watch:
         """Everything recorded after `start`; at first, and when it is quiet, a sign of life."""
         self._position = start
         yield News(start, None)
-        full = True
-        while full:
-            told, full = await self._read()
-            for news in told:
-                yield news
+        async for news in self._catch_up():
+            yield news
         self._tail.add(self._watcher)
         try:
-            joined_at = await self._wait_to_join()
+            await self._wait_to_join()
             # What was recorded between our last read and the tail's next.
-            while self._position < joined_at:
-                told, _ = await self._read()
-                for news in told:
-                    yield news
+            async for news in self._catch_up():
+                yield news
             async for news in self._live():
                 yield news
         finally:
             self._tail.remove(self._watcher)
 
-    async def _read(self) -> tuple[list[News], bool]:
-        """A batch of our own reading, and whether there may be more."""
-        self._check()
-        batch = await read_recorded(self._pool, self._position, [self._watcher.merchant_id])
-        self._position = batch.end
-        wanted = [one for one in batch.recorded if self._watcher.wants(one)]
-        return [News(one.position, one) for one in wanted if self._is_new(one)], batch.full
+    async def _catch_up(self) -> AsyncGenerator[News]:
+        """By our own reading, to the newest there is."""
+        full = True
+        while full:
+            self._check()
+            batch = await read_recorded(self._pool, self._position, [self._watcher.merchant_id])
+            self._position, full = batch.end, batch.full
+            for recorded in batch.recorded:
+                if self._watcher.wants(recorded) and self._is_new(recorded):
+                    yield News(recorded.position, recorded)
 
     def _is_new(self, recorded: Recorded) -> bool:
         return self._since is None or not self._since.has(recorded.position.xid)
@@ -96,12 +94,11 @@ class Watch:
                 self._check()
                 yield News(self._position, None)
 
-    async def _wait_to_join(self) -> Position:
-        while self._watcher.joined_at is None:
+    async def _wait_to_join(self) -> None:
+        while not self._watcher.joined:
             self._check()
             self._watcher.news.clear()
             await self._wait()
-        return self._watcher.joined_at
 
     async def _wait(self) -> bool:
         """Whether there was news within the time, and before the token expires."""

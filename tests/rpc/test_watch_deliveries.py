@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import grpc
 import pytest
 from grpc import StatusCode
@@ -21,7 +22,7 @@ from core.queue import LeasedDelivery
 from postrider.v1 import delivery_pb2, delivery_service_pb2_grpc
 from postrider.v1 import delivery_service_pb2 as pb
 from server.resume_token import ResumeTokens
-from server.tail import _READ, Position, Tail, Watcher, read_recorded, take_snapshot
+from server.tail import _NEWEST, _READ, Position, Tail, Watcher, newest_position, read_recorded
 from tests.errors import refused
 from tests.factories import (
     lease_many,
@@ -180,7 +181,7 @@ async def test_what_commits_late_is_told_although_a_later_one_was_there_first(
 ) -> None:
     webhook_id = await make_webhook_config(pool)
     slow, quick = await lease_many(pool, webhook_id, 2)
-    before = Position((await take_snapshot(pool)).xmin)
+    before = await newest_position(pool)
     async with watching(platform) as watch, pool.acquire() as connection:
         transaction = connection.transaction()
         await transaction.start()
@@ -323,6 +324,59 @@ async def test_a_resume_token_is_good_for_an_hour(platform: Platform, keyring: K
     assert "hour" in error.message
 
 
+async def test_a_position_is_that_of_an_attempt_whatever_came_to_nothing_since(
+    start_platform: Callable[..., Any], pool: Any, keyring: KeyRing
+) -> None:
+    """After a crash the numbers of what was rolled back are given out again."""
+    webhook_id = await make_webhook_config(pool)
+    await record(pool, webhook_id)
+    before = await newest_position(pool)
+    for _ in range(5):
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await pool.execute("SELECT pg_current_xact_id(), 1 / 0")
+    assert await newest_position(pool) == before
+    assert (await read_recorded(pool, before, ["m_1"])).end == before
+    tokens = ResumeTokens(keyring, "m_1", None, None)
+    async with (
+        start_platform(watch_keep_alive_seconds=0.05) as platform,
+        watching(platform) as watch,
+    ):
+        for _ in range(3):
+            assert tokens.open(watch.token) == before
+            assert not (await watch.read()).HasField("delivery")
+
+
+async def test_a_token_from_before_the_database_was_set_back_is_refused(
+    platform: Platform, pool: Any, keyring: KeyRing
+) -> None:
+    later = Position((await newest_position(pool)).xid + 1_000_000_000)
+    token = ResumeTokens(keyring, "m_1", None, None).seal(later)
+    async with (
+        refused(StatusCode.INVALID_ARGUMENT, "RESUME_TOKEN_INVALID") as error,
+        watching(platform, resume_token=token) as watch,
+    ):
+        await watch.read()
+    assert "list the deliveries" in error.message
+
+
+async def test_watches_end_when_the_database_is_set_back(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    tail = Tail(pool)
+    running, later = [Watcher("m_1", None, None, 10) for _ in range(2)]
+    tail.add(running)
+    await tail._poll()
+    tail.position = Position((await newest_position(pool)).xid + 1_000_000_000)
+    await tail._poll()
+    assert running.ended is not None
+    assert running.ended.reason == "RESUME_TOKEN_INVALID"
+    tail.remove(running)
+    tail.add(later)
+    await tail._poll()
+    delivery = await record(pool, webhook_id)
+    await tail._poll()
+    assert [one.delivery.id for one in later.pending] == [delivery.id]
+
+
 async def test_filters_that_cannot_match_are_refused(platform: Platform, pool: Any) -> None:
     theirs = format_id("wh", await make_webhook_config(pool, merchant_id="m_2"))
     format_id("wh", new_id())
@@ -384,7 +438,7 @@ async def test_nothing_is_read_while_nobody_watches(pool: Any) -> None:
     tail.add(watcher)
     async with asyncio.timeout(20):
         await tail._poll()
-        assert watcher.joined_at is not None
+        assert watcher.joined
         assert tail._watched.is_set()
         tail.remove(watcher)
         await tail._poll()
@@ -400,7 +454,7 @@ async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
     webhook_id = await make_webhook_config(pool)
     for _ in range(20):
         await _record_many(pool, webhook_id, 1000)
-    position = Position((await take_snapshot(pool)).xmin - 1)
+    position = await newest_position(pool)
     await _record_many(pool, webhook_id, 10)
     await pool.execute("VACUUM ANALYZE attempts, finished_deliveries, delivery_queue")
     async with pool.acquire() as connection:
@@ -414,6 +468,7 @@ async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
             1000,
             ["m_1"],
         )
+        plan += await connection.fetch(f"EXPLAIN {_NEWEST}")
     text = "\n".join(line[0] for line in plan)
     assert "attempts_default_recorded_xid_idx" in text
     assert "Seq Scan on attempts" not in text, text
