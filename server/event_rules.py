@@ -88,8 +88,11 @@ class EventRules:
         if is_json:
             try:
                 document = orjson.loads(draft.payload)
-            except orjson.JSONDecodeError:
-                description = f"is not JSON, which its content type {content_type} says it is"
+            except orjson.JSONDecodeError as error:
+                # The error tells rule and place, and nothing of the payload.
+                description = (
+                    f"is not JSON, which its content type {content_type} says it is: {error}"
+                )
                 return [FieldViolation("payload", description, "PAYLOAD_NOT_JSON")]
         fault = None
         if is_known and self._event_types.enforces_schema(draft.type):

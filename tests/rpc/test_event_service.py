@@ -204,6 +204,21 @@ async def test_what_is_declared_json_must_be_json(platform: Platform, pool: Any)
     assert await count(pool, "events") == 0
 
 
+async def test_json_that_some_parsers_take_is_refused_with_what_and_where(
+    platform: Platform,
+) -> None:
+    for payload, fault in (
+        (b'{"pan": 4111x}', "line 1 column 13"),
+        (b"[1e400]", "infinity"),
+        (b'"\\ud800"', "surrogate"),
+        (b"[" * 1025 + b"]" * 1025, "depth"),
+    ):
+        async with refused(StatusCode.INVALID_ARGUMENT, "PAYLOAD_NOT_JSON") as error:
+            await publish(platform, event(payload=payload))
+        assert fault in error.message
+        assert "4111" not in error.message
+
+
 async def test_what_is_not_declared_json_may_be_any_bytes_and_arrives_unchanged(
     platform: Platform, receiver: Receiver
 ) -> None:
