@@ -117,7 +117,7 @@ def test_headers_that_are_no_text_are_refused_and_not_a_crash(secret: str, text:
             verify_webhook(secret, headers, BODY, now=NOW)
 
 
-@pytest.mark.parametrize("useless", ["", "whsec_%%%"])
+@pytest.mark.parametrize("useless", ["", "whsec_%%%", "0a" * 32 + "\n"])
 def test_a_secret_that_is_none_is_an_error_of_ours(secret: str, useless: str) -> None:
     with pytest.raises(ValueError, match="secret"):
         verify_webhook(useless, signed(secret), BODY, now=NOW)

@@ -42,7 +42,7 @@ def verify_webhook(
     `secret` is a secret in either spelling that CreateWebhookConfig returned, or a `whpk_` public
     key (which needs the extra `ed25519`), or several of them, of which one must fit. `body` is the
     bytes as they came in, `tolerance` the seconds our clocks may differ. Names of headers may be in
-    any case.
+    any case. ValueError for a secret or key that could not verify anything.
     """
     given = {name.lower(): value for name, value in headers.items()}
     message_id = given.get("webhook-id", "")
@@ -126,6 +126,10 @@ def _is_number(text: str) -> bool:
 def _key(secret: str) -> bytes:
     if not secret:
         raise ValueError("the secret is empty, and anybody can sign with that")
+    if secret != secret.strip():
+        raise ValueError(
+            "the secret has white space around it, such as the newline at the end of a file"
+        )
     if secret.startswith("whsk_"):
         raise ValueError("a whsk_ key signs; to verify, take the whpk_ key of the webhook config")
     if not secret.startswith("whsec_"):
