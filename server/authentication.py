@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from core.errors import InvalidArgument
 from server.caller_limits import CallerLimits
 from server.certificates import CertificateCallers
 from server.present_call import PresentCall, present_call
@@ -119,7 +120,9 @@ async def _responses(
     if not handler.request_streaming:
         request = await context.read()
         if request is grpc.aio.EOF:
-            await context.abort(grpc.StatusCode.INTERNAL, "the request is missing")
+            # Of a call that is over already, such as one with a message that gRPC refused as too
+            # large, or of a caller that sends none: the caller's doing, and no fault of ours.
+            raise InvalidArgument.of("request", "is missing", reason="REQUEST_MALFORMED")
         present_call().message = request
     if not handler.response_streaming:
         yield await (handler.unary_unary or handler.stream_unary)(request, context)

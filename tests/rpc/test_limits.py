@@ -11,11 +11,13 @@ import pytest
 from grpc import StatusCode
 
 from postrider.v1 import event_pb2, event_service_pb2
-from tests.platform import Platform
+from tests.errors import refused
+from tests.platform import Platform, bearer
 
 GOAWAY, PING, SETTINGS = 7, 6, 4
 NO_ERROR, ENHANCE_YOUR_CALM = 0, 11
 AMPLE = 10
+PUBLISH = "/postrider.v1.EventService/PublishEvent"
 
 
 class Connection:
@@ -138,6 +140,26 @@ async def test_a_message_that_is_too_big_is_refused(start_platform: Callable[...
             request = event_service_pb2.PublishEventsRequest(events=[event] * count)
             call = platform.events.PublishEvents(request, metadata=platform.producer())
             assert await call.code() is expected, count
+
+
+async def test_a_message_that_never_arrives_is_no_fault_of_ours(
+    start_platform: Callable[..., Any], logged: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a caller that was not known a moment ago: the message is read after its token."""
+    async with start_platform(max_message_bytes=1_310_720) as platform:
+        metadata = [
+            bearer(platform.token("events:publish", subject=subject)) for subject in ("a", "b")
+        ]
+        big = platform.channel.unary_unary(PUBLISH)(b"\x0a" * 1_310_721, metadata=metadata[0])
+        assert await big.code() is StatusCode.RESOURCE_EXHAUSTED
+        none = platform.channel.stream_unary(PUBLISH)(iter(()), metadata=metadata[1])
+        async with refused(StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED"):
+            await none
+    # Told when the calls have ended, as they have with the server.
+    told = [(entry["code"], entry["reason"]) for entry in logged if entry["event"] == "rpc"]
+    assert told == [("INVALID_ARGUMENT", "REQUEST_MALFORMED")] * 2
+    assert "rpc_broke" not in {entry["event"] for entry in logged}
+    assert not caplog.records
 
 
 async def test_more_calls_at_once_than_allowed_are_refused(
