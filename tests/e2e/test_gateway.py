@@ -6,10 +6,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import grpc
 import orjson
 import pytest
 from yarl import URL
 
+from postrider.v1.webhook_config_service_pb2 import ListWebhookConfigsRequest
+from postrider.v1.webhook_config_service_pb2_grpc import WebhookConfigServiceStub
 from server.delivery_service import DeliveryService
 from server.event_service import EventService
 from server.webhook_config_service import WebhookConfigService
@@ -260,6 +263,26 @@ async def test_headers_and_bodies_beyond_the_limits_are_refused(
 
     assert (body.status, body.reason) == (413, "REQUEST_TOO_LARGE")
     assert (header.status, header.reason) == (431, "REQUEST_TOO_LARGE")
+
+
+async def test_a_malformed_header_of_one_caller_spoils_nobody_elses_calls(
+    platform: Platform, gateway: Gateway
+) -> None:
+    """All share Envoy's connection to the server; who sends the header needs no token."""
+    async with grpc.aio.insecure_channel(gateway.address.removeprefix("http://")) as channel:
+        webhooks = WebhookConfigServiceStub(channel)
+
+        async def list_within(seconds: int) -> None:
+            await webhooks.ListWebhookConfigs(
+                ListWebhookConfigsRequest(), metadata=platform.merchant(), timeout=seconds
+            )
+
+        await list_within(20)
+        answer = await gateway.call("GET", CONFIGS, headers={"grpc-timeout": "soon"})
+        assert answer.status == 500
+        # A deadline that has been sent before is in the connection's table as it was.
+        for seconds in (21, 22, 23):
+            await list_within(seconds)
 
 
 async def test_a_server_that_is_away_is_a_typed_503(tmp_path: Path) -> None:
