@@ -27,18 +27,30 @@ BATCH = 1000
 
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
 
+# Ordered by what the index has, the transaction; its attempts are then sorted by themselves.
 _NEWEST = """
 SELECT recorded_xid, delivery_id, number FROM attempts
-WHERE recorded_xid < pg_snapshot_xmin(pg_current_snapshot())::text::bigint
-ORDER BY recorded_xid DESC, delivery_id DESC, number DESC LIMIT 1
+WHERE recorded_xid = (
+    SELECT recorded_xid FROM attempts
+    WHERE recorded_xid < pg_snapshot_xmin(pg_current_snapshot())::text::bigint
+    ORDER BY recorded_xid DESC LIMIT 1
+)
+ORDER BY delivery_id DESC, number DESC LIMIT 1
 """
 
 _READ = """
 WITH horizon AS MATERIALIZED (
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xid
+), last AS MATERIALIZED (
+    SELECT max(recorded_xid) AS xid FROM (
+        SELECT a.recorded_xid FROM attempts a
+        WHERE a.recorded_xid >= $1 AND a.recorded_xid < (SELECT xid FROM horizon)
+            AND (a.recorded_xid, a.delivery_id, a.number) > ($1, $2, $3)
+        ORDER BY a.recorded_xid LIMIT $4
+    ) a
 ), batch AS MATERIALIZED (
     SELECT * FROM attempts a
-    WHERE a.recorded_xid >= $1 AND a.recorded_xid < (SELECT xid FROM horizon)
+    WHERE a.recorded_xid >= $1 AND a.recorded_xid <= (SELECT xid FROM last)
         AND (a.recorded_xid, a.delivery_id, a.number) > ($1, $2, $3)
     ORDER BY a.recorded_xid, a.delivery_id, a.number
     LIMIT $4

@@ -1,6 +1,7 @@
 """WatchDeliveries: attempts as they are recorded, each once and in order, and how a watch ends."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -473,3 +474,30 @@ async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
     assert "attempts_default_recorded_xid_idx" in text
     assert "Seq Scan on attempts" not in text, text
     assert "Seq Scan on finished_deliveries" not in text, text
+
+
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+async def test_a_read_of_a_long_past_takes_no_more_than_it_tells(pool: Any, mode: str) -> None:
+    webhook_id = await make_webhook_config(pool)
+    for _ in range(20):
+        await _record_many(pool, webhook_id, 500)
+    await pool.execute("VACUUM ANALYZE attempts, finished_deliveries, delivery_queue")
+    async with pool.acquire() as connection:
+        await connection.execute(
+            f"SET plan_cache_mode = {mode}; SET enable_seqscan = off; SET enable_bitmapscan = off; "
+            "SET enable_incremental_sort = off"
+        )
+        for statement, arguments in ((_NEWEST, ()), (_READ, (0, UUID(int=0), 0, 100, ["m_1"]))):
+            [[plan]] = await connection.fetch(
+                f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments
+            )
+            # One transaction's attempts at most beside those that are told.
+            assert 0 < _most_attempts(json.loads(plan)[0]["Plan"]) <= 600, plan
+
+
+def _most_attempts(node: dict[str, Any]) -> float:
+    """Of the attempts, the most rows that one part of a plan read."""
+    own = 0.0
+    if str(node.get("Relation Name", "")).startswith("attempts"):
+        own = node["Actual Rows"] * node["Actual Loops"] + node.get("Rows Removed by Filter", 0)
+    return max([own, *map(_most_attempts, node.get("Plans", ()))])
