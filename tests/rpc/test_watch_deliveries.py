@@ -233,10 +233,12 @@ async def test_a_watch_that_falls_behind_is_ended_and_its_token_goes_on_without_
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
-    async with start_platform(watch_backlog=100) as platform:
+    async with start_platform(watch_backlog=100, watch_keep_alive_seconds=0.05) as platform:
         count = 1500
         told: set[tuple[str, int]] = set()
         async with watching(platform) as watch:
+            # The second sign of life: what comes from now on is put before it, not read by itself.
+            assert not (await watch.read()).HasField("delivery")
             await _record_many(pool, webhook_id, count)
             async with refused(StatusCode.RESOURCE_EXHAUSTED, "WATCH_TOO_SLOW") as error:
                 while len(told) < count:
