@@ -30,6 +30,7 @@ _LAST_WORDS_MAX = 4000
 # Ended by us, or by itself when all was well.
 _AS_TOLD = {0, -signal.SIGTERM, -signal.SIGKILL}
 _TICKS = os.sysconf("SC_CLK_TCK")
+_WAL_SEGMENTS = 96
 
 
 @dataclass
@@ -93,7 +94,10 @@ class Stack:
 
 @contextmanager
 def running_stack() -> Iterator[Stack]:
-    """PostgreSQL, migrated, with its own durable defaults, in a temporary directory."""
+    """PostgreSQL, migrated, with its own durable defaults, in a temporary directory.
+
+    As one that has been written to for a while, it has WAL segments to use again.
+    """
     with ExitStack() as stack:
         directory = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="postrider-bench-"))
@@ -103,11 +107,16 @@ def running_stack() -> Iterator[Stack]:
             embedded_postgres(
                 directory / "data",
                 # pg_stat_statements is not in every build; its count would be nice to have.
-                options={"shared_buffers": "256MB", "max_wal_size": "4GB"},
+                options={
+                    "shared_buffers": "256MB",
+                    "max_wal_size": "4GB",
+                    "min_wal_size": f"{_WAL_SEGMENTS * 16}MB",
+                },
                 announce=lambda _: None,
             )
         )
         migrate(DatabaseSettings(database_url=SecretStr(postgres.url())))
+        asyncio.run(_make_wal_segments(postgres.url()))
         authority = trustme.CA()
         ca_file = directory / "ca.pem"
         authority.cert_pem.write_to_path(str(ca_file))
@@ -125,6 +134,19 @@ def running_stack() -> Iterator[Stack]:
             "WEBHOOK_JWT_PUBLIC_KEY_FILE": str(key.public_key_file),
         }
         yield Stack(directory, postgres, key, ca_file, authority, environment)
+
+
+async def _make_wal_segments(url: str) -> None:
+    """A new one is filled with zeroes while commits wait; only a checkpoint leaves old ones."""
+    connection = await asyncpg.connect(url)
+    try:
+        for _ in range(_WAL_SEGMENTS):
+            await connection.execute(
+                "SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()"
+            )
+        await connection.execute("CHECKPOINT")
+    finally:
+        await connection.close()
 
 
 def free_port() -> int:
