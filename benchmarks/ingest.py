@@ -30,7 +30,7 @@ from benchmarks.stack import (
 )
 
 _ROUNDS = 3
-_UNARY_ROUNDS = 9
+_UNARY_ROUNDS = 15
 _UNARY_CALLS = 128
 _HALF_ROUNDS = 5
 _BATCH_CALLS = 8
