@@ -5,7 +5,9 @@ one attempt. A resumed handshake shows no certificate, so it counts from when on
 """
 
 import ssl
+import sys
 from collections import OrderedDict, deque
+from math import inf
 from time import monotonic
 from typing import NamedTuple
 
@@ -14,6 +16,10 @@ _VERIFIED_SECONDS_MAX = 3600.0
 #: A session holds the certificates that were shown, so it is worth some 10 KB.
 _HOSTS_MAX = 1000
 _PER_HOST_MAX = 4
+#: Before 3.12.8 and 3.13.1 CPython loses a copy of the session, 6.5 KB and more, each time that one
+#: is read (gh-116810): there are so many reads to a process then.
+_READ_LOSES_MEMORY = sys.version_info < (3, 12, 8) or (3, 13) <= sys.version_info < (3, 13, 1)
+_READS_MAX = 1000 if _READ_LOSES_MEMORY else inf
 
 
 class _Kept(NamedTuple):
@@ -24,7 +30,8 @@ class _Kept(NamedTuple):
 class TlsSessions:
     """Sessions by the host whose certificate was verified; the least recently used go first."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads_max: float = _READS_MAX) -> None:
+        self._reads_left = reads_max
         self._kept: OrderedDict[str, deque[_Kept]] = OrderedDict()
         # When a host did not take up what it was offered.
         self._declined: OrderedDict[str, float] = OrderedDict()
@@ -53,8 +60,15 @@ class TlsSessions:
         if len(self._declined) > _HOSTS_MAX:
             self._declined.popitem(last=False)
 
-    def are_wanted(self, host: str) -> bool:
-        """Whether it is worth while to read a session of this host."""
+    def read(self, host: str, tls: ssl.SSLObject) -> None:
+        """Keep the session of a full handshake, where it is worth its price."""
+        if self._are_wanted(host) and (session := tls.session) is not None:
+            self._reads_left -= 1
+            self.keep(host, session, monotonic())
+
+    def _are_wanted(self, host: str) -> bool:
+        if len(self._kept.get(host, ())) >= _PER_HOST_MAX or self._reads_left <= 0:
+            return False
         declined_at = self._declined.get(host)
         return declined_at is None or monotonic() - declined_at > _VERIFIED_SECONDS_MAX
 
@@ -79,18 +93,15 @@ class ResumingTls(ssl.SSLObject):
     def keep_session(self) -> None:
         """After an answer: with TLS 1.3 a session comes with it, not with the handshake.
 
-        One that was resumed goes back as it is. CPython leaks a copy of the session, 6.5 KB and
-        more, each time that `session` is read, so it is read once, only of a full handshake, and
-        not of a host that resumes none.
+        One that was resumed goes back as it is, without being read again.
         """
         host = self.server_hostname or ""
-        if self._resumed is not None:
-            if self.session_reused:
-                self.sessions.keep(host, *self._resumed)
-            else:
-                self.sessions.decline(host)
-        elif self.sessions.are_wanted(host) and (session := self.session) is not None:
-            self.sessions.keep(host, session, monotonic())
+        if self._resumed is None:
+            self.sessions.read(host, self)
+        elif self.session_reused:
+            self.sessions.keep(host, *self._resumed)
+        else:
+            self.sessions.decline(host)
 
 
 def resume_sessions(context: ssl.SSLContext) -> None:

@@ -27,13 +27,16 @@ class Handshakes(RawReceiver):
         super().__init__()
         self.resumed: list[bool] = []
         self.answers = True
+        #: Nobody is answered before so many have asked.
+        self.crowd = asyncio.Barrier(1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.script = [self._answer]
+        self.script.append(self._answer)
         await super().serve(reader, writer)
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.resumed.append(writer.get_extra_info("ssl_object").session_reused)
+        await self.crowd.wait()
         if self.answers:
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             await writer.drain()
@@ -84,6 +87,27 @@ async def test_a_session_is_read_once_however_often_it_is_resumed(
         assert await post(dialler, receiver) is Outcome.SUCCEEDED
     assert receiver.resumed == [False, True, True, True, True]
     assert len(reads) == 1
+
+
+async def test_of_many_connections_at_once_no_more_sessions_are_read_than_kept(
+    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+) -> None:
+    receiver.crowd = asyncio.Barrier(20)
+    outcomes = await asyncio.gather(*(post(dialler, receiver) for _ in range(20)))
+    assert set(outcomes) == {Outcome.SUCCEEDED}
+    assert receiver.resumed == [False] * 20
+    assert len(reads) == 4
+
+
+async def test_a_process_reads_so_many_sessions_and_no_more(
+    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+) -> None:
+    tls: Any = dialler._ssl
+    tls.sslobject_class.sessions = TlsSessions(reads_max=2)
+    for host in ("a.example", "b.example", "127.0.0.1") * 2:
+        assert await post(dialler, receiver, host) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, False, False, True, True, False]
+    assert len(reads) == 2
 
 
 async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
