@@ -1,7 +1,8 @@
 """TLS sessions that are resumed: no certificate to send and check again, and with 1.2 a turn less.
 
-A session is used once and kept again only after an answer, so one that a receiver chokes on costs
-one attempt. A resumed handshake shows no certificate, so it counts from when one was verified.
+A session is used once and kept again only after an answer. Until that has come its host counts as
+one that resumes none, so a receiver that chokes on sessions costs a few attempts an hour and not
+every other one. A resumed handshake shows no certificate, so it counts from when one was verified.
 """
 
 import ssl
@@ -33,7 +34,7 @@ class TlsSessions:
     def __init__(self, reads_max: float = _READS_MAX) -> None:
         self._reads_left = reads_max
         self._kept: OrderedDict[str, deque[_Kept]] = OrderedDict()
-        # When a host did not take up what it was offered.
+        # When a host did not take up what it was offered; or until it answers, when it was offered.
         self._declined: OrderedDict[str, float] = OrderedDict()
 
     def take(self, host: str) -> _Kept | None:
@@ -42,11 +43,14 @@ class TlsSessions:
         while kept:
             newest = kept.pop()
             if monotonic() - newest.verified_at <= _VERIFIED_SECONDS_MAX:
+                # Nothing tells of a handshake that broke.
+                self._doubt(host)
                 return newest
         self._kept.pop(host, None)
         return None
 
     def keep(self, host: str, session: ssl.SSLSession, verified_at: float) -> None:
+        self._declined.pop(host, None)
         self._kept.setdefault(host, deque(maxlen=_PER_HOST_MAX)).append(_Kept(session, verified_at))
         self._kept.move_to_end(host)
         if len(self._kept) > _HOSTS_MAX:
@@ -55,10 +59,7 @@ class TlsSessions:
     def decline(self, host: str) -> None:
         """It did not resume: for an hour none of its sessions is wanted."""
         self._kept.pop(host, None)
-        self._declined[host] = monotonic()
-        self._declined.move_to_end(host)
-        if len(self._declined) > _HOSTS_MAX:
-            self._declined.popitem(last=False)
+        self._doubt(host)
 
     def read(self, host: str, tls: ssl.SSLObject) -> None:
         """Keep the session of a full handshake, where it is worth its price."""
@@ -71,6 +72,12 @@ class TlsSessions:
             return False
         declined_at = self._declined.get(host)
         return declined_at is None or monotonic() - declined_at > _VERIFIED_SECONDS_MAX
+
+    def _doubt(self, host: str) -> None:
+        self._declined[host] = monotonic()
+        self._declined.move_to_end(host)
+        if len(self._declined) > _HOSTS_MAX:
+            self._declined.popitem(last=False)
 
 
 class ResumingTls(ssl.SSLObject):

@@ -5,7 +5,7 @@ import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trustme
@@ -29,15 +29,18 @@ class Handshakes(RawReceiver):
         self.answers = True
         #: Nobody is answered before so many have asked.
         self.crowd = asyncio.Barrier(1)
+        #: Those that were resumed get no answer.
+        self.chokes = False
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.script.append(self._answer)
         await super().serve(reader, writer)
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.resumed.append(writer.get_extra_info("ssl_object").session_reused)
+        resumed = writer.get_extra_info("ssl_object").session_reused
+        self.resumed.append(resumed)
         await self.crowd.wait()
-        if self.answers:
+        if self.answers and not (self.chokes and resumed):
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             await writer.drain()
         writer.close()
@@ -155,6 +158,30 @@ async def test_a_session_without_an_answer_is_not_tried_again(
     receiver.answers = True
     await post(dialler, receiver)
     assert receiver.resumed == [False, True, False]
+
+
+async def test_a_receiver_that_chokes_on_sessions_loses_one_attempt_an_hour(
+    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.chokes = True
+    began = monotonic()
+    outcomes = []
+    for seconds in (0, 1, 2, 3, 3500, 3700, 3701, 3702):
+        monkeypatch.setattr("delivery.tls_sessions.monotonic", lambda now=began + seconds: now)
+        outcomes.append(await post(dialler, receiver))
+    choked = [outcome is not Outcome.SUCCEEDED for outcome in outcomes]
+    assert choked == receiver.resumed == [False, True, False, False, False, False, True, False]
+
+
+def test_of_several_sessions_one_that_is_answered_is_enough() -> None:
+    sessions, session = TlsSessions(), cast(ssl.SSLSession, object())
+    for _ in range(2):
+        sessions.keep("a.example", session, monotonic())
+    # One connection came to nothing while another was answered.
+    assert [sessions.take("a.example") is not None for _ in range(2)] == [True, True]
+    assert not sessions._are_wanted("a.example")
+    sessions.keep("a.example", session, monotonic())
+    assert sessions._are_wanted("a.example")
 
 
 async def test_a_receiver_that_lost_its_keys_is_greeted_anew(
