@@ -58,6 +58,7 @@ def _as_json(findings: Sequence[Finding], seconds: float) -> str:
                     "examined": finding.examined,
                     "broken": len(finding.broken),
                     "examples": _examples(finding),
+                    "advice": finding.invariant.advice if finding.broken else None,
                     "complete": finding.complete,
                 }
                 for finding in findings
@@ -74,6 +75,8 @@ def _as_table(findings: Sequence[Finding], seconds: float) -> str:
         lines += [f"{'':>23}{example}" for example in _examples(finding)]
         if len(finding.broken) > _EXAMPLES:
             lines.append(f"{'':>23}and {len(finding.broken) - _EXAMPLES:,} more")
+        if finding.broken:
+            lines.append(f"{'':>23}{finding.invariant.advice}")
     if all(finding.complete for finding in findings):
         lines.append(f"everything was looked at, in {seconds} s")
     else:

@@ -12,6 +12,13 @@ from core.ids import IdKind
 #: Several sweeps of an engine; and what nobody would call busy any more.
 _SOON = "interval '10 seconds'"
 _LONG = "interval '60 seconds'"
+#: An event's `not_before` is at most 30 days ahead, and nothing else waits so long.
+_EVER = "interval '31 days'"
+
+_REPORT = "a bug of ours, or somebody's SQL: keep the ids and what they belong to, and report them"
+_LOOK_AT_ENGINES = (
+    "mostly no engine runs, or none reaches the database; docs/runbook.md, The queue grows"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,8 @@ class Invariant:
     suspects: str
     key: str = "id"
     only: str = "true"
+    #: What whoever finds it broken does then.
+    advice: str = _REPORT
 
     def page(self, limit: int) -> str:
         """The statement that takes a page of at most so many, before the key $1."""
@@ -123,6 +132,8 @@ INVARIANTS: tuple[Invariant, ...] = (
             HAVING count(d.event_id) > p.delivery_count
                 OR count(d.event_id) < p.delivery_count AND p.created_at >= {_REMOVED_BEFORE}
         """,  # noqa: S608 - of constants
+        advice="what is missing is not sent any more: have the event published again, under "
+        f"another idempotency key; {_REPORT}",
     ),
     Invariant(
         name="open_or_finished",
@@ -163,6 +174,22 @@ INVARIANTS: tuple[Invariant, ...] = (
         rows="SELECT id, lease_until FROM delivery_queue",
         only="state = 'leased'",
         suspects=f"SELECT p.id, '' AS mark FROM page p WHERE p.lease_until < now() - {_SOON}",  # noqa: S608
+        advice=_LOOK_AT_ENGINES,
+    ),
+    Invariant(
+        name="waits_end",
+        says="nothing in the queue is due, and no lease ends, later than in 31 days",
+        ids="dlv",
+        rows="SELECT id, state, due_at, lease_until FROM delivery_queue",
+        # As a clock that was years ahead leaves them, once it is right. Of what is blocked no time
+        # is said, and what is leased is beyond its own.
+        suspects=f"""
+            SELECT p.id, '' AS mark FROM page p
+            WHERE CASE p.state WHEN 'leased' THEN p.lease_until WHEN 'blocked' THEN now()
+                ELSE p.due_at END > now() + {_EVER}
+        """,  # noqa: S608 - of constants
+        advice="the database's clock was ahead, or somebody's SQL: set due_at, or lease_until "
+        "where there is one, to now(), and engines take them",
     ),
     Invariant(
         name="due_claimed",
@@ -176,6 +203,7 @@ INVARIANTS: tuple[Invariant, ...] = (
             WHERE p.state = 'ready' AND p.due_at < now() - {_LONG}
             AND (c.active OR c.deleted_at IS NOT NULL)
         """,  # noqa: S608 - of constants
+        advice=_LOOK_AT_ENGINES,
     ),
     Invariant(
         name="inactive_parked",
@@ -188,6 +216,7 @@ INVARIANTS: tuple[Invariant, ...] = (
             WHERE p.state = 'ready' AND p.due_at < now() - {_SOON}
             AND NOT c.active AND c.deleted_at IS NULL
         """,  # noqa: S608 - of constants
+        advice=_LOOK_AT_ENGINES,
     ),
     Invariant(
         name="backlog_let_in",
@@ -218,6 +247,7 @@ INVARIANTS: tuple[Invariant, ...] = (
             )
             AND NOT {_PLACES_MAY_BE_SHORT}
         """,  # noqa: S608 - of constants
+        advice=_LOOK_AT_ENGINES,
     ),
     Invariant(
         name="chain_has_first",
@@ -240,6 +270,7 @@ INVARIANTS: tuple[Invariant, ...] = (
                 AND q.state = 'blocked' AND q.ordering_position < p.ordering_position LIMIT 1
             ) IS NULL
         """,
+        advice=_LOOK_AT_ENGINES,
     ),
     Invariant(
         name="finished_config_known",

@@ -46,13 +46,18 @@ async def test_a_broken_invariant_is_1_with_the_ids_in_the_table_and_in_json(
         verify(database_url), verify(database_url, "--json", "--seconds", "5")
     )
     assert (code, json_code) == (1, 1)
-    assert events[1] in out
+    # With what to do about it, and nothing of the kind about the others.
+    after = out.partition(events[1])[2].splitlines()
+    assert after[1].strip().startswith("what is missing is not sent any more")
+    assert "engine runs" not in out
     assert events[0] not in out
     told = orjson.loads(json)
     assert (told["broken"], told["complete"]) == (1, True)
     [broken] = [invariant for invariant in told["invariants"] if invariant["broken"]]
     assert broken["name"] == "event_has_deliveries"
     assert broken["examples"] == [events[1]]
+    assert broken["advice"] == after[1].strip()
+    assert {i["advice"] for i in told["invariants"] if not i["broken"]} == {None}
 
 
 async def test_a_database_that_is_away_is_2(database_url: str) -> None:

@@ -126,6 +126,14 @@ async def keep_an_ended_lease(pool: Any, webhook_id: UUID) -> UUID:
     return await make_delivery(pool, webhook_id, state="leased", lease_in=-11)
 
 
+async def hold_it_for_years(pool: Any, webhook_id: UUID) -> UUID:
+    return await make_delivery(pool, webhook_id, state="leased", lease_in=MONTH)
+
+
+async def make_it_due_in_years(pool: Any, webhook_id: UUID) -> UUID:
+    return await make_delivery(pool, webhook_id, due_in=MONTH)
+
+
 async def leave_it_due(pool: Any, webhook_id: UUID) -> UUID:
     return await make_delivery(pool, webhook_id, due_in=-61)
 
@@ -188,6 +196,8 @@ async def lose_a_delivery_that_was_attempted(pool: Any, webhook_id: UUID) -> UUI
     return delivery.id
 
 
+#: In seconds, and a little more than the longest wait that anybody may ask for.
+MONTH = 31 * 86_400 + 60
 FAILED = {"final_state": DeliveryState.FAILED, "outcome": Outcome.HTTP_ERROR, "status_code": 500}
 
 BREAKS: tuple[tuple[str, Break], ...] = (
@@ -197,6 +207,8 @@ BREAKS: tuple[tuple[str, Break], ...] = (
     ("open_config_known", lose_the_config_of_an_open_one),
     ("open_attempts_dense", forget_an_attempt_of_an_open_one),
     ("lease_taken_back", keep_an_ended_lease),
+    ("waits_end", hold_it_for_years),
+    ("waits_end", make_it_due_in_years),
     ("due_claimed", leave_it_due),
     ("due_claimed", leave_it_due_for_a_deleted_config),
     ("inactive_parked", have_it_ready_while_inactive),
@@ -281,7 +293,8 @@ async def make_history(pool: Any) -> None:
     )
     await enqueue_events(pool, 2, merchant_id="m_3")
     await make_webhook_config(pool, merchant_id="m_4", ordered=True)
-    events = [make_event(merchant_id="m_4", ordering_key="k") for _ in range(3)]
+    longest = datetime.now(UTC) + timedelta(days=30)
+    events = [make_event(merchant_id="m_4", ordering_key="k", not_before=longest) for _ in range(3)]
     await queue.enqueue_in_order(pool, events)
 
 
