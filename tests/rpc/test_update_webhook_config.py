@@ -131,6 +131,15 @@ async def test_the_present_etag_is_accepted_and_a_stale_one_refused(
     assert await get(platform, config.id) == second
 
 
+async def test_the_etag_of_another_config_as_old_is_refused(
+    platform: Platform, config: WebhookConfig, receiver: Receiver
+) -> None:
+    other = (await platform.register(receiver.url)).webhook_config
+    async with refused(StatusCode.ABORTED, "ETAG_MISMATCH"):
+        await update(platform, config.id, description="refunds", etag=other.etag)
+    assert await get(platform, config.id) == config
+
+
 async def test_of_ten_updates_with_one_etag_exactly_one_wins(
     platform: Platform, config: WebhookConfig
 ) -> None:
