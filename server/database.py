@@ -19,6 +19,8 @@ def open_sessions(settings: DatabaseSettings, size: int) -> Sessions:
         pool_timeout=settings.database_connect_timeout_seconds,
         pool_pre_ping=True,
         pool_recycle=int(settings.database_connection_seconds),
+        # An error's text ends up in the log, and they may be credentials of a receiver.
+        hide_parameters=True,
     )
     return async_sessionmaker(engine, expire_on_commit=False)
 

@@ -170,3 +170,23 @@ async def test_the_stack_in_the_log_holds_no_secret_token_or_payload(
     assert "webhook_changes" in written
     for leak in (secret, "4111111111111111", platform.merchant()[0][1][:60]):
         assert leak not in written
+
+
+async def test_the_error_of_a_statement_in_the_log_holds_nothing_it_was_given(
+    platform: Platform, receiver: Receiver, pool: Any, log_stream: io.BytesIO
+) -> None:
+    await pool.execute(
+        "CREATE FUNCTION breaks() RETURNS trigger LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION 'on purpose'; END $$"
+    )
+    await pool.execute(
+        "CREATE TRIGGER breaks BEFORE INSERT ON webhook_configs"
+        " FOR EACH ROW EXECUTE FUNCTION breaks()"
+    )
+    async with refused(StatusCode.INTERNAL, "INTERNAL"):
+        await platform.register(
+            f"{receiver.url}?token=s3cret", headers={"Authorization": "Bearer s3cret"}
+        )
+    written = log_stream.getvalue().decode()
+    assert "on purpose" in written
+    assert "s3cret" not in written
