@@ -19,12 +19,12 @@ from core.errors import (
 )
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server.authentication import principal
+from server.convert.event_types import event_type_filter
 from server.convert.events import event_draft, event_message, fill_event
 from server.convert.ids import id_of, not_found
 from server.convert.times import time_range
 from server.event_history import EventFilter, find_event, list_events
 from server.event_rules import EventDraft
-from server.event_types import is_event_type_name, unknown_event_type
 from server.ingest import Ingest, PublishedEvent
 from server.merchant_ids import check_merchant_id
 from server.ordered_commits import OrderedCommits, Turns
@@ -119,8 +119,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         caller = _publisher()
         merchant_id = request.merchant_id or caller.merchant_id or ""
         check_merchant_id(merchant_id)
-        if request.type and not is_event_type_name(request.type):
-            raise InvalidArgument(unknown_event_type("type", request.type))
+        event_type = event_type_filter(request.type, "type")
         size = page_size(request.page_size, default=50, maximum=100)
         start, end = time_range(request)
         identity = ("events", merchant_id, request.type, start, end)
@@ -128,7 +127,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         if caller.merchant_id not in (None, merchant_id):
             # As of a merchant that has none.
             return pb.ListEventsResponse()
-        wanted = EventFilter(request.type or None, start, end, before)
+        wanted = EventFilter(event_type, start, end, before)
         rows = await list_events(self._pool, merchant_id, wanted, size + 1)
         return pb.ListEventsResponse(
             events=[event_message(row) for row in rows[:size]],

@@ -31,11 +31,11 @@ def event_type_draft(message: webhook_config_pb2.EventType) -> EventTypeDraft:
     )
 
 
-def event_type_filter(text: str) -> str | None:
+def event_type_filter(text: str, field: str = "event_type") -> str | None:
     """The event type to filter by; None for all."""
     if text and not is_event_type_name(text):
         raise InvalidArgument.of(
-            "event_type",
+            field,
             "is not the name of an event type, such as payment.succeeded",
             reason="EVENT_TYPE_NAME_INVALID",
         )
