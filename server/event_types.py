@@ -173,6 +173,16 @@ def unknown_event_type(field: str, name: str) -> FieldViolation:
     )
 
 
+def unknown_subscription(field: str, name: str) -> FieldViolation:
+    """The violation for what a webhook config may not name: no such type, nor a prefix of any."""
+    return FieldViolation(
+        field,
+        f"{name[:128]!r} is neither a registered event type, as "
+        "WebhookConfigService.ListEventTypes lists them, nor a prefix such as 'payment.*'",
+        "EVENT_TYPE_UNKNOWN",
+    )
+
+
 def deprecated_event_type(field: str, name: str) -> FieldViolation:
     """The violation for a new subscription to a type that is being given up."""
     return FieldViolation(

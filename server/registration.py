@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from core.errors import FieldViolation, InvalidArgument
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
 from server.custom_headers import header_violations, prefix_violations
-from server.event_types import deprecated_event_type, unknown_event_type
+from server.event_types import deprecated_event_type, unknown_subscription
 
 UPDATABLE_FIELDS = (
     *("url", "events", "description", "active", "retry_schedule"),
@@ -98,7 +98,7 @@ def _events_violations(
     violations = []
     for index, name in enumerate(events):
         if name in unknown_events:
-            violations.append(unknown_event_type(f"{_path('events')}[{index}]", name))
+            violations.append(unknown_subscription(f"{_path('events')}[{index}]", name))
         elif name in deprecated_events:
             violations.append(deprecated_event_type(f"{_path('events')}[{index}]", name))
     return violations

@@ -271,6 +271,16 @@ async def test_events_must_be_1_to_100_and_named_once(
         assert error.violations == {"webhook_config.events": reason}
 
 
+async def test_who_writes_a_prefix_wrongly_is_told_how(
+    platform: Platform, receiver: Receiver
+) -> None:
+    for name in ("*", "payment*", "payment.succ*", ".*", "Payment.*"):
+        async with refused(StatusCode.INVALID_ARGUMENT, "EVENT_TYPE_UNKNOWN") as error:
+            await platform.register(receiver.url, events=(name,))
+        assert f"{name!r}" in error.message
+        assert "'payment.*'" in error.message
+
+
 async def test_a_hundred_unknown_event_types_are_still_an_answer_that_arrives(
     platform: Platform, receiver: Receiver
 ) -> None:
