@@ -22,7 +22,9 @@ def optional_id_of(kind: IdKind, text: str, field: str) -> UUID | None:
     value = parse_id(kind, text) if text else None
     if text and value is None:
         raise InvalidArgument.of(
-            field, f"is not the id of a {_NAMES[kind]} ({kind}_ and 32 digits)", reason="ID_INVALID"
+            field,
+            f"must be the {_NAMES[kind]}'s id: {kind}_ and 32 hexadecimal digits",
+            reason="ID_INVALID",
         )
     return value
 

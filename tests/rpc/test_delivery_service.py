@@ -273,6 +273,9 @@ async def test_filters_that_cannot_match_are_refused_by_field(platform: Platform
         async with refused(StatusCode.INVALID_ARGUMENT, reason) as error:
             await page(platform, **request)
         assert error.violations == dict.fromkeys(request, reason)
+    async with refused(StatusCode.INVALID_ARGUMENT, "ID_INVALID") as error:
+        await page(platform, event_id="evt_1")
+    assert error.message == "event_id: must be the event's id: evt_ and 32 hexadecimal digits"
 
 
 async def test_an_unknown_delivery_is_not_found(platform: Platform) -> None:
