@@ -71,10 +71,16 @@ def failed_filter(
 ) -> FailedFilter:
     """Which failed deliveries to send again; the range of times has both ends, and has passed."""
     start_at, end_at = time_range(request)
-    if start_at is None or end_at is None or end_at > now:
+    if start_at is None or end_at is None:
         raise InvalidArgument.of(
             "start_time" if start_at is None else "end_time",
             "is required; send both ends of a time that has passed",
+            reason="TIME_RANGE_OPEN",
+        )
+    if end_at > now:
+        raise InvalidArgument.of(
+            "end_time",
+            f"must have passed; by the server's clock it is {now:%Y-%m-%dT%H:%M:%S.%fZ}",
             reason="TIME_RANGE_OPEN",
         )
     if request.merchant_id:

@@ -234,10 +234,15 @@ async def test_a_time_that_is_open_and_filters_that_say_nothing_are_refused(
 ) -> None:
     await failed_deliveries(pool, 1)
     now = datetime.now(UTC)
+    for times, message in (
+        ({"start_time": None}, "start_time: is required"),
+        ({"end_time": None}, "end_time: is required"),
+        ({"end_time": at(now + timedelta(minutes=5))}, "end_time: must have passed"),
+    ):
+        async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_OPEN") as error:
+            await redeliver(platform, **times)
+        assert error.message.startswith(message)
     for reason, fields in (
-        ("TIME_RANGE_OPEN", {"start_time": None}),
-        ("TIME_RANGE_OPEN", {"end_time": None}),
-        ("TIME_RANGE_OPEN", {"end_time": at(now + timedelta(minutes=5))}),
         ("TIME_RANGE_EMPTY", {"start_time": at(now), "end_time": at(now)}),
         ("MERCHANT_ID_INVALID", {"merchant_id": "no merchant"}),
         ("ID_INVALID", {"webhook_id": "m_1"}),
