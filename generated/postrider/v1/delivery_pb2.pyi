@@ -40,7 +40,7 @@ class _DeliveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Deliver
     DELIVERY_STATE_FAILED: _DeliveryState.ValueType  # 5
     """Every attempt failed. Final."""
     DELIVERY_STATE_CANCELLED: _DeliveryState.ValueType  # 6
-    """The webhook config was deleted before it was delivered. Final."""
+    """The webhook config was deleted before it was delivered, or before that was on record. Final."""
     DELIVERY_STATE_BLOCKED: _DeliveryState.ValueType  # 7
     """Waits for the delivery before it of the same ordering key."""
 
@@ -60,7 +60,7 @@ DELIVERY_STATE_DELIVERED: DeliveryState.ValueType  # 4
 DELIVERY_STATE_FAILED: DeliveryState.ValueType  # 5
 """Every attempt failed. Final."""
 DELIVERY_STATE_CANCELLED: DeliveryState.ValueType  # 6
-"""The webhook config was deleted before it was delivered. Final."""
+"""The webhook config was deleted before it was delivered, or before that was on record. Final."""
 DELIVERY_STATE_BLOCKED: DeliveryState.ValueType  # 7
 """Waits for the delivery before it of the same ordering key."""
 Global___DeliveryState: _TypeAlias = DeliveryState  # noqa: Y015

@@ -113,7 +113,8 @@ class WebhookConfigServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteWebhookConfig(self, request, context):
-        """Removes a webhook config. Its open deliveries are cancelled; its history stays readable.
+        """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
+        readable. A request that is on the wire may still arrive, and what comes of it is not on record.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,7 +131,8 @@ class WebhookConfigServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PingWebhookConfig(self, request, context):
-        """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried.
+        """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
+        is reachable, deliveries that waited because the endpoint had kept failing go out at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

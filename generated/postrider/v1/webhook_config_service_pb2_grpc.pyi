@@ -29,7 +29,9 @@ class WebhookConfigServiceStub:
     UpdateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _webhook_config_service_pb2.UpdateWebhookConfigResponse]
     """Changes the fields that the mask names. A new URL is pinged like at creation."""
     DeleteWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]
-    """Removes a webhook config. Its open deliveries are cancelled; its history stays readable."""
+    """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
+    readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+    """
     RotateSecret: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]
     """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
     merchant can change over without a gap. Two sign at most: to rotate again within the overlap
@@ -37,7 +39,9 @@ class WebhookConfigServiceStub:
     config's previous_secret_expire_time.
     """
     PingWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]
-    """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried."""
+    """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
+    is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+    """
     ListEventTypes: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]
     """Lists the event types a webhook config may name."""
 
@@ -86,7 +90,9 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.DeleteWebhookConfigRequest,
         context: _aio.ServicerContext[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]],
     ) -> _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]:
-        """Removes a webhook config. Its open deliveries are cancelled; its history stays readable."""
+        """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
+        readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+        """
 
     @_abc_1.abstractmethod
     def RotateSecret(
@@ -106,7 +112,9 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.PingWebhookConfigRequest,
         context: _aio.ServicerContext[_webhook_config_service_pb2.PingWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.PingWebhookConfigResponse]],
     ) -> _abc.Awaitable[_webhook_config_service_pb2.PingWebhookConfigResponse]:
-        """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried."""
+        """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
+        is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+        """
 
     @_abc_1.abstractmethod
     def ListEventTypes(
