@@ -83,6 +83,8 @@ class AttemptResult(NamedTuple):
     duration_us: int = 0
     dns_us: int | None = None
     connect_us: int | None = None
+    #: Of `connect_us`.
+    tls_us: int | None = None
     first_byte_us: int | None = None
     remote_address: str | None = None
     response_excerpt: str = ""

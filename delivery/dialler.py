@@ -48,9 +48,12 @@ class Dialling:
     destination: Destination
     opened: bool = False
     refusals: list[AddressRefused] = field(default_factory=list)
-    #: The look-up, and TCP with TLS; None for what was not begun.
+    #: The look-up, TCP with TLS, and TLS alone; None for what was not begun.
     dns_us: int | None = None
     connect_us: int | None = None
+    tls_us: int | None = None
+    #: By perf_counter(), of the address that was dialled last.
+    tls_began_at: float | None = None
     #: When there was a connection to send on, by perf_counter(); and what it leads to.
     connected_at: float | None = None
     #: Never one that was refused: that is nobody's business. Unknown behind a proxy.
@@ -104,7 +107,7 @@ def open_dialler(
     """
     egress_proxy = EgressProxy(proxy) if proxy is not None and proxy.given else None
     tls = trusting_context(ca_file)
-    resume_sessions(tls)
+    resume_sessions(tls, _tls_begins)
     resolver = GuardedResolver(policy, names or NameServers())
     return Dialler(
         resolver,
@@ -189,8 +192,10 @@ class Dialler(aiohttp.TCPConnector):
         finally:
             _dialling.reset(token)
             if dialling.opened:
-                elapsed = int((perf_counter() - began) * 1_000_000)
-                dialling.connect_us = elapsed - (dialling.dns_us or 0)
+                ended = perf_counter()
+                dialling.connect_us = _microseconds(began, ended) - (dialling.dns_us or 0)
+                if dialling.tls_began_at is not None:
+                    dialling.tls_us = _microseconds(dialling.tls_began_at, ended)
 
     async def _create_tunnelled(self, dialling: Dialling, proxy: EgressProxy) -> ResponseHandler:
         """As aiohttp makes a connection, on a socket that the proxy leads to the receiver."""
@@ -222,7 +227,7 @@ class Dialler(aiohttp.TCPConnector):
         try:
             return await super()._resolve_host(*host, **options)
         finally:
-            _dialling.get().dns_us = int((perf_counter() - began) * 1_000_000)
+            _dialling.get().dns_us = _microseconds(began, perf_counter())
 
     def _open_socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, sockaddr = addr_info
@@ -233,5 +238,15 @@ class Dialler(aiohttp.TCPConnector):
             dialling.refusals.append(refusal)
             raise
         dialling.opened = True
+        dialling.tls_began_at = None
         dialling.remote_address = str(sockaddr[0])
         return socket.socket(family, kind, protocol)
+
+
+def _tls_begins() -> None:
+    """Called where the connection is made, or in a copy of its context."""
+    _dialling.get().tls_began_at = perf_counter()
+
+
+def _microseconds(began: float, ended: float) -> int:
+    return int((ended - began) * 1_000_000)

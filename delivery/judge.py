@@ -41,6 +41,7 @@ def judge(
         retry_after_seconds=wait if state is None else 0,
         dns_us=result.dns_us,
         connect_us=result.connect_us,
+        tls_us=result.tls_us,
         first_byte_us=result.first_byte_us,
         remote_address=result.remote_address,
         response_excerpt=result.response_excerpt,

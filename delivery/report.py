@@ -133,6 +133,7 @@ def _end(
         "postrider.state": _state(settlement),
         "postrider.dns_ms": _ms(settlement.dns_us),
         "postrider.connect_ms": _ms(settlement.connect_us),
+        "postrider.tls_ms": _ms(settlement.tls_us),
         "postrider.first_byte_ms": _ms(settlement.first_byte_us),
         "postrider.duration_ms": _ms(settlement.duration_us),
         "postrider.retry_seconds": settlement.retry_after_seconds or None,

@@ -167,6 +167,7 @@ def _result(
         duration_us=_microseconds(began, ended),
         dns_us=dialling.dns_us,
         connect_us=dialling.connect_us,
+        tls_us=dialling.tls_us,
         first_byte_us=None if status is None or sent_at is None else _microseconds(sent_at, ended),
         remote_address=dialling.remote_address,
         response_excerpt=response_excerpt,

@@ -8,6 +8,7 @@ every other one. A resumed handshake shows no certificate, so it counts from whe
 import ssl
 import sys
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from math import inf
 from time import monotonic
 from typing import NamedTuple
@@ -85,6 +86,7 @@ class ResumingTls(ssl.SSLObject):
 
     #: Of the context; a class of its own for each.
     sessions: TlsSessions
+    begins: Callable[[], None]
     _resumed: _Kept | None = None
     _began = False
 
@@ -92,6 +94,7 @@ class ResumingTls(ssl.SSLObject):
         # Called again each time that more has arrived.
         if not self._began:
             self._began = True
+            self.begins()
             self._resumed = self.sessions.take(self.server_hostname or "")
             if self._resumed is not None:
                 self.session = self._resumed.session
@@ -111,8 +114,10 @@ class ResumingTls(ssl.SSLObject):
             self.sessions.decline(host)
 
 
-def resume_sessions(context: ssl.SSLContext) -> None:
-    """Let the connections that are made with `context` resume each other's sessions."""
-    context.sslobject_class = type(
-        "ResumingTls", (ResumingTls,), {"sessions": TlsSessions(), "__slots__": ()}
-    )
+def resume_sessions(context: ssl.SSLContext, begins: Callable[[], None]) -> None:
+    """Let the connections that are made with `context` resume each other's sessions.
+
+    `begins` is called as each handshake begins.
+    """
+    own = {"sessions": TlsSessions(), "begins": staticmethod(begins), "__slots__": ()}
+    context.sslobject_class = type("ResumingTls", (ResumingTls,), own)

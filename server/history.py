@@ -42,6 +42,7 @@ class AttemptRow:
     duration_us: int
     dns_us: int | None
     connect_us: int | None
+    tls_us: int | None
     first_byte_us: int | None
     remote_address: str | None
     response_excerpt: str
@@ -131,7 +132,7 @@ FROM finished_deliveries WHERE id = $2 AND merchant_id = $1
 
 _ATTEMPTS = """
 SELECT delivery_id, number, outcome, status_code, detail, started_at, duration_us, dns_us,
-    connect_us, first_byte_us, remote_address, response_excerpt
+    connect_us, tls_us, first_byte_us, remote_address, response_excerpt
 FROM attempts WHERE delivery_id = ANY ($1) ORDER BY delivery_id, number
 """
 

@@ -52,3 +52,6 @@ class Attempt(Base):
         server_default=text("false"),
         comment="Whether it outlives its day; null: from before there were days",
     )
+    tls_us: Mapped[int | None] = mapped_column(
+        comment="Of connect_us, TLS; null: as for dns_us, or it never began"
+    )

@@ -96,6 +96,7 @@ class Settlement(NamedTuple):
     retry_after_seconds: float
     dns_us: int | None = None
     connect_us: int | None = None
+    tls_us: int | None = None
     first_byte_us: int | None = None
     remote_address: str | None = None
     response_excerpt: str = ""

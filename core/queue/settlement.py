@@ -13,11 +13,11 @@ _SETTLE = f"""
 WITH given AS (
     SELECT * FROM unnest(
         $2::uuid[], $3::uuid[], $4::text[], $5::int[], $6::text[], $7::timestamptz[], $8::int[],
-        $9::text[], $10::float8[], $11::int[], $12::int[], $13::int[], $14::text[], $15::text[],
-        $16::int[]
+        $9::text[], $10::float8[], $11::int[], $12::int[], $13::int[], $14::int[], $15::text[],
+        $16::text[], $17::int[]
     ) WITH ORDINALITY AS t(delivery_id, lease_id, outcome, status_code, detail, started_at,
-        duration_us, wanted_state, retry_after, dns_us, connect_us, first_byte_us, remote_address,
-        response_excerpt, blamed_version, position)
+        duration_us, wanted_state, retry_after, dns_us, connect_us, tls_us, first_byte_us,
+        remote_address, response_excerpt, blamed_version, position)
 ), outdated AS (
     -- Its merchant has changed the config since, to another URL perhaps: this is not the last word.
     -- That we made the config inactive is no such change.
@@ -57,9 +57,9 @@ WITH given AS (
     -- By position: the batch may hold a delivery twice, once under a lease that is lost.
     INSERT INTO attempts
         (delivery_id, number, outcome, status_code, detail, started_at, duration_us, dns_us,
-        connect_us, first_byte_us, remote_address, response_excerpt)
+        connect_us, tls_us, first_byte_us, remote_address, response_excerpt)
     SELECT s.id, s.number, i.outcome, i.status_code, i.detail, i.started_at, i.duration_us,
-        i.dns_us, i.connect_us, i.first_byte_us, i.remote_address, i.response_excerpt
+        i.dns_us, i.connect_us, i.tls_us, i.first_byte_us, i.remote_address, i.response_excerpt
     FROM settled s JOIN input i ON i.position = s.position
 ), tally AS (
     SELECT webhook_id, last_delivered IS NOT NULL AS delivered, last_version,

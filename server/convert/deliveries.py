@@ -57,6 +57,7 @@ def _attempt_message(row: AttemptRow) -> delivery_pb2.Attempt:
         duration=duration_of(row.duration_us / 1e6),
         dns_duration=_phase(row.dns_us),
         connect_duration=_phase(row.connect_us),
+        tls_duration=_phase(row.tls_us),
         first_byte_duration=_phase(row.first_byte_us),
         remote_address=row.remote_address or "",
         response_excerpt=row.response_excerpt,

@@ -1,6 +1,7 @@
 """What an attempt records beside its outcome: phases, address, and the beginning of the body."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from ipaddress import ip_network
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import trustme
+import uvloop
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +52,8 @@ async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
     assert result.connect_us is not None
     assert result.first_byte_us is not None
     # A handshake of TLS takes longer than this anywhere.
-    assert result.connect_us > 100
+    assert result.tls_us is not None
+    assert 100 < result.tls_us < result.connect_us
     assert result.first_byte_us > 0
     assert result.dns_us + result.connect_us + result.first_byte_us <= result.duration_us
     assert result.remote_address == "127.0.0.1"
@@ -62,7 +65,7 @@ async def test_a_reused_connection_was_not_dialled_but_its_address_is_known(
     async with opening(ca_file) as dialler:
         await post(dialler, receiver.url)
         result = await post(dialler, receiver.url)
-    assert (result.dns_us, result.connect_us) == (None, None)
+    assert (result.dns_us, result.connect_us, result.tls_us) == (None, None, None)
     assert result.first_byte_us is not None
     assert 0 < result.first_byte_us <= result.duration_us
     assert result.remote_address == "127.0.0.1"
@@ -97,6 +100,8 @@ async def test_a_slow_look_up_is_charged_to_dns_alone(receiver: Receiver, ca_fil
     assert result.connect_us is not None
     assert result.dns_us >= 200_000
     assert result.connect_us <= result.duration_us - result.dns_us
+    assert result.tls_us is not None
+    assert result.tls_us < result.connect_us
     assert (result.first_byte_us, result.remote_address) == (None, "127.0.0.1")
 
 
@@ -109,6 +114,29 @@ async def test_a_name_that_does_not_resolve_was_never_connected(ca_file: Path) -
     assert result.outcome is Outcome.DNS_ERROR
     assert result.dns_us is not None
     assert (result.connect_us, result.first_byte_us, result.remote_address) == (None, None, None)
+
+
+async def test_a_connection_that_is_refused_had_no_handshake(ca_file: Path) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        async with opening(ca_file) as dialler:
+            result = await post(dialler, f"https://127.0.0.1:{bound.getsockname()[1]}/")
+    assert result.outcome is Outcome.CONNECTION_ERROR
+    assert result.connect_us is not None
+    assert result.tls_us is None
+
+
+async def test_the_handshake_is_told_apart_on_the_loop_of_production(
+    receiver: Receiver, ca_file: Path
+) -> None:
+    async def attempt() -> AttemptResult:
+        async with opening(ca_file) as dialler:
+            return await post(dialler, receiver.url)
+
+    result = await asyncio.to_thread(uvloop.run, attempt())
+    assert result.connect_us is not None
+    assert result.tls_us is not None
+    assert 100 < result.tls_us < result.connect_us
 
 
 async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
@@ -129,7 +157,8 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
     server.close()
     assert result.outcome is Outcome.TIMEOUT
     assert result.connect_us is not None
-    assert 200_000 <= result.connect_us <= result.duration_us
+    assert result.tls_us is not None
+    assert 200_000 <= result.tls_us < result.connect_us <= result.duration_us
     assert (result.first_byte_us, result.remote_address) == (None, "127.0.0.1")
 
 
@@ -258,3 +287,4 @@ async def test_the_details_are_stored_with_the_attempt(
         phases = [row["dns_us"], row["connect_us"], row["first_byte_us"]]
         assert None not in phases
         assert 0 < sum(phases) <= row["duration_us"]
+        assert 0 < row["tls_us"] < row["connect_us"]

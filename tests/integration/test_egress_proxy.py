@@ -112,6 +112,8 @@ async def test_a_name_that_only_the_proxy_knows_is_delivered_to_through_it(
     # Whom the proxy called is known to it alone.
     assert (result.dns_us, result.remote_address) == (None, None)
     assert result.connect_us is not None
+    assert result.tls_us is not None
+    assert result.tls_us < result.connect_us
 
 
 async def test_a_tunnel_is_used_again_until_it_is_too_old(

@@ -317,6 +317,7 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
         [60.0] * 100,
         (),
         (),
+        (),
         [1] * 100,
         ["192.0.2.1"] * 100,
         ["ok"] * 100,

@@ -38,8 +38,9 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
     queued = await pool.fetchrow("SELECT * FROM delivery_queue")
     details = {
         "dns_us": 1,
-        "connect_us": 2,
-        "first_byte_us": 3,
+        "connect_us": 3,
+        "tls_us": 2,
+        "first_byte_us": 4,
         "remote_address": "192.0.2.1",
         "response_excerpt": "thanks",
     }

@@ -218,6 +218,8 @@ async def test_attempts_tell_their_phases_address_and_the_answer(
     phases = (attempt.dns_duration, attempt.connect_duration, attempt.first_byte_duration)
     assert 0 < sum(p.ToNanoseconds() for p in phases) <= attempt.duration.ToNanoseconds()
     assert attempt.first_byte_duration.ToNanoseconds() > 0
+    handshake = attempt.tls_duration.ToNanoseconds()
+    assert 0 < handshake < attempt.connect_duration.ToNanoseconds()
 
 
 async def test_phases_that_did_not_take_place_are_unset(
@@ -233,6 +235,7 @@ async def test_phases_that_did_not_take_place_are_unset(
     [attempt] = delivery.attempts
     assert attempt.outcome == delivery_pb2.OUTCOME_CONNECTION_ERROR
     assert attempt.HasField("connect_duration")
+    assert not attempt.HasField("tls_duration")
     assert not attempt.HasField("first_byte_duration")
     assert (attempt.remote_address, attempt.response_excerpt) == ("127.0.0.1", "")
 

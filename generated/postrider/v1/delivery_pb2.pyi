@@ -210,6 +210,7 @@ class Attempt(_message.Message):
     FIRST_BYTE_DURATION_FIELD_NUMBER: _builtins.int
     REMOTE_ADDRESS_FIELD_NUMBER: _builtins.int
     RESPONSE_EXCERPT_FIELD_NUMBER: _builtins.int
+    TLS_DURATION_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1 for the first attempt of the delivery."""
     outcome: Global___Outcome.ValueType
@@ -242,6 +243,10 @@ class Attempt(_message.Message):
     def first_byte_duration(self) -> _duration_pb2.Duration:
         """Of it, the wait from the request sent to the status line; unset when none came."""
 
+    @_builtins.property
+    def tls_duration(self) -> _duration_pb2.Duration:
+        """Of connect_duration, the TLS handshake; unset when it never began, or was not told apart yet."""
+
     def __init__(
         self,
         *,
@@ -256,10 +261,11 @@ class Attempt(_message.Message):
         first_byte_duration: _duration_pb2.Duration | None = ...,
         remote_address: _builtins.str = ...,
         response_excerpt: _builtins.str = ...,
+        tls_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["connect_duration", b"connect_duration", "dns_duration", b"dns_duration", "duration", b"duration", "first_byte_duration", b"first_byte_duration", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connect_duration", b"connect_duration", "dns_duration", b"dns_duration", "duration", b"duration", "first_byte_duration", b"first_byte_duration", "start_time", b"start_time", "tls_duration", b"tls_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_duration", b"connect_duration", "detail", b"detail", "dns_duration", b"dns_duration", "duration", b"duration", "first_byte_duration", b"first_byte_duration", "number", b"number", "outcome", b"outcome", "remote_address", b"remote_address", "response_excerpt", b"response_excerpt", "start_time", b"start_time", "status_code", b"status_code"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_duration", b"connect_duration", "detail", b"detail", "dns_duration", b"dns_duration", "duration", b"duration", "first_byte_duration", b"first_byte_duration", "number", b"number", "outcome", b"outcome", "remote_address", b"remote_address", "response_excerpt", b"response_excerpt", "start_time", b"start_time", "status_code", b"status_code", "tls_duration", b"tls_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
