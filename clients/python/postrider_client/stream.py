@@ -37,7 +37,7 @@ class StreamTransport:
 
     def __init__(
         self,
-        stub: event_service_pb2_grpc.EventServiceStub,
+        stub: "event_service_pb2_grpc.EventServiceAsyncStub",
         unary: UnaryTransport,
         policy: CallPolicy,
     ):

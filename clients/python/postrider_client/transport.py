@@ -24,7 +24,7 @@ class Transport(Protocol):
 class UnaryTransport:
     """A PublishEvents call for each batch; the client's interceptor repeats it."""
 
-    def __init__(self, stub: event_service_pb2_grpc.EventServiceStub):
+    def __init__(self, stub: "event_service_pb2_grpc.EventServiceAsyncStub"):
         self._stub = stub
 
     async def send(self, batch: Batch, seconds: float) -> Results:

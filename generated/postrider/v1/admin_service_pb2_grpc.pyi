@@ -7,7 +7,21 @@ from collections import abc as _abc
 from grpc import aio as _aio
 from postrider.v1 import admin_service_pb2 as _admin_service_pb2
 import abc as _abc_1
+import grpc as _grpc
+import sys
+import typing as _typing
 
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
+
+_T = _typing.TypeVar("_T")
+
+class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
+
+class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
+    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -15,44 +29,95 @@ GRPC_VERSION: str
 class AdminServiceStub:
     """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`."""
 
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    ReactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReactivateWebhookConfigRequest, _admin_service_pb2.ReactivateWebhookConfigResponse]
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
+    ReactivateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReactivateWebhookConfigRequest, _admin_service_pb2.ReactivateWebhookConfigResponse]
     """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
     anew and its parked deliveries are let back in. Already active: nothing changes.
     """
-    DeactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]
+    DeactivateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]
     """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
     only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
     operator: nothing changes.
     """
-    ListAllWebhookConfigs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]
+    ListAllWebhookConfigs: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]
     """Lists webhook configs across merchants, newest first."""
-    RedeliverDeliveries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RedeliverDeliveriesRequest, _admin_service_pb2.RedeliverDeliveriesResponse]
+    RedeliverDeliveries: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RedeliverDeliveriesRequest, _admin_service_pb2.RedeliverDeliveriesResponse]
     """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
     is over. Each failed delivery's event gets a new delivery with its own retries, as by
     DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
     What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
     goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
     """
-    CreateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]
+    CreateEventType: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]
     """Registers an event type that producers may publish and merchants may subscribe to."""
-    UpdateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]
+    UpdateEventType: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]
     """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
     server process honours the change in calls that begin a second later, or sooner.
     """
-    GetQueueStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]
+    GetQueueStatus: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]
     """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
     The numbers are exact and of one moment; counting a million open deliveries takes about half
     a second, so ask for all of them at most every few seconds.
     """
-    CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CheckInvariantsRequest, _admin_service_pb2.CheckInvariantsResponse]
+    CheckInvariants: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CheckInvariantsRequest, _admin_service_pb2.CheckInvariantsResponse]
     """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
     tells what does not. Reads only, in short statements, and may be called at any time; what is
     suspect is looked at again some seconds later, so the call may take that much longer.
     """
-    ListAuditEntries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
+    ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
     """Lists audit entries, newest first."""
-    EraseMerchant: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]
+    EraseMerchant: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]
+    """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
+    events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
+    is sent but what is on the wire. What remains says that something was delivered, not what. Works
+    in small transactions: when the call breaks off, another one ends it. Final.
+    """
+
+@_typing.type_check_only
+class AdminServiceAsyncStub(AdminServiceStub):
+    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ReactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReactivateWebhookConfigRequest, _admin_service_pb2.ReactivateWebhookConfigResponse]  # type: ignore[assignment]
+    """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
+    anew and its parked deliveries are let back in. Already active: nothing changes.
+    """
+    DeactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]  # type: ignore[assignment]
+    """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
+    only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
+    operator: nothing changes.
+    """
+    ListAllWebhookConfigs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]  # type: ignore[assignment]
+    """Lists webhook configs across merchants, newest first."""
+    RedeliverDeliveries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RedeliverDeliveriesRequest, _admin_service_pb2.RedeliverDeliveriesResponse]  # type: ignore[assignment]
+    """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
+    is over. Each failed delivery's event gets a new delivery with its own retries, as by
+    DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
+    What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
+    goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+    """
+    CreateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]  # type: ignore[assignment]
+    """Registers an event type that producers may publish and merchants may subscribe to."""
+    UpdateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]  # type: ignore[assignment]
+    """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
+    server process honours the change in calls that begin a second later, or sooner.
+    """
+    GetQueueStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]  # type: ignore[assignment]
+    """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
+    The numbers are exact and of one moment; counting a million open deliveries takes about half
+    a second, so ask for all of them at most every few seconds.
+    """
+    CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CheckInvariantsRequest, _admin_service_pb2.CheckInvariantsResponse]  # type: ignore[assignment]
+    """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
+    tells what does not. Reads only, in short statements, and may be called at any time; what is
+    suspect is looked at again some seconds later, so the call may take that much longer.
+    """
+    ListAuditEntries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
+    """Lists audit entries, newest first."""
+    EraseMerchant: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]  # type: ignore[assignment]
     """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
     events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
     is sent but what is on the wire. What remains says that something was delivered, not what. Works
@@ -66,8 +131,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def ReactivateWebhookConfig(
         self,
         request: _admin_service_pb2.ReactivateWebhookConfigRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.ReactivateWebhookConfigRequest, _abc.Awaitable[_admin_service_pb2.ReactivateWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.ReactivateWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ReactivateWebhookConfigResponse, _abc.Awaitable[_admin_service_pb2.ReactivateWebhookConfigResponse]]:
         """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
         anew and its parked deliveries are let back in. Already active: nothing changes.
         """
@@ -76,8 +141,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def DeactivateWebhookConfig(
         self,
         request: _admin_service_pb2.DeactivateWebhookConfigRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.DeactivateWebhookConfigRequest, _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.DeactivateWebhookConfigResponse, _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]]:
         """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
         only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
         operator: nothing changes.
@@ -87,16 +152,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def ListAllWebhookConfigs(
         self,
         request: _admin_service_pb2.ListAllWebhookConfigsRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.ListAllWebhookConfigsRequest, _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListAllWebhookConfigsResponse, _abc.Awaitable[_admin_service_pb2.ListAllWebhookConfigsResponse]]:
         """Lists webhook configs across merchants, newest first."""
 
     @_abc_1.abstractmethod
     def RedeliverDeliveries(
         self,
         request: _admin_service_pb2.RedeliverDeliveriesRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.RedeliverDeliveriesRequest, _abc.Awaitable[_admin_service_pb2.RedeliverDeliveriesResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.RedeliverDeliveriesResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.RedeliverDeliveriesResponse, _abc.Awaitable[_admin_service_pb2.RedeliverDeliveriesResponse]]:
         """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
         is over. Each failed delivery's event gets a new delivery with its own retries, as by
         DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
@@ -108,16 +173,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def CreateEventType(
         self,
         request: _admin_service_pb2.CreateEventTypeRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.CreateEventTypeRequest, _abc.Awaitable[_admin_service_pb2.CreateEventTypeResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.CreateEventTypeResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.CreateEventTypeResponse, _abc.Awaitable[_admin_service_pb2.CreateEventTypeResponse]]:
         """Registers an event type that producers may publish and merchants may subscribe to."""
 
     @_abc_1.abstractmethod
     def UpdateEventType(
         self,
         request: _admin_service_pb2.UpdateEventTypeRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.UpdateEventTypeRequest, _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UpdateEventTypeResponse, _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]]:
         """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
         server process honours the change in calls that begin a second later, or sooner.
         """
@@ -126,8 +191,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetQueueStatus(
         self,
         request: _admin_service_pb2.GetQueueStatusRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.GetQueueStatusRequest, _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.GetQueueStatusResponse, _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]]:
         """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
         The numbers are exact and of one moment; counting a million open deliveries takes about half
         a second, so ask for all of them at most every few seconds.
@@ -137,8 +202,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def CheckInvariants(
         self,
         request: _admin_service_pb2.CheckInvariantsRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.CheckInvariantsRequest, _abc.Awaitable[_admin_service_pb2.CheckInvariantsResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.CheckInvariantsResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.CheckInvariantsResponse, _abc.Awaitable[_admin_service_pb2.CheckInvariantsResponse]]:
         """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
         tells what does not. Reads only, in short statements, and may be called at any time; what is
         suspect is looked at again some seconds later, so the call may take that much longer.
@@ -148,20 +213,20 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     def ListAuditEntries(
         self,
         request: _admin_service_pb2.ListAuditEntriesRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.ListAuditEntriesRequest, _abc.Awaitable[_admin_service_pb2.ListAuditEntriesResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.ListAuditEntriesResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListAuditEntriesResponse, _abc.Awaitable[_admin_service_pb2.ListAuditEntriesResponse]]:
         """Lists audit entries, newest first."""
 
     @_abc_1.abstractmethod
     def EraseMerchant(
         self,
         request: _admin_service_pb2.EraseMerchantRequest,
-        context: _aio.ServicerContext[_admin_service_pb2.EraseMerchantRequest, _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]],
-    ) -> _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.EraseMerchantResponse, _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]]:
         """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
         events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
         is sent but what is on the wire. What remains says that something was delivered, not what. Works
         in small transactions: when the call breaks off, another one ends it. Final.
         """
 
-def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...
+def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

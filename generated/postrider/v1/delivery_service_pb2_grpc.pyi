@@ -7,7 +7,21 @@ from collections import abc as _abc
 from grpc import aio as _aio
 from postrider.v1 import delivery_service_pb2 as _delivery_service_pb2
 import abc as _abc_1
+import grpc as _grpc
+import sys
+import typing as _typing
 
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
+
+_T = _typing.TypeVar("_T")
+
+class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
+
+class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
+    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -17,16 +31,40 @@ class DeliveryServiceStub:
     the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    GetDelivery: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.GetDeliveryRequest, _delivery_service_pb2.GetDeliveryResponse]
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> DeliveryServiceAsyncStub: ...
+    GetDelivery: _grpc.UnaryUnaryMultiCallable[_delivery_service_pb2.GetDeliveryRequest, _delivery_service_pb2.GetDeliveryResponse]
     """Returns one delivery with its attempts."""
-    ListDeliveries: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.ListDeliveriesRequest, _delivery_service_pb2.ListDeliveriesResponse]
+    ListDeliveries: _grpc.UnaryUnaryMultiCallable[_delivery_service_pb2.ListDeliveriesRequest, _delivery_service_pb2.ListDeliveriesResponse]
     """Lists deliveries with their attempts, newest first."""
-    RedeliverDelivery: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.RedeliverDeliveryRequest, _delivery_service_pb2.RedeliverDeliveryResponse]
+    RedeliverDelivery: _grpc.UnaryUnaryMultiCallable[_delivery_service_pb2.RedeliverDeliveryRequest, _delivery_service_pb2.RedeliverDeliveryResponse]
     """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
     schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
     """
-    WatchDeliveries: _aio.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]
+    WatchDeliveries: _grpc.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]
+    """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
+    or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
+    is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+    """
+
+@_typing.type_check_only
+class DeliveryServiceAsyncStub(DeliveryServiceStub):
+    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
+    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetDelivery: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.GetDeliveryRequest, _delivery_service_pb2.GetDeliveryResponse]  # type: ignore[assignment]
+    """Returns one delivery with its attempts."""
+    ListDeliveries: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.ListDeliveriesRequest, _delivery_service_pb2.ListDeliveriesResponse]  # type: ignore[assignment]
+    """Lists deliveries with their attempts, newest first."""
+    RedeliverDelivery: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.RedeliverDeliveryRequest, _delivery_service_pb2.RedeliverDeliveryResponse]  # type: ignore[assignment]
+    """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
+    schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+    """
+    WatchDeliveries: _aio.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]  # type: ignore[assignment]
     """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
     or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
     is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
@@ -41,24 +79,24 @@ class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetDelivery(
         self,
         request: _delivery_service_pb2.GetDeliveryRequest,
-        context: _aio.ServicerContext[_delivery_service_pb2.GetDeliveryRequest, _abc.Awaitable[_delivery_service_pb2.GetDeliveryResponse]],
-    ) -> _abc.Awaitable[_delivery_service_pb2.GetDeliveryResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_delivery_service_pb2.GetDeliveryResponse, _abc.Awaitable[_delivery_service_pb2.GetDeliveryResponse]]:
         """Returns one delivery with its attempts."""
 
     @_abc_1.abstractmethod
     def ListDeliveries(
         self,
         request: _delivery_service_pb2.ListDeliveriesRequest,
-        context: _aio.ServicerContext[_delivery_service_pb2.ListDeliveriesRequest, _abc.Awaitable[_delivery_service_pb2.ListDeliveriesResponse]],
-    ) -> _abc.Awaitable[_delivery_service_pb2.ListDeliveriesResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_delivery_service_pb2.ListDeliveriesResponse, _abc.Awaitable[_delivery_service_pb2.ListDeliveriesResponse]]:
         """Lists deliveries with their attempts, newest first."""
 
     @_abc_1.abstractmethod
     def RedeliverDelivery(
         self,
         request: _delivery_service_pb2.RedeliverDeliveryRequest,
-        context: _aio.ServicerContext[_delivery_service_pb2.RedeliverDeliveryRequest, _abc.Awaitable[_delivery_service_pb2.RedeliverDeliveryResponse]],
-    ) -> _abc.Awaitable[_delivery_service_pb2.RedeliverDeliveryResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_delivery_service_pb2.RedeliverDeliveryResponse, _abc.Awaitable[_delivery_service_pb2.RedeliverDeliveryResponse]]:
         """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
         schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
         """
@@ -67,11 +105,11 @@ class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
     def WatchDeliveries(
         self,
         request: _delivery_service_pb2.WatchDeliveriesRequest,
-        context: _aio.ServicerContext[_delivery_service_pb2.WatchDeliveriesRequest, _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]],
-    ) -> _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_delivery_service_pb2.WatchDeliveriesResponse], _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]]:
         """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
         or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
         is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
         """
 
-def add_DeliveryServiceServicer_to_server(servicer: DeliveryServiceServicer, server: _aio.Server) -> None: ...
+def add_DeliveryServiceServicer_to_server(servicer: DeliveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

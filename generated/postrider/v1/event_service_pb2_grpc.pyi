@@ -7,7 +7,21 @@ from collections import abc as _abc
 from grpc import aio as _aio
 from postrider.v1 import event_service_pb2 as _event_service_pb2
 import abc as _abc_1
+import grpc as _grpc
+import sys
+import typing as _typing
 
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
+
+_T = _typing.TypeVar("_T")
+
+class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
+
+class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
+    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -18,24 +32,54 @@ class EventServiceStub:
     OK means durable: the event and all its deliveries are committed.
     """
 
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    PublishEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventRequest, _event_service_pb2.PublishEventResponse]
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> EventServiceAsyncStub: ...
+    PublishEvent: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventRequest, _event_service_pb2.PublishEventResponse]
     """Accepts one event."""
-    PublishEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventsRequest, _event_service_pb2.PublishEventsResponse]
+    PublishEvents: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventsRequest, _event_service_pb2.PublishEventsResponse]
     """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
     not stop the others. After an error of the call itself, send all of it again: with idempotency
     keys nothing is doubled, even if a commit had gone through that the answer was lost of.
     """
-    StreamEvents: _aio.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]
+    StreamEvents: _grpc.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]
     """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
     order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
     server reads no further until one is. Batches with ordering keys are committed in the order they
     were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
     same order: with idempotency keys nothing is lost or doubled.
     """
-    GetEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]
+    GetEvent: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]
     """Returns an event, without its payload."""
-    ListEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.ListEventsRequest, _event_service_pb2.ListEventsResponse]
+    ListEvents: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.ListEventsRequest, _event_service_pb2.ListEventsResponse]
+    """Lists the events of a merchant, newest first, without their payloads."""
+
+@_typing.type_check_only
+class EventServiceAsyncStub(EventServiceStub):
+    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
+    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
+    OK means durable: the event and all its deliveries are committed.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    PublishEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventRequest, _event_service_pb2.PublishEventResponse]  # type: ignore[assignment]
+    """Accepts one event."""
+    PublishEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventsRequest, _event_service_pb2.PublishEventsResponse]  # type: ignore[assignment]
+    """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
+    not stop the others. After an error of the call itself, send all of it again: with idempotency
+    keys nothing is doubled, even if a commit had gone through that the answer was lost of.
+    """
+    StreamEvents: _aio.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]  # type: ignore[assignment]
+    """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
+    order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
+    server reads no further until one is. Batches with ordering keys are committed in the order they
+    were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
+    same order: with idempotency keys nothing is lost or doubled.
+    """
+    GetEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]  # type: ignore[assignment]
+    """Returns an event, without its payload."""
+    ListEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.ListEventsRequest, _event_service_pb2.ListEventsResponse]  # type: ignore[assignment]
     """Lists the events of a merchant, newest first, without their payloads."""
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -48,16 +92,16 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     def PublishEvent(
         self,
         request: _event_service_pb2.PublishEventRequest,
-        context: _aio.ServicerContext[_event_service_pb2.PublishEventRequest, _abc.Awaitable[_event_service_pb2.PublishEventResponse]],
-    ) -> _abc.Awaitable[_event_service_pb2.PublishEventResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.PublishEventResponse, _abc.Awaitable[_event_service_pb2.PublishEventResponse]]:
         """Accepts one event."""
 
     @_abc_1.abstractmethod
     def PublishEvents(
         self,
         request: _event_service_pb2.PublishEventsRequest,
-        context: _aio.ServicerContext[_event_service_pb2.PublishEventsRequest, _abc.Awaitable[_event_service_pb2.PublishEventsResponse]],
-    ) -> _abc.Awaitable[_event_service_pb2.PublishEventsResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.PublishEventsResponse, _abc.Awaitable[_event_service_pb2.PublishEventsResponse]]:
         """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
         not stop the others. After an error of the call itself, send all of it again: with idempotency
         keys nothing is doubled, even if a commit had gone through that the answer was lost of.
@@ -66,9 +110,9 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def StreamEvents(
         self,
-        request_iterator: _abc.AsyncIterator[_event_service_pb2.StreamEventsRequest],
-        context: _aio.ServicerContext[_abc.AsyncIterator[_event_service_pb2.StreamEventsRequest], _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]],
-    ) -> _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]:
+        request_iterator: _MaybeAsyncIterator[_event_service_pb2.StreamEventsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_event_service_pb2.StreamEventsResponse], _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]]:
         """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
         order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
         server reads no further until one is. Batches with ordering keys are committed in the order they
@@ -80,16 +124,16 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetEvent(
         self,
         request: _event_service_pb2.GetEventRequest,
-        context: _aio.ServicerContext[_event_service_pb2.GetEventRequest, _abc.Awaitable[_event_service_pb2.GetEventResponse]],
-    ) -> _abc.Awaitable[_event_service_pb2.GetEventResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.GetEventResponse, _abc.Awaitable[_event_service_pb2.GetEventResponse]]:
         """Returns an event, without its payload."""
 
     @_abc_1.abstractmethod
     def ListEvents(
         self,
         request: _event_service_pb2.ListEventsRequest,
-        context: _aio.ServicerContext[_event_service_pb2.ListEventsRequest, _abc.Awaitable[_event_service_pb2.ListEventsResponse]],
-    ) -> _abc.Awaitable[_event_service_pb2.ListEventsResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_event_service_pb2.ListEventsResponse, _abc.Awaitable[_event_service_pb2.ListEventsResponse]]:
         """Lists the events of a merchant, newest first, without their payloads."""
 
-def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _aio.Server) -> None: ...
+def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -7,7 +7,21 @@ from collections import abc as _abc
 from grpc import aio as _aio
 from postrider.v1 import webhook_config_service_pb2 as _webhook_config_service_pb2
 import abc as _abc_1
+import grpc as _grpc
+import sys
+import typing as _typing
 
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
+
+_T = _typing.TypeVar("_T")
+
+class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
+
+class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
+    ...
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
@@ -17,32 +31,69 @@ class WebhookConfigServiceStub:
     acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
     """
 
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    CreateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.CreateWebhookConfigRequest, _webhook_config_service_pb2.CreateWebhookConfigResponse]
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> WebhookConfigServiceAsyncStub: ...
+    CreateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.CreateWebhookConfigRequest, _webhook_config_service_pb2.CreateWebhookConfigResponse]
     """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
     refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
     """
-    GetWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.GetWebhookConfigRequest, _webhook_config_service_pb2.GetWebhookConfigResponse]
+    GetWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.GetWebhookConfigRequest, _webhook_config_service_pb2.GetWebhookConfigResponse]
     """Returns one webhook config."""
-    ListWebhookConfigs: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListWebhookConfigsRequest, _webhook_config_service_pb2.ListWebhookConfigsResponse]
+    ListWebhookConfigs: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListWebhookConfigsRequest, _webhook_config_service_pb2.ListWebhookConfigsResponse]
     """Lists the merchant's webhook configs, oldest first."""
-    UpdateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _webhook_config_service_pb2.UpdateWebhookConfigResponse]
+    UpdateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _webhook_config_service_pb2.UpdateWebhookConfigResponse]
     """Changes the fields that the mask names. A new URL is pinged like at creation."""
-    DeleteWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]
+    DeleteWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]
     """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
     readable. A request that is on the wire may still arrive, and what comes of it is not on record.
     """
-    RotateSecret: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]
+    RotateSecret: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]
     """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
     merchant can change over without a gap. Two sign at most: to rotate again within the overlap
     ends the older one at once, so before you repeat a call whose answer was lost, look at the
     config's previous_secret_expire_time.
     """
-    PingWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]
+    PingWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]
     """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
     is reachable, deliveries that waited because the endpoint had kept failing go out at once.
     """
-    ListEventTypes: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]
+    ListEventTypes: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]
+    """Lists the event types a webhook config may name."""
+
+@_typing.type_check_only
+class WebhookConfigServiceAsyncStub(WebhookConfigServiceStub):
+    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
+    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    CreateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.CreateWebhookConfigRequest, _webhook_config_service_pb2.CreateWebhookConfigResponse]  # type: ignore[assignment]
+    """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
+    refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
+    """
+    GetWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.GetWebhookConfigRequest, _webhook_config_service_pb2.GetWebhookConfigResponse]  # type: ignore[assignment]
+    """Returns one webhook config."""
+    ListWebhookConfigs: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListWebhookConfigsRequest, _webhook_config_service_pb2.ListWebhookConfigsResponse]  # type: ignore[assignment]
+    """Lists the merchant's webhook configs, oldest first."""
+    UpdateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _webhook_config_service_pb2.UpdateWebhookConfigResponse]  # type: ignore[assignment]
+    """Changes the fields that the mask names. A new URL is pinged like at creation."""
+    DeleteWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]  # type: ignore[assignment]
+    """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
+    readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+    """
+    RotateSecret: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]  # type: ignore[assignment]
+    """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
+    merchant can change over without a gap. Two sign at most: to rotate again within the overlap
+    ends the older one at once, so before you repeat a call whose answer was lost, look at the
+    config's previous_secret_expire_time.
+    """
+    PingWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]  # type: ignore[assignment]
+    """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
+    is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+    """
+    ListEventTypes: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]  # type: ignore[assignment]
     """Lists the event types a webhook config may name."""
 
 class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -54,8 +105,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
     def CreateWebhookConfig(
         self,
         request: _webhook_config_service_pb2.CreateWebhookConfigRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.CreateWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.CreateWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.CreateWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.CreateWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.CreateWebhookConfigResponse]]:
         """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
         refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
         """
@@ -64,32 +115,32 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
     def GetWebhookConfig(
         self,
         request: _webhook_config_service_pb2.GetWebhookConfigRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.GetWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.GetWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.GetWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.GetWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.GetWebhookConfigResponse]]:
         """Returns one webhook config."""
 
     @_abc_1.abstractmethod
     def ListWebhookConfigs(
         self,
         request: _webhook_config_service_pb2.ListWebhookConfigsRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.ListWebhookConfigsRequest, _abc.Awaitable[_webhook_config_service_pb2.ListWebhookConfigsResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.ListWebhookConfigsResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.ListWebhookConfigsResponse, _abc.Awaitable[_webhook_config_service_pb2.ListWebhookConfigsResponse]]:
         """Lists the merchant's webhook configs, oldest first."""
 
     @_abc_1.abstractmethod
     def UpdateWebhookConfig(
         self,
         request: _webhook_config_service_pb2.UpdateWebhookConfigRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.UpdateWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.UpdateWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.UpdateWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.UpdateWebhookConfigResponse]]:
         """Changes the fields that the mask names. A new URL is pinged like at creation."""
 
     @_abc_1.abstractmethod
     def DeleteWebhookConfig(
         self,
         request: _webhook_config_service_pb2.DeleteWebhookConfigRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.DeleteWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]]:
         """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
         readable. A request that is on the wire may still arrive, and what comes of it is not on record.
         """
@@ -98,8 +149,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
     def RotateSecret(
         self,
         request: _webhook_config_service_pb2.RotateSecretRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.RotateSecretRequest, _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.RotateSecretResponse, _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]]:
         """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
         merchant can change over without a gap. Two sign at most: to rotate again within the overlap
         ends the older one at once, so before you repeat a call whose answer was lost, look at the
@@ -110,8 +161,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
     def PingWebhookConfig(
         self,
         request: _webhook_config_service_pb2.PingWebhookConfigRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.PingWebhookConfigRequest, _abc.Awaitable[_webhook_config_service_pb2.PingWebhookConfigResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.PingWebhookConfigResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.PingWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.PingWebhookConfigResponse]]:
         """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
         is reachable, deliveries that waited because the endpoint had kept failing go out at once.
         """
@@ -120,8 +171,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
     def ListEventTypes(
         self,
         request: _webhook_config_service_pb2.ListEventTypesRequest,
-        context: _aio.ServicerContext[_webhook_config_service_pb2.ListEventTypesRequest, _abc.Awaitable[_webhook_config_service_pb2.ListEventTypesResponse]],
-    ) -> _abc.Awaitable[_webhook_config_service_pb2.ListEventTypesResponse]:
+        context: _ServicerContext,
+    ) -> _typing.Union[_webhook_config_service_pb2.ListEventTypesResponse, _abc.Awaitable[_webhook_config_service_pb2.ListEventTypesResponse]]:
         """Lists the event types a webhook config may name."""
 
-def add_WebhookConfigServiceServicer_to_server(servicer: WebhookConfigServiceServicer, server: _aio.Server) -> None: ...
+def add_WebhookConfigServiceServicer_to_server(servicer: WebhookConfigServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
