@@ -1,10 +1,11 @@
-"""How much one caller may ask of this server process: calls in a time, and pings at once.
+"""How much one caller may ask of this server process: calls in a time, pings and streams at once.
 
 A token that names a merchant counts for the merchant, whoever holds it; any other caller counts for
 itself. What is kept is in memory and bounded, and holds for one process: n servers let n times as
 much through.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,8 +87,8 @@ class CallerLimits:
                 )
 
 
-class PingPlaces:
-    """How many receivers one merchant may have us wait for at once."""
+class Places(ABC):
+    """How many of one kind one merchant may have under way at once."""
 
     def __init__(self, most: int):
         self._most = most
@@ -95,15 +96,9 @@ class PingPlaces:
 
     @contextmanager
     def place(self, merchant_id: str) -> Iterator[None]:
-        """Holds a place for a ping; QuotaExceeded when all are taken."""
+        """Holds a place; QuotaExceeded when all are taken."""
         if self._taken[merchant_id] >= self._most:
-            raise QuotaExceeded(
-                f"{self._most} pings of this merchant are under way, as many as there may be: wait "
-                "for one to end",
-                reason="PINGS_LIMIT",
-                subject=f"merchant:{merchant_id}",
-                retry_after_seconds=1.0,
-            )
+            raise self._refusal(merchant_id)
         self._taken[merchant_id] += 1
         try:
             yield
@@ -111,6 +106,35 @@ class PingPlaces:
             self._taken[merchant_id] -= 1
             if not self._taken[merchant_id]:
                 del self._taken[merchant_id]
+
+    @abstractmethod
+    def _refusal(self, merchant_id: str) -> QuotaExceeded: ...
+
+
+class PingPlaces(Places):
+    """Of receivers that one merchant has us wait for."""
+
+    def _refusal(self, merchant_id: str) -> QuotaExceeded:
+        return QuotaExceeded(
+            f"{self._most} pings of this merchant are under way, as many as there may be: wait "
+            "for one to end",
+            reason="PINGS_LIMIT",
+            subject=f"merchant:{merchant_id}",
+            retry_after_seconds=1.0,
+        )
+
+
+class StreamPlaces(Places):
+    """Of calls that last as long as their caller likes, each of which is one that others lack."""
+
+    def _refusal(self, merchant_id: str) -> QuotaExceeded:
+        # Nobody knows when one ends, so no time to come back.
+        return QuotaExceeded(
+            f"{self._most} watches and streams of this merchant are open, as many as there may be: "
+            "end one first; a watch without filters tells of everything",
+            reason="STREAMS_LIMIT",
+            subject=f"merchant:{merchant_id}",
+        )
 
 
 def _subject(caller: Principal) -> str:

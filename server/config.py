@@ -65,6 +65,12 @@ class ServerSettings(Block):
     max_pings_per_merchant: int = Field(
         10, ge=1, description="receivers that one server process pings at once for one merchant"
     )
+    max_streams_per_merchant: int = Field(
+        50,
+        ge=1,
+        description="watches and event streams that one server process keeps open for the tokens "
+        "of one merchant",
+    )
     max_concurrent_rpcs: int = Field(
         1000, ge=1, description="RPCs served at once; one more is refused with RESOURCE_EXHAUSTED"
     )

@@ -17,6 +17,7 @@ from core.lifecycle import OPEN_STATES
 from postrider.v1 import delivery_service_pb2, delivery_service_pb2_grpc
 from server.audit import record_change
 from server.authentication import principal
+from server.caller_limits import StreamPlaces
 from server.convert.deliveries import (
     delivery_message,
     delivery_messages,
@@ -59,6 +60,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         tail: Tail,
         measures: ServerMeasures,
         keyring: KeyRing,
+        stream_places: StreamPlaces,
         watch_keep_alive_seconds: float,
         watch_backlog: int,
     ):
@@ -68,6 +70,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         self._tail = tail
         self._measures = measures
         self._keyring = keyring
+        self._stream_places = stream_places
         self._watch_keep_alive_seconds = watch_keep_alive_seconds
         self._watch_backlog = watch_backlog
 
@@ -151,13 +154,14 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             keep_alive_seconds=self._watch_keep_alive_seconds,
             expires_at=principal().expires_at,
         )
-        self._measures.watchers += 1
-        try:
-            async with aclosing(watch.follow(start)) as told:
-                async for news in told:
-                    yield watch_message(news.recorded, tokens.seal(news.position))
-        finally:
-            self._measures.watchers -= 1
+        with self._stream_places.place(merchant_id):
+            self._measures.watchers += 1
+            try:
+                async with aclosing(watch.follow(start)) as told:
+                    async for news in told:
+                        yield watch_message(news.recorded, tokens.seal(news.position))
+            finally:
+                self._measures.watchers -= 1
 
     async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
         row = await find_delivery(self._pool, merchant_id, id_of("dlv", text))

@@ -19,6 +19,7 @@ from core.errors import (
 )
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server.authentication import principal
+from server.caller_limits import StreamPlaces
 from server.convert.event_types import event_type_filter
 from server.convert.events import event_draft, event_message, fill_event
 from server.convert.ids import id_of, not_found
@@ -42,9 +43,10 @@ UNACKNOWLEDGED_BATCHES_MAX = 16
 class EventService(event_service_pb2_grpc.EventServiceServicer):
     """OK is answered only after the commit."""
 
-    def __init__(self, ingest: Ingest, pool: Pool):
+    def __init__(self, ingest: Ingest, pool: Pool, stream_places: StreamPlaces):
         self._ingest = ingest
         self._pool = pool
+        self._stream_places = stream_places
         self._streams: set[OrderedCommits[pb.StreamEventsRequest, pb.StreamEventsResponse]] = set()
         self._draining = False
 
@@ -90,6 +92,8 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
             last = request.sequence
             return self._commit(request.sequence, _drafts(caller, request.events), turns)
 
+        places = self._stream_places
+        place = places.place(caller.merchant_id) if caller.merchant_id else nullcontext()
         stream = OrderedCommits(commit, UNACKNOWLEDGED_BATCHES_MAX)
         expiry = asyncio.get_running_loop().call_later(
             caller.expires_at - time.time(), stream.end, _expired()
@@ -98,9 +102,10 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         if self._draining:
             stream.end(_stopping())
         try:
-            async with aclosing(stream.acknowledge(request_iterator)) as responses:
-                async for response in responses:
-                    yield response
+            with place:
+                async with aclosing(stream.acknowledge(request_iterator)) as responses:
+                    async for response in responses:
+                        yield response
         finally:
             expiry.cancel()
             self._streams.discard(stream)

@@ -31,7 +31,7 @@ from delivery.dialler import open_dialler
 from delivery.ping import ping
 from server.admin_service import AdminService
 from server.app import METHODS, App
-from server.caller_limits import PingPlaces
+from server.caller_limits import PingPlaces, StreamPlaces
 from server.config import AuthSettings, ServerSettings, TlsSettings
 from server.database import open_sessions
 from server.database_watch import DatabaseWatch
@@ -103,6 +103,7 @@ async def serve(
         hints = Hints(pool)
         tail = Tail(pool)
         measures = ServerMeasures(METHODS)
+        stream_places = StreamPlaces(settings.server.max_streams_per_merchant)
         app = App(
             settings.server,
             verifier,
@@ -121,6 +122,7 @@ async def serve(
             events=EventService(
                 Ingest(pool, event_types, hints, settings.server.max_payload_bytes, measures),
                 pool,
+                stream_places,
             ),
             deliveries=DeliveryService(
                 pool,
@@ -129,6 +131,7 @@ async def serve(
                 tail=tail,
                 measures=measures,
                 keyring=keyring,
+                stream_places=stream_places,
                 watch_keep_alive_seconds=settings.server.watch_keep_alive_seconds,
                 watch_backlog=settings.server.watch_backlog,
             ),

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from grpc import StatusCode
 
+from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
 from tests.errors import Refusal, refusal_of, refused
 from tests.fakes.receiver import Receiver
@@ -161,3 +162,40 @@ async def test_a_caller_that_hangs_up_gives_its_place_back(
         async with asyncio.timeout(AMPLE):
             while (await outcome(platform.register(receiver.url))) == "PINGS_LIMIT":
                 pass
+
+
+async def test_one_merchants_streams_are_bounded_and_leave_the_others_room(
+    start_platform: Callable[..., Any],
+) -> None:
+    def watch(merchant_id: str) -> Any:
+        request = delivery_service_pb2.WatchDeliveriesRequest()
+        return platform.deliveries.WatchDeliveries(request, metadata=platform.merchant(merchant_id))
+
+    def publishing(**claims: str) -> Any:
+        token = platform.token("events:publish", **claims)
+        return platform.events.StreamEvents(metadata=bearer(token))
+
+    event = event_pb2.EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
+    batch = event_service_pb2.StreamEventsRequest(sequence=1, events=[event])
+    async with start_platform(max_streams_per_merchant=2, max_concurrent_rpcs=5) as platform:
+        open_ = [watch("m_1"), publishing(merchant_id="m_1")]
+        await open_[0].read()
+        await open_[1].write(batch)
+        await open_[1].read()
+        for refused_ in (watch("m_1"), publishing(merchant_id="m_1")):
+            error = await refusal_of(refused_.read())
+            assert error.reason == "STREAMS_LIMIT"
+            assert error.quota_subjects == ["merchant:m_1"]
+            assert error.retry_after_seconds is None
+        others = [watch("m_2"), publishing()]
+        await others[0].read()
+        await others[1].write(batch)
+        await others[1].read()
+        assert (await platform.publish()).event.id
+        open_[0].cancel()
+        # The server hears of it a moment later, and nobody signals that.
+        async with asyncio.timeout(AMPLE):
+            while await outcome((again := watch("m_1")).read()) == "STREAMS_LIMIT":
+                pass
+        for stream in (*open_, *others, again):
+            stream.cancel()
