@@ -43,6 +43,7 @@ from delivery import census
 from server import audit_log, erasure, event_history, history, ingest, queue_status
 from tests.conftest import database_settings
 from tests.factories import STARTED_AT, make_event
+from tests.plans import execution
 
 _CROWD = """
 INSERT INTO webhook_configs
@@ -817,16 +818,9 @@ async def grown(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
 @pytest.mark.parametrize("name", _PLANNED_EARLY)
 async def test_what_was_planned_of_few_rows_is_right_for_many(grown: Any, name: str) -> None:
     arguments = await _arguments(grown, name)
-    statement = await grown.prepare(_PLANNED_EARLY[name])
-    values = ", ".join(
-        [
-            str(await grown.fetchval(f"SELECT quote_nullable(($1::{t.name})::text)", value))
-            for t, value in zip(statement.get_parameters(), arguments, strict=True)
-        ]
-    )
-    number = list(_PLANNED_EARLY).index(name)
+    early = f"early_{list(_PLANNED_EARLY).index(name)}"
 
-    plan = await _explain(grown, f"EXECUTE early_{number}({values})")
+    plan = await _explain(grown, await execution(grown, early, _PLANNED_EARLY[name], arguments))
 
     plan.assert_nothing_is_walked()
     # A page of few finished deliveries may look at a whole day for them, in the order it has.

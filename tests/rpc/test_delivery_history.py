@@ -25,6 +25,7 @@ from tests.conftest import database_settings
 from tests.errors import refused
 from tests.factories import make_delivery, make_webhook_config
 from tests.fakes.receiver import Receiver
+from tests.plans import PLAN_MODES, planned_by
 from tests.platform import Platform
 
 NOON = datetime(2026, 5, 5, 12, tzinfo=UTC)
@@ -299,7 +300,7 @@ async def history(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("names", _COMBINATIONS, ids="+".join)
-@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("mode", PLAN_MODES)
 async def test_every_combination_of_filters_reads_little_of_a_long_history(
     history: Any, names: tuple[str, ...], mode: str
 ) -> None:
@@ -307,12 +308,9 @@ async def test_every_combination_of_filters_reads_little_of_a_long_history(
     for name in names:
         fields |= _FILTERS[name]
     wanted = DeliveryFilter(**fields)
-    statement, arguments = _page("m_1", wanted, 51)
-    await history.execute(f"SET plan_cache_mode = {mode}")
+    planned = await planned_by(history, mode, *_page("m_1", wanted, 51))
 
-    plan = await history.fetchval(
-        f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", *arguments
-    )
+    plan = await history.fetchval(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {planned}")
 
     kinds, read = _of_history(json.loads(plan)[0]["Plan"])
     assert "Seq Scan" not in kinds
@@ -353,8 +351,7 @@ async def _by_brute_force(history: Any, fields: dict[str, Any]) -> list[UUID]:
 async def test_what_went_wrong_is_found_by_its_own_index(
     history: Any, state: DeliveryState
 ) -> None:
-    statement, arguments = _page("m_1", DeliveryFilter(state=state), 51)
-    for mode in ("force_custom_plan", "force_generic_plan"):
-        await history.execute(f"SET plan_cache_mode = {mode}")
-        plan = await history.fetch(f"EXPLAIN {statement}", *arguments)
+    for mode in PLAN_MODES:
+        planned = await planned_by(history, mode, *_page("m_1", DeliveryFilter(state=state), 51))
+        plan = await history.fetch(f"EXPLAIN {planned}")
         assert any("finished_deliveries_default_merchant_id_id_idx1" in line[0] for line in plan)

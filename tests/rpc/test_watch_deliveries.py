@@ -34,6 +34,7 @@ from tests.factories import (
     settlement,
 )
 from tests.fakes.receiver import Receiver
+from tests.plans import PLAN_MODES, planned_by
 from tests.platform import ISSUER, Platform, bearer
 
 BIG_EXCERPT = "x" * 1000
@@ -450,7 +451,7 @@ async def test_nothing_is_read_while_nobody_watches(pool: Any) -> None:
     assert tail.position is None
 
 
-@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("mode", PLAN_MODES)
 async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
     pool: Any, mode: str
 ) -> None:
@@ -461,24 +462,23 @@ async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
     await _record_many(pool, webhook_id, 10)
     await pool.execute("VACUUM ANALYZE attempts, finished_deliveries, delivery_queue")
     async with pool.acquire() as connection:
-        # The latter as everything of ours connects.
-        await connection.execute(f"SET plan_cache_mode = {mode}; SET enable_seqscan = off")
-        plan = await connection.fetch(
-            f"EXPLAIN {_READ}",
-            position.xid,
-            position.delivery_id,
-            position.number,
-            1000,
-            ["m_1"],
-        )
-        plan += await connection.fetch(f"EXPLAIN {_NEWEST}")
+        # As everything of ours connects.
+        await connection.execute("SET enable_seqscan = off")
+        after = (position.xid, position.delivery_id, position.number, 1000, ["m_1"])
+        plan = [
+            line
+            for statement, arguments in ((_READ, after), (_NEWEST, ()))
+            for line in await connection.fetch(
+                f"EXPLAIN {await planned_by(connection, mode, statement, arguments)}"
+            )
+        ]
     text = "\n".join(line[0] for line in plan)
     assert "attempts_default_recorded_xid_idx" in text
     assert "Seq Scan on attempts" not in text, text
     assert "Seq Scan on finished_deliveries" not in text, text
 
 
-@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("mode", PLAN_MODES)
 async def test_a_read_of_a_long_past_takes_no_more_than_it_tells(pool: Any, mode: str) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(20):
@@ -486,13 +486,12 @@ async def test_a_read_of_a_long_past_takes_no_more_than_it_tells(pool: Any, mode
     await pool.execute("VACUUM ANALYZE attempts, finished_deliveries, delivery_queue")
     async with pool.acquire() as connection:
         await connection.execute(
-            f"SET plan_cache_mode = {mode}; SET enable_seqscan = off; SET enable_bitmapscan = off; "
+            "SET enable_seqscan = off; SET enable_bitmapscan = off; "
             "SET enable_incremental_sort = off"
         )
         for statement, arguments in ((_NEWEST, ()), (_READ, (0, UUID(int=0), 0, 100, ["m_1"]))):
-            [[plan]] = await connection.fetch(
-                f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments
-            )
+            planned = await planned_by(connection, mode, statement, arguments)
+            plan = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {planned}")
             # One transaction's attempts at most beside those that are told.
             assert 0 < _most_attempts(json.loads(plan)[0]["Plan"]) <= 600, plan
 
