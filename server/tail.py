@@ -214,6 +214,9 @@ class Tail:
 
     def __init__(self, pool: Pool):
         self._pool = pool
+        #: One page at a time is read for watches that catch up, in turn, however many there are:
+        #: what they missed can wait, and everybody's calls use the same database.
+        self.catching_up = asyncio.Lock()
         self._watchers: set[Watcher] = set()
         self._watched = asyncio.Event()
         self._stopped = False

@@ -7,7 +7,7 @@ with the last resume token it read.
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from time import time
+from time import monotonic, time
 
 from core.db import Pool
 from core.errors import Unauthenticated
@@ -64,15 +64,20 @@ class Watch:
             self._tail.remove(self._watcher)
 
     async def _catch_up(self) -> AsyncGenerator[News]:
-        """By our own reading, to the newest there is."""
-        full = True
+        """By our own reading, to the newest there is; of what others did there may be much."""
+        full, told_at = True, monotonic()
         while full:
             self._check()
-            batch = await read_recorded(self._pool, self._position, [self._watcher.merchant_id])
+            async with self._tail.catching_up:
+                batch = await read_recorded(self._pool, self._position, [self._watcher.merchant_id])
             self._position, full = batch.end, batch.full
             for recorded in batch.recorded:
                 if self._watcher.wants(recorded) and self._is_new(recorded):
                     yield News(recorded.position, recorded)
+                    told_at = monotonic()
+            if full and monotonic() - told_at >= self._keep_alive_seconds:
+                yield News(self._position, None)
+                told_at = monotonic()
 
     def _is_new(self, recorded: Recorded) -> bool:
         return self._since is None or not self._since.has(recorded.position.xid)

@@ -24,6 +24,7 @@ from postrider.v1 import delivery_pb2, delivery_service_pb2_grpc
 from postrider.v1 import delivery_service_pb2 as pb
 from server.resume_token import ResumeTokens
 from server.tail import _NEWEST, _READ, Position, Tail, Watcher, newest_position, read_recorded
+from server.watch import Watch
 from tests.errors import refused
 from tests.factories import (
     lease_many,
@@ -250,6 +251,75 @@ async def test_a_watch_that_falls_behind_is_ended_and_its_token_goes_on_without_
         async with watching(platform, resume_token=watch.token) as resumed:
             rest = await resumed.news(count - len(told))
         assert len(told | set(rest)) == count
+
+
+async def test_a_long_way_to_catch_up_has_signs_of_life_and_can_be_broken_off(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    async with start_platform(watch_keep_alive_seconds=0.0001) as platform:
+        async with watching(platform, event_type="refund.failed") as watch:
+            token = watch.token
+        for _ in range(4):
+            await _record_many(pool, webhook_id, 1000)
+        delivery = await record(pool, webhook_id, event_type="refund.failed")
+        async with watching(platform, event_type="refund.failed", resume_token=token) as resumed:
+            # The one that `watching` has read comes before any reading, this one from amidst it.
+            assert not (await resumed.read()).HasField("delivery")
+            halfway = resumed.token
+            assert await resumed.news(1) == named(delivery)
+        request = {"event_type": "refund.failed", "resume_token": halfway}
+        async with watching(platform, **request) as resumed_again:
+            assert await resumed_again.news(1) == named(delivery)
+
+
+class CountingPool:
+    """Counts what is read at once; `enough` is set after so many reads."""
+
+    def __init__(self, pool: Any, enough: int):
+        self._pool = pool
+        self._left = enough
+        self._running = self.most = 0
+        self.enough = asyncio.Event()
+
+    async def fetch(self, *query: Any) -> Any:
+        self._running += 1
+        self.most = max(self.most, self._running)
+        try:
+            return await self._pool.fetch(*query)
+        finally:
+            self._running -= 1
+            self._left -= 1
+            if not self._left:
+                self.enough.set()
+
+
+async def test_watches_that_catch_up_take_one_connection_together(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    for _ in range(3):
+        await _record_many(pool, webhook_id, 1000)
+    # Three pages for each of five, and what is left.
+    counting, tail = CountingPool(pool, 20), Tail(pool)
+
+    async def follow() -> None:
+        watch = Watch(
+            counting,
+            tail,
+            Watcher("m_2", None, None, 10),
+            since=None,
+            keep_alive_seconds=60,
+            expires_at=time.time() + 60,
+        )
+        async for _ in watch.follow(Position(0)):
+            pass
+
+    following = [asyncio.create_task(follow()) for _ in range(5)]
+    async with asyncio.timeout(20):
+        await counting.enough.wait()
+    for task in following:
+        task.cancel()
+    await asyncio.gather(*following, return_exceptions=True)
+    assert counting.most == 1
 
 
 async def test_a_caller_that_reads_nothing_holds_up_nobody(
