@@ -39,13 +39,16 @@ type _Enqueue = Callable[[Pool, Sequence[NewEvent]], Awaitable[Accepted]]
 
 # Locking the rows makes this a commit of its own, which a synchronous standby has to confirm, and
 # with it everything before it: the one that stored the event may have given up waiting for that.
+#
+# A key may be kept for longer than its event.
 _PREVIOUS = f"""
-SELECT k.merchant_id, k.key, k.content_hash, e.id, e.delivery_count, e.created_at, e.not_before,
-    e.ordering_key
+SELECT k.merchant_id, k.key, k.content_hash, k.event_id,
+    coalesce(e.created_at, k.created_at) AS created_at,
+    coalesce(e.delivery_count, 0) AS delivery_count
 FROM unnest($1::text[], $2::text[]) AS t(merchant_id, key)
 JOIN idempotency_keys k
     ON {equal("k.merchant_id", "t.merchant_id")} AND {equal("k.key", "t.key")}
-JOIN events e ON {equal("e.id", "k.event_id")}
+LEFT JOIN events e ON {equal("e.id", "k.event_id")}
 FOR KEY SHARE OF k
 """  # noqa: S608 - of constants
 
@@ -154,7 +157,7 @@ class Ingest:
             event for event, count in zip(events, delivery_counts, strict=True) if count is None
         ]
         self._measures.events_accepted += len(events) - len(repeated)
-        before = iter(await self._published_before(repeated) if repeated else ())
+        before = iter(await self._repeated(enqueue, repeated) if repeated else ())
         return [
             next(before)
             if count is None
@@ -171,15 +174,25 @@ class Ingest:
             for event, count in zip(events, delivery_counts, strict=True)
         ]
 
-    async def _published_before(self, events: Sequence[NewEvent]) -> list[_Result]:
+    async def _repeated(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> list[_Result]:
+        results = await self._published_before(events)
+        # A key that was removed just now, by retention or an erasure, stands for nothing any more.
+        free = [event for event, result in zip(events, results, strict=True) if result is None]
+        anew = iter(await self._store(enqueue, free) if free else ())
+        return [next(anew) if result is None else result for result in results]
+
+    async def _published_before(self, events: Sequence[NewEvent]) -> list[_Result | None]:
+        """What became of each when its key was first used; None for a key that was not."""
         rows = await self._pool.fetch(
             _PREVIOUS, [e.merchant_id for e in events], [e.idempotency_key for e in events]
         )
         previous = {(row["merchant_id"], row["key"]): row for row in rows}
-        results: list[_Result] = []
+        results: list[_Result | None] = []
         for event in events:
-            row = previous[event.merchant_id, event.idempotency_key]
-            if row["content_hash"] != event.content_hash:
+            row = previous.get((event.merchant_id, event.idempotency_key))
+            if row is None:
+                results.append(None)
+            elif row["content_hash"] != event.content_hash:
                 self._measures.events_rejected += 1
                 results.append(
                     AlreadyExists(
@@ -193,13 +206,13 @@ class Ingest:
                 self._measures.events_duplicate += 1
                 results.append(
                     PublishedEvent(
-                        id=row["id"],
+                        id=row["event_id"],
                         merchant_id=event.merchant_id,
                         type=event.type,
                         created_at=row["created_at"],
                         delivery_count=row["delivery_count"],
-                        not_before=row["not_before"],
-                        ordering_key=row["ordering_key"],
+                        not_before=event.not_before,
+                        ordering_key=event.ordering_key,
                         duplicate=True,
                     )
                 )

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
 from postrider.v1 import event_service_pb2 as pb
 from postrider.v1.event_pb2 import EventInput
+from server.ingest import Ingest
 from tests.errors import refused
 from tests.fakes.receiver import Receiver
 from tests.platform import Metadata, Platform, bearer
@@ -105,6 +107,42 @@ async def test_a_key_used_for_another_event_is_refused_and_nothing_stored(
             await publish(platform, other)
         assert "new key" in error.message
     assert await count(pool, "events") == 1
+
+
+async def test_a_key_that_outlives_its_event_still_stands_for_it(
+    platform: Platform, pool: Any
+) -> None:
+    later = Timestamp()
+    later.FromDatetime(datetime.now(UTC) + timedelta(hours=1))
+    fields: dict[str, Any] = {"idempotency_key": "k", "ordering_key": "o", "not_before": later}
+    first = (await platform.publish(**fields)).event
+    await pool.execute("DELETE FROM events")
+    second = await platform.publish(**fields)
+    assert second.duplicate
+    first.create_time.CopyFrom(second.event.create_time)
+    assert second.event == first
+    async with refused(StatusCode.ALREADY_EXISTS, "IDEMPOTENCY_KEY_REUSED"):
+        await platform.publish('{"another": 1}', **fields)
+    assert await pool.fetchval("SELECT count(*) FROM events") == 0
+
+
+async def test_a_key_that_goes_while_it_is_looked_up_is_a_new_one(
+    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = Ingest._published_before
+
+    async def once_it_is_gone(*arguments: Any) -> Any:
+        await pool.execute("DELETE FROM idempotency_keys")
+        return await genuine(*arguments)
+
+    first = (await platform.publish(idempotency_key="k")).event
+    monkeypatch.setattr(Ingest, "_published_before", once_it_is_gone)
+    batch = [event(idempotency_key=key) for key in ("k", "new")]
+    answer = await platform.events.PublishEvents(
+        pb.PublishEventsRequest(events=batch), metadata=platform.producer()
+    )
+    assert [result.status for result in answer.results] == [pb.PUBLISH_STATUS_ACCEPTED] * 2
+    assert len({first.id, *(result.event.id for result in answer.results)}) == 3
 
 
 async def test_idempotency_keys_are_each_merchants_own(platform: Platform, pool: Any) -> None:

@@ -97,7 +97,9 @@ class Event(_message.Message):
     type: _builtins.str
     """Its event type."""
     delivery_count: _builtins.int
-    """How many webhook configs it is delivered to; 0 when nobody subscribed."""
+    """How many webhook configs it is delivered to; 0 when nobody subscribed, or when the event was
+    published before under its idempotency key and is no longer stored.
+    """
     ordering_key: _builtins.str
     """In order with the others of this key, where a webhook config is `ordered`; empty: in no order."""
     @_builtins.property
