@@ -81,7 +81,10 @@ class ServerSettings(Block):
         description="largest message of a call, such as one batch of events, in bytes",
     )
     max_streams_per_connection: int = Field(
-        500, ge=1, description="RPCs one connection may have open; further ones wait at the client"
+        500,
+        ge=1,
+        description="RPCs one connection may have open; further ones wait at the client, or in a "
+        "burst are refused with UNAVAILABLE before they begin",
     )
     max_connection_age_seconds: Seconds = Field(
         1800.0,

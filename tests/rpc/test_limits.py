@@ -98,6 +98,18 @@ async def test_a_connection_is_told_how_many_streams_it_may_open(
         assert (await settings_of(connection))[max_concurrent_streams] == 7
 
 
+async def test_a_burst_beyond_the_streams_is_carried_out_or_refused_before_it_begins(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    async with start_platform(max_streams_per_connection=7) as platform:
+        await platform.publish()
+        calls = (platform.publish() for _ in range(60))
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    refusals = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    assert {error.code() for error in refusals} <= {StatusCode.UNAVAILABLE}
+    assert await pool.fetchval("SELECT count(*) FROM events") == 1 + 60 - len(refusals)
+
+
 async def test_a_connection_that_is_too_old_is_asked_to_leave(
     start_platform: Callable[..., Any],
 ) -> None:
