@@ -29,8 +29,8 @@ _CROWD = 4
 _COMPANY_SECONDS = 0.012
 _EVENTS_ENOUGH = 100
 #: ... or the process was busy for a smaller part of as long a look.
-_LOOK_SECONDS = 0.002
-_BUSY = 0.6
+_LOOK_SECONDS = 0.001
+_BUSY = 0.45
 #: Events in a commit that gives way: what others may have to wait for.
 _EVENTS_GIVING_WAY = 100
 #: What part of the time such commits take: as much as there is room for. But none pauses for long
