@@ -18,6 +18,9 @@ from delivery.tls_sessions import ResumingTls
 
 #: What is read ahead of us before the receiver is held back.
 _READ_AHEAD_BYTES = 16 * 1024
+#: So much of a request is written at a time. What TLS is given in one piece it copies in one piece,
+#: and keeps the room for as long as the connection lasts.
+_PIECE_BYTES = 16 * 1024
 _HEAD_END = b"\r\n\r\n"
 #: So many heads may come to one request, 1xx and the answer: whoever sends more never comes to it.
 _HEADS_MAX = 20
@@ -80,7 +83,7 @@ class ReceiverConnection(ResponseHandler):
         self._among.discard(self)
         super().connection_lost(exc)
 
-    async def post(self, request: bytes) -> tuple[RawResponseMessage, StreamReader]:
+    async def post(self, head: bytes, payload: bytes) -> tuple[RawResponseMessage, StreamReader]:
         """Send one request and return the head of its answer, and its body as it comes.
 
         Raises aiohttp's errors of a connection that ended, and HttpProcessingError for what is not
@@ -93,7 +96,7 @@ class ReceiverConnection(ResponseHandler):
         )
         # Without a transport the connection ended just now, and read() tells how.
         if self.transport is not None:
-            self.transport.write(request)
+            _write(self.transport, head, payload)
         for _ in range(_HEADS_MAX):
             message, body = await self.read()
             # 1xx are no answer yet, but for 101, which is the last thing said in HTTP.
@@ -124,3 +127,12 @@ class ReceiverConnection(ResponseHandler):
             super().data_received(head + _HEAD_END)
         if (rest or not heads) and len(self) < _HEADS_MAX:
             super().data_received(rest)
+
+
+def _write(transport: asyncio.WriteTransport, head: bytes, payload: bytes) -> None:
+    """Without a copy of the payload, which would last as long as the attempt."""
+    transport.write(head + payload[:_PIECE_BYTES])
+    rest = memoryview(payload)[_PIECE_BYTES:]
+    while rest:
+        transport.write(rest[:_PIECE_BYTES])
+        rest = rest[_PIECE_BYTES:]

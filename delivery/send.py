@@ -41,7 +41,7 @@ async def send(
     Raises only for faults of ours, as headers that cannot be sent, and CancelledError.
     """
     began = perf_counter()
-    request = b"%b%bContent-Length: %d\r\n\r\n%b" % (destination.head, headers, len(body), body)
+    head = b"%b%bContent-Length: %d\r\n\r\n" % (destination.head, headers, len(body))
     dialling = Dialling(destination)
     answer: _Answer | None = None
     answered = began
@@ -50,7 +50,7 @@ async def send(
     deadline = now() + timeout_seconds
     try:
         async with asyncio.timeout_at(deadline) as timer:
-            answer = await _ask(dialler, dialling, request)
+            answer = await _ask(dialler, dialling, head, body)
             answered = perf_counter()
             if not answer.body.is_eof():
                 timer.reschedule(min(deadline, now() + _BODY_SECONDS_MAX))
@@ -83,29 +83,29 @@ class _Answer(NamedTuple):
     body: StreamReader
 
 
-async def _ask(dialler: Dialler, dialling: Dialling, request: bytes) -> _Answer:
+async def _ask(dialler: Dialler, dialling: Dialling, head: bytes, body: bytes) -> _Answer:
     """Send, and once more when a pooled connection turned out to be closed.
 
     That says nothing about the receiver's health. When a new connection ends without an answer,
     the receiver may have acted on the request: then sending again is for the next attempt.
     """
     try:
-        return await _ask_once(dialler, dialling, request)
+        return await _ask_once(dialler, dialling, head, body)
     except aiohttp.ClientConnectorError:
         raise
     except aiohttp.ClientConnectionError:
         if dialling.opened:
             raise
-    return await _ask_once(dialler, dialling, request, anew=True)
+    return await _ask_once(dialler, dialling, head, body, anew=True)
 
 
 async def _ask_once(
-    dialler: Dialler, dialling: Dialling, request: bytes, *, anew: bool = False
+    dialler: Dialler, dialling: Dialling, head: bytes, body: bytes, *, anew: bool = False
 ) -> _Answer:
     connection = await dialler.dial(dialling, anew=anew)
     protocol = cast(ReceiverConnection, connection.protocol)
     try:
-        return _Answer(connection, *await protocol.post(request))
+        return _Answer(connection, *await protocol.post(head, body))
     except BaseException:
         _hang_up(connection)
         raise

@@ -416,6 +416,38 @@ async def test_a_gigabyte_of_body_is_cut_off_and_costs_no_memory(
         assert resident_bytes() - before < 32 * 2**20
 
 
+async def test_of_a_large_payload_no_copy_waits_for_the_answer(
+    dialler: Dialler, authority: trustme.CA
+) -> None:
+    payload, requests = bytes(4 * 2**20), 20
+    arrived, answer = asyncio.Semaphore(0), asyncio.Event()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        # Nor may this end of it keep what comes.
+        left = len(payload)
+        while left:
+            left -= len(await reader.read(left))
+        arrived.release()
+        await answer.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    receiver = await asyncio.start_server(
+        take, "127.0.0.1", 0, ssl=server_tls(authority.issue_cert("127.0.0.1"))
+    )
+    url = f"https://127.0.0.1:{receiver.sockets[0].getsockname()[1]}/"
+    async with receiver, asyncio.TaskGroup() as group:
+        before = resident_now()
+        for _ in range(requests):
+            group.create_task(send(dialler, Destination(url), HEADERS, payload, AMPLE))
+            async with asyncio.timeout(AMPLE):
+                await arrived.acquire()
+        grown = resident_now() - before
+        answer.set()
+    # One copy in each of them would be 80 MiB.
+    assert grown < requests * len(payload) / 2
+
+
 async def test_a_gzip_bomb_is_not_unpacked(dialler: Dialler, start: Start) -> None:
     bomb = gzip.compress(bytes(10 * 2**20))
     assert len(bomb) < 16 * 1024
@@ -883,3 +915,7 @@ def resident_bytes() -> int:
     """The most memory this process has held so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_now() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
