@@ -3,13 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
+from uuid import UUID
 
 import structlog
 
 from core import queue
-from core.db import Pool
+from core.db import RETRYABLE_ERRORS, Pool
+from core.ids import new_id
 from core.measures import Histogram
 from core.queue import LeasedDelivery
+
+#: How often the deliveries of a claim without an answer are looked for: of what was sent to a
+#: database that nobody reached for a while, the last may arrive a minute later.
+_LOOKS = 60
 
 log = structlog.get_logger()
 
@@ -22,15 +28,46 @@ class Claim:
     deliveries: Sequence[LeasedDelivery]
 
 
-async def claim(pool: Pool, limit: int, lease_seconds: float, took: Histogram) -> Claim:
+class Unanswered:
+    """Claims whose answer never came: a database that was frozen carries them out all the same."""
+
+    def __init__(self) -> None:
+        self._looks: dict[UUID, int] = {}
+
+    def add(self, lease_id: UUID) -> None:
+        """Nobody knows what was taken under this lease."""
+        self._looks[lease_id] = _LOOKS
+
+    async def give_back(self, pool: Pool) -> int:
+        """Make ready again what they took so far; returns how many deliveries that were."""
+        if not self._looks:
+            return 0
+        looked_for = list(self._looks)
+        released = await queue.release_claimed(pool, looked_for)
+        for lease_id in looked_for:
+            self._looks[lease_id] -= 1
+            if not self._looks[lease_id]:
+                del self._looks[lease_id]
+        return released
+
+
+async def claim(
+    pool: Pool, limit: int, lease_seconds: float, took: Histogram, unanswered: Unanswered
+) -> Claim:
     """Claim up to `limit` deliveries; put those that may not be sent now where they belong.
 
     Such rows are few: what a config has due is parked or cancelled in the statement that stopped
     it, and only retries, and events accepted at that very moment, can still become ready. `took`
-    hears how long the statement that claims took.
+    hears how long the statement that claims took, `unanswered` of one that failed.
     """
     asked_at = monotonic()
-    leased = await queue.claim(pool, limit, lease_seconds)
+    lease_id = new_id()
+    async with pool.acquire() as connection:
+        try:
+            leased = await queue.claim(connection, limit, lease_seconds, lease_id)
+        except RETRYABLE_ERRORS:
+            unanswered.add(lease_id)
+            raise
     seconds = monotonic() - asked_at
     took.observe(seconds)
     if leased and seconds > lease_seconds / 2:

@@ -25,7 +25,7 @@ from core.urls import UrlPolicy
 from delivery.admit import Admission
 from delivery.breaker import Breaker
 from delivery.capacity import Capacity
-from delivery.claim import claim
+from delivery.claim import Unanswered, claim
 from delivery.config import DeliverySettings
 from delivery.dialler import Dialler
 from delivery.judge import asked_seconds, judge
@@ -82,6 +82,7 @@ class Engine:
         )
         self._breaker = Breaker(settings.breaker_failures, settings.breaker_failing_seconds)
         self._admission = Admission(pool)
+        self._unanswered = Unanswered()
         self._stopping = asyncio.Event()
         self._room = Room(settings.max_in_flight, self._places.reserve, settings.claim_batch)
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
@@ -155,7 +156,11 @@ class Engine:
             # Until its attempts have begun, or the other claim would ask for the same room.
             with self._room.asking_for(limit):
                 claimed = await claim(
-                    self._pool, limit, self._settings.lease_seconds, self._measures.claim
+                    self._pool,
+                    limit,
+                    self._settings.lease_seconds,
+                    self._measures.claim,
+                    self._unanswered,
                 )
                 self._measures.database_reached()
                 excess = await self._dispatch(claimed.deliveries)
@@ -296,6 +301,7 @@ class Engine:
             try:
                 if sweep % _SWEEPS_BETWEEN_CLEANING == 0:
                     await forget_expired_secrets(self._pool)
+                released = await self._unanswered.give_back(self._pool)
                 reclaimed = await reclaim(self._pool)
                 promoted, looked_at = await promote_stranded(self._pool, looked_at)
                 self._places.survey()
@@ -304,12 +310,14 @@ class Engine:
                 log.warning("sweep_retried", error=repr(error))
             else:
                 self._measures.database_reached()
+                if released:
+                    log.warning("unanswered_claims_released", deliveries=released)
                 if reclaimed:
                     self._measures.leases_reclaimed += reclaimed
                     log.warning("leases_reclaimed", deliveries=reclaimed)
                 if admitted:
                     self._expect_refill()
-                if reclaimed or promoted or admitted:
+                if released or reclaimed or promoted or admitted:
                     self._listener.wake()
             await asyncio.sleep(_SWEEP_SECONDS)
 

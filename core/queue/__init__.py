@@ -18,7 +18,7 @@ from core.queue.breakers import close_breakers, open_breakers
 from core.queue.cancellation import cancel_webhook
 from core.queue.depth import Depth, measure_depth
 from core.queue.holding import held, held_webhooks
-from core.queue.leases import claim, reclaim, reclaimed_often, release
+from core.queue.leases import claim, reclaim, reclaimed_often, release, release_claimed
 from core.queue.order import chains_after, promote
 from core.queue.records import (
     BreakerChange,
@@ -83,6 +83,7 @@ __all__ = [
     "redeliver",
     "redeliver_failed",
     "release",
+    "release_claimed",
     "settle",
     "spend_rate",
     "standing",

@@ -1,6 +1,6 @@
 """Leases: taken by a claim, given up by an engine that stops, taken back when they have ended."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -47,6 +47,17 @@ WHERE {equal("q.id", "t.id")} AND q.lease_id = t.lease_id
 """  # noqa: S608 - of constants
 
 
+# By the few that are leased: only after a claim that was not answered is anything asked so.
+_RELEASE_CLAIMED = f"""
+WITH claimed AS (
+    SELECT id FROM delivery_queue WHERE state = 'leased' AND lease_id = ANY ($1)
+    FOR UPDATE SKIP LOCKED
+)
+UPDATE delivery_queue q SET state = 'ready', lease_id = NULL, lease_until = NULL
+FROM claimed WHERE {equal("q.id", "claimed.id")}
+"""  # noqa: S608 - of constants
+
+
 # The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
 _RECLAIM = f"""
 WITH expired AS (
@@ -69,9 +80,14 @@ SELECT id, webhook_id, reclaim_count FROM delivery_queue WHERE id = ANY ($1) AND
 """
 
 
-async def claim(connection: Connection, limit: int, lease_seconds: float) -> list[LeasedDelivery]:
-    """Take up to `limit` due deliveries under one new lease, the longest due first."""
-    lease_id = new_id()
+async def claim(
+    connection: Connection, limit: int, lease_seconds: float, lease_id: UUID | None = None
+) -> list[LeasedDelivery]:
+    """Take up to `limit` due deliveries under one lease, the longest due first.
+
+    Who gives the lease's id, a new one, can give back what was taken when no answer comes.
+    """
+    lease_id = lease_id or new_id()
     rows = await connection.fetch(_CLAIM, limit, lease_id, timedelta(seconds=lease_seconds))
     return [LeasedDelivery(lease_id, *row) for row in rows]
 
@@ -79,6 +95,12 @@ async def claim(connection: Connection, limit: int, lease_seconds: float) -> lis
 async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
     """Give up leases at once, for another engine; it counts neither as attempt nor as reclaim."""
     await connection.execute(_RELEASE, *fences(deliveries))
+
+
+async def release_claimed(connection: Connection, lease_ids: Collection[UUID]) -> int:
+    """Give up all that is under these leases; returns how many deliveries that were."""
+    tag: str = await connection.execute(_RELEASE_CLAIMED, list(lease_ids))
+    return int(tag.rpartition(" ")[2])
 
 
 async def reclaim(connection: Connection, limit: int) -> list[UUID]:

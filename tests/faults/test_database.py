@@ -67,8 +67,9 @@ async def test_a_connection_cut_just_after_its_commit(
 async def test_a_database_that_is_frozen_for_30_seconds(
     scene: Scene, conclude: Conclude, own_postgres: OwnPostgres
 ) -> None:
-    await scene.engine()
-    await scene.engine()
+    # Nothing may wait for the end of a lease, which is longer than anybody here has patience.
+    await scene.engine(**PATIENT)
+    await scene.engine(**PATIENT)
     async with scene.load.running() as load:
         await load.arrived_more(200)
         in_flight = await scene.leased()

@@ -462,6 +462,22 @@ async def test_spending_of_a_rate_finds_the_configs_by_key(crowded: Any) -> None
     plan.assert_nothing_is_walked()
 
 
+async def test_what_unanswered_claims_took_is_found_among_what_is_leased(crowded: Any) -> None:
+    lease_ids = [
+        row["lease_id"]
+        for row in await crowded.fetch(
+            "SELECT lease_id FROM delivery_queue WHERE state = 'leased' LIMIT 10"
+        )
+    ]
+
+    plan = await _explain(crowded, leases._RELEASE_CLAIMED, lease_ids)
+
+    leased = await crowded.fetchval("SELECT count(*) FROM delivery_queue WHERE state = 'leased'")
+    scan = plan.index_scan("delivery_queue_lease")
+    assert (scan.rows, scan.rows + scan.filtered) == (10, leased)
+    plan.assert_nothing_is_walked()
+
+
 @pytest.mark.parametrize("statement", [leases._RELEASE, backlog._PARK_LEASED])
 async def test_leases_are_given_up_by_key(crowded: Any, statement: str) -> None:
     leased = await crowded.fetch(
