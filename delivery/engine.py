@@ -7,9 +7,11 @@ many as `Places` gives it.
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from time import monotonic
+from uuid import UUID
 
 import structlog
 
@@ -166,6 +168,8 @@ class Engine:
                 excess = await self._dispatch(claimed.deliveries)
             if excess:
                 await queue.park_leased(self._pool, excess)
+            if claimed.taken == limit and (crowds := _crowds(excess, limit)):
+                await queue.park_due(self._pool, crowds)
         except RETRYABLE_ERRORS as error:
             log.warning("claim_retried", error=repr(error))
             await asyncio.sleep(_DATABASE_RETRY_SECONDS)
@@ -356,3 +360,11 @@ class Engine:
         if self._recorder.pending:
             # Sent a second time, under the same webhook-id, when their leases have ended.
             log.error("results_left_to_leases", deliveries=self._recorder.pending)
+
+
+def _crowds(excess: Sequence[LeasedDelivery], limit: int) -> list[UUID]:
+    """The configs for which at least half of a claim for so many was in vain.
+
+    Their fan-out has parked what exceeds their room, but not what is due by its `not_before`.
+    """
+    return [w for w, count in Counter(d.webhook_id for d in excess).items() if 2 * count >= limit]

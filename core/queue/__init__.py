@@ -9,6 +9,7 @@ and runs in its transaction, if it has one; docs/architecture.md draws the state
 from core.queue.acceptance import CHANNEL, CROWD, Accepted, enqueue, enqueue_in_order, hint
 from core.queue.backlog import (
     admit,
+    park_due,
     park_leased,
     park_webhooks,
     spend_rate,
@@ -75,6 +76,7 @@ __all__ = [
     "old_events_of_open",
     "open_between",
     "open_breakers",
+    "park_due",
     "park_leased",
     "park_webhooks",
     "promote",

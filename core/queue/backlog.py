@@ -8,8 +8,9 @@ from core.queue.leases import fences
 from core.queue.records import Connection, LeasedDelivery
 
 
-def park_ready(configs: str, due: str) -> str:
-    """A statement that parks what is ready and so due of the `configs`, rows `c(webhook_id)`."""
+def park_ready(configs: str, due: str, most: str = "ALL") -> str:
+    """A statement that parks what is ready and so due of the `configs`, rows `c(webhook_id)`, and
+    of each at most so many."""
     return f"""
         UPDATE delivery_queue q SET state = 'parked'
         WHERE q.id = ANY (ARRAY(
@@ -18,7 +19,7 @@ def park_ready(configs: str, due: str) -> str:
                 WHERE {equal("q.webhook_id", "c.webhook_id")} AND q.state <> 'parked'
                     AND q.due_at {due} AND {hidden("q.state")} = 'ready'
                 -- Or it would be joined, and by the due time alone.
-                OFFSET 0
+                LIMIT {most} OFFSET 0
             ) r
         )) AND {hidden("q.state")} = 'ready' AND q.due_at {due}
     """  # noqa: S608 - of constants
@@ -26,6 +27,9 @@ def park_ready(configs: str, due: str) -> str:
 
 # The due time says nothing here, but keeps what is blocked out of the scan.
 _PARK_WEBHOOKS = park_ready("unnest($1::uuid[]) AS c(webhook_id)", "< 'infinity'")
+
+
+_PARK_DUE = park_ready("unnest($1::uuid[]) AS c(webhook_id)", "<= now()", most="10000")
 
 
 _PARK_LEASED = f"""
@@ -129,6 +133,14 @@ RETURNING c.id, g.granted::int, greatest(1 - g.tokens + g.granted, 0) / g.rate_l
 async def park_webhooks(connection: Connection, webhook_ids: Sequence[UUID]) -> None:
     """Move what these configs have ready into their backlogs."""
     await connection.execute(_PARK_WEBHOOKS, webhook_ids)
+
+
+async def park_due(connection: Connection, webhook_ids: Sequence[UUID]) -> None:
+    """Move what these configs have ready and due into their backlogs, as far as one statement may.
+
+    For crowds that no fan-out has parked: claim by claim they would be in everybody's way.
+    """
+    await connection.execute(_PARK_DUE, webhook_ids)
 
 
 async def park_leased(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:

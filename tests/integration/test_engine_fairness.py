@@ -3,14 +3,16 @@
 import asyncio
 import itertools
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
 import pytest
 from aiohttp import web
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
 
+from core import queue
 from core.ids import parse_id
 from postrider.v1 import (
     admin_service_pb2,
@@ -57,9 +59,11 @@ class Silence:
             await self._changed.wait_for(lambda: self.waiting >= count)
 
 
-async def publish_many(platform: Platform, count: int, merchant_id: str = "m_1") -> list[str]:
+async def publish_many(
+    platform: Platform, count: int, merchant_id: str = "m_1", **fields: Any
+) -> list[str]:
     event = event_pb2.EventInput(
-        merchant_id=merchant_id, type="payment.succeeded", payload_text="{}"
+        merchant_id=merchant_id, type="payment.succeeded", payload_text="{}", **fields
     )
     response = await platform.events.PublishEvents(
         event_service_pb2.PublishEventsRequest(events=[event] * count), metadata=platform.producer()
@@ -476,6 +480,36 @@ async def test_a_flood_is_parked_by_its_fan_out_and_other_merchants_are_not(
         received = await receiver.wait_for(901)
     assert {request.message_id for request in received[:200]}.difference(flooded)
     assert len({request.message_id for request in received}) == 901
+
+
+async def test_a_crowd_that_is_due_at_one_moment_is_parked_at_once_and_not_claim_by_claim(
+    platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await platform.register(receiver.url)
+    receiver.default = Silence()
+    moment = Timestamp()
+    moment.FromDatetime(datetime.now(UTC) + timedelta(seconds=1))
+    await publish_many(platform, 300, not_before=moment)
+    # Only when its time comes is it more than the config can take.
+    assert await queue_states(pool) == {"ready": 300}
+    await pool.execute("SELECT pg_sleep_until(max(due_at)) FROM delivery_queue")
+    genuine = queue.claim
+    claims = []
+
+    async def counted(*arguments: Any) -> Any:
+        leased = await genuine(*arguments)
+        claims.append(len(leased))
+        return leased
+
+    monkeypatch.setattr(queue, "claim", counted)
+    async with platform.engine(max_in_flight=20, delivery_drain_seconds=0.1):
+
+        async def is_parked() -> bool:
+            return (await queue_states(pool))["ready"] == 0
+
+        await until(is_parked)
+        # Of ten each there would have to be thirty.
+        assert sum(map(bool, claims)) <= 5
 
 
 async def test_single_events_that_come_fast_are_a_flood_as_well(

@@ -508,6 +508,23 @@ async def test_parking_a_config_reads_its_ready_part_only(crowded: Any) -> None:
     plan.assert_nothing_is_walked()
 
 
+async def test_parking_a_crowd_reads_what_is_due_of_its_config(crowded: Any) -> None:
+    webhook_id = await crowded.fetchval(
+        "SELECT webhook_id FROM delivery_queue WHERE state = 'ready' AND due_at <= now() LIMIT 1"
+    )
+    due = await crowded.fetchval(
+        "SELECT count(*) FROM delivery_queue"
+        " WHERE webhook_id = $1 AND state <> 'parked' AND due_at <= now()",
+        webhook_id,
+    )
+
+    plan = await _explain(crowded, backlog._PARK_DUE, [webhook_id])
+
+    read = plan.index_scan("delivery_queue_of_webhook")
+    assert read.rows + read.filtered == due
+    plan.assert_nothing_is_walked()
+
+
 async def test_cancelling_a_config_reads_its_own_deliveries_only(crowded: Any) -> None:
     webhook_id = await _quiet_config(crowded)
     own = await crowded.fetchval(
@@ -798,6 +815,7 @@ _PLANNED_EARLY = {
     "held": holding._HELD,
     "spend": backlog._SPEND_RATE,
     "park": backlog._PARK_WEBHOOKS,
+    "park due": backlog._PARK_DUE,
     "open breakers": breakers._OPEN,
     "promote": order._PROMOTE,
     "cancel": cancellation._CANCEL_WEBHOOK,
@@ -874,6 +892,7 @@ async def _arguments(connection: Any, name: str) -> Sequence[Any]:
         "held": (ids, ids),
         "spend": (config_ids, [3] * 20),
         "park": (config_ids,),
+        "park due": (config_ids,),
         "open breakers": (
             *(config_ids, [None] * 20, [True] * 20, [0.0] * 20),
             *(5.0, 300.0, [1] * 20),

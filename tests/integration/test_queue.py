@@ -319,6 +319,19 @@ async def test_parking_a_config_moves_what_is_ready_due_or_not_and_nothing_else(
     assert await states(pool, other) == ["ready"]
 
 
+async def test_parking_a_crowd_moves_what_is_due_and_nothing_else(pool: Any) -> None:
+    webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
+    for state in ("ready", "ready", "leased", "parked"):
+        await make_delivery(pool, webhook_id, state=state)
+    await make_delivery(pool, webhook_id, due_in=60)
+    await make_delivery(pool, other)
+
+    await queue.park_due(pool, [webhook_id])
+
+    assert await states(pool, webhook_id) == ["leased", "parked", "parked", "parked", "ready"]
+    assert await states(pool, other) == ["ready"]
+
+
 @pytest.mark.parametrize(("give_up", "state"), [("release", "ready"), ("park_leased", "parked")])
 async def test_a_lease_given_up_costs_neither_an_attempt_nor_a_reclaim(
     pool: Any, give_up: str, state: str
