@@ -77,7 +77,7 @@ async def claim(
         await queue.release(pool, leased)
         return Claim(len(leased), ())
     for webhook_id in {d.webhook_id for d in leased if d.webhook_deleted}:
-        await queue.cancel_webhook(pool, webhook_id)
+        await queue.cancel_some(pool, webhook_id)
     present = [d for d in leased if not d.webhook_deleted]
     waiting = [d for d in present if not d.webhook_active or d.is_held]
     if waiting:

@@ -114,8 +114,7 @@ async def erase_merchant(sessions: Sessions, pool: Pool, merchant_id: str) -> Er
     """Nothing is sent for the merchant once this returns, but what is on the wire already."""
     configs, began_at = await _erase_configs(sessions, merchant_id)
     for webhook_id in configs:
-        while await queue.cancel_webhook(pool, webhook_id, _CHUNK) == _CHUNK:
-            pass
+        await queue.cancel_webhook(pool, webhook_id)
     while await pool.execute(_ERASE_KEYS, merchant_id, _CHUNK, began_at) == f"DELETE {_CHUNK}":
         pass
     events = await _erase_in_chunks(pool, _ERASE_EVENTS, merchant_id, began_at)

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core import queue
+from core.db import Pool
 from core.errors import Aborted, FailedPrecondition, QuotaExceeded
 from core.ids import format_id
 from core.keyring import KeyRing
@@ -32,8 +33,11 @@ _UNIT = "_seconds"
 class WebhookChanges:
     """Creates, updates, rotates and deletes, always for one merchant."""
 
-    def __init__(self, sessions: Sessions, keyring: KeyRing, max_webhooks_per_merchant: int):
+    def __init__(
+        self, sessions: Sessions, pool: Pool, keyring: KeyRing, max_webhooks_per_merchant: int
+    ):
         self._sessions = sessions
+        self._pool = pool
         self._keyring = keyring
         self._max_webhooks = max_webhooks_per_merchant
 
@@ -146,6 +150,7 @@ class WebhookChanges:
             await queue.close_breakers(await driver_connection(session), [webhook_id])
 
     async def delete(self, merchant_id: str, text: str) -> int:
+        """Returns how many deliveries were cancelled; from its commit on none is sent."""
         async with self._sessions.begin() as session:
             row = await load(session, merchant_id, text, lock=True)
             row.deleted_at = func.now()
@@ -154,8 +159,7 @@ class WebhookChanges:
             row.secret_ciphertext = b""
             _forget_previous_secret(row)
             _record(session, "DeleteWebhookConfig", row)
-            await session.flush()
-            return await queue.cancel_webhook(await driver_connection(session), row.id)
+        return await queue.cancel_webhook(self._pool, row.id)
 
     async def _require_room(self, session: AsyncSession, merchant_id: str) -> None:
         count = await session.scalar(

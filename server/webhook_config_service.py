@@ -14,6 +14,7 @@ from uuid import UUID
 import grpc
 from sqlalchemy import select
 
+from core.db import Pool
 from core.ids import new_id
 from core.keyring import KeyRing
 from core.lifecycle import AttemptResult
@@ -58,6 +59,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
     def __init__(
         self,
         sessions: Sessions,
+        pool: Pool,
         event_types: EventTypes,
         keyring: KeyRing,
         pinger: Pinger,
@@ -66,7 +68,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         max_webhooks_per_merchant: int,
     ):
         self._sessions = sessions
-        self._changes = WebhookChanges(sessions, keyring, max_webhooks_per_merchant)
+        self._changes = WebhookChanges(sessions, pool, keyring, max_webhooks_per_merchant)
         self._event_types = event_types
         self._keyring = keyring
         self._pinger = pinger

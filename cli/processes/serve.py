@@ -112,6 +112,7 @@ async def serve(
             reports=RpcReports(measures, SuccessSampling(settings.logs), tracer),
             webhook_configs=WebhookConfigService(
                 sessions=sessions,
+                pool=pool,
                 event_types=event_types,
                 keyring=keyring,
                 pinger=partial(ping, receivers, policy, settings.server.ping_timeout_seconds),

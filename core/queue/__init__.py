@@ -16,7 +16,7 @@ from core.queue.backlog import (
     webhooks_with_backlog,
 )
 from core.queue.breakers import close_breakers, open_breakers
-from core.queue.cancellation import cancel_webhook
+from core.queue.cancellation import cancel_some, cancel_webhook
 from core.queue.depth import Depth, measure_depth
 from core.queue.holding import held, held_webhooks
 from core.queue.leases import claim, reclaim, reclaimed_often, release, release_claimed
@@ -61,6 +61,7 @@ __all__ = [
     "Settled",
     "Settlement",
     "admit",
+    "cancel_some",
     "cancel_webhook",
     "chains_after",
     "check_invariants",

@@ -2,8 +2,12 @@
 
 from uuid import UUID
 
+from core.db import Pool
 from core.lookup import equal
 from core.queue.records import Connection
+
+#: Deliveries of one statement: tens of milliseconds, so that nobody waits long for what it locks.
+_CHUNK = 1000
 
 # Passes by what another statement holds at this moment: to wait for a settle, which may itself be
 # waiting for the config our caller has locked, would be a deadlock. The next claim cancels those.
@@ -16,7 +20,8 @@ WITH parked AS (
     SELECT id FROM delivery_queue q
     WHERE q.webhook_id = $1 AND q.state <> 'parked' LIMIT $2 FOR UPDATE SKIP LOCKED
 ), free AS (
-    SELECT id FROM parked UNION ALL SELECT id FROM others LIMIT $2
+    -- Those that are not parked first: a claim may have them.
+    SELECT id FROM others UNION ALL SELECT id FROM parked LIMIT $2
 ), cancelled AS (
     DELETE FROM delivery_queue q USING free WHERE {equal("q.id", "free.id")} RETURNING q.*
 )
@@ -29,11 +34,19 @@ FROM cancelled
 """  # noqa: S608 - of constants
 
 
-async def cancel_webhook(connection: Connection, webhook_id: UUID, limit: int | None = None) -> int:
+async def cancel_webhook(pool: Pool, webhook_id: UUID) -> int:
     """Finish the open deliveries of a deleted config as cancelled; returns how many.
 
-    At most `limit` of them, where one is given. The few that other statements hold right now are
-    left to the next claim, which cancels them.
+    In transactions of their own, since there may be a million. What one that breaks off leaves, and
+    the few that other statements hold right now, the claims cancel that come across them.
     """
-    tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id, limit)
+    cancelled = 0
+    while (count := await cancel_some(pool, webhook_id)) == _CHUNK:
+        cancelled += count
+    return cancelled + count
+
+
+async def cancel_some(connection: Connection, webhook_id: UUID) -> int:
+    """The same with one statement, for as many as it may take."""
+    tag: str = await connection.execute(_CANCEL_WEBHOOK, webhook_id, _CHUNK)
     return int(tag.rpartition(" ")[2])

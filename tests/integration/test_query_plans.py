@@ -531,7 +531,7 @@ async def test_cancelling_a_config_reads_its_own_deliveries_only(crowded: Any) -
         "SELECT count(*) FROM delivery_queue WHERE webhook_id = $1", webhook_id
     )
 
-    plan = await _explain(crowded, cancellation._CANCEL_WEBHOOK, webhook_id, None)
+    plan = await _explain(crowded, cancellation._CANCEL_WEBHOOK, webhook_id, 1000)
 
     of_queue = [scan for scan in plan.scans if scan.relation == "delivery_queue"]
     assert sum(scan.rows + scan.filtered for scan in of_queue) <= 4 * own
@@ -898,7 +898,7 @@ async def _arguments(connection: Any, name: str) -> Sequence[Any]:
             *(5.0, 300.0, [1] * 20),
         ),
         "promote": ([c.webhook_id for c in chains], [c.ordering_key for c in chains]),
-        "cancel": (await _quiet_config(connection), None),
+        "cancel": (await _quiet_config(connection), 1000),
         "judge": redelivery._arguments(failed, redelivery.BEGINNING, 100),
         "erase keys": ("m_1", 100, now),
         "erase events": ("m_1", UUID(int=0), 100, now),

@@ -381,6 +381,23 @@ async def test_deleting_a_config_cancels_its_open_deliveries_and_no_others(pool:
     assert await queue.cancel_webhook(pool, webhook_id) == 0
 
 
+async def test_however_many_are_cancelled_no_statement_takes_them_all(
+    pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.queue.cancellation._CHUNK", 2)
+    webhook_id = await make_webhook_config(pool)
+    for state in ("parked", "parked", "ready", "parked", "leased"):
+        await make_delivery(pool, webhook_id, state=state)
+
+    assert await queue.cancel_some(pool, webhook_id) == 2
+    assert await states(pool, webhook_id) == ["cancelled"] * 2 + ["parked"] * 3
+    assert await queue.cancel_webhook(pool, webhook_id) == 3
+
+    assert await states(pool, webhook_id) == ["cancelled"] * 5
+    statements = "SELECT count(DISTINCT xmin::text) FROM finished_deliveries"
+    assert await pool.fetchval(statements) == 3
+
+
 async def test_a_delivery_cancelled_in_flight_stays_so_whatever_its_attempt_says(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
