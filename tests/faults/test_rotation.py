@@ -159,10 +159,8 @@ async def test_everything_secret_is_changed_while_deliveries_go_on(
             await admin.execute(
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'"  # noqa: S608
             )
-            repeated = load.repeated
-            async with asyncio.timeout(20):
-                while load.repeated == repeated:
-                    await admin.execute("SELECT pg_sleep(0.05)")
+            async with load.pressing_on():
+                await load.repeated_more(1)
             await operator.types(TELL_PASSWORD)
             await load.arrived_more(100)
 
