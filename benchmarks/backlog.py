@@ -20,10 +20,10 @@ from benchmarks.drain import drained, prefill, trickled
 from benchmarks.pipeline import running_server_and_receiver
 from benchmarks.stack import Stack, insert_webhooks, running_stack
 from core import queue
-from core.config import DatabaseSettings
-from core.db import Pool, open_pool
 from core.lifecycle import DeliveryState, Outcome
+from core.postgres.pool import Pool, open_pool
 from core.queue import LeasedDelivery, Settlement
+from core.settings import DatabaseSettings
 
 _SIZES = (1_000, 100_000, 1_000_000)
 _CLAIM = 200

@@ -18,7 +18,7 @@ from benchmarks.stack import (
     rss_megabytes,
 )
 from core import queue
-from core.db import met_new_part
+from core.postgres.pool import met_new_part
 
 _PREFILL = """
 WITH numbered AS (

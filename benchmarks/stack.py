@@ -18,11 +18,11 @@ import asyncpg
 import trustme
 from pydantic import SecretStr
 
-from cli.development.key import DevelopmentKey, ensure_development_key, mint_token
-from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from cli.operations.migrate import migrate
-from core.config import DatabaseSettings
-from core.keyring import KeyRing
+from cli.dev.postgres import EmbeddedPostgres, embedded_postgres
+from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.ops.migrate import migrate
+from core.encryption import KeyRing
+from core.settings import DatabaseSettings
 
 ENCRYPTION_KEY = bytes(range(32))
 ISSUER = "benchmark"

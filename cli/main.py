@@ -10,14 +10,14 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import click
 
 from cli.commands.canary import canary
-from cli.commands.development import demo, listen, run, token
+from cli.commands.dev import demo, listen, run, token
 from cli.commands.keys import encryption_key, keys
-from cli.commands.operations import config, health, migrate, retention, verify
-from cli.commands.processes import delivery, server
+from cli.commands.ops import config, health, migrate, retention, verify
+from cli.commands.process import delivery, server
 from cli.settings import refuse_unknown_variables
-from core.config import LogSettings
 from core.errors import ConfigurationError, PostriderError
 from core.logs import configure_logs
+from core.settings import LogSettings
 
 
 class _Group(click.Group):

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from core.config import (
+from core.errors import ConfigurationError
+from core.settings import (
     ENV_PREFIX,
     Block,
     DatabaseSettings,
@@ -20,9 +21,8 @@ from core.config import (
     TraceSettings,
     variable,
 )
-from core.errors import ConfigurationError
-from delivery.config import DeliverySettings
-from server.config import AuthSettings, ServerSettings, TlsSettings
+from delivery.settings import DeliverySettings
+from server.settings import AuthSettings, ServerSettings, TlsSettings
 
 
 class LocalSettings(Block):

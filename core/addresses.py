@@ -2,7 +2,7 @@
 
 The table is our own. `ipaddress.is_global` says yes to NAT64 and IPv4-compatible forms of loopback,
 to multicast and to cloud hosts, and its answers change with the Python version. Whatever no row
-calls public is refused. `tests/unit/core/test_iana.py` holds it to the IANA registries.
+calls public is refused. `tests/core/test_iana.py` holds it to the IANA registries.
 """
 
 from bisect import bisect_right

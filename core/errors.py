@@ -12,7 +12,7 @@
     ├── Unavailable          a part we need is away; the same call may be sent again
     └── ConfigurationError   a setting is missing or wrong; the process does not start
 
-`server/status.py` alone turns them into gRPC statuses. Each carries a `reason`, a stable
+`server/rpc/status.py` alone turns them into gRPC statuses. Each carries a `reason`, a stable
 UPPER_SNAKE_CASE word for programs, and a message that tells a person what to do. Neither may hold
 anything internal: no stack, no SQL, no address of ours, no secret.
 """

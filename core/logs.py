@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import orjson
 import structlog
 
-from core.config import LogSettings
+from core.settings import LogSettings
 
 _LIBRARY_LEVEL = logging.WARNING
 _DRAWS = 2**32

@@ -8,9 +8,9 @@ from uuid import UUID
 import structlog
 
 from core import queue
-from core.db import RETRYABLE_ERRORS, Pool
+from core.histogram import Histogram
 from core.ids import new_id
-from core.measures import Histogram
+from core.postgres.pool import RETRYABLE_ERRORS, Pool
 from core.queue import LeasedDelivery
 
 #: How often the deliveries of a claim without an answer are looked for: of what was sent to a

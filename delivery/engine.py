@@ -16,33 +16,31 @@ from uuid import UUID
 import structlog
 
 from core import queue
-from core.db import RETRYABLE_ERRORS, Pool
+from core.encryption import KeyRing
 from core.ids import format_id
-from core.keyring import KeyRing
 from core.lifecycle import AttemptResult, Outcome
+from core.postgres.pool import RETRYABLE_ERRORS, Pool
 from core.queue import Chain, LeasedDelivery, Settled, Settlement
 from core.tasks import end, end_by
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
-from delivery.admit import Admission
-from delivery.breaker import Breaker
-from delivery.capacity import Capacity
 from delivery.claim import Unanswered, claim
-from delivery.config import DeliverySettings
-from delivery.dialler import Dialler
-from delivery.judge import asked_seconds, judge
+from delivery.decide import asked_seconds, judge
+from delivery.fairness.admission import Admission
+from delivery.fairness.breaker import Breaker
+from delivery.fairness.capacity import Capacity
+from delivery.fairness.concurrency import Places, Room
+from delivery.fairness.rate_limit import RateLimits
+from delivery.http.connector import Dialler
+from delivery.http.outcome import receiver_works
 from delivery.listen import Listener
-from delivery.measures import EngineMeasures
-from delivery.outcome import receiver_works
-from delivery.places import Places
-from delivery.rate_limit import RateLimits
-from delivery.reclaim import promote_stranded, reclaim
+from delivery.maintain import keep_clean, promote_stranded, reclaim
+from delivery.metrics import EngineMeasures
 from delivery.record import Recorder
 from delivery.report import AttemptReports
-from delivery.room import Room
 from delivery.send import send
+from delivery.settings import DeliverySettings
 from delivery.sign import sign
-from delivery.vacuum import keep_clean
 from delivery.webhooks import Webhook, WebhookCache, forget_expired_secrets
 
 _DATABASE_RETRY_SECONDS = 0.5

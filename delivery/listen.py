@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from core.db import CONNECTION_ERRORS, Pool
+from core.postgres.pool import CONNECTION_ERRORS, Pool
 from core.queue import CHANNEL
 
 _REOPEN_SECONDS = 1.0

@@ -9,8 +9,8 @@ import orjson
 from core.ids import format_id, new_id
 from core.lifecycle import AttemptResult, Outcome
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
-from delivery.destination import Destination
-from delivery.dialler import Dialler
+from delivery.http.connector import Dialler
+from delivery.http.request import Destination
 from delivery.send import send
 from delivery.sign import request_headers
 

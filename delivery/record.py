@@ -15,11 +15,11 @@ import asyncpg
 import structlog
 
 from core import queue
-from core.db import RETRYABLE_ERRORS, Pool, met_new_part
 from core.ids import format_id
+from core.postgres.pool import RETRYABLE_ERRORS, Pool, met_new_part
 from core.queue import BreakerChange, Settled, Settlement
-from delivery.config import DeliverySettings
-from delivery.measures import EngineMeasures
+from delivery.metrics import EngineMeasures
+from delivery.settings import DeliverySettings
 
 #: Settlements in one statement; more wait for the next one.
 _BATCH_MAX = 500

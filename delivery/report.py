@@ -14,7 +14,7 @@ from core.lifecycle import DeliveryState, Outcome
 from core.logs import SuccessSampling
 from core.queue import LeasedDelivery, Settlement
 from core.tracing import Span, SpanKind, TraceParent, Tracer, parse_trace_parent
-from delivery.destination import Destination
+from delivery.http.request import Destination
 
 log = structlog.get_logger()
 

@@ -1,10 +1,9 @@
-"""Stage: one bounded POST. A receiver that fails is a value here, never an exception.
-
-The total deadline is our own timer: it covers DNS, connect, TLS, a dripping header and an endless
-row of 1xx answers alike. The status line decides; what the body does afterwards changes nothing.
-"""
+"""The beginning of an answer's body as text that any log, terminal and database takes."""
 
 import asyncio
+import codecs
+import re
+from datetime import UTC, datetime
 from time import perf_counter, time
 from typing import NamedTuple, cast
 
@@ -14,12 +13,75 @@ from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
 from core.lifecycle import AttemptResult, Outcome
-from delivery.connection import ReceiverConnection
-from delivery.destination import Destination
-from delivery.dialler import Dialler, Dialling
-from delivery.excerpt import EXCERPT_BYTES, excerpt
-from delivery.outcome import outcome_of_error, outcome_of_status
-from delivery.retry_after import parse_retry_after
+from delivery.http.connection import ReceiverConnection
+from delivery.http.connector import Dialler, Dialling
+from delivery.http.outcome import outcome_of_error, outcome_of_status
+from delivery.http.request import Destination
+
+#: Of the body, in bytes; escaped it may be four times as long.
+EXCERPT_BYTES = 1024
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def excerpt(beginning: bytes) -> str:
+    """Its first bytes as valid UTF-8; control characters and what is not UTF-8 become \\xNN."""
+    if not beginning:
+        return ""
+    whole = len(beginning) <= EXCERPT_BYTES
+    # A character that the cut went through is left out, not shown as broken.
+    text, _ = codecs.utf_8_decode(beginning[:EXCERPT_BYTES], "backslashreplace", whole)
+    if text.isprintable():
+        return text
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+# What a receiver asks for when it has had enough (pure): `Retry-After`, RFC 9110, 10.2.3.
+#
+# It is the receiver's text, so it may be anything; how much of the wish is granted is the
+# engine's to
+# decide.
+
+#: 10 digits are 300 years: whoever sends more means nothing by it.
+_DIGITS_MAX = 10
+_DATE_FORMATS = (
+    "%a, %d %b %Y %H:%M:%S GMT",
+    # Two that are obsolete, and have to be understood (RFC 9110, 5.6.7).
+    "%A, %d-%b-%y %H:%M:%S GMT",
+    "%a %b %d %H:%M:%S %Y",
+)
+
+
+def parse_retry_after(value: str, date: str | None, now: float) -> float | None:
+    """Seconds from now, never negative; None when `value` is neither a number of them nor a date.
+
+    A date counts from `date`, the answer's own Date header, since the receiver's clock may be
+    wrong; without a good one, from `now` in Unix seconds.
+    """
+    if value.isascii() and value.isdigit():
+        return float(value) if len(value) <= _DIGITS_MAX else None
+    until = _parse_date(value)
+    if until is None:
+        return None
+    asked_at = None if date is None else _parse_date(date)
+    seconds = until - (now if asked_at is None else asked_at)
+    return seconds if seconds >= 0 else None
+
+
+def _parse_date(text: str) -> float | None:
+    """Unix seconds of an HTTP-date."""
+    for form in _DATE_FORMATS:
+        try:
+            return datetime.strptime(text, form).replace(tzinfo=UTC).timestamp()
+        except ValueError:
+            continue
+    return None
+
+
+# Stage: one bounded POST. A receiver that fails is a value here, never an exception.
+#
+# The total deadline is our own timer: it covers DNS, connect, TLS, a dripping header and an endless
+# row of 1xx answers alike. The status line decides; what the body does afterwards changes nothing.
 
 #: An answer's body up to this is read, so that the connection can be used again.
 _BODY_BYTES_MAX = 16 * 1024

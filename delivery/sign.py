@@ -7,7 +7,7 @@ from core.ids import format_id
 from core.queue import LeasedDelivery
 from core.signing import signature_headers
 from core.tracing import TraceParent
-from delivery.destination import header_lines
+from delivery.http.request import header_lines
 
 
 def sign(

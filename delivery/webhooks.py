@@ -13,11 +13,11 @@ from uuid import UUID
 import orjson
 import structlog
 
-from core.db import Pool
-from core.keyring import KeyRing, UndecryptableSecret
+from core.encryption import KeyRing, UndecryptableSecret
+from core.postgres.pool import Pool
 from core.queue import LeasedDelivery
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
-from delivery.destination import Destination
+from delivery.http.request import Destination
 
 _LOAD = """
 SELECT id, version, url, secret_ciphertext, secret_key_id, previous_secret_ciphertext,

@@ -1,6 +1,6 @@
 """How Alembic reaches the database: one migration per transaction, one migrator at a time.
 
-`cli/operations/migrate.py` passes the connection settings in; there is no alembic.ini.
+`cli/ops/migrate.py` passes the connection settings in; there is no alembic.ini.
 """
 
 import asyncio

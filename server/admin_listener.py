@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from core.errors import ConfigurationError
-from server.config import ServerSettings
+from server.settings import ServerSettings
 
 log = structlog.get_logger()
 

@@ -1,10 +1,11 @@
 """Builds the gRPC server: services and what each call goes through, limits, health, reflection."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from core.errors import ConfigurationError
@@ -18,22 +19,20 @@ from postrider.v1 import (
     webhook_config_service_pb2,
     webhook_config_service_pb2_grpc,
 )
+from server.admin.service import AdminService
 from server.admin_listener import AdminListener
-from server.admin_service import AdminService
-from server.authentication import Authentication
-from server.caller_limits import CallerLimits
-from server.calls import Calls
-from server.certificates import CertificateCallers
-from server.config import ServerSettings, TlsSettings
-from server.delivery_service import DeliveryService
-from server.event_service import EventService
-from server.health import Health
-from server.limits import channel_options
-from server.refusals import Refusals
-from server.rpc_report import RpcReports
-from server.tls import listeners
-from server.tokens import TokenVerifier
-from server.webhook_config_service import WebhookConfigService
+from server.auth.certificates import CertificateCallers
+from server.auth.rate_limits import CallerLimits
+from server.auth.tokens import TokenVerifier
+from server.deliveries.service import DeliveryService
+from server.events.service import EventService
+from server.rpc.audit_refusals import Refusals
+from server.rpc.authenticate import Authentication
+from server.rpc.dispatch import Calls
+from server.rpc.report import RpcReports
+from server.rpc.tls import listeners
+from server.settings import ServerSettings, TlsSettings
+from server.webhooks.service import WebhookConfigService
 
 _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name]
@@ -176,3 +175,66 @@ class App:
         self._events.drain()
         await self._server.stop(self._settings.server_drain_seconds)
         await self._admin.stop()
+
+
+# What one connection may cost the main listener, as options of gRPC.
+#
+# Connections are closed after a while, so that clients find new servers, and streams cannot live
+# for
+# ever: what was not acknowledged on one is sent again. Pings are answered, but not in a flood.
+
+type Option = tuple[str, int]
+
+
+def channel_options(settings: ServerSettings) -> list[Option]:
+    """Options of `grpc.aio.server` for the main listener."""
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        # gRPC spreads the age by a tenth, so that connections do not all come back at once.
+        ("grpc.max_connection_age_ms", _ms(settings.max_connection_age_seconds)),
+        ("grpc.max_connection_age_grace_ms", _ms(settings.max_connection_grace_seconds)),
+        ("grpc.max_connection_idle_ms", _ms(settings.max_connection_idle_seconds)),
+        # Finds peers that vanished without a word, whose streams would else be held for hours.
+        ("grpc.keepalive_time_ms", _ms(settings.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", _ms(settings.keepalive_timeout_seconds)),
+        # The longer of the two counts, and this one is a minute by default.
+        ("grpc.http2.ping_timeout_ms", _ms(settings.keepalive_timeout_seconds)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", _ms(settings.min_ping_interval_seconds)),
+        ("grpc.http2.max_ping_strikes", settings.max_ping_strikes),
+        # Without it a client that keeps an idle connection may ping once in two hours only.
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Two servers on one port would share its calls without anybody noticing.
+        ("grpc.so_reuseport", 0),
+        # A token in the metadata may have 4 KiB; the default refuses at random above 8.
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.absolute_max_metadata_size", 32 * 1024),
+        ("grpc.enable_channelz", int(settings.admin_address is not None)),
+    ]
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+# grpc.health.v1 with all of its methods: the library's servicer leaves List to others.
+
+# Its types do not know the messages of List.
+pb: Any = health_pb2
+
+
+class Health(health_aio.HealthServicer):
+    """The health of the services named, of which "" is the server as a whole."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self._names = names
+
+    async def List(self, _request: Any, context: Any) -> Any:  # noqa: N802 - as gRPC names it
+        """The health of every service at once."""
+        response = pb.HealthListResponse()
+        for name in self._names:
+            asked = pb.HealthCheckRequest(service=name)
+            response.statuses[name].CopyFrom(await self.Check(asked, context))
+        return response

@@ -1,10 +1,17 @@
-"""SQLAlchemy over the same connections as core/db.py, for the calls that are not hot."""
+"""SQLAlchemy over the same connections as core/postgres/pool.py, for the calls that are not hot."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import structlog
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from core.config import DatabaseSettings
-from core.connection import Connector
+from core.postgres.connect import Connector
+from core.postgres.pool import CONNECTION_ERRORS
 from core.queue import Connection
+from core.settings import DatabaseSettings
 
 type Sessions = async_sessionmaker[AsyncSession]
 
@@ -32,3 +39,72 @@ async def driver_connection(session: AsyncSession) -> Connection:
     """
     raw = await (await session.connection()).get_raw_connection()
     return raw.driver_connection
+
+
+# Asks the database every few seconds whether it is there, for the health service.
+#
+# It has a connection of its own: one from the pool would mistake a busy server for a lost database.
+# One that was cut is replaced before anything is said, so a restarted session is no outage.
+
+log = structlog.get_logger()
+
+
+class DatabaseWatch:
+    """Reports a loss and a return, each within the interval and the connect timeout."""
+
+    def __init__(
+        self,
+        settings: DatabaseSettings,
+        report: Callable[[bool], Awaitable[None]],
+        *,
+        interval_seconds: float,
+    ):
+        self._connector = Connector(settings, "postrider-health")
+        # A look may need a second connection; the setting bounds both together.
+        self._patience = settings.database_connect_timeout_seconds / 2
+        self._report = report
+        self._interval = interval_seconds
+        self._connection: Any = None
+
+    async def run(self) -> None:
+        """Watch until cancelled. It starts from a database that is there, as the server did."""
+        told = True
+        try:
+            while True:
+                there = await self._look()
+                if there is not told:
+                    told = there
+                    if there:
+                        log.info("database_back")
+                    else:
+                        log.warning("database_away")
+                    await self._report(there)
+                await asyncio.sleep(self._interval)
+        finally:
+            self._drop()
+
+    async def _look(self) -> bool:
+        if await self._answers():
+            return True
+        # Cut, maybe in the middle of the question: only a new session tells.
+        self._drop()
+        return await self._answers()
+
+    async def _answers(self) -> bool:
+        """Also False when it is a standby: then nothing can be accepted."""
+        try:
+            async with asyncio.timeout(self._patience):
+                if self._connection is None:
+                    self._connection = await self._connector.connect()
+                writable: bool = await self._connection.fetchval("SELECT NOT pg_is_in_recovery()")
+                return writable
+        # Refused, cut, silent, out of connections, starting up: whatever it is, it is not there.
+        except (*CONNECTION_ERRORS, asyncpg.PostgresError) as error:
+            log.debug("database_silent", error=repr(error))
+            return False
+
+    def _drop(self) -> None:
+        """Without a word to the server, which may be frozen."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None

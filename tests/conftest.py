@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import os
 import shutil
 import tempfile
@@ -16,13 +17,13 @@ import structlog
 import trustme
 from pydantic import SecretStr
 
-from cli.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from cli.operations.migrate import migrate
-from core.config import DatabaseSettings
-from core.keyring import KeyRing
-from tests.fakes.receiver import Receiver, receiving
-from tests.own_postgres import OwnPostgres
-from tests.platform import Platform, running_platform
+from cli.dev.postgres import EmbeddedPostgres, embedded_postgres
+from cli.ops.migrate import migrate
+from core.encryption import KeyRing
+from core.settings import DatabaseSettings
+from tests.support.own_postgres import OwnPostgres
+from tests.support.platform import Platform, running_platform
+from tests.support.receiver import Receiver, receiving
 
 #: For the servers of all workers, with their logs.
 _ROOM_BYTES = 4 << 30
@@ -56,8 +57,12 @@ def _clean_environment() -> None:
 @pytest.fixture(autouse=True)
 def _logs_as_they_were() -> Iterator[None]:
     """No test depends on how a command that ran in this process has set its logs up."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     yield
     structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def _memory() -> str | None:

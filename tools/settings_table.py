@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from cli.settings import BLOCKS, plain
-from core.config import Block, variable
+from core.settings import Block, variable
 
 ROOT = Path(__file__).parent.parent
 UNITS = {"_seconds": "s", "_bytes": "bytes"}

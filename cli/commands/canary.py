@@ -59,7 +59,7 @@ async def _run(given: dict[str, Any]) -> Any:
     from cli.canary.api import CanaryApi
     from cli.canary.check import check
     from cli.canary.receiver import CanaryReceiver
-    from cli.stop import stop_on_signals
+    from cli.process.signals import stop_on_signals
 
     stop: asyncio.Event = stop_on_signals()
     host, _, port = given["listen"].rpartition(":")
@@ -80,8 +80,8 @@ async def _run(given: dict[str, Any]) -> Any:
 
 
 def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
-    from cli.development.authority import ensure_authority
-    from cli.development.platform import AUTHORITY_FILE
+    from cli.dev.authority import ensure_authority
+    from cli.dev.platform import AUTHORITY_FILE
 
     if given["plain_http"]:
         return None
@@ -158,8 +158,8 @@ def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]
 
 
 def _development_token(name: str, scope: str, merchant: str | None) -> Callable[[], str]:
-    from cli.development.key import mint_token
-    from cli.development.platform import DEVELOPMENT_ISSUER
+    from cli.dev.platform import DEVELOPMENT_ISSUER
+    from cli.dev.signing_key import mint_token
 
     key_file = load(LocalSettings).data_dir / "keys" / "private.pem"
     if not key_file.exists():

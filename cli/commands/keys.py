@@ -6,8 +6,8 @@ import click
 import uvloop
 
 from cli.settings import load
-from core.config import DatabaseSettings, EncryptionSettings
-from core.keyring import new_key
+from core.encryption import new_key
+from core.settings import DatabaseSettings, EncryptionSettings
 
 
 @click.command("encryption-key")
@@ -33,7 +33,7 @@ def keys_status() -> None:
 
     Needs WEBHOOK_DATABASE_URL and the encryption keys, as the servers have them.
     """
-    from cli.operations.keys import report
+    from cli.ops.keys import report
 
     uvloop.run(report(load(DatabaseSettings), load(EncryptionSettings), click.echo))
 
@@ -46,7 +46,7 @@ def keys_rotate(to: str | None) -> None:
     Needs WEBHOOK_DATABASE_URL and the encryption keys. Safe while everything runs, page by page;
     interrupted, it goes on where it was. Exit code 1 when a record could not be read.
     """
-    from cli.operations.keys import rotate
+    from cli.ops.keys import rotate
 
     if not uvloop.run(rotate(load(DatabaseSettings), load(EncryptionSettings), to, click.echo)):
         sys.exit(1)

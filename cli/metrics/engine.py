@@ -6,9 +6,9 @@ from prometheus_client.metrics_core import Metric
 
 from cli.metrics import families
 from cli.metrics.process import pool_metrics, process_metrics
-from core.db import Pool
-from delivery.census import Census, Reading
-from delivery.measures import EngineMeasures
+from core.postgres.pool import Pool
+from delivery.database_stats import Census, Reading
+from delivery.metrics import EngineMeasures
 
 
 class EngineMetrics:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from prometheus_client.metrics_core import Metric
 
-from core.measures import Histogram
+from core.histogram import Histogram
 
 type Labels = tuple[str, ...]
 

@@ -6,9 +6,9 @@ from prometheus_client.metrics_core import Metric
 
 from cli.metrics import families
 from cli.metrics.process import pool_metrics, process_metrics
-from core.db import Pool
-from server.keys import JwksKeys, KeySource
-from server.measures import ServerMeasures
+from core.postgres.pool import Pool
+from server.auth.jwks import JwksKeys, KeySource
+from server.metrics import ServerMeasures
 
 
 class ServerMetrics:

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 from cli.metrics import families
 from cli.metrics.process import Metrics, process_metrics
-from cli.processes.lifeline import EngineEnd
+from cli.process.supervisor_pipe import EngineEnd
 
 _LABEL = "engine"
 

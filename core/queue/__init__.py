@@ -6,7 +6,6 @@ engine that was frozen and wakes late changes nothing. Each function takes the c
 and runs in its transaction, if it has one; docs/architecture.md draws the states.
 """
 
-from core.queue.acceptance import CHANNEL, CROWD, Accepted, enqueue, enqueue_in_order, hint
 from core.queue.backlog import (
     admit,
     park_due,
@@ -16,20 +15,11 @@ from core.queue.backlog import (
     webhooks_with_backlog,
 )
 from core.queue.breakers import close_breakers, open_breakers
-from core.queue.cancellation import cancel_some, cancel_webhook
-from core.queue.depth import Depth, measure_depth
-from core.queue.holding import held, held_webhooks
-from core.queue.leases import claim, reclaim, reclaimed_often, release, release_claimed
-from core.queue.order import chains_after, promote
-from core.queue.records import (
-    BreakerChange,
-    Chain,
-    Connection,
-    LeasedDelivery,
-    NewEvent,
-    Settled,
-    Settlement,
-)
+from core.queue.claim import claim, reclaim, reclaimed_often, release, release_claimed
+from core.queue.enqueue import CHANNEL, CROWD, Accepted, enqueue, enqueue_in_order, hint
+from core.queue.invariants import Finding, check_invariants
+from core.queue.open_ranges import old_events_of_open, open_between, standing
+from core.queue.ordering import chains_after, promote
 from core.queue.redelivery import (
     BEGINNING,
     FailedFilter,
@@ -38,10 +28,18 @@ from core.queue.redelivery import (
     redeliver,
     redeliver_failed,
 )
-from core.queue.settlement import settle
-from core.queue.still_open import old_events_of_open, open_between, standing
-from core.queue.upkeep import has_many_dead, vacuum
-from core.queue.verification import Finding, check_invariants
+from core.queue.settle import cancel_some, cancel_webhook, held, held_webhooks, settle
+from core.queue.stats import Depth, measure_depth
+from core.queue.types import (
+    BreakerChange,
+    Chain,
+    Connection,
+    LeasedDelivery,
+    NewEvent,
+    Settled,
+    Settlement,
+)
+from core.queue.vacuum import has_many_dead, vacuum
 
 __all__ = [
     "BEGINNING",

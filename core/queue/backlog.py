@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
-from core.lookup import equal, hidden
-from core.queue.leases import fences
-from core.queue.records import Connection, LeasedDelivery
+from core.postgres.planner import equal, hidden
+from core.queue.claim import fences
+from core.queue.types import Connection, LeasedDelivery
 
 
 def park_ready(configs: str, due: str, most: str = "ALL") -> str:

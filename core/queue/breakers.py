@@ -7,9 +7,9 @@ is let in; after it, half-open, and one delivery at a time is. Written on transi
 from collections.abc import Collection, Iterable
 from uuid import UUID
 
-from core.lookup import equal
+from core.postgres.planner import equal
 from core.queue.backlog import park_ready
-from core.queue.records import BreakerChange, Connection
+from core.queue.types import BreakerChange, Connection
 
 # By the state that the engine's claim saw: engines that come to the same conclusion open it once,
 # and what ends late, from before a probe, does not lengthen the wait. What its receiver asked for

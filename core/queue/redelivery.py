@@ -8,9 +8,9 @@ from uuid import UUID
 
 from core.ids import first_id_at
 from core.lifecycle import Outcome
-from core.lookup import equal, hidden
-from core.queue.acceptance import HAS_BACKLOG, STATE_IN_CROWD
-from core.queue.records import Connection
+from core.postgres.planner import equal, hidden
+from core.queue.enqueue import HAS_BACKLOG, STATE_IN_CROWD
+from core.queue.types import Connection
 
 # Joined with its event, since a delivery without one could be claimed and never sent.
 _REDELIVER = f"""

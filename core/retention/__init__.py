@@ -6,8 +6,7 @@ delivered one. So what is open can always be sent, and what can be seen can be d
 docs/retention.md tells it in full.
 """
 
-from core.retention.days import days_ahead
-from core.retention.once import Done, last_completed, look, run
-from core.retention.schedule import retain
+from core.retention.partitions import days_ahead
+from core.retention.schedule import Done, last_completed, look, retain, run
 
 __all__ = ["Done", "days_ahead", "last_completed", "look", "retain", "run"]

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from postrider_client import CallPolicy, PostriderClient, Token
-from tests.fakes.event_service import FakeEventService, serving
+from tests.support.event_service import FakeEventService, serving
 
 #: Short waits; deadlines as in production.
 QUICK = CallPolicy(backoff_seconds=0.001, backoff_max_seconds=0.01)

@@ -12,7 +12,7 @@ from postrider.v1 import event_service_pb2, webhook_config_service_pb2
 from postrider.v1.event_pb2 import EventInput
 from postrider_client import CallPolicy, PostriderClient, Token, TokenUnavailable
 from tests.client.conftest import QUICK, token
-from tests.fakes.event_service import FakeEventService, Refusal, serving
+from tests.support.event_service import FakeEventService, Refusal, serving
 
 pb = event_service_pb2
 AWAY = Refusal(StatusCode.UNAVAILABLE)

@@ -11,7 +11,7 @@ from postrider.v1.event_pb2 import EventInput
 from postrider.v1.event_service_pb2 import GetEventRequest
 from postrider_client import PostriderClient, Publisher, WrongEventLoop
 from tests.client.conftest import token
-from tests.fakes.event_service import FakeEventService, serving
+from tests.support.event_service import FakeEventService, serving
 
 EVENT = EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
 

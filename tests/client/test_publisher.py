@@ -14,7 +14,7 @@ from postrider.v1 import event_service_pb2
 from postrider.v1.event_pb2 import Event, EventInput
 from postrider_client import EventRejected, PostriderClient, PublisherClosed, PublishFailed
 from postrider_client.publisher import Publisher
-from tests.fakes.event_service import FakeEventService, Refusal
+from tests.support.event_service import FakeEventService, Refusal
 
 pb = event_service_pb2
 AWAY = Refusal(StatusCode.UNAVAILABLE)

@@ -6,7 +6,7 @@ from typing import Any
 
 from postrider.v1.event_pb2 import EventInput
 from postrider_client import PostriderClient, Token
-from tests.platform import Platform
+from tests.support.platform import Platform
 
 
 def client_of(platform: Platform) -> PostriderClient:

@@ -16,7 +16,7 @@ from postrider_client import PostriderClient
 from postrider_client.stream import StreamTransport
 from postrider_client.transport import UnaryTransport
 from tests.client.conftest import QUICK, token
-from tests.fakes.event_service import FakeEventService, Refusal, serving
+from tests.support.event_service import FakeEventService, Refusal, serving
 
 pb = event_service_pb2
 

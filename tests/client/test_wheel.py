@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import postrider_client
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 HEAVY = {"asyncpg", "aiohttp", "sqlalchemy", "pydantic", "structlog", "server", "core", "cli"}
 
 

@@ -3,8 +3,8 @@
 from standardwebhooks.webhooks import Webhook
 
 from postrider.v1 import delivery_pb2, delivery_service_pb2
-from tests.fakes.receiver import Receiver
-from tests.platform import Platform
+from tests.support.platform import Platform
+from tests.support.receiver import Receiver
 
 
 async def test_published_event_arrives_signed_and_is_on_record(

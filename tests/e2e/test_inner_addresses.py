@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.inner_addresses import INNER_ADDRESSES, LITERALS, NAMES, PORTS, SEARCH
+from tests.support.inner_addresses import INNER_ADDRESSES, LITERALS, NAMES, PORTS, SEARCH
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAMESPACE = ["unshare", "--net", "--mount"]
 if os.geteuid() != 0:
     NAMESPACE += ["--user", "--map-root-user"]
@@ -39,7 +39,7 @@ def report(database_url: str, tmp_path: Path) -> Any:
         *NAMESPACE,
         sys.executable,
         "-m",
-        "tests.e2e.inner_addresses",
+        "tests.support.inner_addresses",
         database_url,
         str(tmp_path),
     ]

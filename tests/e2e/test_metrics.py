@@ -13,13 +13,13 @@ import pytest
 
 from cli.metrics import families
 from cli.metrics.families import Family
-from delivery import census
+from delivery import database_stats
 from tests.e2e.test_processes import open_deliveries, publish, receive, register, stop
-from tests.fakes.receiver import Receiver
-from tests.own_postgres import OwnPostgres
-from tests.platform import Platform
-from tests.processes import AMPLE, Process, Processes, environment_of, talking_to
-from tests.scrape import Scrape, scrape, status_of
+from tests.support.own_postgres import OwnPostgres
+from tests.support.platform import Platform
+from tests.support.processes import AMPLE, Process, Processes, environment_of, talking_to
+from tests.support.receiver import Receiver
+from tests.support.scrape import Scrape, scrape, status_of
 
 ANYWHERE = "127.0.0.1:0"
 #: A person thinks of partitions in days.
@@ -203,7 +203,9 @@ async def test_while_the_database_is_away_a_scrape_says_so_and_nothing_else_of_i
         await until_ready(of_server, of_engine)
 
         with own_postgres.frozen():
-            async with asyncio.timeout(census.FRESH_SECONDS + 2 * census.PATIENCE_SECONDS):
+            async with asyncio.timeout(
+                database_stats.FRESH_SECONDS + 2 * database_stats.PATIENCE_SECONDS
+            ):
                 await once_the_database_is(of_engine, up=0)
     finally:
         await processes.kill_all()

@@ -13,20 +13,21 @@ import asyncpg
 import grpc
 import pytest
 
-from cli.development.key import ensure_development_key
-from cli.embedded_postgres import EmbeddedPostgres
-from cli.operations.configuration_faults import Blocks, faults_outside
-from core.db import open_pool
+from cli.dev.postgres import EmbeddedPostgres
+from cli.dev.signing_key import ensure_development_key
+from cli.ops.configuration_faults import Blocks, faults_outside
+from core.postgres.pool import open_pool
 from tests.conftest import database_settings
 from tests.e2e.test_processes import publish, receive, register
-from tests.fakes.receiver import Receiver
-from tests.ledger import Counts, balance
-from tests.own_postgres import OwnPostgres
-from tests.platform import Platform, serve_settings
-from tests.processes import Processes, environment_of
+from tests.support.ledger import Counts, balance
+from tests.support.own_postgres import OwnPostgres
+from tests.support.paths import ROOT
+from tests.support.platform import Platform, serve_settings
+from tests.support.processes import Processes, environment_of
+from tests.support.receiver import Receiver
 
 PGBOUNCER = shutil.which("pgbouncer")
-DOCS = Path(__file__).parents[2] / "docs" / "postgresql.md"
+DOCS = ROOT / "docs" / "postgresql.md"
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,12 +7,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cli.schema import head
-from tests.fakes.receiver import Receiver
-from tests.platform import Platform
-from tests.processes import Processes, environment_of
+from cli.startup import head
+from tests.support.paths import ROOT
+from tests.support.platform import Platform
+from tests.support.processes import Processes, environment_of
+from tests.support.receiver import Receiver
 
-ROOT = Path(__file__).parents[2]
 #: Settings that came after it; it would take them for misspelt.
 _NEWER = ("METRICS_ADDRESS",)
 

@@ -12,14 +12,14 @@ import grpc
 import pytest
 from aiohttp import web
 
-from cli.embedded_postgres import EmbeddedPostgres
+from cli.dev.postgres import EmbeddedPostgres
 from core.lifecycle import DeliveryState
-from delivery.places import FEW
+from delivery.fairness.concurrency import FEW
 from postrider.v1 import event_pb2, event_service_pb2
-from tests.fakes.receiver import Receiver
-from tests.ledger import Counts, balance
-from tests.platform import Platform
-from tests.processes import AMPLE, Processes, environment_of, talking_to
+from tests.support.ledger import Counts, balance
+from tests.support.platform import Platform
+from tests.support.processes import AMPLE, Processes, environment_of, talking_to
+from tests.support.receiver import Receiver
 
 LEASE_SECONDS = 2
 #: So that leases end within a test's patience.

@@ -6,11 +6,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from cli.embedded_postgres import EmbeddedPostgres
-from tests.fakes.receiver import Receiver
-from tests.pages import section, sh
-from tests.platform import Platform, running_platform
-from tests.standby import operators_path
+from cli.dev.postgres import EmbeddedPostgres
+from tests.support.doc_pages import section, sh
+from tests.support.platform import Platform, running_platform
+from tests.support.receiver import Receiver
+from tests.support.standby import operators_path
 
 pytestmark = pytest.mark.slow
 

@@ -10,15 +10,15 @@ import grpc
 import pytest
 from google.protobuf.json_format import MessageToJson
 
+from core.encryption import KeyRing
 from core.ids import parse_id
-from core.keyring import KeyRing
 from postrider.v1 import admin_service_pb2, delivery_service_pb2, event_pb2, event_service_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
 from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_ED25519, EventType
-from tests.fakes.receiver import Receiver
-from tests.platform import ENCRYPTION_KEYS, Platform
-from tests.processes import Processes, environment_of, talking_to
-from tests.rpcs import call, methods
+from tests.support.platform import ENCRYPTION_KEYS, Platform
+from tests.support.processes import Processes, environment_of, talking_to
+from tests.support.receiver import Receiver
+from tests.support.rpcs import call, methods
 
 PAYLOAD = "canary-payload-6f1d"
 HEADER = "Bearer canary-header-90aa"

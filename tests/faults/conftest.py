@@ -10,13 +10,13 @@ import asyncpg
 import grpc
 import pytest
 
-from cli.development.key import ensure_development_key
-from tests.fakes.receiver import Receiver
-from tests.ledger import Counts
-from tests.own_postgres import OwnPostgres
-from tests.platform import Platform, serve_settings
-from tests.processes import Processes, environment_of
-from tests.scene import ENGINE_MB_MAX, MERCHANTS, Conclude, Scene
+from cli.dev.signing_key import ensure_development_key
+from tests.support.fault_scene import ENGINE_MB_MAX, MERCHANTS, Conclude, Scene
+from tests.support.ledger import Counts
+from tests.support.own_postgres import OwnPostgres
+from tests.support.platform import Platform, serve_settings
+from tests.support.processes import Processes, environment_of
+from tests.support.receiver import Receiver
 
 _database_numbers = itertools.count(1)
 

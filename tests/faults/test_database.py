@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.postgres_proxy import proxied
-from tests.load import Load
-from tests.own_postgres import OwnPostgres
-from tests.scene import MERCHANTS, PATIENT, Conclude, Scene
+from tests.support.fault_scene import MERCHANTS, PATIENT, Conclude, Scene
+from tests.support.load import Load
+from tests.support.own_postgres import OwnPostgres
+from tests.support.postgres_proxy import proxied
 
 type StartScene = Callable[..., AbstractAsyncContextManager[Scene]]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cli.operations.migrate import migrate
+from cli.ops.migrate import migrate
 from tests.conftest import database_settings
-from tests.load import Load
-from tests.pages import section, sh
-from tests.processes import AMPLE
-from tests.scene import BRISK, Conclude, Scene
-from tests.standby import Pair, operators_path
+from tests.support.doc_pages import section, sh
+from tests.support.fault_scene import BRISK, Conclude, Scene
+from tests.support.load import Load
+from tests.support.processes import AMPLE
+from tests.support.standby import Pair, operators_path
 
 pytestmark = pytest.mark.slow
 

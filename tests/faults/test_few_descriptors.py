@@ -5,8 +5,8 @@ import asyncio
 import pytest
 import trustme
 
-from tests.fakes.raw_receiver import RawReceiver, server_tls
-from tests.scene import PATIENT, Conclude, Scene
+from tests.support.fault_scene import PATIENT, Conclude, Scene
+from tests.support.raw_receiver import RawReceiver, server_tls
 
 LIMIT = 256
 #: By the command that sh runs in its place.

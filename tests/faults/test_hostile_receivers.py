@@ -13,8 +13,8 @@ import trustme
 from google.protobuf.duration_pb2 import Duration
 
 from postrider.v1 import webhook_config_service_pb2
-from tests.fakes.raw_receiver import header, read_request, server_tls
-from tests.scene import PATIENT, Conclude, Scene
+from tests.support.fault_scene import PATIENT, Conclude, Scene
+from tests.support.raw_receiver import header, read_request, server_tls
 
 #: One at a time, since a receiver that only times out has one place.
 EVENTS = 4

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.scene import PATIENT, Conclude, Scene
+from tests.support.fault_scene import PATIENT, Conclude, Scene
 
 
 @pytest.mark.slow

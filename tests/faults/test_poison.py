@@ -6,7 +6,7 @@ import pytest
 from aiohttp import web
 
 from core.ids import parse_id
-from tests.scene import PATIENT, Conclude, Scene
+from tests.support.fault_scene import PATIENT, Conclude, Scene
 
 # What somebody's SQL, a lost key or a bad restore may leave in a webhook config, and what comes of
 # its deliveries.

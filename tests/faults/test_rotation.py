@@ -15,18 +15,19 @@ import asyncpg
 import pytest
 from cryptography import x509
 
-from cli.development.key import ensure_development_key
-from core.keyring import new_key
+from cli.dev.signing_key import ensure_development_key
+from core.encryption import new_key
 from postrider.v1 import webhook_config_service_pb2 as pb
-from tests.fakes.authority import Authority
-from tests.fakes.receiver import Received
-from tests.genuine import is_genuine
-from tests.own_postgres import OwnPostgres
-from tests.platform import ENCRYPTION_KEYS
-from tests.processes import POSTRIDER, Process
-from tests.scene import BRISK, Conclude, Scene
+from tests.support.certificates import Authority
+from tests.support.fault_scene import BRISK, Conclude, Scene
+from tests.support.own_postgres import OwnPostgres
+from tests.support.paths import ROOT
+from tests.support.platform import ENCRYPTION_KEYS
+from tests.support.processes import POSTRIDER, Process
+from tests.support.receiver import Received
+from tests.support.signatures import is_genuine
 
-PAGE = (Path(__file__).parents[2] / "docs" / "runbook.md").read_text()
+PAGE = (ROOT / "docs" / "runbook.md").read_text()
 SECTION = re.split(r"^## ", PAGE.partition("\n## Rotate keys\n")[2], flags=re.MULTILINE)[0]
 LINES = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 (

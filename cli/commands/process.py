@@ -1,0 +1,104 @@
+"""The processes of production: `postrider server` and `postrider delivery`."""
+
+import asyncio
+import sys
+from functools import partial
+
+import click
+import uvloop
+
+from cli.settings import load
+from cli.startup import spare_what_is_loaded
+from core.logs import configure_logs
+from core.settings import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    RetentionSettings,
+    TraceSettings,
+)
+from delivery.settings import MAX_PROCESSES, DeliverySettings
+from server.settings import AuthSettings, ServerSettings, TlsSettings
+
+
+@click.command()
+def server() -> None:
+    """Serve the gRPC API until SIGTERM.
+
+    Needs WEBHOOK_DATABASE_URL, WEBHOOK_ENCRYPTION_KEYS, WEBHOOK_JWT_ISSUER, and
+    WEBHOOK_JWT_JWKS_URL or WEBHOOK_JWT_PUBLIC_KEY_FILE. Any number may run on one database. After
+    SIGTERM, health says NOT_SERVING and running calls finish.
+    """
+    from cli.process.server import ServeSettings, serve
+    from cli.process.signals import stop_on_signals
+
+    configure_logs(load(LogSettings))
+    settings = ServeSettings(
+        database=load(DatabaseSettings),
+        encryption=load(EncryptionSettings),
+        egress=load(EgressSettings),
+        server=load(ServerSettings),
+        auth=load(AuthSettings),
+        logs=load(LogSettings),
+        traces=load(TraceSettings),
+        tls=load(TlsSettings),
+    )
+
+    async def run() -> None:
+        await serve(settings, stop_on_signals())
+
+    spare_what_is_loaded()
+    uvloop.run(run())
+
+
+@click.command()
+@click.option(
+    "--processes",
+    type=click.IntRange(1, MAX_PROCESSES),
+    help="Engine processes to keep running here, instead of WEBHOOK_DELIVERY_PROCESSES.",
+)
+@click.option("--lifeline", type=int, hidden=True, help="For an engine that a supervisor starts.")
+def delivery(processes: int | None, lifeline: int | None) -> None:
+    """Deliver webhooks until SIGTERM.
+
+    Needs WEBHOOK_DATABASE_URL and WEBHOOK_ENCRYPTION_KEYS. Any number may run on one database,
+    also on many machines. After SIGTERM nothing new is claimed and attempts in flight finish; what
+    a killed engine had in flight is sent again by the others when its lease ends.
+
+    One engine uses one core at most. With --processes, a supervisor starts so many, starts one anew
+    that ended, and has all of them drain after SIGTERM, or when it is itself killed.
+    """
+    from cli.metrics.http import Place
+    from cli.metrics.supervisor import telling
+    from cli.process.delivery import DeliverSettings, deliver
+    from cli.process.signals import stop_on_signals
+    from cli.process.supervisor import supervise
+    from cli.process.supervisor_pipe import EngineEnd
+
+    configure_logs(load(LogSettings))
+    settings = DeliverSettings(
+        database=load(DatabaseSettings),
+        encryption=load(EncryptionSettings),
+        egress=load(EgressSettings),
+        delivery=load(DeliverySettings),
+        logs=load(LogSettings),
+        traces=load(TraceSettings),
+        retention=load(RetentionSettings),
+    )
+    processes = processes or settings.delivery.delivery_processes
+    if processes > 1:
+        place = Place.of(settings.delivery, "delivery_metrics_address")
+        sys.exit(asyncio.run(supervise(processes, place)))
+
+    async def run() -> None:
+        stop = stop_on_signals()
+        if lifeline is None:
+            await deliver(settings, stop)
+        else:
+            end = EngineEnd(lifeline)
+            end.pass_stop_on(stop)
+            await deliver(settings, stop, end.say_ready, partial(telling, end))
+
+    spare_what_is_loaded()
+    uvloop.run(run())

@@ -1,0 +1,189 @@
+"""All of Postrider on one machine: a database, a server and an engine with development settings.
+
+What the environment sets is used; what it leaves out is made and kept in the data directory.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from cli.dev.postgres import default_data_dir, embedded_postgres
+from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.ops.migrate import migrate
+from cli.process.delivery import DeliverSettings, deliver
+from cli.process.server import ServeSettings, serve
+from cli.settings import LocalSettings, is_set, load
+from core.encryption import new_key
+from core.errors import ConfigurationError
+from core.settings import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    RetentionSettings,
+    TraceSettings,
+)
+from delivery.settings import DeliverySettings
+from server.settings import AuthSettings, ServerSettings
+
+DEVELOPMENT_ISSUER = "postrider-development"
+#: Where receivers on this machine may listen, those of `postrider listen` and `canary` among them.
+DEVELOPMENT_PORTS = (8000, 8999)
+#: In the data directory: the certificate of the authority that all of them share.
+AUTHORITY_FILE = "receiver-ca.pem"
+
+type Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LocalPlatform:
+    """A running server and engine, and the key that signs tokens for them."""
+
+    port: int
+    key: DevelopmentKey
+    auth: AuthSettings
+    #: Server and engine; one that is done while the platform runs has failed.
+    processes: tuple[asyncio.Task[None], ...]
+
+    def token(self, *scopes: str, merchant_id: str | None = None, hours: float = 24) -> str:
+        return mint_token(
+            self.key.private_key_file,
+            issuer=self.auth.jwt_issuer,
+            audience=self.auth.jwt_audience,
+            subject="developer",
+            scopes=scopes,
+            merchant_id=merchant_id,
+            lifetime=timedelta(hours=hours),
+        )
+
+
+@contextmanager
+def local_database(
+    directory: Path, pg_bin: Path | None, announce: Announce
+) -> Iterator[DatabaseSettings]:
+    """WEBHOOK_DATABASE_URL if it is set, else a PostgreSQL of our own; migrated either way."""
+    if is_set("database_url"):
+        settings = load(DatabaseSettings)
+        migrate(settings, announce=announce)
+        yield settings
+        return
+    data_dir = default_data_dir(directory)
+    with embedded_postgres(data_dir, bin_dir=pg_bin, announce=announce) as server:
+        settings = load(DatabaseSettings, database_url=SecretStr(server.url()))
+        migrate(settings, announce=announce)
+        yield settings
+
+
+@asynccontextmanager
+async def running_platform(
+    database: DatabaseSettings,
+    directory: Path,
+    *,
+    listen_address: str,
+    receiver_port: int,
+    ca_file: Path,
+    operator_listeners: bool = True,
+    retention: RetentionSettings | None = None,
+) -> AsyncIterator[LocalPlatform]:
+    """Server and engine until the end of the context; without `retention` nothing is removed."""
+    key = ensure_development_key(directory / "keys")
+    encryption = load(EncryptionSettings, encryption_keys=_encryption_keys(directory))
+    egress = _egress_to(receiver_port, ca_file)
+    auth = load(
+        AuthSettings, jwt_issuer=DEVELOPMENT_ISSUER, jwt_public_key_file=key.public_key_file
+    )
+    server = load(ServerSettings, reflection=True).model_copy(
+        update={"listen_address": listen_address}
+        | ({} if operator_listeners else {"admin_address": None, "server_metrics_address": None})
+    )
+    delivery = load(DeliverySettings).model_copy(
+        update={} if operator_listeners else {"delivery_metrics_address": None}
+    )
+    logs, traces = load(LogSettings), load(TraceSettings)
+    stop_serving, stop_delivering = asyncio.Event(), asyncio.Event()
+    listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(
+        serve(
+            ServeSettings(database, encryption, egress, server, auth, logs, traces),
+            stop_serving,
+            listening.set_result,
+        )
+    )
+    delivering = asyncio.create_task(
+        deliver(
+            DeliverSettings(database, encryption, egress, delivery, logs, traces, retention),
+            stop_delivering,
+        )
+    )
+    processes = (serving, delivering)
+    try:
+        beginnings: set[asyncio.Future[Any]] = {*processes, listening}
+        await asyncio.wait(beginnings, return_when=asyncio.FIRST_COMPLETED)
+        for process in processes:
+            if process.done():
+                process.result()
+        yield LocalPlatform(await listening, key, auth, processes)
+    finally:
+        # The server first: what it has accepted, the engine may still deliver.
+        stop_serving.set()
+        await asyncio.wait({serving})
+        stop_delivering.set()
+        await asyncio.wait({delivering})
+    for process in processes:
+        process.result()
+
+
+def _egress_to(receiver_port: int, ca_file: Path) -> EgressSettings:
+    """What the environment allows, and receivers on this machine with our own authority."""
+    settings = load(EgressSettings)
+    if settings.ca_file is not None:
+        both = ca_file.with_name("trusted-cas.pem")
+        both.write_bytes(ca_file.read_bytes() + settings.ca_file.read_bytes())
+        ca_file = both
+    return settings.model_copy(
+        update={
+            "allowed_cidrs": (*settings.allowed_cidrs, ip_network("127.0.0.0/8")),
+            "allowed_ports": (
+                *settings.allowed_ports,
+                (receiver_port, receiver_port),
+                DEVELOPMENT_PORTS,
+            ),
+            "ca_file": ca_file,
+        }
+    )
+
+
+def _encryption_keys(directory: Path) -> SecretStr | None:
+    """The development key of this data directory, made once."""
+    if is_set("encryption_keys"):
+        return None
+    path = directory / "encryption-key"
+    try:
+        path.touch(mode=0o600, exist_ok=True)
+        if not path.read_text().strip():
+            path.write_text(new_key() + "\n")
+        return SecretStr(path.read_text().strip())
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot keep an encryption key in {path} ({error.strerror}): set WEBHOOK_DATA_DIR to "
+            "a directory that can be written"
+        ) from error
+
+
+def make_directory(settings: LocalSettings) -> Path:
+    """The data directory, made when missing; ConfigurationError when it cannot be."""
+    directory = settings.data_dir.resolve()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot make the data directory {directory} ({error.strerror}): set WEBHOOK_DATA_DIR"
+        ) from error
+    return directory

@@ -1,0 +1,157 @@
+"""`postrider config`: every setting as a process would find it, and all that is wrong with them.
+
+Nothing is started and nothing is changed. Secrets are masked, those inside URLs as well.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from cli.ops.configuration_faults import Blocks, faults
+from cli.settings import BLOCKS, explain, plain, unknown_variables
+from core.errors import ConfigurationError
+from core.file_secrets import Secret
+from core.settings import Block, variable
+
+_USERINFO = re.compile(r"(://[^:/?#@]*):.*@")
+_QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: `value` is masked; `source` is default, environment, or the path of a file."""
+
+    block: str
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """What a process would find; `blocks` holds those that are valid, by their class."""
+
+    settings: Sequence[Setting]
+    problems: Sequence[str]
+    blocks: Blocks
+
+    def with_problems(self, further: Sequence[str]) -> "Configuration":
+        return replace(self, problems=[*self.problems, *further])
+
+    def report(self, *, as_json: bool) -> str:
+        return _as_json(self) if as_json else _as_text(self)
+
+
+def read_configuration(process: str) -> Configuration:
+    """What `process` reads ("server", "delivery", or "all"), with everything wrong with it."""
+    environment = os.environ
+    settings: list[Setting] = []
+    problems = list(unknown_variables(environment))
+    blocks = Blocks()
+    for block in blocks_of(process):
+        settings += _settings_of(block, environment)
+        valid, told = _load(block)
+        problems += told
+        if valid is not None:
+            blocks.add(valid)
+    return Configuration(settings, [*problems, *faults(blocks)], blocks)
+
+
+def _load(block: type[Block]) -> tuple[Block | None, list[str]]:
+    """The block, and what is wrong with it.
+
+    Defaults stand in for what is wrong, so that one fault does not hide what comes after it.
+    """
+    try:
+        return block(), []
+    except ValidationError as error:
+        told = list(explain(error))
+        wrong = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
+    fields = {name: block.model_fields[name] for name in wrong}
+    stand_ins: dict[str, Any] = {
+        name: "?" if field.is_required() else field.get_default() for name, field in fields.items()
+    }
+    try:
+        return (block(**stand_ins) if stand_ins else None), told
+    except ValidationError as error:
+        return None, told + list(explain(error))
+
+
+def blocks_of(process: str) -> Iterator[type[Block]]:
+    """The blocks that it reads: those of `core` belong to every process, others to their own."""
+    for block in BLOCKS:
+        package = block.__module__.partition(".")[0]
+        if process == "all" or package in {"core", process}:
+            yield block
+
+
+def _settings_of(block: type[Block], environment: Mapping[str, str]) -> Iterator[Setting]:
+    title = (block.__doc__ or "").splitlines()[0].rstrip(".")
+    secrets = block.secret_names()
+    for name, field in block.model_fields.items():
+        given = environment.get(variable(name), "")
+        file = environment.get(f"{variable(name)}_FILE", "") if name in secrets else ""
+        if given:
+            value, source = (
+                masked(name, given) if name in secrets else mask_urls(given),
+                "environment",
+            )
+        elif file:
+            value, source = _content(name, Path(file)), file
+        else:
+            value = "" if field.is_required() else plain(field.get_default())
+            source = "default"
+        yield Setting(title, variable(name), value, source)
+
+
+def _content(name: str, file: Path) -> str:
+    try:
+        return masked(name, Secret(variable(name), file=file).text())
+    except ConfigurationError:
+        return "?"
+
+
+def masked(name: str, secret: str) -> str:
+    """What may be shown of a secret: of a URL all but its password, of keys their ids."""
+    if name == "encryption_keys":
+        pairs = [pair.partition(":") for pair in secret.replace("\n", ",").split(",") if pair]
+        return ",".join(f"{key_id.strip()}:***" if colon else "***" for key_id, colon, _ in pairs)
+    return mask_urls(secret) if "://" in secret else "***"
+
+
+def mask_urls(text: str) -> str:
+    """Rather too much than too little: everything from the first colon to the last @."""
+    return _QUERY_PASSWORD.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
+
+
+def _as_text(configuration: Configuration) -> str:
+    lines: list[str] = []
+    width = max(len(setting.name) for setting in configuration.settings)
+    block = ""
+    for setting in configuration.settings:
+        if setting.block != block:
+            block = setting.block
+            lines += ["", f"# {block}"] if lines else [f"# {block}"]
+        lines.append(f"{setting.name:<{width}}  {setting.value or '-'}  ({setting.source})")
+    lines.append("")
+    if configuration.problems:
+        lines.append(f"wrong: {len(configuration.problems)}")
+        lines += [f"  - {problem}" for problem in configuration.problems]
+    else:
+        lines.append("nothing is wrong with them")
+    return "\n".join(lines)
+
+
+def _as_json(configuration: Configuration) -> str:
+    return orjson.dumps(
+        {
+            "settings": [asdict(setting) for setting in configuration.settings],
+            "problems": list(configuration.problems),
+        }
+    ).decode()

@@ -1,0 +1,117 @@
+"""Runs the migrations, for `postrider migrate` and the local database."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+import migrations
+from cli.ops.operator import present_operator
+from core.errors import ConfigurationError, Unavailable
+from core.operator_audit import RECORD_COMMAND, Operator, command_entry
+from core.postgres.connect import Connector
+from core.postgres.pool import CONNECTION_ERRORS
+from core.settings import DatabaseSettings
+
+_CAN_RECORD = """
+SELECT EXISTS (
+    SELECT FROM pg_attribute
+    WHERE attrelid = to_regclass('audit_entries') AND attname = 'user_agent' AND NOT attisdropped
+)
+"""
+
+_SCRIPTS = Path(next(iter(migrations.__path__)))
+
+
+def migrate(
+    settings: DatabaseSettings,
+    *,
+    down_to: str | None = None,
+    lock_timeout_seconds: float = 4.0,
+    announce: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Bring the schema to this release's revision, or down to `down_to` (a revision, or "base").
+
+    Runs its own event loop. Each step is announced, and in the audit log unless the database was
+    empty at the beginning; a step that fails leaves nothing of itself. A
+    step that does not get a lock soon gives way: behind it, every query would queue.
+    """
+
+    recorder = _Recorder(present_operator())
+
+    def on_version_apply(*, ctx: Any, step: Any, **_: Any) -> None:
+        verb = "applied" if step.is_upgrade else "undid"
+        recorder.record(ctx.connection, verb, step)
+        announce(f"{verb} {step.up_revision_id}")
+
+    config = _config()
+    # No limit of the client's own: a migration may take longer than any query; env.py bounds it.
+    config.attributes["connector"] = Connector(
+        settings, "postrider-migrate", limit_statements=False
+    )
+    config.attributes["lock_timeout_seconds"] = lock_timeout_seconds
+    config.attributes["on_version_apply"] = on_version_apply
+    try:
+        if down_to is None:
+            command.upgrade(config, "head")
+        else:
+            command.downgrade(config, down_to)
+    except CommandError as error:
+        raise ConfigurationError(f"cannot migrate: {error}") from None
+    except DBAPIError as error:
+        if error.statement is None:
+            raise ConfigurationError(
+                f"cannot connect as WEBHOOK_DATABASE_URL says: {error.orig}"
+            ) from error
+        if getattr(error.orig, "sqlstate", None) == asyncpg.LockNotAvailableError.sqlstate:
+            raise ConfigurationError(
+                "the migration gave way and was rolled back: something else holds a lock on what "
+                "it changes; run `postrider migrate` again when that has ended"
+            ) from error
+        raise ConfigurationError(
+            f"the migration failed and was rolled back: {error.orig}"
+        ) from error
+    except CONNECTION_ERRORS as error:
+        raise Unavailable(
+            "the database cannot be reached; check WEBHOOK_DATABASE_URL and that PostgreSQL runs "
+            f"({type(error).__name__}: {error})",
+            reason="DATABASE_UNAVAILABLE",
+        ) from error
+    except ValueError:
+        # The text of the error may hold a part of the password.
+        raise ConfigurationError("WEBHOOK_DATABASE_URL is not a URL of PostgreSQL") from None
+
+
+class _Recorder:
+    """Writes the audit entry of a step in its transaction."""
+
+    def __init__(self, operator: Operator):
+        self._operator = operator
+        self._began_empty = False
+
+    def record(self, connection: Connection, verb: str, step: Any) -> None:
+        if step.is_upgrade and not step.source_revision_ids:
+            self._began_empty = True
+        # Far enough back there is no audit log, or one without all the columns.
+        if self._began_empty or not connection.scalar(text(_CAN_RECORD)):
+            return
+        entry = command_entry(
+            self._operator,
+            action="Migrate",
+            resource=f"schema:{step.up_revision_id}",
+            comment=verb,
+        )
+        connection.exec_driver_sql(RECORD_COMMAND, entry)
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS))
+    config.set_main_option("path_separator", "os")
+    return config

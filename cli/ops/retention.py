@@ -1,0 +1,79 @@
+"""`postrider retention`: one run of it, or a look at what one would do, for people or programs."""
+
+import asyncio
+from collections.abc import Callable
+
+import asyncpg
+import orjson
+
+from cli.ops.operator import present_operator
+from cli.startup import require_schema
+from core import retention
+from core.errors import Unavailable
+from core.postgres.pool import CONNECTION_ERRORS, open_pool
+from core.retention import Done
+from core.settings import DatabaseSettings, RetentionSettings
+
+
+def retain_once(
+    database: DatabaseSettings,
+    settings: RetentionSettings,
+    announce: Callable[[str], None],
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run or look, and tell it; Unavailable when the database cannot be asked to the end."""
+    tell = (lambda _: None) if as_json else announce
+    try:
+        done = asyncio.run(_retain(database, settings, tell, dry_run=dry_run))
+    except (*CONNECTION_ERRORS, asyncpg.exceptions.LockNotAvailableError) as error:
+        raise Unavailable(
+            "the database went away, or something holds a lock for long; run `postrider "
+            f"retention` again ({type(error).__name__}: {error})",
+            reason="DATABASE_UNAVAILABLE",
+        ) from error
+    if as_json:
+        announce(orjson.dumps({"ran": done is not None, **(done or Done()).as_dict()}).decode())
+    elif done is None:
+        announce("nothing done: another process is at it right now")
+    else:
+        announce(_summary(done, dry_run=dry_run))
+
+
+async def _retain(
+    database: DatabaseSettings,
+    settings: RetentionSettings,
+    announce: Callable[[str], None],
+    *,
+    dry_run: bool,
+) -> Done | None:
+    async with await open_pool(database, "postrider-retention", 2) as pool:
+        await require_schema(pool)
+    if dry_run:
+        return await retention.look(database, settings)
+    return await retention.run(database, settings, present_operator(), announce)
+
+
+def _summary(done: Done, *, dry_run: bool) -> str:
+    would = "would be " if dry_run else ""
+    dropped = ", ".join(done.days_dropped + done.parts_dropped) or "none"
+    removed = (
+        f"{done.deliveries_removed:,} deliveries",
+        f"{done.events_removed:,} events",
+        f"{done.idempotency_keys_removed:,} idempotency keys",
+        f"{done.audit_entries_removed:,} audit entries",
+    )
+    kept = f"{done.deliveries_kept:,} deliveries, {done.events_kept:,} events"
+    lines = [
+        f"days {would}made: {', '.join(done.days_made) or 'none'}",
+        f"parts {would}dropped: {dropped} ({done.bytes_dropped:,} bytes)",
+        f"{would}kept beyond their day: {kept}",
+        f"{would}removed one by one: {', '.join(removed)}",
+    ]
+    if done.days_waiting:
+        lines.append(
+            f"left to the next run: {', '.join(done.days_waiting)} (still in use, or rows of a day "
+            "to be made are in the default part; see the log)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,123 @@
+"""Wires the delivery engine: settings in, deliveries until the stop event."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from cli.metrics.engine import EngineMetrics
+from cli.metrics.http import Place, listening
+from cli.metrics.process import Metrics
+from cli.process.tracing import open_tracer
+from cli.startup import (
+    fitting_in_flight,
+    require_encryption_keys,
+    require_schema,
+    url_policy,
+    warn_of_allowed_cidrs,
+)
+from core.encryption import load_keyring
+from core.file_secrets import keep_looking
+from core.logs import SuccessSampling
+from core.postgres.pool import close_soon, open_pool
+from core.retention import retain
+from core.settings import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    RetentionSettings,
+    TraceSettings,
+)
+from delivery.database_stats import Census
+from delivery.engine import Engine
+from delivery.http.connector import open_dialler
+from delivery.metrics import EngineMeasures
+from delivery.report import AttemptReports
+from delivery.settings import DeliverySettings
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class DeliverSettings:
+    """Everything the delivery engine reads; without `retention` it removes nothing."""
+
+    database: DatabaseSettings
+    encryption: EncryptionSettings
+    egress: EgressSettings
+    delivery: DeliverySettings
+    logs: LogSettings
+    traces: TraceSettings
+    retention: RetentionSettings | None
+
+
+async def deliver(
+    settings: DeliverSettings,
+    stop: asyncio.Event,
+    ready: Callable[[], None] = lambda: None,
+    publish: Callable[[Metrics], AbstractAsyncContextManager[None]] | None = None,
+) -> None:
+    """Deliver until `stop`; attempts in flight then finish, and nothing stays leased.
+
+    The metrics are published as the settings say, or by `publish` for as long as its context lasts.
+    """
+    keyring = load_keyring(settings.encryption)
+    policy = url_policy(settings.egress)
+    async with AsyncExitStack() as stack:
+        tracer = await stack.enter_async_context(open_tracer(settings.traces, "postrider-delivery"))
+        pool = await open_pool(
+            settings.database, "postrider-delivery", settings.database.database_pool_size
+        )
+        stack.push_async_callback(close_soon, pool.close)
+        await require_schema(pool)
+        await require_encryption_keys(pool, keyring)
+        warn_of_allowed_cidrs(settings.egress)
+        in_flight = fitting_in_flight(
+            settings.delivery.max_in_flight, settings.database.database_pool_size
+        )
+        dialler = await stack.enter_async_context(
+            open_dialler(
+                policy=policy.addresses,
+                ca_file=settings.egress.ca_file,
+                age_seconds_max=settings.egress.receiver_connection_seconds,
+                proxy=settings.egress.secret("egress_proxy"),
+                # The other half of the files that were counted on.
+                idle_max=in_flight,
+            )
+        )
+        bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
+        measures = EngineMeasures(settings.delivery.metrics_merchants)
+        reports = AttemptReports(
+            SuccessSampling(settings.logs),
+            tracer,
+            send_traceparent=settings.traces.send_traceparent,
+        )
+        engine = Engine(bounded, pool, dialler, keyring, policy, measures=measures, reports=reports)
+        census = Census(pool)
+        stack.push_async_callback(census.close)
+        publish = publish or partial(
+            listening, Place.of(settings.delivery, "delivery_metrics_address")
+        )
+        await stack.enter_async_context(publish(EngineMetrics(measures, pool, census)))
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(engine.run())
+            stopping = group.create_task(stop.wait())
+            helping: set[asyncio.Task[Any]] = {
+                stopping,
+                group.create_task(keep_looking(keyring.current)),
+            }
+            if settings.retention is not None:
+                retaining = retain(settings.database, settings.retention, pool)
+                helping.add(group.create_task(retaining))
+            log.info("delivering")
+            ready()
+            await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("stopping")
+            engine.stop()
+            for task in helping:
+                task.cancel()

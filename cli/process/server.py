@@ -1,0 +1,181 @@
+"""Wires the gRPC process: settings in, a serving server until the stop event."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+
+from cli.metrics.http import Place, listening
+from cli.metrics.server import ServerMetrics
+from cli.process.jwks_fetch import key_set_fetch
+from cli.process.tracing import open_tracer
+from cli.startup import require_encryption_keys, require_schema, url_policy, warn_of_allowed_cidrs
+from core.encryption import load_keyring
+from core.file_secrets import keep_looking
+from core.logs import SuccessSampling
+from core.postgres.pool import close_soon, open_pool
+from core.settings import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    TraceSettings,
+)
+from core.tasks import end
+from delivery.http.connector import open_dialler
+from delivery.ping import ping
+from server.admin.service import AdminService
+from server.app import METHODS, App
+from server.auth.jwks import JwksKeys, KeySource, PemKeys
+from server.auth.rate_limits import PingPlaces, StreamPlaces
+from server.auth.tokens import TokenVerifier
+from server.database import DatabaseWatch, open_sessions
+from server.deliveries.service import DeliveryService
+from server.deliveries.tail import Tail
+from server.event_types.cache import EventTypes
+from server.events.ingest import Ingest
+from server.events.notify import Hints
+from server.events.service import EventService
+from server.metrics import ServerMeasures
+from server.rpc.audit_refusals import Refusals
+from server.rpc.report import RpcReports
+from server.settings import AuthSettings, ServerSettings, TlsSettings
+from server.webhooks.service import WebhookConfigService
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Everything the gRPC process reads."""
+
+    database: DatabaseSettings
+    encryption: EncryptionSettings
+    egress: EgressSettings
+    server: ServerSettings
+    auth: AuthSettings
+    logs: LogSettings
+    traces: TraceSettings
+    #: None: plain text, whatever the environment says.
+    tls: TlsSettings | None = None
+
+
+async def serve(
+    settings: ServeSettings, stop: asyncio.Event, ready: Callable[[int], None] = lambda _: None
+) -> None:
+    """Serve until `stop`; `ready` hears the port. Calls in flight then finish."""
+    keyring = load_keyring(settings.encryption)
+    policy = url_policy(settings.egress)
+    async with AsyncExitStack() as stack:
+        tracer = await stack.enter_async_context(open_tracer(settings.traces, "postrider-server"))
+        pool_size = settings.database.database_pool_size
+        # Most for the hot path, the rest for everything else: neither can starve the other.
+        rest = max(pool_size * 2 // 5, 1)
+        pool = await open_pool(settings.database, "postrider-server", max(pool_size - rest, 1))
+        stack.push_async_callback(close_soon, pool.close)
+        await require_schema(pool)
+        await require_encryption_keys(pool, keyring)
+        warn_of_allowed_cidrs(settings.egress)
+        sessions = open_sessions(settings.database, rest)
+        stack.push_async_callback(close_soon, sessions.kw["bind"].dispose)
+        receivers = await stack.enter_async_context(
+            open_dialler(
+                policy=policy.addresses,
+                ca_file=settings.egress.ca_file,
+                age_seconds_max=settings.egress.receiver_connection_seconds,
+                proxy=settings.egress.secret("egress_proxy"),
+            )
+        )
+        keys = await _keys(settings.auth, stack)
+        verifier = TokenVerifier(
+            keys,
+            issuer=settings.auth.jwt_issuer,
+            audience=settings.auth.jwt_audience,
+            max_lifetime_seconds=settings.auth.jwt_max_lifetime_seconds,
+        )
+        event_types = EventTypes(pool)
+        hints = Hints(pool)
+        tail = Tail(pool)
+        measures = ServerMeasures(METHODS)
+        stream_places = StreamPlaces(settings.server.max_streams_per_merchant)
+        app = App(
+            settings.server,
+            verifier,
+            tls=settings.tls,
+            refusals=Refusals(sessions),
+            reports=RpcReports(measures, SuccessSampling(settings.logs), tracer),
+            webhook_configs=WebhookConfigService(
+                sessions=sessions,
+                pool=pool,
+                event_types=event_types,
+                keyring=keyring,
+                pinger=partial(ping, receivers, policy, settings.server.ping_timeout_seconds),
+                url_policy=policy,
+                ping_places=PingPlaces(settings.server.max_pings_per_merchant),
+                max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
+            ),
+            events=EventService(
+                Ingest(pool, event_types, hints, settings.server.max_payload_bytes, measures),
+                pool,
+                stream_places,
+            ),
+            deliveries=DeliveryService(
+                pool,
+                sessions,
+                hints,
+                tail=tail,
+                measures=measures,
+                keyring=keyring,
+                stream_places=stream_places,
+                watch_keep_alive_seconds=settings.server.watch_keep_alive_seconds,
+                watch_backlog=settings.server.watch_backlog,
+            ),
+            admin=AdminService(sessions, pool, hints, event_types),
+        )
+
+        async def report_database(is_up: bool) -> None:
+            measures.database_up = is_up
+            await app.set_serving(is_up)
+
+        watch = DatabaseWatch(
+            settings.database,
+            report_database,
+            interval_seconds=settings.server.health_interval_seconds,
+        )
+        await stack.enter_async_context(
+            listening(
+                Place.of(settings.server, "server_metrics_address"),
+                ServerMetrics(measures, pool, keys),
+            )
+        )
+        await app.start()
+        log.info(
+            "serving",
+            address=settings.server.listen_address,
+            port=app.port,
+            tls=settings.tls is not None and settings.tls.tls_certificate_file is not None,
+            mtls_port=app.mtls_port or None,
+        )
+        async with asyncio.TaskGroup() as background:
+            hinting = background.create_task(hints.run())
+            watching = background.create_task(watch.run())
+            tailing = background.create_task(tail.run())
+            looking = background.create_task(keep_looking(keyring.current))
+            ready(app.port)
+            await stop.wait()
+            log.info("stopping")
+            # First, or a database that comes back now would have the last word on health.
+            watching.cancel()
+            tail.stop()
+            await app.stop()
+            await end((hinting, watching, tailing, looking))
+
+
+async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:
+    if settings.jwt_public_key_file is not None:
+        return PemKeys(settings.jwt_public_key_file)
+    fetch = await stack.enter_async_context(key_set_fetch())
+    return JwksKeys(settings.jwt_jwks_url or "", fetch)

@@ -1,0 +1,1 @@
+"""How an engine shares its slots between webhook configs. Start at capacity."""

@@ -1,0 +1,1 @@
+"""Guarded HTTPS requests to receivers. Start at connector."""

@@ -1,0 +1,1 @@
+"""The calls of operators. Start at service."""

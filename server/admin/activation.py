@@ -1,0 +1,82 @@
+"""Deactivates and reactivates webhook configs of any merchant, at an operator's word."""
+
+from uuid import UUID
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core import queue
+from core.errors import InvalidArgument
+from core.ids import format_id
+from core.lifecycle import DeactivationReason
+from core.models import WebhookConfig
+from server.database import Sessions, driver_connection
+from server.rpc.audit import record_change
+
+_REASON_MAX = 500
+
+
+def check_reason(reason: str) -> None:
+    """InvalidArgument unless it is something a person can read in a list."""
+    if not (0 < len(reason) <= _REASON_MAX and reason.isprintable() and reason.strip()):
+        raise InvalidArgument.of(
+            "reason",
+            f"must be 1 to {_REASON_MAX} printable characters, for the audit log",
+            reason="REASON_INVALID",
+        )
+
+
+async def deactivate(sessions: Sessions, webhook_id: UUID, reason: str) -> WebhookConfig | None:
+    """Stop a config and park what it has ready; None when there is none."""
+    async with sessions.begin() as session:
+        row = await _load(session, webhook_id)
+        if row is None or row.deactivation_reason == DeactivationReason.ADMIN:
+            return row
+        changed = {"deactivation_reason"} | ({"active"} if row.active else set())
+        row.active = False
+        row.deactivation_reason = DeactivationReason.ADMIN
+        await _finish(session, row, "DeactivateWebhookConfig", changed, reason)
+        await queue.park_webhooks(await driver_connection(session), [webhook_id])
+    return row
+
+
+async def reactivate(sessions: Sessions, webhook_id: UUID) -> WebhookConfig | None:
+    """Let a config receive again, with a failure count of 0; None when there is none."""
+    async with sessions.begin() as session:
+        row = await _load(session, webhook_id)
+        if row is None or row.active:
+            return row
+        row.active = True
+        row.deactivation_reason = None
+        row.consecutive_failures = 0
+        row.breaker_open_until = None
+        row.breaker_trips = 0
+        changed = {"active", "consecutive_failures", "deactivation_reason"}
+        await _finish(session, row, "ReactivateWebhookConfig", changed, "")
+    return row
+
+
+async def _load(session: AsyncSession, webhook_id: UUID) -> WebhookConfig | None:
+    row: WebhookConfig | None = await session.scalar(
+        select(WebhookConfig)
+        .where(WebhookConfig.id == webhook_id, WebhookConfig.deleted_at.is_(None))
+        .with_for_update()
+    )
+    return row
+
+
+async def _finish(
+    session: AsyncSession, row: WebhookConfig, action: str, changed: set[str], reason: str
+) -> None:
+    row.version += 1
+    row.updated_at = func.now()
+    record_change(
+        session,
+        action=action,
+        resource=format_id("wh", row.id),
+        merchant_id=row.merchant_id,
+        changed_fields=changed,
+        comment=reason,
+    )
+    await session.flush()
+    await session.refresh(row)

@@ -1,0 +1,102 @@
+"""What only AdminService speaks of: the audit log, the queue, invariants, redelivering in bulk."""
+
+from datetime import datetime
+
+from core.errors import InvalidArgument
+from core.ids import format_id
+from core.lifecycle import Outcome
+from core.models import AuditEntry
+from core.queue import FailedFilter, Finding
+from postrider.v1 import admin_service_pb2, delivery_pb2
+from server.admin.queue_status import Standing
+from server.rpc.ids import check_merchant_id, optional_id_of
+from server.rpc.times import duration_of, seconds_of, time_range, timestamp
+
+
+def audit_entry_message(row: AuditEntry) -> admin_service_pb2.AuditEntry:
+    return admin_service_pb2.AuditEntry(
+        create_time=timestamp(row.created_at),
+        actor=row.actor,
+        action=row.action,
+        resource=row.resource,
+        merchant_id=row.merchant_id or "",
+        result=row.result,
+        changed_fields=row.changed_fields,
+        comment=row.comment,
+        request_id=row.request_id,
+        caller_address=row.caller_address,
+        user_agent=row.user_agent,
+    )
+
+
+def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:
+    return admin_service_pb2.QueueStatus(
+        webhook_id=format_id("wh", standing.webhook_id) if standing.webhook_id else "",
+        merchant_id=standing.merchant_id or "",
+        ready=standing.ready,
+        parked=standing.parked,
+        leased=standing.leased,
+        blocked=standing.blocked,
+        oldest_due_age=duration_of(standing.oldest_due_age_seconds),
+        breaker_open_until=timestamp(standing.breaker_open_until)
+        if standing.breaker_open_until
+        else None,
+    )
+
+
+def invariant_budget(request: admin_service_pb2.CheckInvariantsRequest) -> float:
+    """Seconds to go on looking; InvalidArgument for more or less than a call may take."""
+    if not request.HasField("budget"):
+        return 10.0
+    seconds = seconds_of(request.budget)
+    if not 1 <= seconds <= 60:
+        raise InvalidArgument.of("budget", "must be 1 s to 60 s", reason="BUDGET_INVALID")
+    return seconds
+
+
+def invariant_check_message(finding: Finding) -> admin_service_pb2.InvariantCheck:
+    return admin_service_pb2.InvariantCheck(
+        name=finding.invariant.name,
+        description=finding.invariant.says,
+        examined=finding.examined,
+        broken=len(finding.broken),
+        examples=[format_id(finding.invariant.ids, id_) for id_ in finding.broken[:10]],
+        complete=finding.complete,
+    )
+
+
+def failed_filter(
+    request: admin_service_pb2.RedeliverDeliveriesRequest, now: datetime
+) -> FailedFilter:
+    """Which failed deliveries to send again; the range of times has both ends, and has passed."""
+    start_at, end_at = time_range(request)
+    if start_at is None or end_at is None:
+        raise InvalidArgument.of(
+            "start_time" if start_at is None else "end_time",
+            "is required; send both ends of a time that has passed",
+            reason="TIME_RANGE_OPEN",
+        )
+    if end_at > now:
+        raise InvalidArgument.of(
+            "end_time",
+            f"must have passed; by the server's clock it is {now:%Y-%m-%dT%H:%M:%S.%fZ}",
+            reason="TIME_RANGE_OPEN",
+        )
+    if request.merchant_id:
+        check_merchant_id(request.merchant_id)
+    return FailedFilter(
+        start_at,
+        end_at,
+        merchant_id=request.merchant_id or None,
+        webhook_id=optional_id_of("wh", request.webhook_id, "webhook_id"),
+        outcomes=[_outcome(outcome) for outcome in request.outcomes],
+    )
+
+
+def _outcome(value: delivery_pb2.Outcome.ValueType) -> Outcome:
+    try:
+        return Outcome(delivery_pb2.Outcome.Name(value).removeprefix("OUTCOME_").lower())
+    except ValueError:
+        raise InvalidArgument.of(
+            "outcomes", "holds an outcome this server does not know", reason="OUTCOME_UNKNOWN"
+        ) from None

@@ -1,0 +1,1 @@
+"""Who may call: tokens, key sets, client certificates and rate limits. Start at principal."""

@@ -1,0 +1,183 @@
+"""Turns a bearer token into a Principal, or refuses it without saying why.
+
+Signature, times and claims are all checked here; what passed is remembered until it expires or
+its key is withdrawn. The algorithm comes from the key, never from the token.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+
+from core.errors import Unauthenticated
+from server.auth.jwks import KeySource, VerificationKey
+from server.auth.principal import Principal
+from server.rpc.ids import is_merchant_id
+
+MAX_TOKEN_BYTES = 4096
+MAX_REMEMBERED_TOKENS = 10_000
+#: A key that is withdrawn is good for so long, for who was known before.
+RECALL_SECONDS = 1.0
+
+_MAX_SUBJECT_CHARACTERS = 255
+
+
+def token_refused() -> Unauthenticated:
+    """The one answer to every missing or bad token."""
+    return Unauthenticated(
+        "missing or invalid token: send `authorization: Bearer <JWT>` with a token of the "
+        "configured issuer that is meant for this service and has not expired",
+        reason="TOKEN_INVALID",
+    )
+
+
+@dataclass(slots=True)
+class _Verified:
+    principal: Principal
+    kid: str | None
+    key: VerificationKey
+    #: When its key was last looked for, and there.
+    checked_at: float
+
+
+class TokenVerifier:
+    """Verifies tokens of one issuer for one audience. Times are seconds; `clock` is Unix time."""
+
+    def __init__(
+        self,
+        keys: KeySource,
+        *,
+        issuer: str,
+        audience: str,
+        max_lifetime_seconds: float,
+        leeway_seconds: float = 30.0,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._keys = keys
+        self._issuer = issuer
+        self._audience = audience
+        self._max_lifetime = max_lifetime_seconds
+        self._leeway = leeway_seconds
+        self._clock = clock
+        self._remembered: dict[bytes, _Verified] = {}
+
+    def recall(self, token: str) -> Principal | None:
+        """Whom a token stands for that was verified a moment ago; None when verify() must tell.
+
+        Raises as that does, as far as it can tell without waiting.
+        """
+        remembered = self._remembered.get(_digest(token))
+        if remembered is None:
+            return None
+        caller = remembered.principal
+        is_fresh = 0 <= self._clock() - remembered.checked_at < RECALL_SECONDS
+        return caller if is_fresh and not self._is_expired(caller.expires_at) else None
+
+    async def verify(self, token: str) -> Principal:
+        """Raises Unauthenticated for every fault of the token, Unavailable if no key can be had."""
+        digest = _digest(token)
+        remembered = self._remembered.get(digest)
+        if remembered is not None and await self._still_holds(remembered):
+            return remembered.principal
+        self._remembered.pop(digest, None)
+        try:
+            verified = await self._verify(token)
+        except jwt.PyJWTError:
+            raise token_refused() from None
+        # Only good tokens get here, so the oldest may go: nobody can flush this without them.
+        if len(self._remembered) >= MAX_REMEMBERED_TOKENS:
+            del self._remembered[next(iter(self._remembered))]
+        self._remembered[digest] = verified
+        return verified.principal
+
+    async def _still_holds(self, verified: _Verified) -> bool:
+        if self._is_expired(verified.principal.expires_at):
+            return False
+        # Asking again and again also keeps the key set fresh while every token is a known one.
+        if verified.key not in await self._keys.keys_for(verified.kid):
+            return False
+        verified.checked_at = self._clock()
+        return True
+
+    async def _verify(self, token: str) -> _Verified:
+        header = jwt.get_unverified_header(token)
+        if "crit" in header:
+            raise jwt.InvalidTokenError("crit")
+        kid = header.get("kid")
+        for key in await self._keys.keys_for(kid):
+            try:
+                claims = self._decode(token, key)
+            except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError):
+                continue
+            self._check_times(claims)
+            return _Verified(_principal_of(claims), kid, key, self._clock())
+        raise jwt.InvalidSignatureError("no key verifies it")
+
+    def _decode(self, token: str, key: VerificationKey) -> dict[str, Any]:
+        return jwt.decode(
+            token,
+            key.public_key,
+            algorithms=[key.algorithm],
+            audience=self._audience,
+            issuer=self._issuer,
+            options={
+                "require": ["exp", "iat", "aud", "iss", "sub"],
+                "enforce_minimum_key_length": True,
+                # PyJWT takes "1e3", true and 1.5 for times, and only the system's clock.
+                "verify_exp": False,
+                "verify_iat": False,
+                "verify_nbf": False,
+            },
+        )
+
+    def _check_times(self, claims: dict[str, Any]) -> None:
+        issued_at, expires_at = claims["iat"], claims["exp"]
+        not_before = claims.get("nbf", issued_at)
+        # bool is an int to isinstance; a float may be inf or nan, which compare as they please.
+        if not all(type(moment) is int for moment in (issued_at, expires_at, not_before)):
+            raise jwt.InvalidTokenError("times")
+        if max(issued_at, not_before) > self._clock() + self._leeway:
+            raise jwt.ImmatureSignatureError
+        if self._is_expired(expires_at):
+            raise jwt.ExpiredSignatureError
+        if not 0 < expires_at - issued_at <= self._max_lifetime:
+            raise jwt.InvalidTokenError("lifetime")
+
+    def _is_expired(self, expires_at: int) -> bool:
+        return expires_at <= self._clock() - self._leeway
+
+
+def _digest(token: str) -> bytes:
+    """What a token is remembered by; Unauthenticated when it cannot be one."""
+    if len(token) > MAX_TOKEN_BYTES or not token.isascii():
+        raise token_refused()
+    return hashlib.sha256(token.encode("ascii")).digest()
+
+
+def _principal_of(claims: dict[str, Any]) -> Principal:
+    subject = claims["sub"]
+    # Printable, since it goes into the audit log and PostgreSQL takes no NUL in text.
+    if not (0 < len(subject) <= _MAX_SUBJECT_CHARACTERS and subject.isprintable()):
+        raise jwt.InvalidTokenError("sub")
+    return Principal(subject, _merchant_id_of(claims), _scopes_of(claims), claims["exp"])
+
+
+def _merchant_id_of(claims: dict[str, Any]) -> str | None:
+    if "merchant_id" not in claims:
+        return None
+    merchant_id = claims["merchant_id"]
+    if not (isinstance(merchant_id, str) and is_merchant_id(merchant_id)):
+        raise jwt.InvalidTokenError("merchant_id")
+    return merchant_id
+
+
+def _scopes_of(claims: dict[str, Any]) -> frozenset[str]:
+    """The `scope` claim of RFC 8693, or the list some issuers put there or under `scp`."""
+    scope = claims.get("scope", claims.get("scp", ""))
+    words = scope.split() if isinstance(scope, str) else scope
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise jwt.InvalidTokenError("scope")
+    return frozenset(words)

@@ -1,0 +1,1 @@
+"""Reading and watching deliveries. Start at service."""

@@ -1,0 +1,302 @@
+"""A live tail of recorded attempts: one reader a process, and only while somebody watches.
+
+Attempts are read in the order of the transactions that recorded them, and only below the oldest
+transaction that still runs: one that began early and commits late is waited for, never skipped. So
+a position (transaction, delivery, attempt) has everything before it behind it, for any process.
+
+A position is always that of an attempt, never just of a moment: numbers of transactions that left
+nothing behind are given out again after a crash, those of a commit never. Only a database that was
+set back (restored, or failed over to a standby that lagged) can be behind a position, and says so.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+from uuid import UUID
+
+import structlog
+
+from core.errors import InvalidArgument, PostriderError, QuotaExceeded, Unavailable
+from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from server.deliveries.store import AttemptRow, DeliveryRow
+
+_POLL_SECONDS = 0.2
+#: Attempts of all merchants in one read.
+BATCH = 1000
+
+_SNAPSHOT = "SELECT pg_current_snapshot()::text"
+
+# Ordered by what the index has, the transaction; its attempts are then sorted by themselves.
+_NEWEST = """
+SELECT recorded_xid, delivery_id, number FROM attempts
+WHERE recorded_xid = (
+    SELECT recorded_xid FROM attempts
+    WHERE recorded_xid < pg_snapshot_xmin(pg_current_snapshot())::text::bigint
+    ORDER BY recorded_xid DESC LIMIT 1
+)
+ORDER BY delivery_id DESC, number DESC LIMIT 1
+"""
+
+_READ = """
+WITH horizon AS MATERIALIZED (
+    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS xid
+), last AS MATERIALIZED (
+    SELECT max(recorded_xid) AS xid FROM (
+        SELECT a.recorded_xid FROM attempts a
+        WHERE a.recorded_xid >= $1 AND a.recorded_xid < (SELECT xid FROM horizon)
+            AND (a.recorded_xid, a.delivery_id, a.number) > ($1, $2, $3)
+        ORDER BY a.recorded_xid LIMIT $4
+    ) a
+), batch AS MATERIALIZED (
+    SELECT * FROM attempts a
+    WHERE a.recorded_xid >= $1 AND a.recorded_xid <= (SELECT xid FROM last)
+        AND (a.recorded_xid, a.delivery_id, a.number) > ($1, $2, $3)
+    ORDER BY a.recorded_xid, a.delivery_id, a.number
+    LIMIT $4
+), deliveries AS (
+    SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at, due_at,
+        NULL::timestamptz AS finished_at, redelivery_of, merchant_id
+    FROM delivery_queue
+    WHERE id = ANY (ARRAY(SELECT delivery_id FROM batch)) AND merchant_id = ANY ($5)
+    UNION ALL
+    SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at, NULL,
+        finished_at, redelivery_of, merchant_id
+    FROM finished_deliveries
+    WHERE id = ANY (ARRAY(SELECT delivery_id FROM batch)) AND merchant_id = ANY ($5)
+)
+SELECT h.xid AS horizon, (SELECT count(*) FROM batch) AS scanned, l.last_xid, l.last_delivery,
+    l.last_number, b.*, d.*
+FROM horizon h
+LEFT JOIN (
+    SELECT recorded_xid AS last_xid, delivery_id AS last_delivery, number AS last_number
+    FROM batch ORDER BY recorded_xid DESC, delivery_id DESC, number DESC LIMIT 1
+) l ON true
+LEFT JOIN (batch b JOIN deliveries d ON d.id = b.delivery_id) ON true
+ORDER BY b.recorded_xid, b.delivery_id, b.number
+"""
+
+_DELIVERY_COLUMNS = tuple(field.name for field in fields(DeliveryRow))
+_ATTEMPT_COLUMNS = tuple(field.name for field in fields(AttemptRow))
+
+_NO_ID = UUID(int=0)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A place among the attempts; everything up to it has been read."""
+
+    xid: int
+    delivery_id: UUID = _NO_ID
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Which transactions had ended at a moment."""
+
+    xmin: int
+    xmax: int
+    running: frozenset[int]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        xmin, xmax, running = text.split(":")
+        return cls(int(xmin), int(xmax), frozenset(map(int, running.split(",") if running else ())))
+
+    def has(self, xid: int) -> bool:
+        return xid < self.xmax and xid not in self.running
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An attempt that was recorded, and its delivery as it stands."""
+
+    position: Position
+    merchant_id: str
+    delivery: DeliveryRow
+    attempt: AttemptRow
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a read brought of some merchants, where it ended, and whether there may be more."""
+
+    recorded: Sequence[Recorded]
+    end: Position
+    full: bool
+
+
+async def take_snapshot(pool: Pool) -> Snapshot:
+    return Snapshot.parse(await pool.fetchval(_SNAPSHOT))
+
+
+async def newest_position(pool: Pool) -> Position:
+    """Of the newest attempt that is certain; what a later snapshot lacks comes after it."""
+    row = await pool.fetchrow(_NEWEST)
+    return Position(*row) if row else Position(0)
+
+
+async def read_recorded(
+    pool: Pool, after: Position, merchant_ids: Sequence[str], limit: int = BATCH
+) -> Batch:
+    """The next attempts after a position, of at most `limit` of all merchants'.
+
+    InvalidArgument when the database does not reach as far as the position.
+    """
+    rows = await pool.fetch(
+        _READ, after.xid, after.delivery_id, after.number, limit, list(merchant_ids)
+    )
+    first = rows[0]
+    if first["horizon"] < after.xid:
+        raise _set_back()
+    end = after
+    if first["scanned"]:
+        end = Position(first["last_xid"], first["last_delivery"], first["last_number"])
+    recorded = [_recorded(row) for row in rows if row["id"] is not None]
+    return Batch(recorded, end, first["scanned"] == limit)
+
+
+def _recorded(row: Any) -> Recorded:
+    return Recorded(
+        Position(row["recorded_xid"], row["delivery_id"], row["number"]),
+        row["merchant_id"],
+        DeliveryRow(**{name: row[name] for name in _DELIVERY_COLUMNS}),
+        AttemptRow(**{name: row[name] for name in _ATTEMPT_COLUMNS}),
+    )
+
+
+class Watcher:
+    """What one call still has to be told: bounded, so that a slow one costs itself only."""
+
+    def __init__(
+        self, merchant_id: str, webhook_id: UUID | None, event_type: str | None, backlog: int
+    ):
+        self.merchant_id = merchant_id
+        self._webhook_id = webhook_id
+        self._event_type = event_type
+        self._backlog = backlog
+        self.pending: list[Recorded] = []
+        #: Whether the tail puts here what it reads.
+        self.joined = False
+        self.ended: PostriderError | None = None
+        self.news = asyncio.Event()
+
+    def wants(self, recorded: Recorded) -> bool:
+        delivery = recorded.delivery
+        return self._webhook_id in (None, delivery.webhook_id) and self._event_type in (
+            None,
+            delivery.event_type,
+        )
+
+    def join(self) -> None:
+        if not self.joined:
+            self.joined = True
+            self.news.set()
+
+    def put(self, recorded: Recorded) -> None:
+        if self.ended is None and self.wants(recorded):
+            self.pending.append(recorded)
+            self.news.set()
+            if len(self.pending) > self._backlog:
+                self.end(_too_slow(self.merchant_id, self._backlog))
+
+    def end(self, error: PostriderError) -> None:
+        self.ended = error
+        self.pending.clear()
+        self.news.set()
+
+
+class Tail:
+    """Reads for all watchers of this process at once."""
+
+    def __init__(self, pool: Pool):
+        self._pool = pool
+        #: One page at a time is read for watches that catch up, in turn, however many there are:
+        #: what they missed can wait, and everybody's calls use the same database.
+        self.catching_up = asyncio.Lock()
+        self._watchers: set[Watcher] = set()
+        self._watched = asyncio.Event()
+        self._stopped = False
+        #: Up to here every watcher that joined has been told; None while nobody watches.
+        self.position: Position | None = None
+
+    def add(self, watcher: Watcher) -> None:
+        if self._stopped:
+            watcher.end(_stopping())
+        self._watchers.add(watcher)
+        self._watched.set()
+
+    def remove(self, watcher: Watcher) -> None:
+        self._watchers.discard(watcher)
+
+    def stop(self) -> None:
+        """End every watch, also those to come: this process is going away."""
+        self._stopped = True
+        for watcher in self._watchers:
+            watcher.end(_stopping())
+
+    async def run(self) -> None:
+        """Read until cancelled. While the database is away there is nothing to tell."""
+        while True:
+            await self._watched.wait()
+            try:
+                await self._poll()
+            except RETRYABLE_ERRORS as error:
+                log.warning("tail_retried", error=repr(error))
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _poll(self) -> None:
+        if not self._watchers:
+            self._watched.clear()
+            self.position = None
+            return
+        if self.position is None:
+            self.position = await newest_position(self._pool)
+        # Whoever comes while we read waits for the next round: their merchant is not asked for.
+        watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.join()
+        more = True
+        while more:
+            merchant_ids = list({watcher.merchant_id for watcher in watchers})
+            try:
+                batch = await read_recorded(self._pool, self.position, merchant_ids)
+            except InvalidArgument as error:
+                self.position = None
+                for watcher in watchers:
+                    watcher.end(error)
+                return
+            for recorded in batch.recorded:
+                for watcher in watchers:
+                    if watcher.merchant_id == recorded.merchant_id:
+                        watcher.put(recorded)
+            self.position = batch.end
+            more = batch.full
+
+
+def _set_back() -> InvalidArgument:
+    return InvalidArgument.of(
+        "resume_token",
+        "is of later than all that the database holds, which was set back to an earlier state: "
+        "leave it empty, and list the deliveries of the time between",
+        reason="RESUME_TOKEN_INVALID",
+    )
+
+
+def _too_slow(merchant_id: str, backlog: int) -> QuotaExceeded:
+    return QuotaExceeded(
+        f"more than {backlog} attempts wait to be read: read faster or narrow the filters, and go "
+        "on with the last resume_token",
+        reason="WATCH_TOO_SLOW",
+        subject=f"merchant:{merchant_id}",
+    )
+
+
+def _stopping() -> Unavailable:
+    return Unavailable(
+        "this server is stopping: watch again, with the last resume_token",
+        reason="SERVER_STOPPING",
+    )

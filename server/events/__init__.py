@@ -1,0 +1,1 @@
+"""Publishing and reading events. Start at service."""

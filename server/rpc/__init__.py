@@ -1,0 +1,1 @@
+"""Handling of one gRPC call: dispatch, authentication, status, audit, checks. See dispatch."""

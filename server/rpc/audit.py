@@ -1,0 +1,39 @@
+"""The audit log: one entry for each change, written in the transaction that makes it."""
+
+from collections.abc import Iterable
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import new_id
+from core.models import AuditEntry
+from server.rpc.authenticate import principal
+from server.rpc.call import origin, present_call
+
+
+def record_change(
+    session: AsyncSession,
+    *,
+    action: str,
+    resource: str,
+    merchant_id: str | None,
+    changed_fields: Iterable[str] = (),
+    comment: str = "",
+) -> None:
+    """Add the entry to the caller's transaction: neither is there without the other."""
+    call = present_call()
+    came_from = origin(call)
+    session.add(
+        AuditEntry(
+            id=new_id(),
+            actor=principal().subject,
+            merchant_id=merchant_id,
+            action=action,
+            resource=resource,
+            result="OK",
+            changed_fields=sorted(changed_fields),
+            comment=comment,
+            request_id=call.request_id,
+            caller_address=came_from.address,
+            user_agent=came_from.user_agent,
+        )
+    )

@@ -1,0 +1,190 @@
+"""What every call goes through: a request id, one report, its caller, and errors as statuses.
+
+Nothing an exception says reaches a caller unless core/errors.py made it to be said.
+"""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from core.errors import InvalidArgument, PostriderError
+from server.rpc.audit_refusals import Refusals
+from server.rpc.authenticate import Authentication
+from server.rpc.call import PresentCall, begin_call, present_call
+from server.rpc.report import RpcReports
+from server.rpc.status import internal_status, to_domain_error, to_status
+
+type Handler = grpc.RpcMethodHandler[Any, Any]
+type Context = grpc.aio.ServicerContext[Any, Any]
+type Read = Callable[[bytes], Any]
+
+log = structlog.get_logger()
+
+
+class Calls(grpc.GenericRpcHandler):
+    """Finds the handler of a call among those of `services`, and what it takes to reach it.
+
+    Not an interceptor: gRPC awaits those, one after the other, and nothing here has to wait.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[grpc.GenericRpcHandler],
+        authentication: Authentication,
+        refusals: Refusals,
+        reports: RpcReports,
+    ):
+        self._services = services
+        self._authentication = authentication
+        self._refusals = refusals
+        self._reports = reports
+        # As many as there are methods; again as many that ask who calls; and that of all refusals.
+        self._answering: dict[Handler, Handler] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        call = begin_call(handler_call_details.method, handler_call_details.invocation_metadata)
+        self._reports.begin(call)
+        handler = self._authentication.guard(call, self._find(handler_call_details))
+        if handler is None:
+            # gRPC says so to the caller by itself.
+            self._reports.end(call, "UNIMPLEMENTED")
+            return None
+        answering = self._answering.get(handler)
+        if answering is None:
+            answering = _answering(handler, self._refusals, self._reports)
+            self._answering[handler] = answering
+        return answering
+
+    def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
+        for service in self._services:
+            if (handler := service.service(details)) is not None:
+                return handler
+        return None
+
+
+def _answering(handler: Handler, refusals: Refusals, reports: RpcReports) -> Handler:
+    """The same handler, with a report and every error as a status."""
+    read = _readable(handler.request_deserializer)
+    # The messages of a stream are read while the handler runs. That of any other call gRPC reads
+    # before, where nobody could answer for one that is none: so it comes as bytes.
+    codecs = {
+        "request_deserializer": read if handler.request_streaming else None,
+        "response_serializer": handler.response_serializer,
+    }
+    take = None if handler.request_streaming else read
+    if handler.response_streaming:
+        behaviour = handler.stream_stream or handler.unary_stream
+        responses = _streaming(behaviour, take, refusals, reports)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(responses, **codecs)
+        return grpc.unary_stream_rpc_method_handler(responses, **codecs)
+    answer = _unary(handler.stream_unary or handler.unary_unary, take, refusals, reports)
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(answer, **codecs)
+    return grpc.unary_unary_rpc_method_handler(answer, **codecs)
+
+
+def _readable(deserializer: Read | None) -> Read | None:
+    """The same deserializer; bytes that are no such message are the caller's fault."""
+    if deserializer is None:
+        return None
+
+    def read(message: bytes) -> Any:
+        try:
+            return deserializer(message)
+        except DecodeError:
+            raise InvalidArgument.of(
+                "request",
+                "its bytes are not the message of this call, or a text in it is not UTF-8",
+                reason="REQUEST_MALFORMED",
+            ) from None
+
+    return read
+
+
+def _unary(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcReports) -> Any:
+    async def answer(request: Any, context: Context) -> Any:
+        call = present_call()
+        call.context = context
+        try:
+            if take is not None:
+                request = take(request)
+            response = await behaviour(request, context)
+        except asyncio.CancelledError:
+            reports.end(call, "CANCELLED")
+            raise
+        except Exception as error:
+            await _abort(call, error, refusals, reports, request)
+        else:
+            reports.end(call, "OK")
+            return response
+
+    return answer
+
+
+def _streaming(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcReports) -> Any:
+    async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
+        call = present_call()
+        call.context = context
+        try:
+            if take is not None:
+                request = take(request)
+            responses = behaviour(request, context)
+            if inspect.isawaitable(responses):
+                # A handler may also write to the context instead of yielding.
+                await responses
+                return
+            async for response in responses:
+                yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            reports.end(call, "CANCELLED")
+            raise
+        except Exception as error:
+            await _abort(call, error, refusals, reports, request)
+        else:
+            reports.end(call, "OK")
+
+    return answer
+
+
+async def _abort(
+    call: PresentCall,
+    error: Exception,
+    refusals: Refusals,
+    reports: RpcReports,
+    request: object,
+) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        # A handler of a library (health, reflection) has already answered.
+        reports.end(call, call.context.code().name, peer=call.context.peer())
+        raise error
+    domain_error = to_domain_error(error)
+    known = rpc_status.to_status(_status_of(error, domain_error, call))
+    reports.end(
+        call,
+        known.code.name,
+        reason=domain_error.reason if domain_error else "INTERNAL",
+        message=known.details,
+        peer=call.context.peer(),
+    )
+    if domain_error is not None:
+        await refusals.record(domain_error, call, request)
+    await call.context.abort_with_status(known)
+
+
+def _status_of(
+    error: Exception, domain_error: PostriderError | None, call: PresentCall
+) -> status_pb2.Status:
+    if domain_error is None:
+        log.error("rpc_broke", exc_info=error, method=call.method, reference=call.request_id)
+        return internal_status(call.request_id)
+    if domain_error is not error:
+        log.warning("dependency_away", method=call.method, error=repr(error))
+    return to_status(domain_error)

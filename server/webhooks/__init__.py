@@ -1,0 +1,1 @@
+"""Managing webhook configs. Start at service."""

@@ -1,0 +1,509 @@
+"""Chains: one delivery of a key and config at a time, in the order of the commits.
+
+test_ordered_delivery.py has the same with engines and receivers.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from core import queue
+from core.ids import new_id
+from core.lifecycle import DeliveryState
+from core.queue import Chain, LeasedDelivery, NewEvent
+from core.queue.ordering import _lock
+from delivery import maintain
+from tests.support.factories import (
+    MERCHANT,
+    enqueue_events,
+    failed,
+    make_delivery,
+    make_event,
+    make_webhook_config,
+    promptly,
+    rescheduled,
+    settle,
+    settlement,
+    states,
+    until_blocked,
+)
+
+_OPEN = """
+SELECT q.webhook_id, q.event_id, q.state, q.ordering_key, q.ordering_position, q.due_at,
+    q.due_at <= now() AS due
+FROM delivery_queue q ORDER BY q.webhook_id, q.ordering_key, q.ordering_position
+"""
+
+
+async def accept(pool: Any, *keys: str | None, **overrides: Any) -> list[NewEvent]:
+    """One batch, an event for each of these ordering keys."""
+    events = [make_event(ordering_key=key, **overrides) for key in keys]
+    accepted = await queue.enqueue_in_order(pool, events)
+    assert None not in accepted.delivery_counts
+    return events
+
+
+async def chain(pool: Any, webhook_id: UUID, key: str = "k") -> list[tuple[UUID, str]]:
+    """(event, state) of what is open of a key for a config, in order."""
+    return [
+        (row["event_id"], row["state"])
+        for row in await pool.fetch(_OPEN)
+        if (row["webhook_id"], row["ordering_key"]) == (webhook_id, key)
+    ]
+
+
+async def finish_first(pool: Any, final: str = "delivered") -> LeasedDelivery:
+    """Claim the one delivery that is due, end it, and let what waits for it go."""
+    [lease] = await queue.claim(pool, 10, 60)
+    ended = settlement(lease) if final == "delivered" else failed(lease)
+    settled = await settle(pool, ended)
+    await queue.promote(pool, settled.ended_chains)
+    return lease
+
+
+@asynccontextmanager
+async def idempotency_key_in_use(pool: Any, key: str) -> AsyncIterator[None]:
+    """Another transaction is about to use the key: who accepts it waits, in its statement."""
+    async with pool.acquire() as other:
+        holding = other.transaction()
+        await holding.start()
+        await other.execute(
+            "INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id) "
+            "VALUES ($1, $2, '', new_uuid7())",
+            MERCHANT,
+            key,
+        )
+        yield
+        await holding.rollback()
+
+
+# --- acceptance
+
+
+async def test_the_first_of_a_key_is_ready_and_the_others_wait_behind_it(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    events = await accept(pool, "k", "other", "k", None, "k")
+
+    rows = {row["event_id"]: row for row in await pool.fetch(_OPEN)}
+    assert [rows[e.id]["state"] for e in events] == [
+        "ready",
+        "ready",
+        "blocked",
+        "ready",
+        "blocked",
+    ]
+    assert [rows[e.id]["ordering_key"] for e in events] == ["k", "other", "k", None, "k"]
+    assert [rows[e.id]["ordering_position"] for e in events] == [1, 1, 2, None, 3]
+    assert [rows[e.id]["due"] for e in events] == [True, True, False, True, False]
+    keys = await pool.fetch("SELECT id, ordering_key FROM events")
+    assert {row["id"]: row["ordering_key"] for row in keys} == {
+        e.id: e.ordering_key for e in events
+    }
+
+    later = await accept(pool, "k")
+    in_order = [events[0], events[2], events[4], *later]
+    assert [event_id for event_id, _ in await chain(pool, webhook_id)] == [e.id for e in in_order]
+
+
+async def test_a_config_that_is_not_ordered_gets_all_at_once(pool: Any) -> None:
+    ordered = await make_webhook_config(pool, ordered=True)
+    unordered = await make_webhook_config(pool)
+    await accept(pool, "k", "k")
+
+    assert await states(pool, ordered) == ["blocked", "ready"]
+    assert await states(pool, unordered) == ["ready", "ready"]
+    keys = await pool.fetch(
+        "SELECT ordering_key, ordering_position FROM delivery_queue WHERE webhook_id = $1",
+        unordered,
+    )
+    assert [tuple(row) for row in keys] == [(None, None)] * 2
+
+
+async def test_each_merchant_and_each_config_has_an_order_of_its_own(pool: Any) -> None:
+    configs = [await make_webhook_config(pool, ordered=True) for _ in range(2)]
+    theirs = await make_webhook_config(pool, ordered=True, merchant_id="m_2")
+    await accept(pool, "k")
+    await accept(pool, "k", merchant_id="m_2")
+
+    assert [await states(pool, w) for w in (*configs, theirs)] == [["ready"]] * 3
+
+
+async def test_an_inactive_config_gets_the_first_parked_and_the_others_blocked(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True, active=False)
+    first, second = await accept(pool, "k", "k")
+
+    assert await chain(pool, webhook_id) == [(first.id, "parked"), (second.id, "blocked")]
+
+
+async def test_an_event_that_was_there_before_takes_no_place(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    [event] = await accept(pool, "k", idempotency_key="once")
+    again = make_event(ordering_key="k", idempotency_key="once")
+
+    accepted = await queue.enqueue_in_order(pool, [again])
+
+    assert accepted.delivery_counts == [None]
+    assert await chain(pool, webhook_id) == [(event.id, "ready")]
+
+
+# --- whose turn it is
+
+
+@pytest.mark.parametrize("final", ["delivered", "failed"])
+async def test_each_end_lets_the_next_go(pool: Any, final: str) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    events = await accept(pool, "k", "k", "k")
+    for event in events:
+        lease = await finish_first(pool, final)
+        assert lease.event_id == event.id
+    assert await states(pool, webhook_id) == [final] * 3
+
+    [later] = await accept(pool, "k")
+    assert await chain(pool, webhook_id) == [(later.id, "ready")]
+
+
+async def test_a_retry_keeps_the_others_waiting_and_other_keys_go_on(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    first, second, other = await accept(pool, "k", "k", "other")
+    leases = {lease.event_id: lease for lease in await queue.claim(pool, 10, 60)}
+    assert leases.keys() == {first.id, other.id}
+    settled = await settle(pool, rescheduled(leases[first.id]), settlement(leases[other.id]))
+
+    assert settled.ended_chains == (Chain(webhook_id, "other"),)
+    await queue.promote(pool, [Chain(webhook_id, "k"), Chain(webhook_id, "other")])
+    assert await chain(pool, webhook_id) == [(first.id, "ready"), (second.id, "blocked")]
+    assert await queue.claim(pool, 10, 60) == []
+
+
+async def test_a_settle_whose_lease_was_lost_lets_nobody_go(pool: Any) -> None:
+    await make_webhook_config(pool, ordered=True)
+    await accept(pool, "k", "k")
+    [lease] = await queue.claim(pool, 10, 60)
+    await pool.execute("UPDATE delivery_queue SET lease_id = $1 WHERE id = $2", new_id(), lease.id)
+
+    assert (await settle(pool, settlement(lease))).ended_chains == ()
+
+
+@pytest.mark.parametrize("give_up", [queue.release, queue.park_leased, None])
+async def test_a_first_that_comes_back_unsent_is_still_the_first(pool: Any, give_up: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    first, second = await accept(pool, "k", "k")
+    leased = await queue.claim(pool, 10, 60)
+    if give_up:
+        await give_up(pool, leased)
+    else:
+        await pool.execute(
+            "UPDATE delivery_queue SET lease_until = now() - interval '1 second' "
+            "WHERE state = 'leased'"
+        )
+        assert len(await queue.reclaim(pool, 10)) == 1
+    await queue.promote(pool, [Chain(webhook_id, "k")])
+
+    [(event_id, state), waiting] = await chain(pool, webhook_id)
+    assert (event_id, waiting) == (first.id, (second.id, "blocked"))
+    assert state == ("parked" if give_up is queue.park_leased else "ready")
+
+
+async def test_the_next_of_an_inactive_config_is_parked_and_goes_on_when_it_is_active_again(
+    pool: Any,
+) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    _, second, third = await accept(pool, "k", "k", "k")
+    [lease] = await queue.claim(pool, 10, 60)
+    settled = await settle(pool, failed(lease), limit=1)
+    assert settled.deactivated == {webhook_id: "failures"}
+    await queue.promote(pool, settled.ended_chains)
+
+    assert await chain(pool, webhook_id) == [(second.id, "parked"), (third.id, "blocked")]
+    assert await queue.admit(pool, {webhook_id: 32}) == set()
+    await pool.execute("UPDATE webhook_configs SET active = true, deactivation_reason = NULL")
+    assert await queue.admit(pool, {webhook_id: 32}) == {webhook_id}
+    assert [(await finish_first(pool)).event_id for _ in range(2)] == [second.id, third.id]
+
+
+async def test_pausing_parks_the_first_and_leaves_the_others(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    first, second = await accept(pool, "k", "k")
+    await queue.park_webhooks(pool, [webhook_id])
+
+    assert await chain(pool, webhook_id) == [(first.id, "parked"), (second.id, "blocked")]
+
+
+async def test_what_is_blocked_takes_no_places_of_its_config(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    await accept(pool, *["k"] * 40)
+    parked = [await make_delivery(pool, webhook_id, state="parked") for _ in range(3)]
+
+    assert await queue.admit(pool, {webhook_id: 8}) == {webhook_id}
+    ready = {lease.id for lease in await queue.claim(pool, 100, 60)}
+    assert len(ready) == 4
+    assert ready > set(parked)
+
+
+async def test_a_time_for_delivery_holds_when_its_turn_comes_and_keeps_those_behind_it(
+    pool: Any,
+) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    tomorrow = await pool.fetchval("SELECT now() + interval '1 day'")
+    await accept(pool, "k")
+    [timed] = await accept(pool, "k", not_before=tomorrow)
+    [behind] = await accept(pool, "k")
+    await finish_first(pool)
+
+    assert await chain(pool, webhook_id) == [(timed.id, "ready"), (behind.id, "blocked")]
+    due = await pool.fetchval("SELECT due_at FROM delivery_queue WHERE state = 'ready'")
+    assert due == tomorrow
+
+
+async def test_a_redelivery_is_outside_the_order(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    _, second = await accept(pool, "k", "k")
+    delivered = await finish_first(pool)
+    again = await queue.redeliver(pool, MERCHANT, delivered.id)
+
+    leases = await queue.claim(pool, 10, 60)
+    assert {lease.event_id for lease in leases} == {delivered.event_id, second.id}
+    [of_redelivery] = [lease for lease in leases if lease.id == again]
+    assert (await settle(pool, settlement(of_redelivery))).ended_chains == ()
+    assert await chain(pool, webhook_id) == [(second.id, "leased")]
+
+
+async def test_deleting_a_config_cancels_what_is_blocked_too(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    await accept(pool, "k", "k", "k", "other")
+    await queue.claim(pool, 1, 60)
+    await pool.execute("UPDATE webhook_configs SET deleted_at = now()")
+
+    assert await queue.cancel_webhook(pool, webhook_id) == 4
+    assert await states(pool) == ["cancelled"] * 4
+
+
+async def test_what_was_queued_keeps_its_order_when_the_config_changes(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
+    [before] = await accept(pool, "k")
+    await pool.execute("UPDATE webhook_configs SET ordered = true")
+    first, second = await accept(pool, "k", "k")
+    await pool.execute("UPDATE webhook_configs SET ordered = false")
+    [beside] = await accept(pool, "k")
+    await pool.execute("UPDATE webhook_configs SET ordered = true")
+    [third] = await accept(pool, "k")
+
+    in_order = [first, second, third]
+    assert [event_id for event_id, _ in await chain(pool, webhook_id)] == [e.id for e in in_order]
+    leases = {lease.event_id: lease for lease in await queue.claim(pool, 10, 60)}
+    assert leases.keys() == {before.id, beside.id, first.id}
+    settled = await settle(pool, *(settlement(lease) for lease in leases.values()))
+    await queue.promote(pool, settled.ended_chains)
+    assert [(await finish_first(pool)).event_id for _ in range(2)] == [second.id, third.id]
+
+
+# --- at the same time
+
+
+async def test_two_publishers_of_a_key_commit_one_after_the_other(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    async with idempotency_key_in_use(pool, "taken"):
+        first = asyncio.create_task(accept(pool, "k", idempotency_key="taken"))
+        await until_blocked(pool)
+        second = asyncio.create_task(accept(pool, "k"))
+        await until_blocked(pool, 2)
+        # Who has another key, or none, waits for neither.
+        assert _lock(make_event(ordering_key="k")) != _lock(make_event(ordering_key="other"))
+        await promptly(accept(pool, "other", None))
+        await promptly(enqueue_events(pool))
+    [one], [two] = await first, await second
+
+    assert await chain(pool, webhook_id) == [(one.id, "ready"), (two.id, "blocked")]
+
+
+async def test_the_order_holds_whatever_isolation_the_database_has_by_default(
+    pool: Any, database_url: str
+) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    setting = {"default_transaction_isolation": "repeatable read"}
+    async with asyncpg.create_pool(database_url, server_settings=setting) as strict:
+        async with idempotency_key_in_use(pool, "taken"):
+            first = asyncio.create_task(accept(strict, "k", idempotency_key="taken"))
+            await until_blocked(pool)
+            second = asyncio.create_task(accept(strict, "k"))
+            await until_blocked(pool, 2)
+        [one], [two] = await first, await second
+
+    assert await chain(pool, webhook_id) == [(one.id, "ready"), (two.id, "blocked")]
+
+
+def test_a_key_has_the_same_lock_in_every_release() -> None:
+    """Releases run side by side: with locks of their own they would number past each other."""
+    assert _lock(make_event(ordering_key="k")) == 3170
+    assert _lock(make_event(ordering_key="k", merchant_id="m_2")) == 571
+
+
+async def test_batches_that_share_keys_in_any_order_wait_for_each_other_and_not_in_a_circle(
+    pool: Any,
+) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    keys = [f"k{n}" for n in range(20)]
+    batches: list[Sequence[str]] = [keys, keys[::-1], keys[10:] + keys[:10]] * 10
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(accept(pool, *batch) for batch in batches))
+
+    for key in keys:
+        found = await chain(pool, webhook_id, key)
+        assert [state for _, state in found] == ["ready"] + ["blocked"] * (len(batches) - 1)
+
+
+async def test_an_acceptance_that_saw_a_first_which_then_ended_lets_its_own_go(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    await accept(pool, "k")
+    async with idempotency_key_in_use(pool, "taken"):
+        accepting = asyncio.create_task(accept(pool, "k", idempotency_key="taken"))
+        await until_blocked(pool)
+        await promptly(finish_first(pool))
+        assert await chain(pool, webhook_id) == []
+    [event] = await accepting
+
+    assert await chain(pool, webhook_id) == [(event.id, "ready")]
+
+
+async def test_a_settle_lets_go_what_was_accepted_before_its_commit(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    await accept(pool, "k")
+    [lease] = await queue.claim(pool, 10, 60)
+    async with pool.acquire() as connection:
+        async with connection.transaction():
+            settled = await queue.settle(connection, [settlement(lease)], 10)
+            [event] = await promptly(accept(pool, "k"))
+        assert await chain(pool, webhook_id) == [(event.id, "blocked")]
+    await queue.promote(pool, settled.ended_chains)
+
+    assert await chain(pool, webhook_id) == [(event.id, "ready")]
+
+
+async def test_whoever_is_first_no_chain_is_left_without_one(pool: Any) -> None:
+    """Acceptance against end, at once, again and again."""
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    await accept(pool, *(f"k{n}" for n in range(8)))
+    for _ in range(60):
+        leases = await queue.claim(pool, 100, 60)
+        assert len(leases) == 8
+
+        async def end(lease: LeasedDelivery) -> None:
+            settled = await settle(pool, settlement(lease))
+            await queue.promote(pool, settled.ended_chains)
+
+        accepting = [accept(pool, f"k{n}") for n in range(8)]
+        await asyncio.gather(*accepting, *map(end, leases))
+        for n in range(8):
+            assert [state for _, state in await chain(pool, webhook_id, f"k{n}")] == ["ready"]
+
+
+async def test_many_who_promote_at_once_let_one_go(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    events = await accept(pool, *["k"] * 5)
+    [lease] = await queue.claim(pool, 10, 60)
+    settled = await settle(pool, settlement(lease))
+    promoted = await asyncio.gather(
+        *(queue.promote(pool, settled.ended_chains * 2) for _ in range(10))
+    )
+
+    assert sum(promoted) == 1
+    assert await chain(pool, webhook_id) == [
+        (events[1].id, "ready"),
+        *((event.id, "blocked") for event in events[2:]),
+    ]
+
+
+async def test_a_next_that_somebody_holds_is_waited_for_by_nobody_and_not_passed_by(
+    pool: Any,
+) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    _, second, third = await accept(pool, "k", "k", "k")
+    [lease] = await queue.claim(pool, 10, 60)
+    settled = await settle(pool, settlement(lease))
+    async with pool.acquire() as other, other.transaction():
+        await other.execute("SELECT FROM delivery_queue WHERE event_id = $1 FOR UPDATE", second.id)
+        assert await promptly(queue.promote(pool, settled.ended_chains)) == 0
+
+    assert await chain(pool, webhook_id) == [(second.id, "blocked"), (third.id, "blocked")]
+    assert await maintain.promote_stranded(pool, None) == (1, None)
+    assert await chain(pool, webhook_id) == [(second.id, "ready"), (third.id, "blocked")]
+
+
+# --- what a crash leaves behind
+
+
+async def test_a_stranded_chain_is_found_page_by_page(
+    pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [await make_webhook_config(pool, ordered=True) for _ in range(2)]
+    keys = [f"k{n}" for n in range(5)]
+    await accept(pool, *keys, *keys, *keys)
+    leases = await queue.claim(pool, 100, 60)
+    # As of engines that die after the settle; all but one.
+    await settle(pool, *(settlement(lease) for lease in leases[1:]))
+    monkeypatch.setattr(maintain, "_PAGE", 4)
+
+    after, pages = None, []
+    for _ in range(3):
+        promoted, after = await maintain.promote_stranded(pool, after)
+        pages.append((promoted, after is None))
+    assert sum(promoted for promoted, _ in pages) == 9
+    assert [ended for _, ended in pages] == [False, False, True]
+    for webhook_id in configs:
+        for key in keys:
+            [first, *others] = [state for _, state in await chain(pool, webhook_id, key)]
+            assert first in ("ready", "leased")
+            assert set(others) == {"blocked"}
+    assert (await maintain.promote_stranded(pool, None))[0] == 0
+
+
+async def test_what_is_accepted_into_a_stranded_chain_goes_behind_it_and_mends_it(
+    pool: Any,
+) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    _, second = await accept(pool, "k", "k")
+    [lease] = await queue.claim(pool, 10, 60)
+    await settle(pool, settlement(lease))
+    [third] = await accept(pool, "k")
+
+    assert await chain(pool, webhook_id) == [(second.id, "ready"), (third.id, "blocked")]
+
+
+async def test_a_chain_of_a_deleted_config_is_let_go_to_be_cancelled(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    await accept(pool, "k", "k")
+    await pool.execute("UPDATE webhook_configs SET deleted_at = now()")
+    await pool.execute("DELETE FROM delivery_queue WHERE state = 'ready'")
+    assert await maintain.promote_stranded(pool, None) == (1, None)
+
+    [lease] = await queue.claim(pool, 10, 60)
+    assert lease.webhook_deleted
+    assert await queue.cancel_webhook(pool, webhook_id) == 1
+
+
+# --- what the database itself refuses
+
+
+async def test_the_database_refuses_a_second_first_and_a_place_taken_twice(pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool, ordered=True)
+    place = {"ordering_key": "k", "ordering_position": 1}
+    await make_delivery(pool, webhook_id, **place)
+    for state in (DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED):
+        with pytest.raises(asyncpg.UniqueViolationError, match="delivery_queue_first"):
+            await make_delivery(
+                pool, webhook_id, state=state, ordering_key="k", ordering_position=2
+            )
+    await accept(pool, "k", "k")
+    with pytest.raises(asyncpg.UniqueViolationError, match="delivery_queue_blocked"):
+        await pool.execute(
+            "UPDATE delivery_queue SET ordering_position = 3 WHERE state = 'blocked'"
+        )
+    with pytest.raises(asyncpg.CheckViolationError, match="order_whole"):
+        await pool.execute("UPDATE delivery_queue SET due_at = now() WHERE state = 'blocked'")
+    with pytest.raises(asyncpg.CheckViolationError, match="order_whole"):
+        await make_delivery(pool, webhook_id, ordering_key="k")

@@ -1,0 +1,70 @@
+"""What is on its way to a default part when the part of its day is made."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from core.retention import partitions
+from delivery.metrics import EngineMeasures
+from delivery.record import Recorder
+from delivery.settings import DeliverySettings
+from server.event_types.cache import EventTypes
+from server.events.ingest import Ingest, PublishedEvent
+from server.events.notify import Hints
+from server.events.rules import EventDraft
+from server.metrics import ServerMeasures
+from tests.support.factories import (
+    EVENT_TYPE,
+    lease_one,
+    make_webhook_config,
+    promptly,
+    settlement,
+    until_blocked,
+)
+
+
+@asynccontextmanager
+async def making_todays_parts(pool: Any) -> AsyncIterator[None]:
+    """As retention does it; committed at the end of the context."""
+    async with pool.acquire() as connection, connection.transaction():
+        assert await partitions.make_day(connection, await partitions.today(connection))
+        yield
+
+
+async def test_an_event_is_accepted_all_the_same(pool: Any) -> None:
+    ingest = Ingest(pool, EventTypes(pool), Hints(pool), 1000, ServerMeasures({}))
+    draft = EventDraft("m_1", EVENT_TYPE, "", b"{}", idempotency_key="")
+
+    async with making_todays_parts(pool):
+        publishing = asyncio.create_task(ingest.publish([draft], "event"))
+        await until_blocked(pool)
+    [accepted] = await promptly(publishing)
+
+    assert isinstance(accepted, PublishedEvent)
+    assert await pool.fetchval("SELECT count(*) FROM events_default") == 0
+    assert await pool.fetchval("SELECT count(*) FROM events") == 1
+
+
+async def test_a_result_is_recorded_once_all_the_same(pool: Any) -> None:
+    delivery = await lease_one(pool, await make_webhook_config(pool))
+    # An older one, as of a redelivery: parts of a day are not made beside rows of it.
+    await pool.execute("DELETE FROM events")
+    settled: list[int] = []
+    recorder = Recorder(
+        pool,
+        DeliverySettings(),
+        EngineMeasures(0),
+        lambda _batch, done: settled.append(len(done.delivery_ids)),
+    )
+    recorder.put(settlement(delivery))
+
+    async with making_todays_parts(pool):
+        flushing = asyncio.create_task(recorder.flush())
+        await until_blocked(pool)
+    await promptly(flushing)
+
+    assert settled == [1]
+    for table in ("finished_deliveries", "attempts"):
+        assert await pool.fetchval(f"SELECT count(*) FROM {table}") == 1  # noqa: S608
+        assert await pool.fetchval(f"SELECT count(*) FROM {table}_default") == 0  # noqa: S608

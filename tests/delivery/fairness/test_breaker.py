@@ -1,0 +1,110 @@
+"""When a config is left alone, and when it is let go."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from core.ids import new_id
+from core.queue import BreakerChange, LeasedDelivery
+from delivery.fairness.breaker import Breaker
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+ONE, OTHER = new_id(), new_id()
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def delivery(webhook_id: object = ONE, open_until: datetime | None = None) -> LeasedDelivery:
+    return LeasedDelivery(
+        id=new_id(),
+        lease_id=new_id(),
+        webhook_id=webhook_id,  # type: ignore[arg-type]
+        webhook_version=1,
+        webhook_active=True,
+        webhook_deleted=False,
+        breaker_open_until=open_until,
+        has_backlog=False,
+        event_id=new_id(),
+        merchant_id="m_1",
+        event_type="payment.succeeded",
+        content_type="application/json",
+        payload=b"{}",
+        attempt_count=0,
+        fault_count=0,
+        owed_since=NOW,
+        claimed_at=NOW,
+    )
+
+
+PROBE = delivery(open_until=NOW - timedelta(seconds=1))
+
+
+def test_many_failures_in_a_row_over_some_time_trip() -> None:
+    clock = Clock()
+    breaker = Breaker(10, 5.0, clock)
+    changes = []
+    for _ in range(10):
+        changes.append(breaker.judge(delivery(), False, 0))
+        clock.now += 0.6
+    assert changes == [None] * 9 + [BreakerChange(ONE, None, trips=True, failures=10, version=1)]
+    # And then it counts anew.
+    assert breaker.judge(delivery(), False, 0) is None
+
+
+def test_a_short_blip_trips_nothing_however_many_fail_in_it() -> None:
+    clock = Clock()
+    breaker = Breaker(10, 5.0, clock)
+    for _ in range(500):
+        assert breaker.judge(delivery(), False, 0) is None
+        clock.now += 0.009
+    assert breaker.judge(delivery(), True, 0) is None
+    clock.now += 100
+    assert breaker.judge(delivery(), False, 0) is None
+
+
+def test_the_retries_of_one_delivery_trip_nothing_however_long_they_take() -> None:
+    clock = Clock()
+    breaker = Breaker(10, 5.0, clock)
+    for wait in (1, 10, 60, 0):
+        assert breaker.judge(delivery(), False, 0) is None
+        clock.now += wait
+
+
+@pytest.mark.parametrize("works", [True, None])
+def test_a_success_ends_the_row_and_what_says_nothing_does_not(works: bool | None) -> None:
+    clock = Clock()
+    breaker = Breaker(3, 0.0, clock)
+    assert not any(breaker.judge(delivery(), result, 0) for result in (False, False, works))
+    assert bool(breaker.judge(delivery(), False, 0)) is (works is None)
+
+
+def test_the_failures_of_others_do_not_count() -> None:
+    breaker = Breaker(3, 0.0, Clock())
+    results = [breaker.judge(delivery(w), False, 0) for w in (ONE, OTHER, ONE, OTHER, ONE)]
+    assert [bool(change) for change in results] == [False] * 4 + [True]
+
+
+def test_one_probe_decides() -> None:
+    breaker = Breaker(10, 5.0, Clock())
+    seen = PROBE.breaker_open_until
+    assert breaker.judge(PROBE, False, 0) == BreakerChange(
+        ONE, seen, trips=True, failures=1, version=1
+    )
+    assert breaker.judge(PROBE, None, 0) is None
+    assert breaker.judge(PROBE, True, 0) == BreakerChange(ONE, seen, version=1)
+
+
+def test_what_began_before_it_opened_closes_nothing() -> None:
+    assert Breaker(10, 5.0, Clock()).judge(delivery(), True, 0) is None
+
+
+def test_a_receiver_that_asks_for_time_gets_it_at_the_first_failure() -> None:
+    breaker = Breaker(10, 5.0, Clock())
+    change = breaker.judge(delivery(), False, 30.0)
+    assert change == BreakerChange(ONE, None, asked_seconds=30.0, failures=1, version=1)
+    assert breaker.judge(delivery(), True, 0) is None

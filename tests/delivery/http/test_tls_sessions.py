@@ -1,0 +1,221 @@
+"""TLS sessions are resumed, and a certificate is looked at again all the same."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from time import monotonic
+from typing import Any, cast
+
+import pytest
+import trustme
+
+from core.lifecycle import Outcome
+from delivery.http.connector import Dialler, open_dialler
+from delivery.http.request import Destination
+from delivery.http.tls_sessions import ResumingTls, TlsSessions
+from delivery.send import send
+from tests.delivery.test_send import AMPLE, LOOPBACK_ALLOWED
+from tests.support.fake_dns import FakeNames
+from tests.support.raw_receiver import RawReceiver, receiving_raw, server_tls
+
+
+class Handshakes(RawReceiver):
+    """Tells of each connection whether it was resumed, and hangs up after each answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resumed: list[bool] = []
+        self.answers = True
+        #: Nobody is answered before so many have asked.
+        self.crowd = asyncio.Barrier(1)
+        #: Those that were resumed get no answer.
+        self.chokes = False
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.script.append(self._answer)
+        await super().serve(reader, writer)
+
+    async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        resumed = writer.get_extra_info("ssl_object").session_reused
+        self.resumed.append(resumed)
+        await self.crowd.wait()
+        if self.answers and not (self.chokes and resumed):
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+
+@pytest.fixture(params=[ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+async def receiver(
+    request: pytest.FixtureRequest, authority: trustme.CA
+) -> AsyncIterator[Handshakes]:
+    tls = server_tls(authority.issue_cert("127.0.0.1", "a.example", "b.example"))
+    tls.minimum_version = tls.maximum_version = request.param
+    receiver = Handshakes()
+    async with receiving_raw(receiver, tls):
+        yield receiver
+
+
+@pytest.fixture
+async def dialler(ca_file: Path) -> AsyncIterator[Dialler]:
+    names = FakeNames(lambda _: ["127.0.0.1"])
+    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=names) as dialler:
+        yield dialler
+
+
+async def post(dialler: Dialler, receiver: Handshakes, host: str = "a.example") -> Outcome:
+    url = f"https://{host}:{receiver.port}/"
+    return (await send(dialler, Destination(url), b"", b"{}", AMPLE)).outcome
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLObject]:
+    """Of whom the session was read; CPython leaks a copy each time."""
+    genuine: Any = ssl.SSLObject.__dict__["session"]
+    reads: list[ssl.SSLObject] = []
+
+    def read(tls: ssl.SSLObject) -> Any:
+        reads.append(tls)
+        return genuine.__get__(tls)
+
+    monkeypatch.setattr(ResumingTls, "session", property(read, genuine.__set__), raising=False)
+    return reads
+
+
+async def test_a_session_is_read_once_however_often_it_is_resumed(
+    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+) -> None:
+    for _ in range(5):
+        assert await post(dialler, receiver) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, True, True, True, True]
+    assert len(reads) == 1
+
+
+async def test_of_many_connections_at_once_no_more_sessions_are_read_than_kept(
+    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+) -> None:
+    receiver.crowd = asyncio.Barrier(20)
+    outcomes = await asyncio.gather(*(post(dialler, receiver) for _ in range(20)))
+    assert set(outcomes) == {Outcome.SUCCEEDED}
+    assert receiver.resumed == [False] * 20
+    assert len(reads) == 4
+
+
+async def test_a_process_reads_so_many_sessions_and_no_more(
+    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+) -> None:
+    tls: Any = dialler._ssl
+    tls.sslobject_class.sessions = TlsSessions(reads_max=2)
+    for host in ("a.example", "b.example", "127.0.0.1") * 2:
+        assert await post(dialler, receiver, host) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, False, False, True, True, False]
+    assert len(reads) == 2
+
+
+async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
+    dialler: Dialler,
+    authority: trustme.CA,
+    reads: list[ssl.SSLObject],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began = monotonic()
+    for count, seconds in enumerate((0, 1, 2, 3, 3500, 3700, 3701, 3702), start=1):
+        monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
+        # Each with keys of its own, so none can read the ticket of another.
+        fresh = Handshakes()
+        async with receiving_raw(fresh, server_tls(authority.issue_cert("a.example"))):
+            assert await post(dialler, fresh) is Outcome.SUCCEEDED
+        assert fresh.resumed == [False]
+        # The first, and after an hour the next.
+        assert len(reads) == (1 if count <= 5 else 2)
+
+
+async def test_a_later_connection_resumes_and_other_hosts_do_not(
+    dialler: Dialler, receiver: Handshakes
+) -> None:
+    for host in ("a.example", "a.example", "b.example", "127.0.0.1", "a.example"):
+        assert await post(dialler, receiver, host) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, True, False, False, True]
+
+
+async def test_a_certificate_is_verified_again_after_an_hour_however_often_it_was_resumed(
+    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = monotonic()
+    for seconds in (0, 1800, 3500, 3700, 7200):
+        monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
+        assert await post(dialler, receiver) is Outcome.SUCCEEDED
+    assert receiver.resumed == [False, True, True, False, True]
+
+
+async def test_a_session_without_an_answer_is_not_tried_again(
+    dialler: Dialler, receiver: Handshakes
+) -> None:
+    await post(dialler, receiver)
+    receiver.answers = False
+    assert await post(dialler, receiver) is Outcome.CONNECTION_ERROR
+    receiver.answers = True
+    await post(dialler, receiver)
+    assert receiver.resumed == [False, True, False]
+
+
+async def test_a_receiver_that_chokes_on_sessions_loses_one_attempt_an_hour(
+    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver.chokes = True
+    began = monotonic()
+    outcomes = []
+    for seconds in (0, 1, 2, 3, 3500, 3700, 3701, 3702):
+        monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
+        outcomes.append(await post(dialler, receiver))
+    choked = [outcome is not Outcome.SUCCEEDED for outcome in outcomes]
+    assert choked == receiver.resumed == [False, True, False, False, False, False, True, False]
+
+
+def test_of_several_sessions_one_that_is_answered_is_enough() -> None:
+    sessions, session = TlsSessions(), cast(ssl.SSLSession, object())
+    for _ in range(2):
+        sessions.keep("a.example", session, monotonic())
+    # One connection came to nothing while another was answered.
+    assert [sessions.take("a.example") is not None for _ in range(2)] == [True, True]
+    assert not sessions._are_wanted("a.example")
+    sessions.keep("a.example", session, monotonic())
+    assert sessions._are_wanted("a.example")
+
+
+async def test_a_receiver_that_lost_its_keys_is_greeted_anew(
+    dialler: Dialler, receiver: Handshakes, authority: trustme.CA
+) -> None:
+    await post(dialler, receiver)
+    # Another process at the same name, say: it cannot read the ticket, and shows its certificate.
+    other = Handshakes()
+    other.answers = True
+    async with receiving_raw(other, server_tls(authority.issue_cert("a.example"))):
+        assert await post(dialler, other) is Outcome.SUCCEEDED
+    assert other.resumed == [False]
+
+
+async def test_a_ticket_does_not_vouch_for_a_certificate_nobody_trusts(
+    dialler: Dialler, receiver: Handshakes
+) -> None:
+    await post(dialler, receiver)
+    stranger = Handshakes()
+    async with receiving_raw(stranger, server_tls(trustme.CA().issue_cert("a.example"))):
+        assert await post(dialler, stranger) is Outcome.TLS_ERROR
+    assert stranger.requests == []
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delivery.http.tls_sessions._HOSTS_MAX", 3)
+    sessions = TlsSessions()
+    session: Any = object()
+    for n in range(5):
+        for _ in range(20):
+            sessions.keep(f"{n}.example", session, monotonic())
+    assert sorted(sessions._kept) == ["2.example", "3.example", "4.example"]
+    assert [len(kept) for kept in sessions._kept.values()] == [4, 4, 4]
+    for n in range(5):
+        sessions.decline(f"{n}.example")
+    assert sorted(sessions._declined) == ["2.example", "3.example", "4.example"]
+    assert sessions._kept == {}

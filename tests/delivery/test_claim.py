@@ -1,0 +1,124 @@
+"""The claim stage: what comes too late is given back."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from core import queue
+from core.histogram import SHORT, Histogram
+from core.ids import new_id
+from delivery.claim import Unanswered, claim
+from tests.support.factories import enqueue_events, make_webhook_config
+from tests.support.platform import Platform
+from tests.support.receiver import Receiver
+
+LEASE_SECONDS = 60.0
+
+
+def clock(*moments: float) -> Callable[[], float]:
+    return iter(moments).__next__
+
+
+async def test_what_the_database_leased_long_ago_is_given_back(
+    pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_webhook_config(pool)
+    await enqueue_events(pool, 3)
+    monkeypatch.setattr("delivery.claim.monotonic", clock(0, LEASE_SECONDS / 2 + 1))
+
+    late = await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), Unanswered())
+
+    assert (late.taken, list(late.deliveries)) == (3, [])
+    assert len(await queue.claim(pool, 10, LEASE_SECONDS)) == 3
+
+
+async def test_what_took_less_than_half_a_lease_is_attempted(
+    pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_webhook_config(pool)
+    await enqueue_events(pool, 3)
+    monkeypatch.setattr("delivery.claim.monotonic", clock(0, LEASE_SECONDS / 2 - 1))
+
+    assert (
+        len((await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), Unanswered())).deliveries) == 3
+    )
+
+
+class AnswersLost:
+    """The pool, but nobody hears what a statement came to."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator["AnswersLost"]:
+        yield self
+
+    async def fetch(self, *arguments: Any) -> Any:
+        await self._pool.fetch(*arguments)
+        raise ConnectionResetError
+
+
+async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> None:
+    await make_webhook_config(pool)
+    await enqueue_events(pool, 3)
+    unanswered = Unanswered()
+    with pytest.raises(ConnectionResetError):
+        await claim(AnswersLost(pool), 2, LEASE_SECONDS, Histogram(SHORT), unanswered)
+    # What others have taken meanwhile is theirs.
+    [other] = await queue.claim(pool, 10, LEASE_SECONDS)
+
+    assert await unanswered.give_back(pool) == 2
+    ready = await queue.claim(pool, 10, LEASE_SECONDS)
+    assert (len(ready), other.id in {delivery.id for delivery in ready}) == (2, False)
+
+
+async def test_what_somebody_holds_locked_is_given_back_later(pool: Any) -> None:
+    await make_webhook_config(pool)
+    await enqueue_events(pool, 2)
+    lease_id, unanswered = new_id(), Unanswered()
+    unanswered.add(lease_id)
+    [held, _] = await queue.claim(pool, 2, LEASE_SECONDS, lease_id)
+    async with pool.acquire() as other, other.transaction():
+        await other.execute("SELECT FROM delivery_queue WHERE id = $1 FOR UPDATE", held.id)
+        async with asyncio.timeout(10):
+            assert await unanswered.give_back(pool) == 1
+    assert await unanswered.give_back(pool) == 1
+
+
+async def test_a_claim_that_is_carried_out_late_is_looked_for_a_while_and_not_for_ever(
+    pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("delivery.claim._LOOKS", 3)
+    await make_webhook_config(pool)
+    await enqueue_events(pool, 1)
+    lease_id, unanswered = new_id(), Unanswered()
+    unanswered.add(lease_id)
+    assert await unanswered.give_back(pool) == 0
+    for given_back in (1, 1, 0):
+        await queue.claim(pool, 1, LEASE_SECONDS, lease_id)
+        assert await unanswered.give_back(pool) == given_back
+
+
+async def test_an_engine_sends_what_a_claim_without_an_answer_took_long_before_the_lease_ends(
+    platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = queue.claim
+    lost: list[queue.LeasedDelivery] = []
+
+    async def lose_the_first(*arguments: Any) -> Any:
+        leased = await genuine(*arguments)
+        if leased and not lost:
+            lost.extend(leased)
+            raise ConnectionResetError
+        return leased
+
+    monkeypatch.setattr(queue, "claim", lose_the_first)
+    await platform.register(receiver.url)
+    await platform.publish()
+    async with platform.engine(lease_seconds=LEASE_SECONDS):
+        await receiver.wait_for(1, timeout=LEASE_SECONDS / 2)
+    assert len(lost) == 1

@@ -1,0 +1,98 @@
+"""When the next attempt is due: schedules are kept, jitter only delays, and it ends."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from delivery.decide import JITTER, backoff_schedule, fault_backoff, next_backoff
+from delivery.settings import DeliverySettings
+
+WAITS = st.floats(min_value=0.001, max_value=86_400)
+SCHEDULES = st.lists(WAITS, min_size=1, max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("operator", "max_retries", "own", "expected"),
+    [
+        ((1.0, 10.0, 60.0), 3, (), (1.0, 10.0, 60.0)),
+        ((1.0, 10.0, 60.0), 2, (), (1.0, 10.0)),
+        ((1.0, 10.0, 60.0), 0, (), ()),
+        ((1.0, 10.0, 60.0), 5, (), (1.0, 10.0, 60.0, 60.0, 60.0)),
+        ((7.0,), 2, (), (7.0, 7.0)),
+        # A config's own schedule says how often as well as when.
+        ((1.0, 10.0, 60.0), 3, (5.0,), (5.0,)),
+        ((1.0,), 1, (2.0, 3.0, 4.0), (2.0, 3.0, 4.0)),
+        ((1.0,), 0, (2.0,), (2.0,)),
+    ],
+)
+def test_the_schedule_has_an_entry_for_each_retry(
+    operator: tuple[float, ...],
+    max_retries: int,
+    own: tuple[float, ...],
+    expected: tuple[float, ...],
+) -> None:
+    assert backoff_schedule(operator, max_retries, own) == expected
+
+
+@given(SCHEDULES, st.integers(0, 20))
+def test_the_operators_schedule_gives_exactly_max_retries_waits(
+    operator: list[float], max_retries: int
+) -> None:
+    schedule = backoff_schedule(operator, max_retries, ())
+    assert len(schedule) == max_retries
+    assert list(schedule[: len(operator)]) == operator[:max_retries]
+    assert set(schedule[len(operator) :]) <= {operator[-1]}
+
+
+@pytest.mark.parametrize(
+    ("attempts_made", "expected"), [(1, 1.0), (2, 10.0), (3, 60.0), (4, None), (5, None)]
+)
+def test_the_wait_after_each_attempt_is_its_entry_until_there_is_none(
+    attempts_made: int, expected: float | None
+) -> None:
+    assert next_backoff((1.0, 10.0, 60.0), attempts_made, lambda: 0.0) == expected
+
+
+def test_without_retries_the_first_attempt_is_the_last() -> None:
+    assert next_backoff((), 1, lambda: 0.0) is None
+
+
+@given(SCHEDULES, st.integers(1, 20), st.floats(0, 1, exclude_max=True))
+def test_jitter_never_hastens_and_delays_by_a_fifth_at_most(
+    schedule: list[float], attempts_made: int, chance: float
+) -> None:
+    wait = next_backoff(schedule, attempts_made, lambda: chance)
+    if attempts_made > len(schedule):
+        assert wait is None
+    else:
+        planned = schedule[attempts_made - 1]
+        assert wait is not None
+        assert planned <= wait <= planned * (1 + JITTER)
+
+
+def test_two_receivers_that_failed_together_are_not_called_together() -> None:
+    chances = iter((0.0, 0.5, 0.9))
+    assert len({next_backoff((10.0,), 1, lambda: next(chances)) for _ in range(3)}) == 3
+
+
+def test_faults_of_ours_wait_twice_as_long_each_time_up_to_a_quarter_of_an_hour() -> None:
+    waits = [fault_backoff(faults, 300, lambda: 0.0) for faults in range(1, 13)]
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]
+
+
+@given(st.integers(1, 10_000), st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
+def test_faults_of_ours_end_a_delivery_after_so_many_retries(
+    faults: int, retries: int, chance: float
+) -> None:
+    wait = fault_backoff(faults, retries, lambda: chance)
+    if faults > retries:
+        assert wait is None
+    else:
+        assert wait is not None
+        assert 1 <= wait <= 900 * (1 + JITTER)
+
+
+def test_by_default_a_fault_of_ours_is_waited_for_about_three_days() -> None:
+    retries = DeliverySettings().max_fault_retries
+    waits = [fault_backoff(faults, retries, lambda: 0.0) or 0.0 for faults in range(1, retries + 1)]
+    assert 3 <= sum(waits) / 86_400 < 3.1

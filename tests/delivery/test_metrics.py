@@ -1,0 +1,184 @@
+"""What an engine counts of its deliveries, read through its listener."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client.metrics_core import Metric
+
+from cli.metrics.http import Place, listening
+from core.errors import ConfigurationError
+from core.lifecycle import Outcome
+from delivery.settings import DeliverySettings
+from tests.e2e.test_processes import open_deliveries
+from tests.support.platform import Platform
+from tests.support.receiver import Receiver
+from tests.support.scrape import Scrape, scrape
+
+ANYWHERE = "127.0.0.1:0"
+
+
+def port_in(logged: list[Any]) -> int:
+    [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
+    return int(port)
+
+
+class Silent:
+    """Has nothing to say."""
+
+    async def scrape(self) -> Sequence[Metric]:
+        return []
+
+    async def is_ready(self) -> bool:
+        return False
+
+
+async def said_once_nothing_is_open(pool: Any, logged: list[Any]) -> Scrape:
+    async with asyncio.timeout(20):
+        while await open_deliveries(pool):
+            pass
+    return await scrape(port_in(logged))
+
+
+async def test_what_fails_is_counted_by_outcome_and_what_gives_up_as_failed(
+    platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
+) -> None:
+    receiver.default = 500
+    await platform.register(receiver.url)
+    async with platform.engine(
+        delivery_metrics_address=ANYWHERE,
+        max_retries=1,
+        retry_schedule_seconds=(0.01,),
+        max_consecutive_failures=2,
+    ):
+        for _ in range(2):
+            await platform.publish()
+        said = await said_once_nothing_is_open(pool, logged)
+
+    attempts = {
+        outcome: said.sum("postrider_attempts_total", outcome=outcome) for outcome in Outcome
+    }
+    assert attempts == dict.fromkeys(Outcome, 0) | {Outcome.HTTP_ERROR: 4}
+    assert said.sum("postrider_deliveries_total", state="failed") == 2
+    assert said.sum("postrider_merchant_deliveries_total", merchant_id="m_1", state="failed") == 2
+    assert said.sum("postrider_delivery_attempts_bucket", le="1.0") == 0
+    assert said.sum("postrider_delivery_attempts_bucket", le="2.0") == 2
+    assert said.sum("postrider_publish_to_first_attempt_seconds_count") == 2
+    assert said.sum("postrider_publish_to_delivered_seconds_count") == 0
+    assert said.sum("postrider_webhook_deactivations_total", reason="failures") == 1
+    assert said.sum("postrider_webhook_configs", status="failures") == 1
+    assert said.sum("postrider_in_flight") == 0
+
+
+async def test_breakers_and_410_are_counted(
+    platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
+) -> None:
+    receiver.script.extend([500, 500, 200, 410])
+    await platform.register(receiver.url)
+    async with platform.engine(
+        delivery_metrics_address=ANYWHERE,
+        retry_schedule_seconds=(0.01,),
+        breaker_failures=2,
+        breaker_failing_seconds=0.001,
+        breaker_cooldown_seconds=0.1,
+    ):
+        await platform.publish()
+        await receiver.wait_for(3)
+        await platform.publish()
+        said = await said_once_nothing_is_open(pool, logged)
+
+    assert said.sum("postrider_breaker_changes_total", to="open") == 1
+    assert said.sum("postrider_breaker_changes_total", to="closed") == 1
+    assert said.sum("postrider_webhook_deactivations_total", reason="gone") == 1
+
+
+async def test_time_is_counted_from_when_a_delivery_was_owed(
+    platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
+) -> None:
+    """By the database's clock: the delivery is accepted, and only then is there an engine."""
+    await platform.register(receiver.url)
+    await platform.publish()
+    await pool.execute("UPDATE delivery_queue SET created_at = now() - interval '90 seconds'")
+    # Owed only from its not_before on, which is just past.
+    [event] = [await platform.publish()]
+    await pool.execute(
+        "UPDATE events SET not_before = now() WHERE id <> (SELECT min(id::text)::uuid FROM events)"
+    )
+    await pool.execute(
+        "UPDATE delivery_queue SET created_at = now() - interval '90 seconds'"
+        " WHERE event_id = (SELECT max(id::text)::uuid FROM events)"
+    )
+    assert event.event.id
+    async with platform.engine(delivery_metrics_address=ANYWHERE):
+        said = await said_once_nothing_is_open(pool, logged)
+
+    for name in ("first_attempt", "delivered"):
+        buckets = f"postrider_publish_to_{name}_seconds_bucket"
+        assert said.sum(buckets, le="60.0") == 1
+        assert said.sum(buckets, le="120.0") == 2
+
+
+async def test_statements_and_connections_are_those_of_the_pool(
+    platform: Platform, logged: list[Any]
+) -> None:
+    async with platform.engine(delivery_metrics_address=ANYWHERE, poll_seconds=0.05):
+        first = await scrape(port_in(logged))
+        async with asyncio.timeout(20):
+            while (said := await scrape(port_in(logged))).sum(
+                "postrider_claim_duration_seconds_count"
+            ) < 3:
+                pass
+
+    assert said.sum("postrider_statements_total") >= first.sum("postrider_statements_total") + 2
+    size = said.sum("postrider_database_pool_size")
+    assert size == platform.settings.database.database_pool_size
+    assert 1 <= said.sum("postrider_database_pool_connections") <= size
+
+
+async def test_openmetrics_is_spoken_to_who_asks_for_it(
+    platform: Platform, logged: list[Any]
+) -> None:
+    async with platform.engine(delivery_metrics_address=ANYWHERE):
+        accept = {"Accept": "application/openmetrics-text;version=1.0.0"}
+        async with (
+            aiohttp.ClientSession(headers=accept) as session,
+            session.get(f"http://127.0.0.1:{port_in(logged)}/metrics") as response,
+        ):
+            text = await response.text()
+
+    assert response.content_type == "application/openmetrics-text"
+    assert text.endswith("# EOF\n")
+
+
+async def test_an_address_that_was_set_and_is_taken_is_an_error_that_names_the_setting(
+    platform: Platform, logged: list[Any]
+) -> None:
+    async with platform.engine(delivery_metrics_address=ANYWHERE):
+        taken = f"127.0.0.1:{port_in(logged)}"
+        with pytest.raises(ConfigurationError, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):
+            async with platform.engine(delivery_metrics_address=taken):
+                pass
+
+
+async def test_a_default_address_that_is_taken_costs_the_metrics_and_nothing_else(
+    platform: Platform, logged: list[Any]
+) -> None:
+    async with platform.engine(delivery_metrics_address=ANYWHERE):
+        taken = Place(f"127.0.0.1:{port_in(logged)}", "WEBHOOK_DELIVERY_METRICS_ADDRESS", True)
+        async with listening(taken, Silent()):
+            [warning] = [entry for entry in logged if entry["event"] == "metrics_listener_off"]
+            assert (await scrape(port_in(logged))).sum("postrider_in_flight") == 0
+
+    assert warning["log_level"] == "warning"
+    assert "WEBHOOK_DELIVERY_METRICS_ADDRESS" in warning["message"]
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:http", "[::1]:99999"])
+async def test_what_is_no_address_is_an_error_that_names_the_setting(address: str) -> None:
+    place = Place.of(DeliverySettings(delivery_metrics_address=address), "delivery_metrics_address")
+
+    with pytest.raises(ConfigurationError, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):
+        async with listening(place, Silent()):
+            pass

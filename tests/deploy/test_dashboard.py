@@ -1,0 +1,140 @@
+"""The dashboard and the alerts, asked of a real Prometheus that scrapes real processes."""
+
+import math
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.support.monitored_stack import (
+    ENGINES,
+    FLAKY,
+    WELL,
+    Observed,
+    observed,
+    stopped_is_inactive,
+    traffic,
+)
+from tests.support.paths import ROOT
+from tests.support.prometheus import Prometheus, needs_prometheus
+from tests.support.receiver import Receiver
+
+DASHBOARD = orjson.loads((ROOT / "deploy/grafana/postrider.json").read_bytes())
+RULES = (ROOT / "deploy/prometheus/alerts.yml").read_text()
+#: What Grafana puts there; a rate goes over four scrapes.
+VARIABLES = {"$__rate_interval": "4s", "$__range": "1m", "$merchant": ".*"}
+#: What does not happen in this test: retention runs by the day, and nothing is wrong with calls.
+MAY_BE_EMPTY = {
+    "postrider_retention_last_run_timestamp_seconds",
+    'postrider_rpcs_total{code=~"INTERNAL|UNKNOWN|UNAVAILABLE",method!~"Health/.+"}',
+}
+
+pytestmark = [pytest.mark.slow, needs_prometheus]
+
+
+def queries() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each query of the dashboard with the name of its panel."""
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            expression = target["expr"]
+            for name, value in VARIABLES.items():
+                expression = expression.replace(name, value)
+            assert "$" not in expression, panel["title"]
+            yield panel["title"], {**target, "expr": expression}
+
+
+async def has_data(prometheus: Prometheus, target: dict[str, Any], since: float) -> bool:
+    """Whether a query shows any figure, asked in the way the panel asks it."""
+    if target["instant"]:
+        values = [series["value"] for series in await prometheus.instant(target["expr"])]
+    else:
+        window = {"start": str(since), "end": str(time.time()), "step": "1"}
+        data = await prometheus.get("query_range", query=target["expr"], **window)
+        values = [value for series in data["result"] for value in series["values"]]
+    return any(math.isfinite(float(value)) for _, value in values)
+
+
+async def test_every_query_of_dashboard_and_alerts_is_answered(
+    database_url: str, ca_file: Path, tmp_path: Path, receiver: Receiver
+) -> None:
+    since = time.time()
+    async with observed(database_url, ca_file, tmp_path, receiver) as scene:
+        prometheus = scene.prometheus
+        async with traffic(scene.platform):
+            await receiver.wait_for(100)
+            await stopped_is_inactive(scene)
+            # As many as a rate goes over, the one under way, and one for what is read every 5 s.
+            await prometheus.scrapes.further(12)
+            empty = {
+                (title, target["expr"])
+                for title, target in queries()
+                if not await has_data(prometheus, target, since)
+            }
+        assert {
+            what for what in empty if not any(name in what[1] for name in MAY_BE_EMPTY)
+        } == set()
+        await the_dashboard_tells_what_happened(scene)
+        await the_rules_know_what_there_is(prometheus)
+        await the_alerts_notice_what_goes(scene)
+
+
+async def the_dashboard_tells_what_happened(scene: Observed) -> None:
+    figures = {
+        (title, target["legendFormat"]): {
+            tuple(sorted(series["metric"].items())): float(series["value"][1])
+            for series in await scene.prometheus.instant(target["expr"])
+        }
+        for title, target in queries()
+    }
+
+    def of(panel: str, legend: str = "") -> list[float]:
+        return list(figures[panel, legend].values())
+
+    by_merchant = figures["Success rate by merchant", "{{merchant_id}}"]
+    assert by_merchant[("merchant_id", WELL),] == 1
+    assert 0 < by_merchant[("merchant_id", FLAKY),] < 1
+    assert of("Engines") == [ENGINES]
+    assert of("Servers") == [1]
+    assert of("Deactivated webhooks") == [1]
+    [delivered] = of("Delivered")
+    assert 0 < delivered < 1
+    merchants = scene.prometheus.get(
+        "label/merchant_id/values", **{"match[]": "postrider_merchant_deliveries_total"}
+    )
+    assert {WELL, FLAKY} <= set(await merchants)
+
+
+async def the_rules_know_what_there_is(prometheus: Prometheus) -> None:
+    """Each evaluates, and what each selects is there."""
+    groups = (await prometheus.get("rules"))["groups"]
+    assert [rule for group in groups for rule in group["rules"] if rule["health"] != "ok"] == []
+    selectors = set(
+        re.findall(
+            r"\b(?:postrider_\w+|up)(?:\{[^}]*\})?",
+            "".join(rule["query"] for group in groups for rule in group["rules"]),
+        )
+    )
+    missing = {selector for selector in selectors if not await prometheus.instant(selector)}
+    assert missing <= MAY_BE_EMPTY
+
+
+async def the_alerts_notice_what_goes(scene: Observed) -> None:
+    """By the series that are there, and that end with their process; not yet for long enough."""
+    gone = {"PostriderNoEngine", "PostriderProcessDown"}
+    assert not gone & await active_alerts(scene.prometheus)
+
+    scene.engines.send(signal.SIGTERM)
+    await scene.engines.exit_code()
+    await scene.prometheus.scrapes.further(4)
+
+    assert gone <= await active_alerts(scene.prometheus)
+
+
+async def active_alerts(prometheus: Prometheus) -> set[str]:
+    """Those that fire, or wait for their time to be over."""
+    return {alert["labels"]["alertname"] for alert in (await prometheus.get("alerts"))["alerts"]}

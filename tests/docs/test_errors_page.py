@@ -1,0 +1,102 @@
+"""docs/errors.md says of each reason what the code does, and the code has no others."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from core import errors
+from server.rpc import ids, status
+from tests.support.error_reasons import SOURCES, Unreadable, Use, uses_in
+from tests.support.gateway import CONFIGURATION
+from tests.support.paths import ROOT
+
+PAGE = (ROOT / "docs/errors.md").read_text()
+_ROW = re.compile(r"^\| `([A-Z_]+)` \| ([^|]+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
+
+#: What becomes INVALID_ARGUMENT without being an error itself.
+_VIOLATIONS = {"FieldViolation", "UrlRefused"}
+
+
+def rows(heading: str) -> dict[str, str]:
+    """The reasons of a section, each with its code."""
+    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    found = _ROW.findall(section)
+    assert len(dict(found)) == len(found), "a reason has two rows"
+    return dict(found)
+
+
+def uses() -> Iterator[Use]:
+    for use in uses_in({str(path.relative_to(ROOT)): path.read_text() for path in SOURCES}):
+        if use.reason == "*_NOT_FOUND":
+            for kind in ids._NAMES:
+                yield Use(ids.not_found(kind, "").reason, use.given_to, use.place)
+        else:
+            yield use
+
+
+def test_every_reason_has_a_row_and_every_row_a_reason() -> None:
+    given = {use.reason: use.place for use in uses()}
+    listed = rows("Of Postrider")
+
+    assert {r: place for r, place in given.items() if r not in listed} == {}, "add rows for these"
+    assert [r for r in listed if r not in given] == [], "remove these rows"
+
+
+def test_every_row_has_the_code_its_reason_comes_with() -> None:
+    listed = rows("Of Postrider")
+    codes = {error.__name__: code.name for error, code in status._CODES.items()}
+    codes |= dict.fromkeys(_VIOLATIONS, codes["InvalidArgument"])
+    checked = [use for use in uses() if use.given_to in codes]
+
+    assert len(checked) > 30
+    assert [use for use in checked if listed[use.reason] != codes[use.given_to]] == []
+
+
+def test_the_rows_are_sorted_so_that_a_person_finds_one() -> None:
+    for heading in ("Of Postrider", "Of the gateway"):
+        assert list(rows(heading)) == sorted(rows(heading)), heading
+
+
+def test_the_gateway_section_lists_what_envoy_is_told_to_answer() -> None:
+    configured = yaml.safe_load(CONFIGURATION.read_text())
+    [listener] = configured["static_resources"]["listeners"]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    answers = {}
+    for mapper in manager["local_reply_config"]["mappers"]:
+        [detail] = mapper["body_format_override"]["json_format"]["details"]
+        statuses = re.findall(r"'default_value': (\d+)", str(mapper["filter"]))
+        answers[detail["reason"]] = ", ".join(statuses)
+
+    assert rows("Of the gateway") == answers
+
+
+def test_a_reason_is_found_however_it_is_given() -> None:
+    source = """
+class Refused(Exception):
+    def __init__(self, reason, message): ...
+
+def violation(field, reason):
+    return FieldViolation(field, "text", reason)
+
+def refuse(x):
+    Refused("BY_POSITION", "text")
+    violation("field", "BY_A_HELPER")
+    NotFound("text", reason="BY_KEYWORD")
+    InvalidArgument.of("field", "text", reason="THIS" if x else "THAT")
+"""
+    found = {use.reason for use in uses_in({"server/example.py": source})}
+
+    assert found == {"BY_POSITION", "BY_A_HELPER", "BY_KEYWORD", "THIS", "THAT"}
+
+
+def test_a_reason_that_no_reader_finds_is_an_error() -> None:
+    source = "def refuse():\n    for reason in TABLE:\n        NotFound('text', reason=reason)\n"
+
+    with pytest.raises(Unreadable, match=r"server/example\.py:3"):
+        uses_in({"server/example.py": source})
+
+
+def test_every_error_of_the_tree_has_a_code() -> None:
+    assert set(errors.PostriderError.__subclasses__()) == set(status._CODES)

@@ -1,0 +1,26 @@
+"""docs/threat-model.md names tests that there are, and answers for each of its lines."""
+
+import re
+
+from tests.support.paths import ROOT
+
+PAGE = (ROOT / "docs/threat-model.md").read_text()
+NAMED = re.findall(r"`([a-z0-9_/]+)::(test_[a-z0-9_]+)`", PAGE)
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    tests = ROOT / "tests"
+    files = {str(p.relative_to(tests))[:-3]: p.read_text() for p in tests.rglob("test_*.py")}
+    missing = [
+        f"{file}::{test}"
+        for file, test in NAMED
+        if not re.search(rf"^(?:async )?def {test}\(", files.get(file, ""), re.MULTILINE)
+    ]
+    assert missing == []
+    assert len(NAMED) > 90
+
+
+def test_every_line_has_a_test_or_says_that_it_is_not_done() -> None:
+    rows = re.findall(r"^\| (?!rule|#|who)(?!-)(.*) \|$", PAGE, re.MULTILINE)
+    assert len(rows) > 50
+    assert [row for row in rows if "::" not in row and not row.startswith("**Not done**")] == []

@@ -1,0 +1,149 @@
+"""What one caller may ask of a server process, by a clock of the test's own."""
+
+import random
+
+import pytest
+
+from core.errors import QuotaExceeded
+from server.auth import rate_limits
+from server.auth.principal import Principal
+from server.auth.rate_limits import DIALLING, CallerLimits, PingPlaces, Rate
+from server.settings import ServerSettings
+from tests.support.rpcs import methods
+
+PUBLISH = "/postrider.v1.EventService/PublishEvent"
+PING = "/postrider.v1.WebhookConfigService/PingWebhookConfig"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def caller(subject: str = "svc", merchant_id: str | None = None) -> Principal:
+    return Principal(subject, merchant_id, frozenset(), 0)
+
+
+def admitted(limits: CallerLimits, who: Principal, method: str = PUBLISH, calls: int = 1) -> int:
+    """How many of so many calls at once get in."""
+    count = 0
+    for _ in range(calls):
+        try:
+            limits.admit(who, method)
+        except QuotaExceeded:
+            continue
+        count += 1
+    return count
+
+
+def test_a_burst_gets_through_and_then_the_rate(clock: Clock) -> None:
+    rate = Rate(10, 5, clock)
+    assert [rate.spend("a") for _ in range(5)] == [0.0] * 5
+    assert rate.spend("a") == pytest.approx(0.1)
+    clock.now += 0.1
+    assert rate.spend("a") == 0.0
+    assert rate.spend("a") == pytest.approx(0.1)
+    clock.now += 3600
+    assert [rate.spend("a") for _ in range(5)] == [0.0] * 5
+    assert rate.spend("a") > 0
+
+
+def test_who_waits_as_long_as_told_gets_in_and_a_refusal_costs_nothing(clock: Clock) -> None:
+    rate = Rate(3, 1, clock)
+    assert rate.spend("a") == 0.0
+    for _ in range(100):
+        wait = rate.spend("a")
+        assert wait == pytest.approx(1 / 3, rel=1e-3)
+    clock.now += wait
+    assert rate.spend("a") == 0.0
+
+
+def test_in_any_second_no_more_gets_through_than_burst_and_rate(clock: Clock) -> None:
+    rate, times = Rate(50, 20, clock), []
+    choice = random.Random(7)  # noqa: S311 - a repeatable walk
+    for _ in range(5000):
+        clock.now += choice.expovariate(200)
+        if rate.spend("a") == 0.0:
+            times.append(clock.now)
+    for index, start in enumerate(times):
+        within = [moment for moment in times[index:] if moment < start + 1]
+        assert len(within) <= 20 + 50 + 1
+    assert len(times) >= 50 * (times[-1] - times[0])
+
+
+def test_zero_is_no_limit(clock: Clock) -> None:
+    rate = Rate(0, 1, clock)
+    assert {rate.spend("a") for _ in range(1000)} == {0.0}
+
+
+def test_what_is_remembered_is_bounded_and_the_idle_go_first(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate_limits, "MAX_REMEMBERED_CALLERS", 3)
+    rate = Rate(1, 1, clock)
+    for key in ("a", "b", "c", "a", "d"):
+        rate.spend(key)
+    assert len(rate._full_at) == 3
+    assert rate.spend("a") > 0
+    assert rate.spend("b") == 0.0
+
+
+def test_each_merchant_and_each_service_has_a_bucket_of_its_own(clock: Clock) -> None:
+    settings = ServerSettings(merchant_call_burst=3, service_call_burst=7)
+    limits = CallerLimits(settings, clock)
+    assert admitted(limits, caller("gateway", "m_1"), calls=10) == 3
+    assert admitted(limits, caller("another gateway", "m_1"), calls=10) == 0
+    assert admitted(limits, caller("gateway", "m_2"), calls=10) == 3
+    assert admitted(limits, caller("m_1"), calls=10) == 7
+    assert admitted(limits, caller("gateway"), calls=10) == 7
+
+
+def test_calls_that_make_us_dial_have_a_smaller_bucket(clock: Clock) -> None:
+    limits = CallerLimits(ServerSettings(registration_burst=2), clock)
+    who = caller("gateway", "m_1")
+    assert admitted(limits, who, PING, calls=5) == 2
+    assert admitted(limits, who, calls=5) == 5
+    with pytest.raises(QuotaExceeded) as refused:
+        limits.admit(who, PING)
+    assert (refused.value.reason, refused.value.subject) == (
+        "REGISTRATION_RATE_LIMIT",
+        "merchant:m_1",
+    )
+    assert refused.value.retry_after_seconds == pytest.approx(1.0)
+    clock.now += 1
+    assert admitted(limits, who, PING, calls=5) == 1
+
+
+def test_the_calls_that_dial_are_calls_of_the_contract() -> None:
+    known = {f"/{m.containing_service.full_name}/{m.name}" for m in methods()}
+    assert known >= DIALLING
+    assert len(DIALLING) == 3
+
+
+def test_a_refusal_names_the_caller_that_has_no_merchant(clock: Clock) -> None:
+    limits = CallerLimits(ServerSettings(service_call_burst=1, service_call_rate=2), clock)
+    limits.admit(caller("svc"), PUBLISH)
+    with pytest.raises(QuotaExceeded) as refused:
+        limits.admit(caller("svc"), PUBLISH)
+    assert (refused.value.reason, refused.value.subject) == ("CALL_RATE_LIMIT", "caller:svc")
+    assert refused.value.retry_after_seconds == pytest.approx(0.5)
+
+
+def test_ping_places_are_counted_by_merchant_and_given_back() -> None:
+    places = PingPlaces(2)
+    with places.place("m_1"), places.place("m_1"), places.place("m_2"):
+        with pytest.raises(QuotaExceeded, match="2 pings") as refused, places.place("m_1"):
+            pass
+        assert refused.value.reason == "PINGS_LIMIT"
+        assert refused.value.retry_after_seconds == 1.0
+    with pytest.raises(RuntimeError), places.place("m_1"):
+        raise RuntimeError
+    assert not places._taken

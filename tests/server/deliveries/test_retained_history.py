@@ -1,0 +1,97 @@
+"""What the API says of what retention removed, and what it still does with what is kept."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from grpc import StatusCode
+
+from cli.main import main
+from core import retention
+from core.ids import format_id
+from core.settings import RetentionSettings
+from postrider.v1 import delivery_service_pb2, event_service_pb2
+from tests.conftest import database_settings
+from tests.support.factories import MERCHANT, make_webhook_config
+from tests.support.history_rows import make_days, past_delivery, past_open
+from tests.support.platform import Platform
+from tests.support.refused_calls import refused
+
+
+async def test_what_is_gone_is_unknown_and_what_is_kept_is_delivered_again(
+    platform: Platform, pool: Any, database_url: str
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    await make_days(pool, 40)
+    gone, gone_event = await past_delivery(pool, webhook_id, 40)
+    kept, kept_event = await past_delivery(pool, webhook_id, 40, "failed")
+    waiting, waiting_event = await past_open(pool, webhook_id, 40)
+    await retention.run(database_settings(database_url), RetentionSettings())
+
+    merchant = platform.merchant(MERCHANT)
+    listed = await platform.deliveries.ListDeliveries(
+        delivery_service_pb2.ListDeliveriesRequest(), metadata=merchant
+    )
+    assert {d.id for d in listed.deliveries} == {format_id("dlv", i) for i in (kept, waiting)}
+    events = await platform.events.ListEvents(
+        event_service_pb2.ListEventsRequest(merchant_id=MERCHANT), metadata=platform.producer()
+    )
+    shown = {format_id("evt", i) for i in (kept_event, waiting_event)}
+    assert {event.id for event in events.events} == shown
+    async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND"):
+        await platform.deliveries.GetDelivery(
+            delivery_service_pb2.GetDeliveryRequest(id=format_id("dlv", gone)), metadata=merchant
+        )
+    async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND"):
+        await platform.deliveries.RedeliverDelivery(
+            delivery_service_pb2.RedeliverDeliveryRequest(id=format_id("dlv", gone)),
+            metadata=merchant,
+        )
+    async with refused(StatusCode.NOT_FOUND, "EVENT_NOT_FOUND"):
+        await platform.events.GetEvent(
+            event_service_pb2.GetEventRequest(id=format_id("evt", gone_event)),
+            metadata=platform.producer(),
+        )
+    found = await platform.deliveries.GetDelivery(
+        delivery_service_pb2.GetDeliveryRequest(id=format_id("dlv", kept)), metadata=merchant
+    )
+    assert len(found.delivery.attempts) == 1
+    again = await platform.deliveries.RedeliverDelivery(
+        delivery_service_pb2.RedeliverDeliveryRequest(id=format_id("dlv", kept)), metadata=merchant
+    )
+    assert again.delivery.event_id == format_id("evt", kept_event)
+
+
+async def test_an_engine_keeps_the_days_by_itself(platform: Platform, pool: Any) -> None:
+    async with platform.engine(retention=RetentionSettings()), asyncio.timeout(20):
+        while await retention.last_completed(pool) is None:
+            pass
+    assert await retention.days_ahead(pool) == 7
+    assert await pool.fetchval("SELECT actor FROM retention_runs") == "engine"
+    assert await pool.fetchval("SELECT count(*) FROM audit_entries") == 0
+
+
+async def test_the_command_says_what_it_would_do_and_then_does_it(
+    pool: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    webhook_id = await make_webhook_config(pool)
+    await make_days(pool, 40)
+    await past_delivery(pool, webhook_id, 40)
+    monkeypatch.setenv("WEBHOOK_DATABASE_URL", database_url)
+
+    async def command(*options: str) -> str:
+        result = await asyncio.to_thread(CliRunner().invoke, main, ["retention", *options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    looked = await command("--dry-run")
+    assert "parts would be dropped: " in looked
+    assert await pool.fetchval("SELECT count(*) FROM events") == 1
+    assert "parts dropped: finished_deliveries_" in await command()
+    assert await pool.fetchval("SELECT count(*) FROM events") == 0
+    assert '"days_dropped":[]' in await command("--json")
+    rows = await pool.fetch("SELECT actor, action, comment FROM audit_entries ORDER BY id")
+    assert [row["action"] for row in rows] == ["RunRetention"] * 2
+    assert rows[0]["actor"].startswith("cli:")
+    assert '"events_removed":0' in rows[0]["comment"]

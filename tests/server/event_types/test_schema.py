@@ -1,0 +1,118 @@
+"""Payload schemas: what is refused as one, what a fault tells, and what they may cost."""
+
+import json
+from time import perf_counter
+from typing import Any
+
+import pytest
+
+from server.event_types.schema import PayloadSchema, SchemaRefused
+
+
+def schema(value: Any) -> PayloadSchema:
+    return PayloadSchema(json.dumps(value))
+
+
+def test_a_fault_tells_path_and_rule_and_no_value() -> None:
+    payments = schema(
+        {
+            "type": "object",
+            "required": ["amount"],
+            "properties": {
+                "amount": {"type": "integer", "minimum": 1},
+                "lines": {"type": "array", "items": {"$ref": "#/$defs/line"}},
+                "card": {"pattern": "^[0-9]{4}$"},
+            },
+            "$defs": {"line": {"type": "object", "additionalProperties": False}},
+        }
+    )
+    assert payments.fault({"amount": 1, "lines": [{}], "card": "1234"}) is None
+    assert payments.fault({"amount": 0}) == "at $.amount by the rule #/properties/amount/minimum"
+    assert payments.fault({}) == "at $ by the rule #/required, 'amount' is missing"
+    fault = payments.fault({"amount": 1, "lines": [{}, {"secret-name": "secret-value"}]})
+    assert fault == "at $.lines[1] by the rule #/$defs/line/additionalProperties"
+    fault = payments.fault({"amount": 1, "card": "4111111111111111"})
+    assert fault == "at $.card by the rule #/properties/card/pattern"
+    assert schema(False).fault({"secret": 1}) == "at $ by the rule #"
+
+
+def test_a_fault_is_one_line_of_bounded_length_whatever_the_payload_is_named() -> None:
+    numbers = schema({"additionalProperties": {"type": "integer"}})
+    fault = numbers.fault({"a\n\u202e" + "x" * 10_000: "y"})
+    assert fault is not None
+    assert fault.isprintable()
+    assert len(fault) < 600
+
+
+def test_a_payload_as_deep_as_json_may_be_is_checked() -> None:
+    nested = json.loads("[" * 900 + "]" * 900)
+    assert schema({"type": "array"}).fault(nested) is None
+    assert schema({"type": "object"}).fault(nested) == "it is nested too deeply to tell where"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("5", "must be a JSON object"),
+        ('{"type": "strin"}', "not a JSON Schema"),
+        ('{"$schema": "http://json-schema.org/draft-07/schema#"}', "draft/2020-12"),
+        ('{"$schema": 5}', "draft/2020-12"),
+        ('{"$ref": "https://other.test/schema"}', "only #/"),
+        ('{"$ref": "file:///etc/passwd"}', "only #/"),
+        ('{"$ref": "#anchor"}', "only #/"),
+        ('{"$ref": "#/$defs/none"}', "not in it"),
+        ('{"allOf": [true], "$ref": "#/allOf/1"}', "not in it"),
+        ('{"$ref": "#/%24defs/a", "$defs": {"a": {}}}', "%-escapes"),
+        ('{"items": {"$ref": "#"}}', "within itself"),
+        ('{"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}', "within itself"),
+        (
+            '{"$defs": {"a": {"not": {"$ref": "#/$defs/b"}}, "b": {"$ref": "#/$defs/a"}}}',
+            "within itself",
+        ),
+        ('{"properties": {"a": {"$id": "https://other.test/"}}}', "$id below its top"),
+        ('{"$dynamicRef": "#a"}', "$dynamicRef"),
+        ('{"pattern": "("}', "at $.pattern"),
+        ('{"pattern": "(?=a)"}', "look-around"),
+        (r'{"pattern": "(a)\\1"}', "back-references"),
+        ('{"pattern": "((a{100}){100}){100}"}', "too large"),
+        ('{"patternProperties": {"(": {}}}', "regular expression"),
+        (json.dumps({"description": "x" * 65_536}), "more than 65536 bytes"),
+        (json.dumps({"allOf": [{} for _ in range(1001)]}), "1002 subschemas"),
+        ('{"not":' * 1000 + "true" + "}" * 1000, "nested too deeply"),
+    ],
+)
+def test_what_is_no_schema_or_could_cost_too_much_is_refused(text: str, why: str) -> None:
+    with pytest.raises(SchemaRefused) as refused:
+        PayloadSchema(text)
+    assert why in str(refused.value)
+    assert len(str(refused.value)) < 600
+
+
+def test_references_that_multiply_are_counted_as_often_as_they_are_followed() -> None:
+    doubling: dict[str, Any] = {"a0": {}}
+    for n in range(1, 40):
+        doubling[f"a{n}"] = {"allOf": [{"$ref": f"#/$defs/a{n - 1}"}] * 2}
+    with pytest.raises(SchemaRefused, match="subschemas"):
+        schema({"$defs": doubling})
+
+
+def test_looking_twice_at_each_level_is_counted_twice_at_each_level() -> None:
+    value: dict[str, Any] = {}
+    for _ in range(20):
+        value = {"anyOf": [{"properties": {"a": value}}], "unevaluatedProperties": False}
+    with pytest.raises(SchemaRefused, match="subschemas"):
+        schema(value)
+
+
+def test_properties_may_be_named_as_keywords_are() -> None:
+    names = schema({"properties": {name: {"type": "integer"} for name in ("$id", "$ref")}})
+    assert names.fault({"$id": 1, "$ref": 2}) is None
+    assert names.fault({"$ref": "x"}) == "at $.$ref by the rule #/properties/$ref/type"
+
+
+def test_a_pattern_that_makes_others_backtrack_for_ever_does_not() -> None:
+    began = perf_counter()
+    assert schema({"pattern": "^(a+)+$"}).fault("a" * 250_000 + "!")
+    assert perf_counter() - began < 5

@@ -1,0 +1,407 @@
+"""StreamEvents: acknowledged is committed, in order; what was not may be sent again."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode
+
+from cli.dev.signing_key import mint_token
+from postrider.v1 import event_service_pb2 as pb
+from postrider.v1.event_pb2 import EventInput
+from postrider.v1.event_service_pb2_grpc import EventServiceStub
+from server.events.ingest import Ingest
+from tests.support.factories import until_blocked
+from tests.support.platform import ISSUER, Metadata, Platform, bearer
+from tests.support.receiver import Receiver
+from tests.support.refused_calls import refused
+
+ACCEPTED = pb.PUBLISH_STATUS_ACCEPTED
+DUPLICATE = pb.PUBLISH_STATUS_DUPLICATE
+
+
+def batch(sequence: int, size: int = 3, **fields: Any) -> pb.StreamEventsRequest:
+    """A batch whose events have keys of their own, the same for the same sequence."""
+    return pb.StreamEventsRequest(
+        sequence=sequence,
+        events=[
+            EventInput(
+                **{
+                    "merchant_id": "m_1",
+                    "type": "payment.succeeded",
+                    "payload_text": f"[{sequence}, {n}]",
+                    "idempotency_key": f"{sequence}-{n}",
+                    **fields,
+                }
+            )
+            for n in range(size)
+        ],
+    )
+
+
+def open_stream(platform: Platform, metadata: Metadata | None = None, **options: Any) -> Any:
+    return platform.events.StreamEvents(metadata=metadata or platform.producer(), **options)
+
+
+async def acknowledged(call: Any) -> list[int]:
+    """The sequences of the acknowledgements until the stream ends."""
+    return [response.sequence async for response in responses(call)]
+
+
+async def responses(call: Any) -> AsyncIterator[pb.StreamEventsResponse]:
+    """The acknowledgements, beside writes to the same call."""
+    while (response := await call.read()) is not grpc.aio.EOF:
+        yield response
+
+
+async def count(pool: Any, table: str = "events") -> int:
+    rows: int = await pool.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608
+    return rows
+
+
+async def until_committed(pool: Any, events: int) -> None:
+    async with asyncio.timeout(10):
+        while await count(pool) < events:
+            pass
+
+
+async def test_every_batch_is_acknowledged_in_order_and_the_stream_ends_after_the_last(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    batches = [batch(n * 10, size=1 + n % 7) for n in range(50)]
+
+    async def send() -> AsyncIterator[pb.StreamEventsRequest]:
+        for one in batches:
+            yield one
+
+    call = platform.events.StreamEvents(send(), metadata=platform.producer())
+    acks = [response async for response in call]
+
+    assert await call.code() is StatusCode.OK
+    assert [response.sequence for response in acks] == [one.sequence for one in batches]
+    stored = {f"evt_{r['id'].hex}": r["payload"] for r in await pool.fetch("TABLE events")}
+    for one, response in zip(batches, acks, strict=True):
+        assert {result.status for result in response.results} == {ACCEPTED}
+        sent = [event.payload_text.encode() for event in one.events]
+        assert [stored[result.event.id] for result in response.results] == sent
+    assert (
+        await count(pool)
+        == await count(pool, "delivery_queue")
+        == sum(len(one.events) for one in batches)
+    )
+
+
+async def test_an_acknowledgement_is_there_before_the_next_batch_is_sent_and_is_a_commit(
+    platform: Platform, pool: Any
+) -> None:
+    call = open_stream(platform)
+    for sequence in (1, 2, 7):
+        before = await count(pool)
+        await call.write(batch(sequence))
+        response = await call.read()
+        assert response.sequence == sequence
+        assert await count(pool) == before + 3
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+    assert await call.code() is StatusCode.OK
+
+
+async def test_an_empty_stream_ends_well(platform: Platform) -> None:
+    call = open_stream(platform)
+    await call.done_writing()
+    assert await acknowledged(call) == []
+    assert await call.code() is StatusCode.OK
+
+
+async def test_a_batch_has_a_result_for_each_event_and_rejected_ones_stop_nobody(
+    platform: Platform, pool: Any
+) -> None:
+    call = open_stream(platform)
+    mixed = batch(1, size=4)
+    mixed.events[1].type = "no.such"
+    mixed.events[2].idempotency_key = mixed.events[0].idempotency_key
+    await call.write(mixed)
+    response = await call.read()
+    assert [(result.status, result.reason) for result in response.results] == [
+        (ACCEPTED, ""),
+        (pb.PUBLISH_STATUS_REJECTED, "EVENT_TYPE_UNKNOWN"),
+        (pb.PUBLISH_STATUS_REJECTED, "IDEMPOTENCY_KEY_REUSED"),
+        (ACCEPTED, ""),
+    ]
+    assert "events[1].type" in response.results[1].message
+    await call.write(batch(2))
+    assert (await call.read()).sequence == 2
+    call.cancel()
+    assert await count(pool) == 5
+
+
+async def test_at_most_sixteen_batches_are_taken_without_an_acknowledgement(
+    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    taking = asyncio.Condition()
+    may_commit = asyncio.Event()
+
+    async def publish(_: Any, drafts: Any, *__: Any) -> list[Any]:
+        async with taking:
+            taken.append(len(drafts))
+            taking.notify_all()
+        await may_commit.wait()
+        return []
+
+    monkeypatch.setattr("server.events.ingest.Ingest.publish", publish)
+    call = open_stream(platform)
+    for sequence in range(40):
+        await call.write(batch(sequence, size=1))
+    async with asyncio.timeout(10), taking:
+        await taking.wait_for(lambda: len(taken) >= 16)
+    # Calls that come after them are served meanwhile, so the stream had its chance to read on.
+    for _ in range(20):
+        await platform.events.ListEvents(
+            pb.ListEventsRequest(merchant_id="m_1"), metadata=platform.producer()
+        )
+    assert len(taken) == 16
+    may_commit.set()
+    await call.done_writing()
+    assert await acknowledged(call) == list(range(40))
+    assert len(taken) == 40
+
+
+async def test_a_batch_that_waits_holds_back_the_acknowledgements_after_it(
+    platform: Platform, pool: Any
+) -> None:
+    await platform.publish(idempotency_key="0-0", payload="[0, 0]")
+    call = open_stream(platform)
+    async with pool.acquire() as other, other.transaction():
+        # Another transaction is about to use a key of the first batch: that batch has to wait.
+        await other.execute(
+            "INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id) "
+            "VALUES ('m_1', '1-0', '', new_uuid7())"
+        )
+        await call.write(batch(1, size=1))
+        await until_blocked(pool)
+        await call.write(batch(2, size=1))
+        await until_committed(pool, 2)
+        reading = asyncio.ensure_future(call.read())
+        await platform.publish()
+        assert not reading.done()
+        await other.execute("DELETE FROM idempotency_keys WHERE key = '1-0'")
+    assert (await reading).sequence == 1
+    assert (await call.read()).sequence == 2
+    call.cancel()
+
+
+async def test_batches_with_ordering_keys_are_committed_one_after_the_other(
+    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, may_commit, begun = Ingest.publish, asyncio.Event(), []
+
+    async def publish_when_told(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
+        begun.append(drafts[0].idempotency_key)
+        if drafts[0].idempotency_key == "1-0":
+            await may_commit.wait()
+        return await publish(ingest, drafts, *rest)
+
+    monkeypatch.setattr(Ingest, "publish", publish_when_told)
+    call = open_stream(platform)
+    for sequence in (1, 2, 3):
+        await call.write(batch(sequence, size=1, ordering_key=f"k{sequence}"))
+    await call.write(batch(4, size=1))
+    await until_committed(pool, 1)
+    assert begun == ["1-0", "4-0"]
+    may_commit.set()
+    await call.done_writing()
+    assert await acknowledged(call) == [1, 2, 3, 4]
+    assert begun == ["1-0", "4-0", "2-0", "3-0"]
+
+
+async def test_after_a_batch_that_failed_none_with_ordering_keys_is_committed(
+    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent again, the failed one would come behind what was sent after it."""
+    publish, all_taken = Ingest.publish, asyncio.Event()
+
+    async def publish_or_fail(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
+        if drafts[0].idempotency_key == "2-0":
+            await all_taken.wait()
+            raise TimeoutError("the database is slow")
+        return await publish(ingest, drafts, *rest)
+
+    monkeypatch.setattr(Ingest, "publish", publish_or_fail)
+    call = open_stream(platform)
+    for sequence in range(1, 6):
+        await call.write(batch(sequence, size=1, ordering_key="k"))
+    assert (await call.read()).sequence == 1
+    # Those without a key are committed whatever becomes of others.
+    await call.write(batch(6, size=1))
+    await until_committed(pool, 2)
+    all_taken.set()
+    async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+        await acknowledged(call)
+    # Behind whatever of this key was on its way.
+    await platform.publish(idempotency_key="last", ordering_key="k")
+    keys = await pool.fetch("SELECT key FROM idempotency_keys ORDER BY key")
+    assert [row["key"] for row in keys] == ["1-0", "6-0", "last"]
+
+
+@pytest.mark.parametrize("sequence", [4, 5, -1])
+async def test_a_sequence_that_does_not_ascend_ends_the_stream_after_what_was_before_it(
+    platform: Platform, pool: Any, sequence: int
+) -> None:
+    sent = iter([batch(number) for number in (3, 5, sequence, 9)])
+    call: Any = platform.events.StreamEvents(sent, metadata=platform.producer())
+    acks = []
+    async with refused(StatusCode.INVALID_ARGUMENT, "SEQUENCE_NOT_ASCENDING") as error:
+        async for response in call:
+            acks.append(response.sequence)  # noqa: PERF401 - what came before the refusal
+    assert acks == [3, 5]
+    assert error.violations == {"sequence": "SEQUENCE_NOT_ASCENDING"}
+    assert f"{sequence} after 5" in error.message
+    assert await count(pool) == 6
+
+
+@pytest.mark.parametrize("size", [0, 1001])
+async def test_a_batch_holds_1_to_1000_events(platform: Platform, pool: Any, size: int) -> None:
+    call = open_stream(platform)
+    await call.write(batch(1, size=1000))
+    assert len((await call.read()).results) == 1000
+    await call.write(batch(2, size=size))
+    async with refused(StatusCode.INVALID_ARGUMENT, "BATCH_SIZE"):
+        await acknowledged(call)
+    assert await count(pool) == 1000
+
+
+async def test_a_token_of_a_merchant_streams_for_that_merchant_only(
+    platform: Platform, pool: Any
+) -> None:
+    call = open_stream(platform, bearer(platform.token("events:publish", merchant_id="m_1")))
+    await call.write(batch(1))
+    assert (await call.read()).sequence == 1
+    foreign = batch(2)
+    foreign.events[2].merchant_id = "m_2"
+    await call.write(foreign)
+    async with refused(StatusCode.PERMISSION_DENIED, "MERCHANT_MISMATCH"):
+        await acknowledged(call)
+    assert await count(pool) == 3
+
+
+async def test_a_stream_ends_when_its_token_expires(platform: Platform, pool: Any) -> None:
+    token = mint_token(
+        platform.key.private_key_file,
+        issuer=ISSUER,
+        audience="postrider",
+        subject="tester",
+        scopes=("events:publish",),
+        merchant_id=None,
+        lifetime=timedelta(seconds=3),
+    )
+    call = open_stream(platform, bearer(token))
+    await call.write(batch(1))
+    assert (await call.read()).sequence == 1
+    began = time.time()
+    async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED") as error, asyncio.timeout(10):
+        await acknowledged(call)
+    assert time.time() - began < 5
+    assert "not acknowledged" in error.message
+    assert await count(pool) == 3
+
+
+async def test_a_server_that_stops_acknowledges_what_it_has_taken_and_says_it_is_away(
+    start_platform: Callable[..., Any], pool: Any
+) -> None:
+    acks = []
+    async with start_platform() as platform:
+        async with pool.acquire() as other:
+            holding = other.transaction()
+            await holding.start()
+            await other.execute("LOCK TABLE events IN SHARE MODE")
+            call = open_stream(platform)
+            await call.write(batch(1))
+            await until_blocked(pool)
+            platform.stop.set()
+            async with grpc.aio.insecure_channel(platform.address) as probe:
+                await until_refused(probe)
+            await holding.rollback()
+        async with refused(StatusCode.UNAVAILABLE, "SERVER_STOPPING") as error:
+            async for response in responses(call):
+                acks.append(response.sequence)  # noqa: PERF401 - what came before the refusal
+    assert acks == [1]
+    assert error.retry_after_seconds == 1
+    assert await count(pool) == 3
+
+
+async def until_refused(channel: grpc.aio.Channel) -> None:
+    """Return once a server takes no calls any more."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await EventServiceStub(channel).ListEvents(pb.ListEventsRequest())
+            except grpc.aio.AioRpcError as error:
+                if error.code() is StatusCode.UNAVAILABLE:
+                    return
+
+
+async def test_a_stream_cut_in_the_middle_and_sent_again_neither_loses_nor_doubles(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    batches = [batch(n, size=20) for n in range(60)]
+    acked: list[int] = []
+    for cut_after in (5, 23, None):
+        async with grpc.aio.insecure_channel(platform.address) as channel:
+            rest = [one for one in batches if one.sequence not in acked]
+            call: Any = EventServiceStub(channel).StreamEvents(
+                iter(rest), metadata=platform.producer()
+            )
+            async for response in call:
+                assert {r.status for r in response.results} <= {ACCEPTED, DUPLICATE}
+                acked.append(response.sequence)
+                if len(acked) == cut_after:
+                    # Leaving the block closes the connection, whatever is on its way.
+                    break
+    assert acked == list(range(60))
+    assert await count(pool) == await count(pool, "delivery_queue") == 1200
+    assert await pool.fetchval("SELECT count(DISTINCT payload) FROM events") == 1200
+
+
+async def test_a_stream_that_meets_a_dead_connection_is_unavailable_and_what_it_acknowledged_stays(
+    platform: Platform, pool: Any
+) -> None:
+    call = open_stream(platform)
+    await call.write(batch(1))
+    assert (await call.read()).sequence == 1
+    async with pool.acquire() as other, other.transaction():
+        await other.execute("LOCK TABLE events IN SHARE MODE")
+        await call.write(batch(2))
+        await until_blocked(pool)
+        await pool.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+            await acknowledged(call)
+    assert await count(pool) == 3
+
+    again = open_stream(platform)
+    await again.write(batch(2))
+    assert {result.status for result in (await again.read()).results} == {ACCEPTED}
+    again.cancel()
+
+
+async def test_a_caller_that_hangs_up_leaves_no_stream_behind(
+    platform: Platform, pool: Any
+) -> None:
+    call = open_stream(platform)
+    await call.write(batch(1))
+    await call.read()
+    call.cancel()
+    await platform.publish()
+    left = [task for task in asyncio.all_tasks() if "OrderedCommits" in repr(task.get_coro())]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*left, return_exceptions=True)
+    assert await count(pool) == 4

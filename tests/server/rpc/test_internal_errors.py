@@ -1,0 +1,192 @@
+"""What a caller learns when we are the ones who failed: a reference, and nothing of ours."""
+
+import asyncio
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+from grpc import StatusCode
+
+from core.logs import configure_logs
+from core.settings import LogSettings
+from postrider.v1 import delivery_service_pb2
+from tests.support.platform import Platform, bearer
+from tests.support.receiver import Receiver
+from tests.support.refused_calls import refused
+from tests.support.rpcs import call, methods, name_of
+
+SCOPES = ("webhooks:manage", "events:publish", "webhooks:admin")
+INTERNAL = "postgresql://user:password@10.0.0.5/postrider"
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading deliveries fails in a way nobody thought of."""
+
+    async def breaks(*_: Any) -> None:
+        raise ZeroDivisionError(INTERNAL)
+
+    monkeypatch.setattr("server.deliveries.service.list_deliveries", breaks)
+
+
+async def list_deliveries(platform: Platform, *metadata: tuple[str, str]) -> Any:
+    return await platform.deliveries.ListDeliveries(
+        delivery_service_pb2.ListDeliveriesRequest(),
+        metadata=[*platform.merchant(), *metadata],
+    )
+
+
+async def test_an_unforeseen_error_is_internal_with_a_reference_and_tells_nothing_else(
+    platform: Platform, broken: None, logged: list[Any]
+) -> None:
+    async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
+        await list_deliveries(platform)
+
+    reference = error.metadata["reference"]
+    assert reference in error.message
+    for leak in ("password", "10.0.0.5", "ZeroDivision", "server/", "Traceback"):
+        assert leak not in f"{error}"
+    [broke] = [entry for entry in logged if entry["event"] == "rpc_broke"]
+    assert broke["reference"] == reference
+    assert broke["log_level"] == "error"
+    assert isinstance(broke["exc_info"], ZeroDivisionError)
+    assert broke["method"] == "/postrider.v1.DeliveryService/ListDeliveries"
+
+
+async def test_every_rpc_hides_what_broke_in_it(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
+) -> None:
+    def breaks(*_: Any) -> Any:
+        raise ZeroDivisionError(INTERNAL)
+
+    monkeypatch.setattr("server.auth.principal.Principal.require", breaks)
+    for method in methods():
+        async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
+            await call(platform.channel, method, metadata=platform.operator())
+        assert "password" not in f"{error}", name_of(method)
+
+
+async def test_the_callers_request_id_is_the_reference_if_it_is_well_formed(
+    platform: Platform, broken: None, logged: list[Any]
+) -> None:
+    async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
+        await list_deliveries(platform, ("x-request-id", "trace-0123456789"))
+    assert error.metadata == {"reference": "trace-0123456789"}
+    for malformed in ("short", "x" * 65, "has spaces in it", "dots.and.more"):
+        async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
+            await list_deliveries(platform, ("x-request-id", malformed))
+        assert error.metadata["reference"] != malformed
+        assert len(error.metadata["reference"]) == 16
+
+
+async def test_references_of_calls_at_once_are_their_own(
+    platform: Platform, broken: None, logged: list[Any]
+) -> None:
+    async def reference() -> str:
+        async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
+            await list_deliveries(platform)
+        return error.metadata["reference"]
+
+    assert len(set(await asyncio.gather(*(reference() for _ in range(10))))) == 10
+
+
+async def test_each_call_is_one_line_in_the_log_with_who_and_how_it_ended(
+    platform: Platform, logged: list[Any]
+) -> None:
+    await list_deliveries(platform, ("x-request-id", "trace-0123456789"))
+    async with refused(StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"):
+        await platform.deliveries.ListDeliveries(
+            delivery_service_pb2.ListDeliveriesRequest(), metadata=platform.operator()
+        )
+    async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_INVALID"):
+        await platform.deliveries.ListDeliveries(
+            delivery_service_pb2.ListDeliveriesRequest(), metadata=bearer("x.y.z")
+        )
+    lines = [entry for entry in logged if entry["event"] == "rpc"]
+    assert [(line["code"], line["subject"], line["merchant_id"]) for line in lines] == [
+        ("OK", "tester", "m_1"),
+        ("PERMISSION_DENIED", "tester", None),
+        ("UNAUTHENTICATED", None, None),
+    ]
+    assert lines[0]["request_id"] == "trace-0123456789"
+    assert all(line["duration_ms"] > 0 for line in lines)
+
+
+async def test_a_method_that_does_not_exist_is_unimplemented(platform: Platform) -> None:
+    missing: Any = platform.channel.unary_unary("/postrider.v1.DeliveryService/Nothing")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await missing(b"", metadata=platform.merchant())
+    assert caught.value.code() is StatusCode.UNIMPLEMENTED
+
+
+async def test_bytes_that_are_no_message_are_the_callers_fault(
+    platform: Platform, logged: list[Any]
+) -> None:
+    untyped: Any = platform.channel.unary_unary
+    for method in methods():
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        metadata = bearer(platform.token(*SCOPES, merchant_id="m_1", subject=path))
+        # A token that is new and one that was seen before take different ways.
+        for _ in range(2):
+            async with refused(StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED"):
+                await untyped(path)(b"\xff" * 10, metadata=metadata)
+    lines = [(entry["event"], entry["reason"]) for entry in logged]
+    assert lines == [("rpc", "REQUEST_MALFORMED")] * 2 * len(methods())
+
+
+@pytest.fixture
+def log_stream() -> Iterator[io.BytesIO]:
+    """What production writes, as JSON."""
+    stream = io.BytesIO()
+    before = structlog.get_config()
+    configure_logs(LogSettings(log_format="json"), stream)
+    yield stream
+    structlog.configure(**before)
+
+
+async def test_the_stack_in_the_log_holds_no_secret_token_or_payload(
+    platform: Platform,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    log_stream: io.BytesIO,
+) -> None:
+    def breaks(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    secret = "0123456789abcdef" * 4
+    monkeypatch.setattr("server.webhooks.service.new_secret", lambda _: secret)
+    monkeypatch.setattr("server.webhooks.store.record_change", breaks)
+    async with refused(StatusCode.INTERNAL, "INTERNAL"):
+        await platform.register(receiver.url)
+    monkeypatch.setattr("core.queue.enqueue", breaks)
+    async with refused(StatusCode.INTERNAL, "INTERNAL"):
+        await platform.publish('{"card": "4111111111111111"}')
+
+    written = log_stream.getvalue().decode()
+    assert "ZeroDivisionError" in written
+    assert "webhooks/store.py" in written
+    for leak in (secret, "4111111111111111", platform.merchant()[0][1][:60]):
+        assert leak not in written
+
+
+async def test_the_error_of_a_statement_in_the_log_holds_nothing_it_was_given(
+    platform: Platform, receiver: Receiver, pool: Any, log_stream: io.BytesIO
+) -> None:
+    await pool.execute(
+        "CREATE FUNCTION breaks() RETURNS trigger LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE EXCEPTION 'on purpose'; END $$"
+    )
+    await pool.execute(
+        "CREATE TRIGGER breaks BEFORE INSERT ON webhook_configs"
+        " FOR EACH ROW EXECUTE FUNCTION breaks()"
+    )
+    async with refused(StatusCode.INTERNAL, "INTERNAL"):
+        await platform.register(
+            f"{receiver.url}?token=s3cret", headers={"Authorization": "Bearer s3cret"}
+        )
+    written = log_stream.getvalue().decode()
+    assert "on purpose" in written
+    assert "s3cret" not in written

@@ -1,0 +1,233 @@
+"""TLS on the listener: what it takes, and how its certificates change under live connections."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace as with_parts
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
+from grpc import StatusCode
+from pydantic import ValidationError
+
+from core.errors import ConfigurationError
+from postrider.v1 import webhook_config_service_pb2 as pb
+from postrider.v1 import webhook_config_service_pb2_grpc
+from server.rpc.tls import CertificateFiles
+from server.settings import TlsSettings
+from tests.support.certificates import Authority, Issued
+from tests.support.platform import Platform
+
+AUTHORITY = Authority()
+type Files = tuple[Path, Path]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return tmp_path / "server.pem", tmp_path / "server.key"
+
+
+def replace(files: Files, issued: Issued) -> None:
+    """As a well-behaved rotation does: each file whole, by a rename, one after the other."""
+    contents = (issued.certificate, issued.private_key)
+    for path, content in zip(files, contents, strict=True):
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+
+
+@asynccontextmanager
+async def serving(
+    start_platform: Callable[..., Any], files: Files
+) -> AsyncIterator[tuple[Platform, Issued]]:
+    issued = AUTHORITY.issue(ips=("127.0.0.1",))
+    replace(files, issued)
+    credentials = AUTHORITY.channel_credentials()
+    async with start_platform(
+        tls=TlsSettings(tls_certificate_file=files[0], tls_private_key_file=files[1]),
+        channel_credentials=credentials,
+    ) as platform:
+        yield platform, issued
+
+
+async def presented(address: str) -> bytes:
+    """The certificate a new connection is shown, in PEM."""
+    _, _, port = address.rpartition(":")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    _, writer = await asyncio.open_connection("127.0.0.1", int(port), ssl=context)
+    try:
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    finally:
+        writer.close()
+    return ssl.DER_cert_to_PEM_cert(der).encode()
+
+
+def same(pem: bytes, issued: Issued) -> bool:
+    certificates = (x509.load_pem_x509_certificate(text) for text in (pem, issued.certificate))
+    return len({certificate.serial_number for certificate in certificates}) == 1
+
+
+async def list_types(stub: Any, platform: Platform) -> Any:
+    return await stub.ListEventTypes(pb.ListEventTypesRequest(), metadata=platform.merchant())
+
+
+async def test_calls_go_over_tls_and_plain_text_finds_nobody(
+    start_platform: Callable[..., Any], files: Files
+) -> None:
+    async with serving(start_platform, files) as (platform, _):
+        assert (await list_types(platform.webhooks, platform)).event_types
+        async with grpc.aio.insecure_channel(platform.address) as channel:
+            stub = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.ListEventTypes(pb.ListEventTypesRequest(), timeout=10)
+            assert refused.value.code() is StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [
+        (ssl.TLSVersion.TLSv1, False),
+        (ssl.TLSVersion.TLSv1_1, False),
+        (ssl.TLSVersion.TLSv1_2, True),
+        (ssl.TLSVersion.TLSv1_3, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1")
+async def test_tls_before_1_2_is_refused(
+    start_platform: Callable[..., Any],
+    files: Files,
+    version: ssl.TLSVersion,
+    accepted: bool,
+) -> None:
+    async with serving(start_platform, files) as (platform, _):
+        context = ssl.create_default_context(cadata=AUTHORITY.certificate.decode())
+        # Lets this side speak what nobody should; the refusal has to be the server's.
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        context.minimum_version = context.maximum_version = version
+        context.set_alpn_protocols(["h2"])
+        port = int(platform.address.rpartition(":")[2])
+        connecting = asyncio.open_connection(
+            "127.0.0.1", port, ssl=context, server_hostname="127.0.0.1"
+        )
+        if not accepted:
+            with pytest.raises((ssl.SSLError, ConnectionError)) as refused:
+                await connecting
+            assert "NO_PROTOCOLS_AVAILABLE" not in str(refused.value)
+            return
+        _, writer = await connecting
+        assert writer.get_extra_info("ssl_object").version() == version.name.replace("_", ".")
+        writer.close()
+
+
+async def test_a_new_certificate_counts_from_the_next_connection_and_live_ones_go_on(
+    start_platform: Callable[..., Any],
+    files: Files,
+    logged: list[Any],
+) -> None:
+    async with serving(start_platform, files) as (platform, first):
+        await list_types(platform.webhooks, platform)
+        assert same(await presented(platform.address), first)
+        stream = platform.events.StreamEvents(metadata=platform.producer())
+        await stream.wait_for_connection()
+
+        for _ in range(3):
+            issued = AUTHORITY.issue(ips=("127.0.0.1",))
+            replace(files, issued)
+            assert same(await presented(platform.address), issued)
+            await list_types(platform.webhooks, platform)
+
+        assert not stream.done()
+        await stream.done_writing()
+        assert await stream.code() is StatusCode.OK
+    assert len([entry for entry in logged if entry["event"] == "tls_files_loaded"]) == 3
+
+
+async def test_a_broken_file_keeps_the_old_certificate_and_says_so_once(
+    start_platform: Callable[..., Any],
+    files: Files,
+    logged: list[Any],
+) -> None:
+    certificate, key = files
+    async with serving(start_platform, files) as (platform, first):
+        other = AUTHORITY.issue(ips=("127.0.0.1",))
+        for broken, mend in (
+            (other.certificate, "is not the key of"),
+            (b"nonsense", "must hold certificates in PEM"),
+            (b"", "must hold certificates in PEM"),
+            (None, "cannot be read"),
+        ):
+            logged.clear()
+            certificate.unlink(missing_ok=True)
+            if broken is not None:
+                certificate.write_bytes(broken)
+            for _ in range(3):
+                assert same(await presented(platform.address), first)
+            errors = [entry for entry in logged if entry["event"] == "tls_files_unusable"]
+            assert len(errors) == 1
+            assert mend in errors[0]["error"]
+            assert errors[0]["log_level"] == "error"
+            assert "BEGIN" not in repr(errors)
+        other.write(certificate, key)
+        assert same(await presented(platform.address), other)
+
+
+def locked_key() -> bytes:
+    lock = BestAvailableEncryption(b"hunter2")
+    key = ec.generate_private_key(ec.SECP256R1())
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, lock)
+
+
+GOOD = AUTHORITY.issue()
+UNUSABLE = {
+    "expired": (AUTHORITY.issue(lifetime=timedelta(hours=-1)), "put one there that is valid"),
+    "another key": (with_parts(GOOD, private_key=AUTHORITY.issue().private_key), "not the key of"),
+    "locked key": (with_parts(GOOD, private_key=locked_key()), "without a password"),
+    "no key": (with_parts(GOOD, private_key=GOOD.certificate), "hold a private key"),
+    "no certificate": (with_parts(GOOD, certificate=GOOD.private_key), "certificates in PEM"),
+    "Ed25519": (AUTHORITY.issue(key=Ed25519PrivateKey.generate()), "must be for RSA or EC"),
+}
+
+
+@pytest.mark.parametrize(("issued", "mend"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_unusable_files_are_named_at_the_start(files: Files, issued: Issued, mend: str) -> None:
+    issued.write(*files)
+    with pytest.raises(ConfigurationError, match=mend) as refused:
+        CertificateFiles(*files, None)
+    assert refused.value.message.startswith("WEBHOOK_TLS_")
+    assert "BEGIN" not in refused.value.message
+
+
+def test_authorities_of_clients_are_checked_at_the_start(files: Files, tmp_path: Path) -> None:
+    AUTHORITY.issue().write(*files)
+    (tmp_path / "ca.pem").write_bytes(b"nonsense")
+    with pytest.raises(ConfigurationError, match="WEBHOOK_TLS_CLIENT_CA_FILE"):
+        CertificateFiles(*files, tmp_path / "ca.pem")
+
+
+def test_settings_that_belong_together_are_set_together(tmp_path: Path) -> None:
+    path = tmp_path / "x.pem"
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"tls_certificate_file": path}, "set both"),
+        ({"tls_private_key_file": path}, "set both"),
+        ({"tls_client_ca_file": path}, "needs WEBHOOK_TLS_CERTIFICATE_FILE"),
+        ({"mtls_listen_address": "[::]:1"}, "needs WEBHOOK_TLS_CLIENT_CA_FILE"),
+        ({"certificate_scopes": "a=events:publish"}, "needs WEBHOOK_TLS_CLIENT_CA_FILE"),
+    )
+    for settings, mend in wrong:
+        with pytest.raises(ValidationError, match=mend):
+            TlsSettings(**settings)

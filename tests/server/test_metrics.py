@@ -1,0 +1,113 @@
+"""What a server counts of its calls, read through its listener."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from core.errors import ConfigurationError
+from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
+from tests.support import rpcs
+from tests.support.scrape import scrape
+
+ANYWHERE = "127.0.0.1:0"
+
+
+@pytest.fixture
+async def measured(start_platform: Callable[..., Any], logged: list[Any]) -> AsyncIterator[Any]:
+    """A server, and what asks for its figures."""
+    async with start_platform(server_metrics_address=ANYWHERE) as platform:
+        [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
+        yield platform, lambda: scrape(port)
+
+
+async def test_calls_are_counted_by_method_and_code_whoever_makes_them(measured: Any) -> None:
+    platform, look = measured
+    await platform.publish()
+    await platform.publish()
+    await refused(platform.channel, "/postrider.v1.EventService/PublishEvent", "UNAUTHENTICATED")
+    for invented in ("/postrider.v1.EventService/Invented", "/a/b", "/x.Y/" + "z" * 500):
+        await refused(platform.channel, invented, "UNAUTHENTICATED")
+        await refused(platform.channel, invented, "UNIMPLEMENTED", platform.producer())
+    health: Any = health_pb2_grpc.HealthStub(platform.channel)
+    await health.Check(health_pb2.HealthCheckRequest())
+    with pytest.raises(grpc.aio.AioRpcError):
+        await health.Check(health_pb2.HealthCheckRequest(service="unheard-of"))
+
+    said = await look()
+
+    calls = "postrider_rpcs_total"
+    publish = "EventService/PublishEvent"
+    assert said.sum(calls, method=publish, code="OK") == 2
+    assert said.sum(calls, method=publish, code="UNAUTHENTICATED") == 1
+    assert said.sum(calls, method="unknown", code="UNAUTHENTICATED") == 3
+    assert said.sum(calls, method="unknown", code="UNIMPLEMENTED") == 3
+    assert said.sum(calls, method="Health/Check", code="OK") == 1
+    assert said.sum(calls, method="Health/Check", code="NOT_FOUND") == 1
+    assert said.sum("postrider_rpc_duration_seconds_count", method=publish) == 3
+    assert said.values("postrider_rpc_duration_seconds_count", method="unknown") == []
+    # One for each method that is served, three of health and one of reflection among them, and one
+    # for all others.
+    methods = {sample.labels["method"] for sample in said.families["postrider_rpcs"].samples}
+    assert len(methods) == len(rpcs.methods()) + 4 + 1
+
+
+async def test_events_are_counted_by_what_became_of_them(measured: Any) -> None:
+    platform, look = measured
+
+    def event(key: str, payload: str = "{}", kind: str = "payment.succeeded") -> Any:
+        return event_pb2.EventInput(
+            merchant_id="m_1", type=kind, payload_text=payload, idempotency_key=key
+        )
+
+    for events in (
+        [event("a"), event("b"), event("c", kind="never.registered")],
+        [event("a"), event("b", payload='{"other": 1}'), event("d")],
+    ):
+        await platform.events.PublishEvents(
+            event_service_pb2.PublishEventsRequest(events=events), metadata=platform.producer()
+        )
+    said = await look()
+
+    results = {
+        result: said.sum("postrider_events_total", result=result)
+        for result in ("accepted", "duplicate", "rejected")
+    }
+    assert results == {"accepted": 3, "duplicate": 1, "rejected": 2}
+    assert said.sum("postrider_commit_duration_seconds_count") == 2
+    assert said.sum("postrider_commit_events_sum") == 2 + 3
+    assert said.values("postrider_jwks_age_seconds") == []
+
+
+async def test_watchers_are_counted_as_long_as_they_watch(measured: Any) -> None:
+    platform, look = measured
+    watching = platform.deliveries.WatchDeliveries(
+        delivery_service_pb2.WatchDeliveriesRequest(), metadata=platform.merchant()
+    )
+    await watching.read()
+    assert (await look()).sum("postrider_watchers") == 1
+
+    watching.cancel()
+    while (said := await look()).sum("postrider_watchers"):
+        pass
+    watch = "DeliveryService/WatchDeliveries"
+    assert said.sum("postrider_rpcs_total", method=watch, code="CANCELLED") == 1
+    assert said.values("postrider_rpc_duration_seconds_count", method=watch) == []
+
+
+async def test_a_taken_address_is_an_error_when_it_was_set(
+    measured: Any, start_platform: Callable[..., Any], logged: list[Any]
+) -> None:
+    [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
+    with pytest.raises(ConfigurationError, match="WEBHOOK_SERVER_METRICS_ADDRESS"):
+        async with start_platform(server_metrics_address=f"127.0.0.1:{port}"):
+            pass
+
+
+async def refused(channel: grpc.aio.Channel, path: str, code: str, metadata: Any = None) -> None:
+    call: Any = channel.unary_unary(path)
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call(b"", metadata=metadata)
+    assert failed.value.code().name == code

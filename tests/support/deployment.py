@@ -1,0 +1,39 @@
+"""What the files of deploy/ say, for the tests that hold them to the service."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cli.settings import all_fields
+from core.settings import variable
+from tests.support.paths import ROOT
+
+DEPLOY = ROOT / "deploy"
+#: Every setting there is, by its variable, and its default.
+SETTINGS = {variable(name): field.default for name, field in all_fields()}
+
+
+def documents(path: Path) -> list[Any]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def unknown(environment: Mapping[str, object]) -> list[str]:
+    """Variables that a process would refuse to start with."""
+    return [name for name in environment if name.startswith("WEBHOOK_") and name not in SETTINGS]
+
+
+def port_of(name: str) -> int:
+    """The port that a listening address has by default."""
+    return int(str(SETTINGS[name]).rpartition(":")[2])
+
+
+def drain_seconds(environment: Mapping[str, object], process: str) -> float:
+    """How long a process may take after SIGTERM at most.
+
+    An engine waits for its attempts, then as long again for a database that is away.
+    """
+    name = f"WEBHOOK_{process.upper()}_DRAIN_SECONDS"
+    seconds = float(str(environment.get(name, SETTINGS[name])))
+    return 2 * seconds if process == "delivery" else seconds

@@ -1,0 +1,64 @@
+"""A PostgreSQL of a test module's own, for the tests that take it away."""
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from cli.dev.postgres import EmbeddedPostgres, embedded_postgres
+
+
+class OwnPostgres:
+    """A PostgreSQL that a test may stop, start, kill and freeze."""
+
+    def __init__(self, data_dir: Path, options: Mapping[str, str] = {}):
+        self.data_dir = data_dir
+        self._options = options
+        self._running = ExitStack()
+        self.server: EmbeddedPostgres | None = None
+
+    def start(self) -> str:
+        self.server = self._running.enter_context(
+            embedded_postgres(self.data_dir, options=self._options, announce=lambda _: None)
+        )
+        return self.server.url()
+
+    def stop(self) -> None:
+        self._running.close()
+
+    def crash(self) -> None:
+        """An immediate shutdown: nothing is written out, and the next start recovers."""
+        assert self.server is not None
+        self.server.process.send_signal(signal.SIGQUIT)
+        self.server.process.wait()
+        self.stop()
+
+    def kill(self) -> None:
+        """kill -9 of all its processes, as when the machine loses its power."""
+        assert self.server is not None
+        for pid in self._stopped():
+            os.kill(pid, signal.SIGKILL)
+        self.server.process.wait()
+        self.stop()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Alive for the kernel, and silent: as behind a network that drops packets."""
+        pids = self._stopped()
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _stopped(self) -> list[int]:
+        """All its processes, none of which does anything any more; the first starts no others."""
+        assert self.server is not None
+        main = self.server.process.pid
+        os.kill(main, signal.SIGSTOP)
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        for pid in map(int, children):
+            os.kill(pid, signal.SIGSTOP)
+        return [main, *map(int, children)]

@@ -1,0 +1,217 @@
+"""A running Postrider for tests: server and engine wired as `cli` wires them, and typed stubs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+from pydantic import SecretStr
+
+from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.process.delivery import DeliverSettings, deliver
+from cli.process.server import ServeSettings, serve
+from core.settings import (
+    DatabaseSettings,
+    EgressSettings,
+    EncryptionSettings,
+    LogSettings,
+    TraceSettings,
+)
+from delivery.settings import DeliverySettings
+from postrider.v1 import (
+    admin_service_pb2_grpc,
+    delivery_service_pb2_grpc,
+    event_pb2,
+    event_service_pb2,
+    event_service_pb2_grpc,
+    webhook_config_pb2,
+    webhook_config_service_pb2,
+    webhook_config_service_pb2_grpc,
+)
+from server.settings import AuthSettings, ServerSettings, TlsSettings
+
+ISSUER = "https://issuer.test"
+#: 32 bytes, 0 to 31; the same as the `keyring` fixture holds.
+ENCRYPTION_KEYS = "k1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+
+type Metadata = list[tuple[str, str]]
+
+
+@dataclass
+class Platform:
+    """One server, its stubs, and tokens for whoever a test wants to be."""
+
+    address: str
+    key: DevelopmentKey
+    settings: ServeSettings
+    channel: grpc.aio.Channel
+    tokens: dict[tuple[object, ...], str] = field(default_factory=dict)
+    #: Set, it stops the server as a SIGTERM does.
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.webhooks = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(self.channel)
+        self.events = event_service_pb2_grpc.EventServiceStub(self.channel)
+        self.deliveries = delivery_service_pb2_grpc.DeliveryServiceStub(self.channel)
+        self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
+
+    def token(self, *scopes: str, merchant_id: str | None = None, **claims: Any) -> str:
+        key = (scopes, merchant_id, *claims.items())
+        if key not in self.tokens:
+            self.tokens[key] = mint_token(
+                self.key.private_key_file,
+                issuer=claims.get("issuer", ISSUER),
+                audience=claims.get("audience", "postrider"),
+                subject=claims.get("subject", "tester"),
+                scopes=scopes,
+                merchant_id=merchant_id,
+                lifetime=timedelta(minutes=10),
+            )
+        return self.tokens[key]
+
+    def merchant(self, merchant_id: str = "m_1") -> Metadata:
+        """Metadata of a merchant's gateway."""
+        return bearer(self.token("webhooks:manage", merchant_id=merchant_id))
+
+    def producer(self) -> Metadata:
+        """Metadata of a platform service that publishes for every merchant."""
+        return bearer(self.token("events:publish"))
+
+    def operator(self) -> Metadata:
+        """Metadata of an operator."""
+        return bearer(self.token("webhooks:admin"))
+
+    async def register(
+        self,
+        url: str,
+        merchant_id: str = "m_1",
+        events: tuple[str, ...] = ("payment.succeeded",),
+        **fields: Any,
+    ) -> webhook_config_service_pb2.CreateWebhookConfigResponse:
+        """Create a webhook config."""
+        config = webhook_config_pb2.WebhookConfig(url=url, events=events, **fields)
+        return await self.webhooks.CreateWebhookConfig(
+            webhook_config_service_pb2.CreateWebhookConfigRequest(webhook_config=config),
+            metadata=self.merchant(merchant_id),
+        )
+
+    async def publish(
+        self, payload: str = "{}", merchant_id: str = "m_1", **fields: Any
+    ) -> event_service_pb2.PublishEventResponse:
+        """Publish one event."""
+        fields.setdefault("type", "payment.succeeded")
+        event = event_pb2.EventInput(merchant_id=merchant_id, payload_text=payload, **fields)
+        return await self.events.PublishEvent(
+            event_service_pb2.PublishEventRequest(event=event), metadata=self.producer()
+        )
+
+    @asynccontextmanager
+    async def engine(
+        self, *, retention: Any = None, **delivery_settings: Any
+    ) -> AsyncIterator[None]:
+        """A delivery engine beside the server, drained at the end; `retention` are its settings."""
+        settings = DeliverSettings(
+            database=self.settings.database,
+            encryption=self.settings.encryption,
+            egress=self.settings.egress,
+            delivery=DeliverySettings(**{"delivery_metrics_address": None, **delivery_settings}),
+            logs=self.settings.logs,
+            traces=self.settings.traces,
+            retention=retention,
+        )
+        stop, ready = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(deliver(settings, stop, ready.set))
+        try:
+            await _until_ready(ready, task)
+            yield
+        finally:
+            stop.set()
+            await task
+
+
+def bearer(token: str) -> Metadata:
+    return [("authorization", f"Bearer {token}")]
+
+
+def serve_settings(
+    database_url: str,
+    ca_file: Path,
+    key: DevelopmentKey,
+    *,
+    tls: TlsSettings | None = None,
+    egress: EgressSettings | None = None,
+    logs: LogSettings | None = None,
+    traces: TraceSettings | None = None,
+    **server_settings: Any,
+) -> ServeSettings:
+    """Of a server on a free port; receivers on loopback are allowed, on any port, by default."""
+    return ServeSettings(
+        database=DatabaseSettings(database_url=SecretStr(database_url)),
+        encryption=EncryptionSettings(encryption_keys=SecretStr(ENCRYPTION_KEYS)),
+        egress=egress
+        or EgressSettings(allowed_cidrs="127.0.0.0/8", allowed_ports="1-65535", ca_file=ca_file),
+        server=ServerSettings(
+            **{
+                "listen_address": "127.0.0.1:0",
+                "admin_address": None,
+                "server_metrics_address": None,
+                **server_settings,
+            }
+        ),
+        auth=AuthSettings(jwt_issuer=ISSUER, jwt_public_key_file=key.public_key_file),
+        logs=logs or LogSettings(),
+        traces=traces or TraceSettings(),
+        tls=tls,
+    )
+
+
+@asynccontextmanager
+async def running_platform(
+    database_url: str,
+    ca_file: Path,
+    directory: Path,
+    *,
+    tls: TlsSettings | None = None,
+    channel_credentials: grpc.ChannelCredentials | None = None,
+    egress: EgressSettings | None = None,
+    **server_settings: Any,
+) -> AsyncIterator[Platform]:
+    """A server with such settings, as long as the context lasts.
+
+    With `tls` the platform's own channel needs credentials.
+    """
+    key = ensure_development_key(directory / "keys")
+    settings = serve_settings(database_url, ca_file, key, tls=tls, egress=egress, **server_settings)
+    stop, ready = asyncio.Event(), asyncio.Event()
+    ports: list[int] = []
+
+    def on_ready(port: int) -> None:
+        ports.append(port)
+        ready.set()
+
+    task = asyncio.create_task(serve(settings, stop, on_ready))
+    try:
+        await _until_ready(ready, task)
+        address = f"127.0.0.1:{ports[0]}"
+        channel = (
+            grpc.aio.insecure_channel(address)
+            if channel_credentials is None
+            else grpc.aio.secure_channel(address, channel_credentials)
+        )
+        async with channel:
+            yield Platform(address, key, settings, channel, stop=stop)
+    finally:
+        stop.set()
+        await task
+
+
+async def _until_ready(ready: asyncio.Event, task: asyncio.Task[None]) -> None:
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
