@@ -74,7 +74,7 @@ async def drained(
             _send(engines, signal.SIGSTOP)
             await prefill(connection, count, merchants, skewed=skewed)
             await connection.execute("VACUUM ANALYZE delivery_queue")
-            await queue.hint(connection)
+            await queue.notify(connection)
             before = sum(map(cpu_seconds, engines)), cpu_seconds_of_postgres(postmaster)
             began = asyncio.get_running_loop().time()
             _send(engines, signal.SIGCONT)
@@ -104,7 +104,7 @@ async def trickled(stack: Stack, count: int, merchants: int) -> dict[str, float]
             began = asyncio.get_running_loop().time()
             for _ in range(count // _TRICKLE):
                 await prefill(connection, _TRICKLE, merchants, skewed=True)
-                await queue.hint(connection)
+                await queue.notify(connection)
                 while not await connection.fetchval(_FEW_OPEN, 2 * _TRICKLE):
                     await asyncio.sleep(_LOOK_SECONDS / 5)
             while await connection.fetchval(_OPEN):

@@ -20,7 +20,7 @@ _TIMELY, _TIMELY_MOST = 0.001, 0.01
 _AS_MUCH_AGAIN = 500
 
 
-class Restraint:
+class AimdLevel:
     """A level from `least`, where it begins and nobody is stopped altogether, up to `most`."""
 
     def __init__(self, least: float, most: float):
@@ -29,7 +29,7 @@ class Restraint:
         self.level = least
         self._timely = 0
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """What was felt is long ago."""
         self.level = self._least
         self._timely = 0
@@ -54,11 +54,11 @@ _LINGER_SECONDS = 0.25
 _STALE_SECONDS = 2.0
 
 
-class LoopDelay:
+class LoopLag:
     """Tells a restraint of every timer how late it came."""
 
-    def __init__(self, restraint: Restraint):
-        self._restraint = restraint
+    def __init__(self, level: AimdLevel):
+        self._restraint = level
         self._wanted_until = 0.0
         self._due = 0.0
         self.is_timing = False
@@ -68,7 +68,7 @@ class LoopDelay:
         self._wanted_until = monotonic() + _LINGER_SECONDS
         if not self.is_timing:
             if monotonic() > self._due + _STALE_SECONDS:
-                self._restraint.begin_anew()
+                self._restraint.reset()
             self._wait()
 
     def _wait(self) -> None:

@@ -28,7 +28,7 @@ class Claim:
     deliveries: Sequence[LeasedDelivery]
 
 
-class Unanswered:
+class UnansweredClaims:
     """Claims whose answer never came: a database that was frozen carries them out all the same."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Unanswered:
 
 
 async def claim(
-    pool: Pool, limit: int, lease_seconds: float, took: Histogram, unanswered: Unanswered
+    pool: Pool, limit: int, lease_seconds: float, took: Histogram, unanswered: UnansweredClaims
 ) -> Claim:
     """Claim up to `limit` deliveries; put those that may not be sent now where they belong.
 

@@ -68,7 +68,7 @@ class Reading:
     retention_completed_at: datetime | None = None
 
 
-class Census:
+class DatabaseStats:
     """Reads on a connection of the engine's pool."""
 
     def __init__(self, pool: Pool, clock: Callable[[], float] = monotonic):

@@ -17,7 +17,7 @@ def asked_seconds(result: AttemptResult, settings: DeliverySettings) -> float:
     return min(wish, settings.retry_after_max_seconds) if wish > 0 else 0.0
 
 
-def judge(
+def decide(
     delivery: LeasedDelivery,
     webhook: Webhook,
     settings: DeliverySettings,

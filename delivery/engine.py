@@ -24,18 +24,18 @@ from core.queue import Chain, LeasedDelivery, Settled, Settlement
 from core.tasks import end, end_by
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
-from delivery.claim import Unanswered, claim
-from delivery.decide import asked_seconds, judge
+from delivery.claim import UnansweredClaims, claim
+from delivery.decide import asked_seconds, decide
 from delivery.fairness.admission import Admission
 from delivery.fairness.breaker import Breaker
 from delivery.fairness.capacity import Capacity
-from delivery.fairness.concurrency import Places, Room
+from delivery.fairness.concurrency import ConcurrencyLimiter, InFlightBudget
 from delivery.fairness.rate_limit import RateLimits
 from delivery.http.connector import Dialler
 from delivery.http.outcome import receiver_works
 from delivery.listen import Listener
 from delivery.maintain import keep_clean, promote_stranded, reclaim
-from delivery.metrics import EngineMeasures
+from delivery.metrics import EngineMetrics
 from delivery.record import Recorder
 from delivery.report import AttemptReports
 from delivery.send import send
@@ -64,7 +64,7 @@ class Engine:
         keyring: KeyRing,
         url_policy: UrlPolicy,
         *,
-        measures: EngineMeasures,
+        metrics: EngineMetrics,
         reports: AttemptReports,
     ):
         self._settings = settings
@@ -73,18 +73,20 @@ class Engine:
         self._dialler = dialler
         self._webhooks = WebhookCache(pool, keyring, url_policy)
         self._listener = Listener(pool, settings.poll_seconds)
-        self._measures = measures
-        measures.in_flight_limit = settings.max_in_flight
-        self._recorder = Recorder(pool, settings, measures, self._on_settled)
-        self._places = Places(settings.max_in_flight, settings.max_in_flight_per_webhook)
+        self._metrics = metrics
+        metrics.in_flight_limit = settings.max_in_flight
+        self._recorder = Recorder(pool, settings, metrics, self._on_settled)
+        self._slots = ConcurrencyLimiter(settings.max_in_flight, settings.max_in_flight_per_webhook)
         self._capacity = Capacity(
-            self._webhooks, self._places, RateLimits(pool, self._listener.expect_retry)
+            self._webhooks, self._slots, RateLimits(pool, self._listener.expect_retry)
         )
         self._breaker = Breaker(settings.breaker_failures, settings.breaker_failing_seconds)
         self._admission = Admission(pool)
-        self._unanswered = Unanswered()
+        self._unanswered = UnansweredClaims()
         self._stopping = asyncio.Event()
-        self._room = Room(settings.max_in_flight, self._places.reserve, settings.claim_batch)
+        self._budget = InFlightBudget(
+            settings.max_in_flight, self._slots.reserve, settings.claim_batch
+        )
         self._attempts: dict[asyncio.Task[None], LeasedDelivery] = {}
         # The last claim brought as many as it asked for; or we stop.
         self._more_due = asyncio.Event()
@@ -93,7 +95,7 @@ class Engine:
     def stop(self) -> None:
         """Claim nothing more; run() returns when what is in flight is settled or released."""
         self._stopping.set()
-        self._room.close()
+        self._budget.close()
         self._more_due.set()
         self._listener.wake()
 
@@ -149,25 +151,25 @@ class Engine:
 
     async def _claim(self) -> bool:
         """Claim what there is room for, and begin it; whether that was all that is due."""
-        limit = await self._room.wait()
+        limit = await self._budget.wait()
         if limit <= 0 or self._stopping.is_set():
             return False
         try:
             # Until its attempts have begun, or the other claim would ask for the same room.
-            with self._room.asking_for(limit):
+            with self._budget.asking_for(limit):
                 claimed = await claim(
                     self._pool,
                     limit,
                     self._settings.lease_seconds,
-                    self._measures.claim,
+                    self._metrics.claim,
                     self._unanswered,
                 )
-                self._measures.database_reached()
+                self._metrics.database_reached()
                 excess = await self._dispatch(claimed.deliveries)
             if excess:
                 await queue.park_leased(self._pool, excess)
-            if claimed.taken == limit and (crowds := _crowds(excess, limit)):
-                await queue.park_due(self._pool, crowds)
+            if claimed.taken == limit and (bursts := _bursts(excess, limit)):
+                await queue.park_due(self._pool, bursts)
         except RETRYABLE_ERRORS as error:
             log.warning("claim_retried", error=repr(error))
             await asyncio.sleep(_DATABASE_RETRY_SECONDS)
@@ -181,7 +183,7 @@ class Engine:
 
     async def _refill(self) -> bool:
         """Let parked deliveries in as there is room; whether there were any."""
-        self._places.survey()
+        self._slots.survey()
         try:
             admitted = await self._admission.refill(
                 self._capacity.wanted_now, busy=self._more_due.is_set()
@@ -215,8 +217,8 @@ class Engine:
         return excess
 
     def _begin(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
-        self._room.attempt_began()
-        self._measures.in_flight += 1
+        self._budget.attempt_began()
+        self._metrics.in_flight += 1
         task = asyncio.create_task(self._attempt(delivery, webhook, claimed_at))
         self._attempts[task] = delivery
         task.add_done_callback(self._on_attempt_done)
@@ -235,13 +237,13 @@ class Engine:
                 Outcome.INTERNAL_ERROR, None, "Postrider could not make the request"
             )
         finally:
-            if rest := self._places.end(webhook.id, works):
+            if rest := self._slots.end(webhook.id, works):
                 self._listener.expect_retry(rest)
-        settlement = judge(delivery, webhook, self._settings, started_at, result)
+        settlement = decide(delivery, webhook, self._settings, started_at, result)
         report.end(settlement, webhook.destination)
-        self._measures.attempt_ended(delivery, settlement)
+        self._metrics.attempt_ended(delivery, settlement)
         asked = asked_seconds(result, self._settings)
-        self._recorder.put(settlement, self._breaker.judge(delivery, works, asked))
+        self._recorder.put(settlement, self._breaker.decide(delivery, works, asked))
 
     async def _request(
         self,
@@ -266,30 +268,30 @@ class Engine:
 
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
         delivery = self._attempts.pop(task)
-        self._measures.in_flight -= 1
-        self._room.attempt_ended()
+        self._metrics.in_flight -= 1
+        self._budget.attempt_ended()
         if not task.cancelled() and (error := task.exception()):
             # A bug, and no result to record: the lease will end, and the delivery be tried again.
             log.error("attempt_lost", delivery_id=format_id("dlv", delivery.id), exc_info=error)
-            self._room.settled(1)
+            self._budget.settled(1)
 
     def _on_settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
-        self._room.settled(len(batch))
+        self._budget.settled(len(batch))
         for settlement in batch:
             if settlement.delivery_id not in settled.delivery_ids:
                 # Another engine has it, or its config was deleted: it is theirs to record.
-                self._measures.leases_lost += 1
+                self._metrics.leases_lost += 1
                 log.warning("lease_lost", delivery_id=format_id("dlv", settlement.delivery_id))
                 continue
             if settlement.delivery_id in settled.outdated:
                 log.info("attempt_outdated", delivery_id=format_id("dlv", settlement.delivery_id))
                 self._listener.wake()
                 continue
-            self._measures.settled(settlement)
+            self._metrics.settled(settlement)
             if settlement.final_state is None:
                 self._listener.expect_retry(settlement.retry_after_seconds)
         for webhook_id, reason in settled.deactivated.items():
-            self._measures.deactivations[reason] += 1
+            self._metrics.deactivations[reason] += 1
             log.warning(
                 "webhook_deactivated", webhook_id=format_id("wh", webhook_id), reason=reason.value
             )
@@ -306,16 +308,16 @@ class Engine:
                 released = await self._unanswered.give_back(self._pool)
                 reclaimed = await reclaim(self._pool)
                 promoted, looked_at = await promote_stranded(self._pool, looked_at)
-                self._places.survey()
+                self._slots.survey()
                 admitted = await self._admission.sweep(self._capacity.wanted)
             except RETRYABLE_ERRORS as error:
                 log.warning("sweep_retried", error=repr(error))
             else:
-                self._measures.database_reached()
+                self._metrics.database_reached()
                 if released:
                     log.warning("unanswered_claims_released", deliveries=released)
                 if reclaimed:
-                    self._measures.leases_reclaimed += reclaimed
+                    self._metrics.leases_reclaimed += reclaimed
                     log.warning("leases_reclaimed", deliveries=reclaimed)
                 if admitted:
                     self._expect_refill()
@@ -360,7 +362,7 @@ class Engine:
             log.error("results_left_to_leases", deliveries=self._recorder.pending)
 
 
-def _crowds(excess: Sequence[LeasedDelivery], limit: int) -> list[UUID]:
+def _bursts(excess: Sequence[LeasedDelivery], limit: int) -> list[UUID]:
     """The configs for which at least half of a claim for so many was in vain.
 
     Their fan-out has parked what exceeds their room, but not what is due by its `not_before`.

@@ -14,7 +14,7 @@ _ATTEMPTS = (1, 2, 3, 4, 6, 11, 21)
 _MICRO = 1e-6
 
 
-class EngineMeasures:
+class EngineMetrics:
     """Counts since the process began; nothing here is read by the engine itself."""
 
     def __init__(self, merchants: int, clock: Callable[[], float] = monotonic):

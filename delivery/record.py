@@ -18,7 +18,7 @@ from core import queue
 from core.ids import format_id
 from core.postgres.pool import RETRYABLE_ERRORS, Pool, met_new_part
 from core.queue import BreakerChange, Settled, Settlement
-from delivery.metrics import EngineMeasures
+from delivery.metrics import EngineMetrics
 from delivery.settings import DeliverySettings
 
 #: Settlements in one statement; more wait for the next one.
@@ -35,12 +35,12 @@ class Recorder:
         self,
         pool: Pool,
         settings: DeliverySettings,
-        measures: EngineMeasures,
+        metrics: EngineMetrics,
         on_settled: Callable[[Sequence[Settlement], Settled], None],
     ):
         self._pool = pool
         self._settings = settings
-        self._measures = measures
+        self._metrics = metrics
         self._on_settled = on_settled
         self._pending: list[Settlement] = []
         # A settle met somebody's lock: look for what is held before each, until nothing is.
@@ -92,7 +92,7 @@ class Recorder:
                         connection, free, self._settings.max_consecutive_failures
                     )
                 # With its commit, which is the dear part.
-                self._measures.settle.observe(perf_counter() - began)
+                self._metrics.settle.observe(perf_counter() - began)
                 self._wary = bool(held)
                 await self._postpone([s for s in batch if s.delivery_id in held], not free)
                 return [(free, settled)]
@@ -185,7 +185,7 @@ class Recorder:
             self._settings.breaker_cooldown_seconds,
             self._settings.breaker_cooldown_max_seconds,
         )
-        self._measures.breakers_opened += len(opened)
+        self._metrics.breakers_opened += len(opened)
         for change in changes:
             if change.webhook_id in opened:
                 log.warning(
@@ -201,7 +201,7 @@ class Recorder:
     ) -> None:
         if webhook_ids:
             closed = await queue.close_breakers(connection, webhook_ids)
-            self._measures.breakers_closed += len(closed)
+            self._metrics.breakers_closed += len(closed)
             for webhook_id in closed:
                 log.info("breaker_closed", webhook_id=format_id("wh", webhook_id))
 

@@ -26,7 +26,7 @@ from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import TokenVerifier
 from server.deliveries.service import DeliveryService
 from server.events.service import EventService
-from server.rpc.audit_refusals import Refusals
+from server.rpc.audit_refusals import RefusalAudit
 from server.rpc.authenticate import Authentication
 from server.rpc.dispatch import Calls
 from server.rpc.report import RpcReports
@@ -92,7 +92,7 @@ class App:
         verifier: TokenVerifier,
         *,
         tls: TlsSettings | None,
-        refusals: Refusals,
+        refusals: RefusalAudit,
         reports: RpcReports,
         webhook_configs: WebhookConfigService,
         events: EventService,

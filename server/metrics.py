@@ -21,7 +21,7 @@ class MethodMeasures:
         self.duration = None if is_stream else Histogram(SHORT)
 
 
-class ServerMeasures:
+class ServerMetrics:
     """Counts since the process began; `methods` are the paths there are, and which are streams."""
 
     def __init__(self, methods: Mapping[str, bool]):
@@ -31,7 +31,7 @@ class ServerMeasures:
         self._unknown = MethodMeasures(is_stream=True)
         #: As Service/Method.
         self.methods = {
-            path.rpartition(".")[2]: measures for path, measures in self._methods.items()
+            path.rpartition(".")[2]: metrics for path, metrics in self._methods.items()
         } | {UNKNOWN: self._unknown}
         self.events_accepted = 0
         self.events_duplicate = 0

@@ -30,11 +30,11 @@ def server() -> None:
     WEBHOOK_JWT_JWKS_URL or WEBHOOK_JWT_PUBLIC_KEY_FILE. Any number may run on one database. After
     SIGTERM, health says NOT_SERVING and running calls finish.
     """
-    from cli.process.server import ServeSettings, serve
+    from cli.process.server import ServerProcessSettings, serve
     from cli.process.signals import stop_on_signals
 
     configure_logs(load(LogSettings))
-    settings = ServeSettings(
+    settings = ServerProcessSettings(
         database=load(DatabaseSettings),
         encryption=load(EncryptionSettings),
         egress=load(EgressSettings),
@@ -71,13 +71,13 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     """
     from cli.metrics.http import Place
     from cli.metrics.supervisor import telling
-    from cli.process.delivery import DeliverSettings, deliver
+    from cli.process.delivery import EngineProcessSettings, deliver
     from cli.process.signals import stop_on_signals
     from cli.process.supervisor import supervise
     from cli.process.supervisor_pipe import EngineEnd
 
     configure_logs(load(LogSettings))
-    settings = DeliverSettings(
+    settings = EngineProcessSettings(
         database=load(DatabaseSettings),
         encryption=load(EncryptionSettings),
         egress=load(EgressSettings),

@@ -17,8 +17,8 @@ from pydantic import SecretStr
 from cli.dev.postgres import default_data_dir, embedded_postgres
 from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
 from cli.ops.migrate import migrate
-from cli.process.delivery import DeliverSettings, deliver
-from cli.process.server import ServeSettings, serve
+from cli.process.delivery import EngineProcessSettings, deliver
+from cli.process.server import ServerProcessSettings, serve
 from cli.settings import LocalSettings, is_set, load
 from core.encryption import new_key
 from core.errors import ConfigurationError
@@ -111,14 +111,14 @@ async def running_platform(
     listening: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     serving = asyncio.create_task(
         serve(
-            ServeSettings(database, encryption, egress, server, auth, logs, traces),
+            ServerProcessSettings(database, encryption, egress, server, auth, logs, traces),
             stop_serving,
             listening.set_result,
         )
     )
     delivering = asyncio.create_task(
         deliver(
-            DeliverSettings(database, encryption, egress, delivery, logs, traces, retention),
+            EngineProcessSettings(database, encryption, egress, delivery, logs, traces, retention),
             stop_delivering,
         )
     )

@@ -7,59 +7,59 @@ from prometheus_client.metrics_core import Metric
 from cli.metrics import families
 from cli.metrics.process import pool_metrics, process_metrics
 from core.postgres.pool import Pool
-from delivery.database_stats import Census, Reading
-from delivery.metrics import EngineMeasures
+from delivery.database_stats import DatabaseStats, Reading
+from delivery.metrics import EngineMetrics
 
 
-class EngineMetrics:
+class EngineCollector:
     """Of the one engine of this process."""
 
-    def __init__(self, measures: EngineMeasures, pool: Pool, census: Census):
-        self._measures = measures
+    def __init__(self, metrics: EngineMetrics, pool: Pool, census: DatabaseStats):
+        self._metrics = metrics
         self._pool = pool
         self._census = census
 
     async def scrape(self) -> Sequence[Metric]:
         reading = await self._census.reading()
         return [
-            *_engine(self._measures),
+            *_engine(self._metrics),
             *_database(reading),
             *pool_metrics(self._pool, database_up=reading.database_up),
             *process_metrics(),
         ]
 
     async def is_ready(self) -> bool:
-        return self._measures.is_ready
+        return self._metrics.is_ready
 
 
-def _engine(measures: EngineMeasures) -> Iterable[Metric]:
-    yield families.ATTEMPTS.of({(o.value,): count for o, count in measures.attempts.items()})
-    yield families.DELIVERIES.of({(s.value,): count for s, count in measures.deliveries.items()})
-    yield families.DELIVERY_ATTEMPTS.one(measures.delivery_attempts)
+def _engine(metrics: EngineMetrics) -> Iterable[Metric]:
+    yield families.ATTEMPTS.of({(o.value,): count for o, count in metrics.attempts.items()})
+    yield families.DELIVERIES.of({(s.value,): count for s, count in metrics.deliveries.items()})
+    yield families.DELIVERY_ATTEMPTS.one(metrics.delivery_attempts)
     yield families.ATTEMPT_DURATION.of(
         {
-            ("dns",): measures.dns,
-            ("connect",): measures.connect,
-            ("first_byte",): measures.first_byte,
-            ("whole",): measures.whole,
+            ("dns",): metrics.dns,
+            ("connect",): metrics.connect,
+            ("first_byte",): metrics.first_byte,
+            ("whole",): metrics.whole,
         }
     )
-    yield families.PUBLISH_TO_FIRST_ATTEMPT.one(measures.publish_to_first_attempt)
-    yield families.PUBLISH_TO_DELIVERED.one(measures.publish_to_delivered)
-    yield families.DEACTIVATIONS.of({(r.value,): n for r, n in measures.deactivations.items()})
+    yield families.PUBLISH_TO_FIRST_ATTEMPT.one(metrics.publish_to_first_attempt)
+    yield families.PUBLISH_TO_DELIVERED.one(metrics.publish_to_delivered)
+    yield families.DEACTIVATIONS.of({(r.value,): n for r, n in metrics.deactivations.items()})
     yield families.BREAKER_CHANGES.of(
-        {("open",): measures.breakers_opened, ("closed",): measures.breakers_closed}
+        {("open",): metrics.breakers_opened, ("closed",): metrics.breakers_closed}
     )
-    yield families.LEASES_RECLAIMED.one(measures.leases_reclaimed)
-    yield families.LEASES_LOST.one(measures.leases_lost)
-    yield families.IN_FLIGHT.one(measures.in_flight)
-    yield families.IN_FLIGHT_LIMIT.one(measures.in_flight_limit)
-    yield families.CLAIM_DURATION.one(measures.claim)
-    yield families.SETTLE_DURATION.one(measures.settle)
+    yield families.LEASES_RECLAIMED.one(metrics.leases_reclaimed)
+    yield families.LEASES_LOST.one(metrics.leases_lost)
+    yield families.IN_FLIGHT.one(metrics.in_flight)
+    yield families.IN_FLIGHT_LIMIT.one(metrics.in_flight_limit)
+    yield families.CLAIM_DURATION.one(metrics.claim)
+    yield families.SETTLE_DURATION.one(metrics.settle)
     yield families.MERCHANT_DELIVERIES.of(
         {
             (merchant_id, state.value): count
-            for merchant_id, tally in measures.merchants.tallies().items()
+            for merchant_id, tally in metrics.merchants.tallies().items()
             for state, count in tally.items()
         }
     )

@@ -27,7 +27,7 @@ class Engine(Protocol):
         """What it says; None when it says nothing."""
 
 
-class SupervisorMetrics:
+class SupervisorCollector:
     """Of all engines, and of the supervisor's own process."""
 
     def __init__(self, engines: Sequence[Engine]):

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from cli.metrics.engine import EngineMetrics
+from cli.metrics.engine import EngineCollector
 from cli.metrics.http import Place, listening
 from cli.metrics.process import Metrics
 from cli.process.tracing import open_tracer
@@ -33,10 +33,10 @@ from core.settings import (
     RetentionSettings,
     TraceSettings,
 )
-from delivery.database_stats import Census
+from delivery.database_stats import DatabaseStats
 from delivery.engine import Engine
 from delivery.http.connector import open_dialler
-from delivery.metrics import EngineMeasures
+from delivery.metrics import EngineMetrics
 from delivery.report import AttemptReports
 from delivery.settings import DeliverySettings
 
@@ -44,7 +44,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class DeliverSettings:
+class EngineProcessSettings:
     """Everything the delivery engine reads; without `retention` it removes nothing."""
 
     database: DatabaseSettings
@@ -57,7 +57,7 @@ class DeliverSettings:
 
 
 async def deliver(
-    settings: DeliverSettings,
+    settings: EngineProcessSettings,
     stop: asyncio.Event,
     ready: Callable[[], None] = lambda: None,
     publish: Callable[[Metrics], AbstractAsyncContextManager[None]] | None = None,
@@ -91,19 +91,19 @@ async def deliver(
             )
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
-        measures = EngineMeasures(settings.delivery.metrics_merchants)
+        metrics = EngineMetrics(settings.delivery.metrics_merchants)
         reports = AttemptReports(
             SuccessSampling(settings.logs),
             tracer,
             send_traceparent=settings.traces.send_traceparent,
         )
-        engine = Engine(bounded, pool, dialler, keyring, policy, measures=measures, reports=reports)
-        census = Census(pool)
+        engine = Engine(bounded, pool, dialler, keyring, policy, metrics=metrics, reports=reports)
+        census = DatabaseStats(pool)
         stack.push_async_callback(census.close)
         publish = publish or partial(
             listening, Place.of(settings.delivery, "delivery_metrics_address")
         )
-        await stack.enter_async_context(publish(EngineMetrics(measures, pool, census)))
+        await stack.enter_async_context(publish(EngineCollector(metrics, pool, census)))
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())

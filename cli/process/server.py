@@ -9,7 +9,7 @@ from functools import partial
 import structlog
 
 from cli.metrics.http import Place, listening
-from cli.metrics.server import ServerMetrics
+from cli.metrics.server import ServerCollector
 from cli.process.jwks_fetch import key_set_fetch
 from cli.process.tracing import open_tracer
 from cli.startup import require_encryption_keys, require_schema, url_policy, warn_of_allowed_cidrs
@@ -30,17 +30,17 @@ from delivery.ping import ping
 from server.admin.service import AdminService
 from server.app import METHODS, App
 from server.auth.jwks import JwksKeys, KeySource, PemKeys
-from server.auth.rate_limits import PingPlaces, StreamPlaces
+from server.auth.rate_limits import PingSlots, StreamSlots
 from server.auth.tokens import TokenVerifier
 from server.database import DatabaseWatch, open_sessions
 from server.deliveries.service import DeliveryService
 from server.deliveries.tail import Tail
 from server.event_types.cache import EventTypes
 from server.events.ingest import Ingest
-from server.events.notify import Hints
+from server.events.notify import Notifier
 from server.events.service import EventService
-from server.metrics import ServerMeasures
-from server.rpc.audit_refusals import Refusals
+from server.metrics import ServerMetrics
+from server.rpc.audit_refusals import RefusalAudit
 from server.rpc.report import RpcReports
 from server.settings import AuthSettings, ServerSettings, TlsSettings
 from server.webhooks.service import WebhookConfigService
@@ -49,7 +49,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class ServerProcessSettings:
     """Everything the gRPC process reads."""
 
     database: DatabaseSettings
@@ -64,7 +64,9 @@ class ServeSettings:
 
 
 async def serve(
-    settings: ServeSettings, stop: asyncio.Event, ready: Callable[[int], None] = lambda _: None
+    settings: ServerProcessSettings,
+    stop: asyncio.Event,
+    ready: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Serve until `stop`; `ready` hears the port. Calls in flight then finish."""
     keyring = load_keyring(settings.encryption)
@@ -97,16 +99,16 @@ async def serve(
             max_lifetime_seconds=settings.auth.jwt_max_lifetime_seconds,
         )
         event_types = EventTypes(pool)
-        hints = Hints(pool)
+        notifier = Notifier(pool)
         tail = Tail(pool)
-        measures = ServerMeasures(METHODS)
-        stream_places = StreamPlaces(settings.server.max_streams_per_merchant)
+        metrics = ServerMetrics(METHODS)
+        stream_slots = StreamSlots(settings.server.max_streams_per_merchant)
         app = App(
             settings.server,
             verifier,
             tls=settings.tls,
-            refusals=Refusals(sessions),
-            reports=RpcReports(measures, SuccessSampling(settings.logs), tracer),
+            refusals=RefusalAudit(sessions),
+            reports=RpcReports(metrics, SuccessSampling(settings.logs), tracer),
             webhook_configs=WebhookConfigService(
                 sessions=sessions,
                 pool=pool,
@@ -114,30 +116,30 @@ async def serve(
                 keyring=keyring,
                 pinger=partial(ping, receivers, policy, settings.server.ping_timeout_seconds),
                 url_policy=policy,
-                ping_places=PingPlaces(settings.server.max_pings_per_merchant),
+                ping_slots=PingSlots(settings.server.max_pings_per_merchant),
                 max_webhooks_per_merchant=settings.server.max_webhooks_per_merchant,
             ),
             events=EventService(
-                Ingest(pool, event_types, hints, settings.server.max_payload_bytes, measures),
+                Ingest(pool, event_types, notifier, settings.server.max_payload_bytes, metrics),
                 pool,
-                stream_places,
+                stream_slots,
             ),
             deliveries=DeliveryService(
                 pool,
                 sessions,
-                hints,
+                notifier,
                 tail=tail,
-                measures=measures,
+                metrics=metrics,
                 keyring=keyring,
-                stream_places=stream_places,
+                stream_slots=stream_slots,
                 watch_keep_alive_seconds=settings.server.watch_keep_alive_seconds,
                 watch_backlog=settings.server.watch_backlog,
             ),
-            admin=AdminService(sessions, pool, hints, event_types),
+            admin=AdminService(sessions, pool, notifier, event_types),
         )
 
         async def report_database(is_up: bool) -> None:
-            measures.database_up = is_up
+            metrics.database_up = is_up
             await app.set_serving(is_up)
 
         watch = DatabaseWatch(
@@ -148,7 +150,7 @@ async def serve(
         await stack.enter_async_context(
             listening(
                 Place.of(settings.server, "server_metrics_address"),
-                ServerMetrics(measures, pool, keys),
+                ServerCollector(metrics, pool, keys),
             )
         )
         await app.start()
@@ -160,7 +162,7 @@ async def serve(
             mtls_port=app.mtls_port or None,
         )
         async with asyncio.TaskGroup() as background:
-            hinting = background.create_task(hints.run())
+            hinting = background.create_task(notifier.run())
             watching = background.create_task(watch.run())
             tailing = background.create_task(tail.run())
             looking = background.create_task(keep_looking(keyring.current))

@@ -15,7 +15,7 @@ import click
 import structlog
 
 from cli.metrics.http import Place, listening
-from cli.metrics.supervisor import SupervisorMetrics
+from cli.metrics.supervisor import SupervisorCollector
 from cli.process.signals import stop_on_signals
 from cli.process.supervisor_pipe import SupervisorEnd
 
@@ -36,7 +36,7 @@ async def supervise(count: int, place: Place) -> int:
     The metrics of all of them are at `place`.
     """
     engines = [_EngineProcess(number) for number in range(1, count + 1)]
-    async with listening(place, SupervisorMetrics(engines)):
+    async with listening(place, SupervisorCollector(engines)):
         return await _keep_all(engines)
 
 

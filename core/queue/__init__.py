@@ -16,7 +16,7 @@ from core.queue.backlog import (
 )
 from core.queue.breakers import close_breakers, open_breakers
 from core.queue.claim import claim, reclaim, reclaimed_often, release, release_claimed
-from core.queue.enqueue import CHANNEL, CROWD, Accepted, enqueue, enqueue_in_order, hint
+from core.queue.enqueue import BURST_EVENTS, CHANNEL, Accepted, enqueue, enqueue_in_order, notify
 from core.queue.invariants import Finding, check_invariants
 from core.queue.open_ranges import old_events_of_open, open_between, standing
 from core.queue.ordering import chains_after, promote
@@ -43,8 +43,8 @@ from core.queue.vacuum import has_many_dead, vacuum
 
 __all__ = [
     "BEGINNING",
+    "BURST_EVENTS",
     "CHANNEL",
-    "CROWD",
     "Accepted",
     "BreakerChange",
     "Chain",
@@ -70,8 +70,8 @@ __all__ = [
     "has_many_dead",
     "held",
     "held_webhooks",
-    "hint",
     "measure_depth",
+    "notify",
     "old_events_of_open",
     "open_between",
     "open_breakers",

@@ -18,7 +18,7 @@ CHANNEL = "postrider_due"
 _REQUIRED = NewEvent._fields.index("payload") + 1
 
 #: Events of one merchant, at once or in a second, from which on they are a crowd.
-CROWD = 25
+BURST_EVENTS = 25
 
 #: Deliveries of one config that are due or being attempted, beyond which new ones are parked: more
 #: than it takes to keep its places busy, and so few that nobody waits for a flood to be claimed.
@@ -145,7 +145,7 @@ _QUEUED_IN_ORDER = f"""placed AS (
 )"""  # noqa: S608 - of constants
 
 _ENQUEUE = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_ALONE), also="")
-_ENQUEUE_CROWD = _ACCEPT.format(queued=_QUEUED.format(state=STATE_IN_CROWD), also="")
+_ENQUEUE_BURST = _ACCEPT.format(queued=_QUEUED.format(state=STATE_IN_CROWD), also="")
 _ENQUEUE_IN_ORDER = _ACCEPT.format(
     queued=_QUEUED_IN_ORDER,
     also=""", ARRAY(
@@ -166,7 +166,7 @@ class Accepted(NamedTuple):
 
 
 async def enqueue(
-    connection: Connection, events: Sequence[NewEvent], *, crowd: bool = False
+    connection: Connection, events: Sequence[NewEvent], *, burst: bool = False
 ) -> Accepted:
     """Accept events: store them, a delivery per matching config, and their place in the queue.
 
@@ -174,8 +174,8 @@ async def enqueue(
     what exceeds the config's room. Many events of one merchant here are a crowd; so is, at the
     caller's word, what belongs to one that comes in by and by.
     """
-    ranks = _ranks(events) if crowd or len(events) > CROWD else ()
-    statement = _ENQUEUE_CROWD if crowd or max(ranks, default=0) > CROWD else _ENQUEUE
+    ranks = _ranks(events) if burst or len(events) > BURST_EVENTS else ()
+    statement = _ENQUEUE_BURST if burst or max(ranks, default=0) > BURST_EVENTS else _ENQUEUE
     [accepted] = await connection.fetch(statement, *_columns(events), ranks)
     return Accepted(*accepted)
 
@@ -221,6 +221,6 @@ def _ranks(events: Sequence[NewEvent]) -> list[int]:
     return ranks
 
 
-async def hint(connection: Connection) -> None:
+async def notify(connection: Connection) -> None:
     """Tell listening engines to look; outside the transaction that enqueued."""
     await connection.execute(f"NOTIFY {CHANNEL}")

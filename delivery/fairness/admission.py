@@ -11,10 +11,10 @@ from time import monotonic
 from uuid import UUID
 
 from core import queue
-from core.backpressure import LoopDelay
+from core.backpressure import LoopLag
 from core.postgres.pool import Pool
 from core.queue import LeasedDelivery
-from delivery.fairness.backlog_rate import Allowance
+from delivery.fairness.backlog_rate import BacklogRate
 
 #: A delivery claimed so soon after it was owed is one that backlogs could be in the way of; what
 #: comes later waited for something else, such as the end of an outage.
@@ -33,8 +33,8 @@ class Admission:
         self._met: set[UUID] = set()
         self._asked_in_vain: dict[UUID, float] = {}
         self._unclaimed: set[UUID] = set()
-        self._allowance = Allowance(clock)
-        self._delay = LoopDelay(self._allowance.restraint)
+        self._allowance = BacklogRate(clock)
+        self._delay = LoopLag(self._allowance.aimd)
 
     def meet(self, webhook_ids: Iterable[UUID]) -> None:
         """These configs have parked deliveries, as a claim found or left them."""

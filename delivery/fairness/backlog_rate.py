@@ -13,7 +13,7 @@ and hundreds that were only busy for a moment are through at once.
 from collections.abc import Callable
 from time import monotonic
 
-from core.backpressure import Restraint
+from core.backpressure import AimdLevel
 
 #: Deliveries a second that a backlog lets in at least, and beyond which nothing is held back.
 _LEAST_RATE = 50.0
@@ -27,12 +27,12 @@ _CHUNK_SECONDS = 0.03
 _CHUNK_LEAST = 8
 
 
-class Allowance:
+class BacklogRate:
     """What each backlog may let in, in one engine."""
 
     def __init__(self, clock: Callable[[], float] = monotonic):
         self._clock = clock
-        self.restraint = Restraint(_LEAST_RATE, _MOST_RATE)
+        self.aimd = AimdLevel(_LEAST_RATE, _MOST_RATE)
         self._others_until = float("-inf")
         self._rests_until = float("-inf")
 
@@ -45,7 +45,7 @@ class Allowance:
         """So many deliveries of configs without a backlog begin promptly."""
         if count:
             self._others_until = self._clock() + _BESIDE_SECONDS
-            self._rests_until -= _SHARE * count / self.restraint.level
+            self._rests_until -= _SHARE * count / self.aimd.level
 
     def rest_seconds(self) -> float:
         """Until something may be let in again; 0 for now."""
@@ -55,10 +55,10 @@ class Allowance:
         """How many deliveries each config may let in now; None for all it can take."""
         if not self.is_bounded:
             return None
-        return max(int(self.restraint.level * _CHUNK_SECONDS), _CHUNK_LEAST)
+        return max(int(self.aimd.level * _CHUNK_SECONDS), _CHUNK_LEAST)
 
     def spend(self, count: int) -> None:
         """So many have been let in of the config that had most."""
         if self.is_bounded:
             begins = max(self._rests_until, self._clock())
-            self._rests_until = begins + count / self.restraint.level
+            self._rests_until = begins + count / self.aimd.level

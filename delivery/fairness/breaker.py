@@ -31,7 +31,7 @@ class Breaker:
         self._clock = clock
         self._streaks: dict[UUID, _Streak] = {}
 
-    def judge(
+    def decide(
         self, delivery: LeasedDelivery, works: bool | None, asked_seconds: float
     ) -> BreakerChange | None:
         """What an attempt changes: so many failures in so much time open, a probe decides.

@@ -43,7 +43,7 @@ class _Standing:
     rests_until: float = 0.0
 
 
-class Places:
+class ConcurrencyLimiter:
     """Counts open attempts, and learns from how they end."""
 
     def __init__(self, total: int, most: int, clock: Callable[[], float] = monotonic):
@@ -161,7 +161,7 @@ _GATHER_SECONDS = 0.01
 _UNSETTLED_FREE = 500
 
 
-class Room:
+class InFlightBudget:
     """Counts attempts that run, results that are not on record, and what claims have asked for.
 
     `most` attempts in all, the last `reserve` of them for configs with few open; `batch` is the

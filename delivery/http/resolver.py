@@ -49,7 +49,7 @@ class GuardedResolver(AbstractResolver):
         self._policy = policy
         self._names = names
         self._timeout_seconds = timeout_seconds
-        self._places = asyncio.Semaphore(_LOOKUPS_MAX)
+        self._slots = asyncio.Semaphore(_LOOKUPS_MAX)
         self._running: dict[str, asyncio.Task[Sequence[str]]] = {}
         # Of names with many addresses, those given last and until when they are given again.
         self._kept: dict[str, tuple[Sequence[str], float]] = {}
@@ -110,7 +110,7 @@ class GuardedResolver(AbstractResolver):
 
     async def _look_up(self, name: str) -> Sequence[str]:
         try:
-            async with asyncio.timeout(self._timeout_seconds), self._places:
+            async with asyncio.timeout(self._timeout_seconds), self._slots:
                 return await self._names.look_up(name)
         except TimeoutError:
             raise socket.gaierror(

@@ -28,7 +28,7 @@ from server.database import Sessions
 from server.event_types.cache import EventTypes
 from server.event_types.convert import event_type_draft, event_type_message
 from server.event_types.register import EventTypeRegister
-from server.events.notify import Hints
+from server.events.notify import Notifier
 from server.rpc.authenticate import principal
 from server.rpc.ids import check_merchant_id, id_of, not_found, optional_id_of
 from server.rpc.pagination import page_size, page_token, parse_page_token
@@ -42,10 +42,10 @@ pb = admin_service_pb2
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     """Every method needs the scope `webhooks:admin` and no merchant."""
 
-    def __init__(self, sessions: Sessions, pool: Pool, hints: Hints, event_types: EventTypes):
+    def __init__(self, sessions: Sessions, pool: Pool, notifier: Notifier, event_types: EventTypes):
         self._sessions = sessions
         self._pool = pool
-        self._hints = hints
+        self._notifier = notifier
         self._register = EventTypeRegister(sessions, event_types)
 
     async def ReactivateWebhookConfig(
@@ -55,7 +55,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         row = await activation.reactivate(self._sessions, id_of("wh", request.id))
         if row is None:
             raise not_found("wh", request.id)
-        self._hints.give()
+        self._notifier.give()
         return pb.ReactivateWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def DeactivateWebhookConfig(
@@ -119,7 +119,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         if request.dry_run:
             page = await count_failed(self._pool, wanted, after)
         else:
-            page = await redeliver_failed(self._sessions, wanted, after, self._hints.give)
+            page = await redeliver_failed(self._sessions, wanted, after, self._notifier.give)
         return pb.RedeliverDeliveriesResponse(
             redelivered=page.redelivered,
             already_redelivered=page.already_redelivered,

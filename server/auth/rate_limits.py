@@ -87,7 +87,7 @@ class CallerLimits:
                 )
 
 
-class Places(ABC):
+class ConcurrencyLimiter(ABC):
     """How many of one kind one merchant may have under way at once."""
 
     def __init__(self, most: int):
@@ -111,7 +111,7 @@ class Places(ABC):
     def _refusal(self, merchant_id: str) -> QuotaExceeded: ...
 
 
-class PingPlaces(Places):
+class PingSlots(ConcurrencyLimiter):
     """Of receivers that one merchant has us wait for."""
 
     def _refusal(self, merchant_id: str) -> QuotaExceeded:
@@ -124,7 +124,7 @@ class PingPlaces(Places):
         )
 
 
-class StreamPlaces(Places):
+class StreamSlots(ConcurrencyLimiter):
     """Of calls that last as long as their caller likes, each of which is one that others lack."""
 
     def _refusal(self, merchant_id: str) -> QuotaExceeded:

@@ -16,7 +16,7 @@ from core.lifecycle import OPEN_STATES
 from core.postgres.pool import Pool
 from postrider.v1 import delivery_service_pb2, delivery_service_pb2_grpc
 from server.auth.principal import Scope
-from server.auth.rate_limits import StreamPlaces
+from server.auth.rate_limits import StreamSlots
 from server.database import Sessions, driver_connection
 from server.deliveries.convert import (
     delivery_message,
@@ -35,8 +35,8 @@ from server.deliveries.store import (
 from server.deliveries.tail import Tail, Watcher, newest_position, take_snapshot
 from server.deliveries.watch import ResumeTokens, Watch
 from server.event_types.convert import event_type_filter
-from server.events.notify import Hints
-from server.metrics import ServerMeasures
+from server.events.notify import Notifier
+from server.metrics import ServerMetrics
 from server.rpc.audit import record_change
 from server.rpc.authenticate import principal
 from server.rpc.ids import id_of, not_found, optional_id_of
@@ -54,22 +54,22 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         self,
         pool: Pool,
         sessions: Sessions,
-        hints: Hints,
+        notifier: Notifier,
         *,
         tail: Tail,
-        measures: ServerMeasures,
+        metrics: ServerMetrics,
         keyring: KeyRing,
-        stream_places: StreamPlaces,
+        stream_slots: StreamSlots,
         watch_keep_alive_seconds: float,
         watch_backlog: int,
     ):
         self._pool = pool
         self._sessions = sessions
-        self._hints = hints
+        self._notifier = notifier
         self._tail = tail
-        self._measures = measures
+        self._metrics = metrics
         self._keyring = keyring
-        self._stream_places = stream_places
+        self._stream_places = stream_slots
         self._watch_keep_alive_seconds = watch_keep_alive_seconds
         self._watch_backlog = watch_backlog
 
@@ -130,7 +130,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             )
         # To its end even when the caller hangs up: else nobody knows whether it will be sent.
         made = await asyncio.shield(asyncio.create_task(self._redeliver(merchant_id, row.id)))
-        self._hints.give()
+        self._notifier.give()
         return pb.RedeliverDeliveryResponse(delivery=delivery_message(made, ()))
 
     async def WatchDeliveries(
@@ -154,13 +154,13 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             expires_at=principal().expires_at,
         )
         with self._stream_places.place(merchant_id):
-            self._measures.watchers += 1
+            self._metrics.watchers += 1
             try:
                 async with aclosing(watch.follow(start)) as told:
                     async for news in told:
                         yield watch_message(news.recorded, tokens.seal(news.position))
             finally:
-                self._measures.watchers -= 1
+                self._metrics.watchers -= 1
 
     async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
         row = await find_delivery(self._pool, merchant_id, id_of("dlv", text))

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter, thread_time
 from typing import NamedTuple
 
-from core.backpressure import LoopDelay, Restraint
+from core.backpressure import AimdLevel, LoopLag
 from core.postgres.pool import CONNECTION_ERRORS, RETRYABLE_ERRORS
 from core.queue import NewEvent
 
@@ -69,8 +69,8 @@ class GroupCommit[Result]:
         self._is_gathering = False
         self._called_at = float("-inf")
         self._crowd = 0
-        self._restraint = Restraint(_LEAST_SHARE, _MOST_SHARE)
-        self._delay = LoopDelay(self._restraint)
+        self._restraint = AimdLevel(_LEAST_SHARE, _MOST_SHARE)
+        self._delay = LoopLag(self._restraint)
 
     async def store(self, events: Sequence[NewEvent]) -> Sequence[Result]:
         """What `store` says of these events, once they are committed.

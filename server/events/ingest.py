@@ -20,12 +20,12 @@ from core.errors import AlreadyExists, FieldViolation, InvalidArgument, Postride
 from core.ids import new_id
 from core.postgres.planner import equal
 from core.postgres.pool import Pool, met_new_part
-from core.queue import CROWD, Accepted, NewEvent
+from core.queue import BURST_EVENTS, Accepted, NewEvent
 from server.event_types.cache import EventTypes
 from server.events.group_commit import GroupCommit
-from server.events.notify import Hints
+from server.events.notify import Notifier
 from server.events.rules import DEFAULT_CONTENT_TYPE, EventDraft, EventRules
-from server.metrics import ServerMeasures
+from server.metrics import ServerMetrics
 
 #: Events of one call that are not put in front of others' single ones; fewer are enough where one
 #: merchant has as many in this second.
@@ -75,16 +75,16 @@ class Ingest:
         self,
         pool: Pool,
         event_types: EventTypes,
-        hints: Hints,
+        notifier: Notifier,
         max_payload_bytes: int,
-        measures: ServerMeasures,
+        metrics: ServerMetrics,
     ):
         self._pool = pool
         self._event_types = event_types
-        self._hints = hints
+        self._notifier = notifier
         self._rules = EventRules(event_types, max_payload_bytes)
-        self._measures = measures
-        self._crowds = Crowds()
+        self._metrics = metrics
+        self._bursts = PublishRates()
 
         async def store(events: Sequence[NewEvent]) -> list[_Result]:
             return await self._store(self._enqueue, events)
@@ -120,7 +120,7 @@ class Ingest:
                 events.append(_new_event(draft, trace_parent))
             if index % _TURN == _TURN - 1:
                 await asyncio.sleep(0)
-        self._measures.events_rejected += len(refused)
+        self._metrics.events_rejected += len(refused)
         stored = await self._commits_for(events).store(events) if events else ()
         if not refused:
             return stored
@@ -129,15 +129,15 @@ class Ingest:
 
     def _commits_for(self, events: Sequence[NewEvent]) -> GroupCommit[_Result]:
         in_order = any(event.ordering_key for event in events)
-        busiest = self._crowds.notice([event.merchant_id for event in events])
+        busiest = self._bursts.notice([event.merchant_id for event in events])
         large = _LARGE_OF_ONE if busiest > _LARGE_OF_ONE else _LARGE
-        if len(events) > large or busiest > FLOOD:
+        if len(events) > large or busiest > FLOOD_EVENTS:
             return self._floods_in_order if in_order else self._floods
         return self._commits_in_order if in_order else self._commits
 
     async def _enqueue(self, pool: Pool, events: Sequence[NewEvent]) -> Accepted:
-        crowd = self._crowds.most_of({event.merchant_id for event in events}) > CROWD
-        return await queue.enqueue(pool, events, crowd=crowd)
+        burst = self._bursts.most_of({event.merchant_id for event in events}) > BURST_EVENTS
+        return await queue.enqueue(pool, events, burst=burst)
 
     async def _store(self, enqueue: _Enqueue, events: Sequence[NewEvent]) -> list[_Result]:
         began = perf_counter()
@@ -147,15 +147,15 @@ class Ingest:
             if not met_new_part(error):
                 raise
             accepted = await enqueue(self._pool, events)
-        self._measures.commit.observe(perf_counter() - began)
-        self._measures.commit_events.observe(len(events))
+        self._metrics.commit.observe(perf_counter() - began)
+        self._metrics.commit_events.observe(len(events))
         accepted_at, delivery_counts = accepted
         if any(delivery_counts):
-            self._hints.give()
+            self._notifier.give()
         repeated = [
             event for event, count in zip(events, delivery_counts, strict=True) if count is None
         ]
-        self._measures.events_accepted += len(events) - len(repeated)
+        self._metrics.events_accepted += len(events) - len(repeated)
         before = iter(await self._repeated(enqueue, repeated) if repeated else ())
         return [
             next(before)
@@ -192,7 +192,7 @@ class Ingest:
             if row is None:
                 results.append(None)
             elif row["content_hash"] != event.content_hash:
-                self._measures.events_rejected += 1
+                self._metrics.events_rejected += 1
                 results.append(
                     AlreadyExists(
                         "this idempotency key was used for another event: use a new key for a new "
@@ -202,7 +202,7 @@ class Ingest:
                     )
                 )
             else:
-                self._measures.events_duplicate += 1
+                self._metrics.events_duplicate += 1
                 results.append(
                     PublishedEvent(
                         id=row["event_id"],
@@ -260,10 +260,10 @@ def _content_hash(draft: EventDraft, content_type: str, payload: bytes) -> bytes
 # estimate of one process is enough: to look costs a little, to park is always safe, to wait, too.
 
 #: Events of one merchant in a second, from which on they are a flood.
-FLOOD = 500
+FLOOD_EVENTS = 500
 
 
-class Crowds:
+class PublishRates:
     """Counts each merchant's events of the present second."""
 
     def __init__(self, clock: Callable[[], float] = monotonic):
@@ -277,7 +277,7 @@ class Crowds:
         if second != self._second:
             self._second = second
             # A crowd thins out; it is not gone because a second is.
-            self._counts = {m: n // 2 for m, n in self._counts.items() if n > CROWD}
+            self._counts = {m: n // 2 for m, n in self._counts.items() if n > BURST_EVENTS}
         counts, most = self._counts, 0
         for merchant_id in merchant_ids:
             count = counts[merchant_id] = counts.get(merchant_id, 0) + 1

@@ -17,7 +17,7 @@ _COALESCE_SECONDS = 0.005
 log = structlog.get_logger()
 
 
-class Hints:
+class Notifier:
     """Collects hints and sends them from a task of its own."""
 
     def __init__(self, pool: Pool):
@@ -33,7 +33,7 @@ class Hints:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                await queue.hint(self._pool)
+                await queue.notify(self._pool)
             except RETRYABLE_ERRORS as error:
                 log.warning("hint_lost", error=repr(error))
             await asyncio.sleep(_COALESCE_SECONDS)

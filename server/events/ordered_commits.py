@@ -38,7 +38,7 @@ class OrderedCommits[Batch, Ack]:
         self, commit: Callable[[Batch], Coroutine[Any, Any, Ack]], unacknowledged_max: int
     ):
         self._commit = commit
-        self._room = asyncio.Semaphore(unacknowledged_max)
+        self._budget = asyncio.Semaphore(unacknowledged_max)
         # None: nothing comes after it.
         self._taken: asyncio.Queue[asyncio.Task[Ack] | None] = asyncio.Queue()
         self._reading: asyncio.Task[None] | None = None
@@ -57,7 +57,7 @@ class OrderedCommits[Batch, Ack]:
         try:
             while (committing := await self._taken.get()) is not None:
                 yield await committing
-                self._room.release()
+                self._budget.release()
         finally:
             self.end()
             await self._abandon()
@@ -66,7 +66,7 @@ class OrderedCommits[Batch, Ack]:
 
     async def _read(self, batches: AsyncIterator[Batch]) -> None:
         try:
-            await self._room.acquire()
+            await self._budget.acquire()
             async for batch in batches:
                 if self._ended:
                     return
@@ -79,7 +79,7 @@ class OrderedCommits[Batch, Ack]:
             self.end()
 
     async def _may_read(self) -> bool:
-        await self._room.acquire()
+        await self._budget.acquire()
         return not self._ended
 
     async def _abandon(self) -> None:
@@ -87,7 +87,7 @@ class OrderedCommits[Batch, Ack]:
 
         gRPC's read must not be cancelled before its call, and ends by itself with it.
         """
-        self._room.release()
+        self._budget.release()
         left = []
         while not self._taken.empty():
             if (committing := self._taken.get_nowait()) is not None:

@@ -19,7 +19,7 @@ from core.errors import (
 from core.postgres.pool import Pool
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server.auth.principal import Principal, Scope
-from server.auth.rate_limits import StreamPlaces
+from server.auth.rate_limits import StreamSlots
 from server.event_types.convert import event_type_filter
 from server.events.convert import event_draft, event_message, fill_event
 from server.events.ingest import Ingest, PublishedEvent
@@ -27,7 +27,7 @@ from server.events.ordered_commits import OrderedCommits, Turns
 from server.events.rules import EventDraft
 from server.events.store import EventFilter, find_event, list_events
 from server.rpc.authenticate import principal
-from server.rpc.call import present_call
+from server.rpc.call import current_call
 from server.rpc.ids import check_merchant_id, id_of, not_found
 from server.rpc.pagination import page_size, page_token, parse_page_token
 from server.rpc.times import time_range
@@ -42,10 +42,10 @@ UNACKNOWLEDGED_BATCHES_MAX = 16
 class EventService(event_service_pb2_grpc.EventServiceServicer):
     """OK is answered only after the commit."""
 
-    def __init__(self, ingest: Ingest, pool: Pool, stream_places: StreamPlaces):
+    def __init__(self, ingest: Ingest, pool: Pool, stream_slots: StreamSlots):
         self._ingest = ingest
         self._pool = pool
-        self._stream_places = stream_places
+        self._stream_places = stream_slots
         self._streams: set[OrderedCommits[pb.StreamEventsRequest, pb.StreamEventsResponse]] = set()
         self._draining = False
 
@@ -159,7 +159,7 @@ def _publisher() -> Principal:
 
 def _trace_parent() -> str | None:
     """What the present call leaves with the events it publishes."""
-    trace_parent = present_call().trace_parent
+    trace_parent = current_call().trace_parent
     return str(trace_parent) if trace_parent is not None else None
 
 

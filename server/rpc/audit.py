@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import new_id
 from core.models import AuditEntry
 from server.rpc.authenticate import principal
-from server.rpc.call import origin, present_call
+from server.rpc.call import current_call, origin
 
 
 def record_change(
@@ -20,7 +20,7 @@ def record_change(
     comment: str = "",
 ) -> None:
     """Add the entry to the caller's transaction: neither is there without the other."""
-    call = present_call()
+    call = current_call()
     came_from = origin(call)
     session.add(
         AuditEntry(

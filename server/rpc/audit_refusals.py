@@ -18,7 +18,7 @@ from core.models import AuditEntry
 from server.auth.principal import Principal
 from server.auth.rate_limits import Rate
 from server.database import Sessions
-from server.rpc.call import PresentCall, origin, printable
+from server.rpc.call import RpcCall, origin, printable
 
 #: RPCs that change what a caller can see; what they refuse is an attempt at a change.
 CHANGES = frozenset(
@@ -55,7 +55,7 @@ _RESOURCES = (
 log = structlog.get_logger()
 
 
-class Refusals:
+class RefusalAudit:
     """Writes the entries; `clock` is in seconds and only runs forward."""
 
     def __init__(self, sessions: Sessions, clock: Callable[[], float] = monotonic):
@@ -63,7 +63,7 @@ class Refusals:
         self._rate = Rate(PER_SECOND, BURST, clock)
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def record(self, error: PostriderError, call: PresentCall, request: object) -> None:
+    async def record(self, error: PostriderError, call: RpcCall, request: object) -> None:
         """Record the refusal of a call, if it is one to record; never raises for a lost entry."""
         caller = call.caller
         action = call.method.rpartition("/")[2]
@@ -99,7 +99,7 @@ def _is_on_record(error: PostriderError, action: str) -> bool:
 
 
 def _entry(
-    call: PresentCall, caller: Principal, action: str, error: PostriderError, request: object
+    call: RpcCall, caller: Principal, action: str, error: PostriderError, request: object
 ) -> AuditEntry:
     came_from = origin(call)
     return AuditEntry(

@@ -19,14 +19,14 @@ from server.auth.certificates import CertificateCallers
 from server.auth.principal import Principal
 from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import TokenVerifier, token_refused
-from server.rpc.call import PresentCall, present_call
+from server.rpc.call import RpcCall, current_call
 
 type Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 def principal() -> Principal:
     """The caller of the present call; a public method has none, which is an Unauthenticated."""
-    caller = present_call().caller
+    caller = current_call().caller
     if caller is None:
         raise token_refused()
     return caller
@@ -53,7 +53,7 @@ class Authentication:
         # As many as there are methods, and one for all that there are not.
         self._identifying: dict[Handler | None, Handler] = {}
 
-    def guard(self, call: PresentCall, handler: Handler | None) -> Handler | None:
+    def guard(self, call: RpcCall, handler: Handler | None) -> Handler | None:
         """What may answer this call: its handler, or one that first asks who calls, or refuses.
 
         Nothing here waits. Whom a token stands for is mostly known, and so the call costs no more.
@@ -74,7 +74,7 @@ class Authentication:
             return _REFUSING
         return handler
 
-    def _admit(self, call: PresentCall, caller: Principal) -> None:
+    def _admit(self, call: RpcCall, caller: Principal) -> None:
         call.caller = caller
         self._limits.admit(caller, call.method)
 
@@ -91,7 +91,7 @@ class Authentication:
         """
 
         async def behaviour(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            call = present_call()
+            call = current_call()
             self._admit(call, await self._identify(call.token, context))
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
@@ -123,7 +123,7 @@ async def _responses(
             # Of a call that is over already, such as one with a message that gRPC refused as too
             # large, or of a caller that sends none: the caller's doing, and no fault of ours.
             raise InvalidArgument.of("request", "is missing", reason="REQUEST_MALFORMED")
-        present_call().message = request
+        current_call().message = request
     if not handler.response_streaming:
         yield await (handler.unary_unary or handler.stream_unary)(request, context)
         return
@@ -147,7 +147,7 @@ def _bearer_token(values: Sequence[str | bytes]) -> str:
 
 
 async def _refuse(_requests: object, _context: object) -> AsyncIterator[bytes]:
-    raise present_call().refusal or token_refused()
+    raise current_call().refusal or token_refused()
     # Makes it an async generator, which is what wrappers expect of a stream handler.
     yield b""  # type: ignore[unreachable]
 

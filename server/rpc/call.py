@@ -22,7 +22,7 @@ REQUEST_ID = "x-request-id"
 _TEXT_MAX = 256
 
 
-class PresentCall:
+class RpcCall:
     """One call; what is None is not known, or not yet."""
 
     __slots__ = (
@@ -69,17 +69,17 @@ class PresentCall:
         self.message: object = None
 
 
-_present: ContextVar[PresentCall] = ContextVar("present_call")
+_present: ContextVar[RpcCall] = ContextVar("present_call")
 
 
-def begin_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> PresentCall:
+def begin_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> RpcCall:
     """From here on this is the present call, until its task ends."""
-    call = PresentCall(method, metadata)
+    call = RpcCall(method, metadata)
     _present.set(call)
     return call
 
 
-def present_call() -> PresentCall:
+def current_call() -> RpcCall:
     """LookupError outside of calls."""
     return _present.get()
 
@@ -92,7 +92,7 @@ class Origin:
     user_agent: str
 
 
-def origin(call: PresentCall) -> Origin:
+def origin(call: RpcCall) -> Origin:
     """Of a call whose handler runs; behind a gateway the address is the gateway's."""
     metadata = call.context.invocation_metadata() or ()
     agent = next((value for key, value in metadata if key == "user-agent"), "")

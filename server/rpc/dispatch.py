@@ -15,9 +15,9 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from core.errors import InvalidArgument, PostriderError
-from server.rpc.audit_refusals import Refusals
+from server.rpc.audit_refusals import RefusalAudit
 from server.rpc.authenticate import Authentication
-from server.rpc.call import PresentCall, begin_call, present_call
+from server.rpc.call import RpcCall, begin_call, current_call
 from server.rpc.report import RpcReports
 from server.rpc.status import internal_status, to_domain_error, to_status
 
@@ -38,7 +38,7 @@ class Calls(grpc.GenericRpcHandler):
         self,
         services: Sequence[grpc.GenericRpcHandler],
         authentication: Authentication,
-        refusals: Refusals,
+        refusals: RefusalAudit,
         reports: RpcReports,
     ):
         self._services = services
@@ -69,7 +69,7 @@ class Calls(grpc.GenericRpcHandler):
         return None
 
 
-def _answering(handler: Handler, refusals: Refusals, reports: RpcReports) -> Handler:
+def _answering(handler: Handler, refusals: RefusalAudit, reports: RpcReports) -> Handler:
     """The same handler, with a report and every error as a status."""
     read = _readable(handler.request_deserializer)
     # The messages of a stream are read while the handler runs. That of any other call gRPC reads
@@ -109,9 +109,9 @@ def _readable(deserializer: Read | None) -> Read | None:
     return read
 
 
-def _unary(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcReports) -> Any:
+def _unary(behaviour: Any, take: Read | None, refusals: RefusalAudit, reports: RpcReports) -> Any:
     async def answer(request: Any, context: Context) -> Any:
-        call = present_call()
+        call = current_call()
         call.context = context
         try:
             if take is not None:
@@ -129,9 +129,11 @@ def _unary(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcRe
     return answer
 
 
-def _streaming(behaviour: Any, take: Read | None, refusals: Refusals, reports: RpcReports) -> Any:
+def _streaming(
+    behaviour: Any, take: Read | None, refusals: RefusalAudit, reports: RpcReports
+) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
-        call = present_call()
+        call = current_call()
         call.context = context
         try:
             if take is not None:
@@ -155,9 +157,9 @@ def _streaming(behaviour: Any, take: Read | None, refusals: Refusals, reports: R
 
 
 async def _abort(
-    call: PresentCall,
+    call: RpcCall,
     error: Exception,
-    refusals: Refusals,
+    refusals: RefusalAudit,
     reports: RpcReports,
     request: object,
 ) -> None:
@@ -180,7 +182,7 @@ async def _abort(
 
 
 def _status_of(
-    error: Exception, domain_error: PostriderError | None, call: PresentCall
+    error: Exception, domain_error: PostriderError | None, call: RpcCall
 ) -> status_pb2.Status:
     if domain_error is None:
         log.error("rpc_broke", exc_info=error, method=call.method, reference=call.request_id)

@@ -9,8 +9,8 @@ import structlog
 
 from core.logs import SuccessSampling
 from core.tracing import Span, SpanKind, Tracer
-from server.metrics import ServerMeasures
-from server.rpc.call import PresentCall
+from server.metrics import ServerMetrics
+from server.rpc.call import RpcCall
 
 #: Our faults, not the caller's (the conventions of OpenTelemetry for spans of a server).
 _FAULTS = frozenset(
@@ -28,30 +28,28 @@ class RpcReports:
 
     def __init__(
         self,
-        measures: ServerMeasures,
+        metrics: ServerMetrics,
         sampling: SuccessSampling,
         tracer: Tracer | None = None,
     ):
-        self._measures = measures
+        self._metrics = metrics
         self._sampling = sampling
         self._tracer = tracer
 
-    def begin(self, call: PresentCall) -> None:
+    def begin(self, call: RpcCall) -> None:
         """It may have a span from here on."""
         if self._tracer is None:
             return
-        if call.method.startswith(_OURS) and self._measures.knows(call.method):
+        if call.method.startswith(_OURS) and self._metrics.knows(call.method):
             # No span has a name of a caller's choice.
             name = call.method.lstrip("/")
             call.span = self._tracer.begin(name, SpanKind.SERVER, parent=call.trace_parent)
             call.trace_parent = call.span.trace_parent
 
-    def end(
-        self, call: PresentCall, code: str, *, reason: str | None = None, **fields: str
-    ) -> None:
+    def end(self, call: RpcCall, code: str, *, reason: str | None = None, **fields: str) -> None:
         """Tell of the call; `reason` is that of its error."""
         seconds = perf_counter() - call.began
-        self._measures.rpc_ended(call.method, code, seconds)
+        self._metrics.rpc_ended(call.method, code, seconds)
         if call.span is not None:
             _end(call.span, call, code, error=reason or code)
         drawn: Mapping[str, float] = {}
@@ -75,7 +73,7 @@ class RpcReports:
         )
 
 
-def _end(span: Span, call: PresentCall, code: str, *, error: str) -> None:
+def _end(span: Span, call: RpcCall, code: str, *, error: str) -> None:
     service, _, name = call.method.lstrip("/").rpartition("/")
     attributes: dict[str, str | int | float] = {
         "rpc.system": "grpc",

@@ -26,7 +26,7 @@ from postrider.v1 import (
     webhook_config_service_pb2_grpc,
 )
 from server.auth.principal import Scope
-from server.auth.rate_limits import PingPlaces
+from server.auth.rate_limits import PingSlots
 from server.database import Sessions
 from server.event_types.cache import EventTypes, event_type_name, is_event_type_prefix
 from server.event_types.convert import event_type_message
@@ -64,7 +64,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         keyring: KeyRing,
         pinger: Pinger,
         url_policy: UrlPolicy,
-        ping_places: PingPlaces,
+        ping_slots: PingSlots,
         max_webhooks_per_merchant: int,
     ):
         self._sessions = sessions
@@ -72,7 +72,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
         self._event_types = event_types
         self._keyring = keyring
         self._pinger = pinger
-        self._ping_places = ping_places
+        self._ping_places = ping_slots
         self._url_policy = url_policy
 
     async def CreateWebhookConfig(

@@ -10,7 +10,7 @@ import pytest
 from core import queue
 from core.histogram import SHORT, Histogram
 from core.ids import new_id
-from delivery.claim import Unanswered, claim
+from delivery.claim import UnansweredClaims, claim
 from tests.support.factories import enqueue_events, make_webhook_config
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
@@ -29,7 +29,7 @@ async def test_what_the_database_leased_long_ago_is_given_back(
     await enqueue_events(pool, 3)
     monkeypatch.setattr("delivery.claim.monotonic", clock(0, LEASE_SECONDS / 2 + 1))
 
-    late = await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), Unanswered())
+    late = await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), UnansweredClaims())
 
     assert (late.taken, list(late.deliveries)) == (3, [])
     assert len(await queue.claim(pool, 10, LEASE_SECONDS)) == 3
@@ -43,7 +43,8 @@ async def test_what_took_less_than_half_a_lease_is_attempted(
     monkeypatch.setattr("delivery.claim.monotonic", clock(0, LEASE_SECONDS / 2 - 1))
 
     assert (
-        len((await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), Unanswered())).deliveries) == 3
+        len((await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), UnansweredClaims())).deliveries)
+        == 3
     )
 
 
@@ -65,7 +66,7 @@ class AnswersLost:
 async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> None:
     await make_webhook_config(pool)
     await enqueue_events(pool, 3)
-    unanswered = Unanswered()
+    unanswered = UnansweredClaims()
     with pytest.raises(ConnectionResetError):
         await claim(AnswersLost(pool), 2, LEASE_SECONDS, Histogram(SHORT), unanswered)
     # What others have taken meanwhile is theirs.
@@ -79,7 +80,7 @@ async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> N
 async def test_what_somebody_holds_locked_is_given_back_later(pool: Any) -> None:
     await make_webhook_config(pool)
     await enqueue_events(pool, 2)
-    lease_id, unanswered = new_id(), Unanswered()
+    lease_id, unanswered = new_id(), UnansweredClaims()
     unanswered.add(lease_id)
     [held, _] = await queue.claim(pool, 2, LEASE_SECONDS, lease_id)
     async with pool.acquire() as other, other.transaction():
@@ -95,7 +96,7 @@ async def test_a_claim_that_is_carried_out_late_is_looked_for_a_while_and_not_fo
     monkeypatch.setattr("delivery.claim._LOOKS", 3)
     await make_webhook_config(pool)
     await enqueue_events(pool, 1)
-    lease_id, unanswered = new_id(), Unanswered()
+    lease_id, unanswered = new_id(), UnansweredClaims()
     unanswered.add(lease_id)
     assert await unanswered.give_back(pool) == 0
     for given_back in (1, 1, 0):

@@ -16,7 +16,7 @@ from core.postgres.pool import open_pool
 from core.queue import measure_depth, stats
 from core.settings import RetentionSettings
 from delivery import database_stats
-from delivery.database_stats import Census
+from delivery.database_stats import DatabaseStats
 from tests.conftest import database_settings
 from tests.support.factories import make_delivery, make_webhook_config
 
@@ -125,7 +125,7 @@ async def test_webhook_configs_are_counted_by_status(pool: Any, engine_pool: Any
     await make_webhook_config(pool, deleted_at=NOW)
     await make_webhook_config(pool, active=False, deleted_at=NOW)
 
-    reading = await Census(engine_pool).reading()
+    reading = await DatabaseStats(engine_pool).reading()
 
     assert reading.configs == {"active": 2, "paused": 1, "failures": 2, "admin": 1, "gone": 1}
     assert reading.database_up
@@ -135,7 +135,7 @@ async def test_webhook_configs_are_counted_by_status(pool: Any, engine_pool: Any
 
 async def test_it_asks_seldom_however_often_it_is_asked(engine_pool: Any) -> None:
     now = 0.0
-    taking = Census(engine_pool, lambda: now)
+    taking = DatabaseStats(engine_pool, lambda: now)
     await asyncio.gather(*(taking.reading() for _ in range(10)))
     sent = engine_pool.statements
 
@@ -158,7 +158,7 @@ async def test_while_the_database_is_away_it_says_just_that(
     )
     await admin.close()
 
-    reading = await Census(engine_pool).reading()
+    reading = await DatabaseStats(engine_pool).reading()
 
     assert reading == database_stats.Reading(database_up=False)
     assert [entry["event"] for entry in logged] == ["census_failed"]
@@ -169,7 +169,7 @@ async def test_what_takes_too_long_is_left_out_and_the_database_is_up(
 ) -> None:
     monkeypatch.setattr(database_stats, "PATIENCE_SECONDS", 0.3)
     now = 0.0
-    taking = Census(engine_pool, lambda: now)
+    taking = DatabaseStats(engine_pool, lambda: now)
     async with pool.acquire() as other, other.transaction():
         await other.execute("LOCK TABLE delivery_queue IN ACCESS EXCLUSIVE MODE")
         reading = await taking.reading()
@@ -193,7 +193,7 @@ async def _sessions_waiting(pool: Any) -> int:
 
 async def test_retention_is_told_once_it_has_run(database_url: str, engine_pool: Any) -> None:
     now = 0.0
-    taking = Census(engine_pool, lambda: now)
+    taking = DatabaseStats(engine_pool, lambda: now)
     before = await taking.reading()
     await retention.run(database_settings(database_url), RetentionSettings())
     now += database_stats.FRESH_SECONDS

@@ -8,7 +8,7 @@ from uuid import UUID
 import asyncpg
 
 from core.queue import BreakerChange
-from delivery.metrics import EngineMeasures
+from delivery.metrics import EngineMetrics
 from delivery.record import Recorder
 from delivery.settings import DeliverySettings
 from tests.support.factories import (
@@ -32,7 +32,7 @@ async def is_open(pool: Any, webhook_id: UUID) -> bool:
 async def test_keeps_a_breaker_change_that_came_while_another_was_written(pool: Any) -> None:
     held, other = await make_webhook_config(pool), await make_webhook_config(pool)
     first, second = await lease_one(pool, held), await lease_one(pool, other)
-    recorder = Recorder(pool, DeliverySettings(), EngineMeasures(0), lambda _batch, _settled: None)
+    recorder = Recorder(pool, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None)
     recorder.put(failed(first), BreakerChange(held, None, trips=True))
 
     async with pool.acquire() as connection:
@@ -56,7 +56,7 @@ async def test_a_config_that_somebody_holds_holds_up_no_breaker_of_others_and_no
     waits = {"lock_timeout": "2000"}
     async with asyncpg.create_pool(database_url, min_size=1, server_settings=waits) as bounded:
         recorder = Recorder(
-            bounded, DeliverySettings(), EngineMeasures(0), lambda _batch, _settled: None
+            bounded, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None
         )
 
         async def fail_and_flush(*webhook_ids: UUID) -> float:

@@ -205,8 +205,8 @@ async def test_an_answer_that_is_not_http_is_a_protocol_error(
 async def test_1xx_without_end_are_cut_off_long_before_the_timeout(
     dialler: Dialler, start: Start, at_once: int
 ) -> None:
-    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * at_once
-    async with start(dripping(b"", hints, 0)) as receiver:
+    notifier = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * at_once
+    async with start(dripping(b"", notifier, 0)) as receiver:
         assert told(await post(dialler, receiver.url)) == (
             Outcome.PROTOCOL_ERROR,
             None,

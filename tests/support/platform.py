@@ -12,8 +12,8 @@ import grpc
 from pydantic import SecretStr
 
 from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
-from cli.process.delivery import DeliverSettings, deliver
-from cli.process.server import ServeSettings, serve
+from cli.process.delivery import EngineProcessSettings, deliver
+from cli.process.server import ServerProcessSettings, serve
 from core.settings import (
     DatabaseSettings,
     EgressSettings,
@@ -47,7 +47,7 @@ class Platform:
 
     address: str
     key: DevelopmentKey
-    settings: ServeSettings
+    settings: ServerProcessSettings
     channel: grpc.aio.Channel
     tokens: dict[tuple[object, ...], str] = field(default_factory=dict)
     #: Set, it stops the server as a SIGTERM does.
@@ -114,7 +114,7 @@ class Platform:
         self, *, retention: Any = None, **delivery_settings: Any
     ) -> AsyncIterator[None]:
         """A delivery engine beside the server, drained at the end; `retention` are its settings."""
-        settings = DeliverSettings(
+        settings = EngineProcessSettings(
             database=self.settings.database,
             encryption=self.settings.encryption,
             egress=self.settings.egress,
@@ -147,9 +147,9 @@ def serve_settings(
     logs: LogSettings | None = None,
     traces: TraceSettings | None = None,
     **server_settings: Any,
-) -> ServeSettings:
+) -> ServerProcessSettings:
     """Of a server on a free port; receivers on loopback are allowed, on any port, by default."""
-    return ServeSettings(
+    return ServerProcessSettings(
         database=DatabaseSettings(database_url=SecretStr(database_url)),
         encryption=EncryptionSettings(encryption_keys=SecretStr(ENCRYPTION_KEYS)),
         egress=egress

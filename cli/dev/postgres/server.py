@@ -207,5 +207,5 @@ class _Launch:
 
     def _failure(self, what: str) -> ConfigurationError:
         last_lines = self.log.read_text(errors="replace").splitlines()[-8:]
-        hint = f"mend that, move {self.data_dir} away to begin anew, {ELSEWHERE}"
-        return ConfigurationError("\n  ".join([f"{what}; {self.log} ends:", *last_lines, hint]))
+        notify = f"mend that, move {self.data_dir} away to begin anew, {ELSEWHERE}"
+        return ConfigurationError("\n  ".join([f"{what}; {self.log} ends:", *last_lines, notify]))

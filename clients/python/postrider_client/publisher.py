@@ -73,7 +73,7 @@ class Publisher:
         self._delivery_seconds = delivery_seconds
         self._max_batch = max_batch
         self._slots = asyncio.Semaphore(max_in_flight)
-        self._room = asyncio.Semaphore(max_pending)
+        self._budget = asyncio.Semaphore(max_pending)
         # Fair: who waits first is let in first.
         self._turn = asyncio.Lock()
         self._waiting: deque[_Pending] = deque()
@@ -96,9 +96,9 @@ class Publisher:
         taken.CopyFrom(event)
         taken = keyed(taken)
         loop = asyncio.get_running_loop()
-        await self._room.acquire()
+        await self._budget.acquire()
         if self._closed:
-            self._room.release()
+            self._budget.release()
             raise PublisherClosed("this publisher is closed")
         self._numbered += 1
         pending = _Pending(
@@ -194,7 +194,7 @@ class Publisher:
         finally:
             self._unsettled.difference_update(batch)
             for _ in batch:
-                self._room.release()
+                self._budget.release()
             self._slots.release()
             self._progress.set()
 
@@ -260,6 +260,6 @@ class Publisher:
         self._fail_all(left, PublisherClosed("this publisher was closed before it was sent"))
         self._unsettled.difference_update(left)
         for _ in left:
-            self._room.release()
+            self._budget.release()
         self._progress.set()
         await self._transport.close()

@@ -35,7 +35,7 @@ from core.queue import (
 from core.queue.claim import _CLAIM, _RECLAIM, _RECLAIMED_OFTEN, _RELEASE, _RELEASE_CLAIMED
 from core.queue.enqueue import (
     _ENQUEUE,
-    _ENQUEUE_CROWD,
+    _ENQUEUE_BURST,
     _ENQUEUE_IN_ORDER,
     _READY_MAX,
     _columns,
@@ -144,7 +144,7 @@ async def _database(postgres: EmbeddedPostgres, name: str, numbers: range) -> As
 
 
 @pytest.fixture(scope="module")
-async def crowd(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
+async def burst(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
     """A connection to a database with all these rows, analysed."""
     async with _database(postgres, "query_plans", range(-30, 8)) as connection:
         await connection.execute(_CROWD)
@@ -153,13 +153,13 @@ async def crowd(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
 
 
 @pytest.fixture(params=["analysed", "vacuumed when it was empty"])
-async def crowded(crowd: Any, request: pytest.FixtureRequest) -> Any:
+async def crowded(burst: Any, request: pytest.FixtureRequest) -> Any:
     """That connection, when the planner knows of the crowd and when it thinks there is none."""
     if request.param == "analysed":
-        await crowd.execute("VACUUM ANALYZE delivery_queue")
+        await burst.execute("VACUUM ANALYZE delivery_queue")
     else:
-        await crowd.execute(_KNOWN_AS_EMPTY)
-    return crowd
+        await burst.execute(_KNOWN_AS_EMPTY)
+    return burst
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +340,7 @@ async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded
     plan.assert_nothing_is_walked()
 
 
-@pytest.mark.parametrize("statement", [_ENQUEUE, _ENQUEUE_CROWD])
+@pytest.mark.parametrize("statement", [_ENQUEUE, _ENQUEUE_BURST])
 async def test_enqueueing_finds_configs_and_what_they_have_by_index(
     crowded: Any, statement: str
 ) -> None:

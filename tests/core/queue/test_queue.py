@@ -664,7 +664,7 @@ async def test_a_hint_reaches_those_who_listen(pool: Any) -> None:
     heard = asyncio.Event()
     async with pool.acquire() as listener:
         await listener.add_listener(queue.CHANNEL, lambda *_: heard.set())
-        await queue.hint(pool)
+        await queue.notify(pool)
         async with asyncio.timeout(10):
             await heard.wait()
         await listener.reset()

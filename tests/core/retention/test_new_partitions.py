@@ -6,14 +6,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from core.retention import partitions
-from delivery.metrics import EngineMeasures
+from delivery.metrics import EngineMetrics
 from delivery.record import Recorder
 from delivery.settings import DeliverySettings
 from server.event_types.cache import EventTypes
 from server.events.ingest import Ingest, PublishedEvent
-from server.events.notify import Hints
+from server.events.notify import Notifier
 from server.events.rules import EventDraft
-from server.metrics import ServerMeasures
+from server.metrics import ServerMetrics
 from tests.support.factories import (
     EVENT_TYPE,
     lease_one,
@@ -33,7 +33,7 @@ async def making_todays_parts(pool: Any) -> AsyncIterator[None]:
 
 
 async def test_an_event_is_accepted_all_the_same(pool: Any) -> None:
-    ingest = Ingest(pool, EventTypes(pool), Hints(pool), 1000, ServerMeasures({}))
+    ingest = Ingest(pool, EventTypes(pool), Notifier(pool), 1000, ServerMetrics({}))
     draft = EventDraft("m_1", EVENT_TYPE, "", b"{}", idempotency_key="")
 
     async with making_todays_parts(pool):
@@ -54,7 +54,7 @@ async def test_a_result_is_recorded_once_all_the_same(pool: Any) -> None:
     recorder = Recorder(
         pool,
         DeliverySettings(),
-        EngineMeasures(0),
+        EngineMetrics(0),
         lambda _batch, done: settled.append(len(done.delivery_ids)),
     )
     recorder.put(settlement(delivery))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from delivery.fairness.backlog_rate import Allowance
+from delivery.fairness.backlog_rate import BacklogRate
 
 
 class Clock:
@@ -17,7 +17,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def let_in(allowance: Allowance, clock: Clock, seconds: float, others_a_second: int = 0) -> int:
+def let_in(allowance: BacklogRate, clock: Clock, seconds: float, others_a_second: int = 0) -> int:
     """What a config with an endless backlog gets, looked at every millisecond."""
     total, owed = 0, 1.0
     for _ in range(round(seconds * 1000)):
@@ -34,14 +34,14 @@ def let_in(allowance: Allowance, clock: Clock, seconds: float, others_a_second: 
 
 
 def test_beside_nobody_there_is_no_bound(clock: Clock) -> None:
-    allowance = Allowance(clock)
+    allowance = BacklogRate(clock)
     assert allowance.chunk() is None
     allowance.spend(1000)
     assert not allowance.rest_seconds()
 
 
 def test_the_bound_ends_soon_after_the_last_of_the_others(clock: Clock) -> None:
-    allowance = Allowance(clock)
+    allowance = BacklogRate(clock)
     allowance.meet_others(1)
     allowance.spend(1000)
     assert allowance.rest_seconds() > 1
@@ -51,30 +51,30 @@ def test_the_bound_ends_soon_after_the_last_of_the_others(clock: Clock) -> None:
 
 
 def test_a_late_loop_lets_in_the_least_and_some_for_each_of_the_others(clock: Clock) -> None:
-    allowance = Allowance(clock)
+    allowance = BacklogRate(clock)
     assert 50 <= let_in(allowance, clock, 2, others_a_second=4) / 2 <= 60
     assert 95 <= let_in(allowance, clock, 2, others_a_second=200) / 2 <= 110
     assert 500 <= let_in(allowance, clock, 2, others_a_second=2000) / 2 <= 650
 
 
 def test_a_punctual_loop_lets_in_more_and_more(clock: Clock) -> None:
-    allowance = Allowance(clock)
+    allowance = BacklogRate(clock)
     for _ in range(2000):
-        allowance.restraint.felt(0.0)
+        allowance.aimd.felt(0.0)
     assert let_in(allowance, clock, 1, others_a_second=10) > 5000
 
 
 def test_what_was_not_used_is_not_saved_up(clock: Clock) -> None:
-    allowance = Allowance(clock)
+    allowance = BacklogRate(clock)
     allowance.meet_others(100_000)
     clock.now += 0.4
     assert 4 <= let_in(allowance, clock, 0.09) <= 25
 
 
 def test_a_chunk_grows_with_the_rate(clock: Clock) -> None:
-    allowance = Allowance(clock)
+    allowance = BacklogRate(clock)
     allowance.meet_others(1)
     assert allowance.chunk() == 8
     for _ in range(2000):
-        allowance.restraint.felt(0.0)
+        allowance.aimd.felt(0.0)
     assert allowance.chunk() == 300

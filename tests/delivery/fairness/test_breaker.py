@@ -49,29 +49,29 @@ def test_many_failures_in_a_row_over_some_time_trip() -> None:
     breaker = Breaker(10, 5.0, clock)
     changes = []
     for _ in range(10):
-        changes.append(breaker.judge(delivery(), False, 0))
+        changes.append(breaker.decide(delivery(), False, 0))
         clock.now += 0.6
     assert changes == [None] * 9 + [BreakerChange(ONE, None, trips=True, failures=10, version=1)]
     # And then it counts anew.
-    assert breaker.judge(delivery(), False, 0) is None
+    assert breaker.decide(delivery(), False, 0) is None
 
 
 def test_a_short_blip_trips_nothing_however_many_fail_in_it() -> None:
     clock = Clock()
     breaker = Breaker(10, 5.0, clock)
     for _ in range(500):
-        assert breaker.judge(delivery(), False, 0) is None
+        assert breaker.decide(delivery(), False, 0) is None
         clock.now += 0.009
-    assert breaker.judge(delivery(), True, 0) is None
+    assert breaker.decide(delivery(), True, 0) is None
     clock.now += 100
-    assert breaker.judge(delivery(), False, 0) is None
+    assert breaker.decide(delivery(), False, 0) is None
 
 
 def test_the_retries_of_one_delivery_trip_nothing_however_long_they_take() -> None:
     clock = Clock()
     breaker = Breaker(10, 5.0, clock)
     for wait in (1, 10, 60, 0):
-        assert breaker.judge(delivery(), False, 0) is None
+        assert breaker.decide(delivery(), False, 0) is None
         clock.now += wait
 
 
@@ -79,32 +79,32 @@ def test_the_retries_of_one_delivery_trip_nothing_however_long_they_take() -> No
 def test_a_success_ends_the_row_and_what_says_nothing_does_not(works: bool | None) -> None:
     clock = Clock()
     breaker = Breaker(3, 0.0, clock)
-    assert not any(breaker.judge(delivery(), result, 0) for result in (False, False, works))
-    assert bool(breaker.judge(delivery(), False, 0)) is (works is None)
+    assert not any(breaker.decide(delivery(), result, 0) for result in (False, False, works))
+    assert bool(breaker.decide(delivery(), False, 0)) is (works is None)
 
 
 def test_the_failures_of_others_do_not_count() -> None:
     breaker = Breaker(3, 0.0, Clock())
-    results = [breaker.judge(delivery(w), False, 0) for w in (ONE, OTHER, ONE, OTHER, ONE)]
+    results = [breaker.decide(delivery(w), False, 0) for w in (ONE, OTHER, ONE, OTHER, ONE)]
     assert [bool(change) for change in results] == [False] * 4 + [True]
 
 
 def test_one_probe_decides() -> None:
     breaker = Breaker(10, 5.0, Clock())
     seen = PROBE.breaker_open_until
-    assert breaker.judge(PROBE, False, 0) == BreakerChange(
+    assert breaker.decide(PROBE, False, 0) == BreakerChange(
         ONE, seen, trips=True, failures=1, version=1
     )
-    assert breaker.judge(PROBE, None, 0) is None
-    assert breaker.judge(PROBE, True, 0) == BreakerChange(ONE, seen, version=1)
+    assert breaker.decide(PROBE, None, 0) is None
+    assert breaker.decide(PROBE, True, 0) == BreakerChange(ONE, seen, version=1)
 
 
 def test_what_began_before_it_opened_closes_nothing() -> None:
-    assert Breaker(10, 5.0, Clock()).judge(delivery(), True, 0) is None
+    assert Breaker(10, 5.0, Clock()).decide(delivery(), True, 0) is None
 
 
 def test_a_receiver_that_asks_for_time_gets_it_at_the_first_failure() -> None:
     breaker = Breaker(10, 5.0, Clock())
-    change = breaker.judge(delivery(), False, 30.0)
+    change = breaker.decide(delivery(), False, 30.0)
     assert change == BreakerChange(ONE, None, asked_seconds=30.0, failures=1, version=1)
-    assert breaker.judge(delivery(), True, 0) is None
+    assert breaker.decide(delivery(), True, 0) is None

@@ -2,7 +2,7 @@
 
 from uuid import UUID, uuid4
 
-from delivery.fairness.concurrency import FEW, Places
+from delivery.fairness.concurrency import FEW, ConcurrencyLimiter
 
 ONE, OTHER = uuid4(), uuid4()
 
@@ -14,31 +14,31 @@ class Clock:
         return self.now
 
 
-def free(places: Places, webhook_id: UUID, own_cap: int = 0) -> int:
+def free(places: ConcurrencyLimiter, webhook_id: UUID, own_cap: int = 0) -> int:
     places.survey()
     return places.free(webhook_id, own_cap)
 
 
-def fill(places: Places, webhook_id: UUID) -> int:
+def fill(places: ConcurrencyLimiter, webhook_id: UUID) -> int:
     """Begin as many as may; returns how many are open then."""
     while free(places, webhook_id):
         places.begin(webhook_id)
     return places.open(webhook_id)
 
 
-def end_all(places: Places, webhook_id: UUID, works: bool | None) -> None:
+def end_all(places: ConcurrencyLimiter, webhook_id: UUID, works: bool | None) -> None:
     for _ in range(places.open(webhook_id)):
         places.end(webhook_id, works)
 
 
-def prove(places: Places, webhook_id: UUID, rounds: int = 6) -> None:
+def prove(places: ConcurrencyLimiter, webhook_id: UUID, rounds: int = 6) -> None:
     for _ in range(rounds):
         fill(places, webhook_id)
         end_all(places, webhook_id, works=True)
 
 
 def test_a_healthy_config_has_all_its_places_within_a_few_round_trips() -> None:
-    places = Places(500, 32)
+    places = ConcurrencyLimiter(500, 32)
     opened = []
     for _ in range(5):
         opened.append(fill(places, ONE))
@@ -47,7 +47,7 @@ def test_a_healthy_config_has_all_its_places_within_a_few_round_trips() -> None:
 
 
 def test_each_failure_takes_half_down_to_one_and_each_success_gives_one_back() -> None:
-    places = Places(500, 32)
+    places = ConcurrencyLimiter(500, 32)
     prove(places, ONE)
     opened = []
     for works in (False, False, False, True, False, False, False, False, True, True):
@@ -59,7 +59,7 @@ def test_each_failure_takes_half_down_to_one_and_each_success_gives_one_back() -
 
 
 def test_what_says_nothing_of_the_receiver_changes_nothing() -> None:
-    places = Places(500, 32)
+    places = ConcurrencyLimiter(500, 32)
     prove(places, ONE)
     fill(places, ONE)
     end_all(places, ONE, works=None)
@@ -67,15 +67,15 @@ def test_what_says_nothing_of_the_receiver_changes_nothing() -> None:
 
 
 def test_the_caps_of_the_config_and_of_the_operator_hold() -> None:
-    places = Places(500, 10)
+    places = ConcurrencyLimiter(500, 10)
     prove(places, ONE)
     assert free(places, ONE) == free(places, ONE, own_cap=1000) == 10
     assert free(places, ONE, own_cap=3) == 3
-    assert free(Places(500, 2), ONE) == 2
+    assert free(ConcurrencyLimiter(500, 2), ONE) == 2
 
 
 def test_those_that_never_answered_hold_half_of_the_places_however_many_they_are() -> None:
-    places = Places(100, 32)
+    places = ConcurrencyLimiter(100, 32)
     held = [fill(places, uuid4()) for _ in range(200)]
     assert sum(held) == 50
     # The first come has few; once half of that half is gone, each has one.
@@ -84,7 +84,7 @@ def test_those_that_never_answered_hold_half_of_the_places_however_many_they_are
 
 
 def test_what_begins_after_a_survey_counts_at_once() -> None:
-    places = Places(100, 32)
+    places = ConcurrencyLimiter(100, 32)
     places.survey()
     for _ in range(200):
         webhook_id = uuid4()
@@ -94,7 +94,7 @@ def test_what_begins_after_a_survey_counts_at_once() -> None:
 
 
 def test_those_that_failed_last_leave_a_quarter_to_newcomers() -> None:
-    places = Places(100, 32)
+    places = ConcurrencyLimiter(100, 32)
     dead = [uuid4() for _ in range(100)]
     for webhook_id in dead:
         places.begin(webhook_id)
@@ -105,7 +105,7 @@ def test_those_that_failed_last_leave_a_quarter_to_newcomers() -> None:
 
 
 def test_a_proven_config_has_room_beside_them_and_is_held_up_by_none() -> None:
-    places = Places(100, 32)
+    places = ConcurrencyLimiter(100, 32)
     prove(places, ONE)
     for _ in range(200):
         fill(places, uuid4())
@@ -114,7 +114,7 @@ def test_a_proven_config_has_room_beside_them_and_is_held_up_by_none() -> None:
 
 def test_a_config_that_falls_silent_counts_among_them_after_two_seconds() -> None:
     clock = Clock()
-    places = Places(64, 32, clock)
+    places = ConcurrencyLimiter(64, 32, clock)
     prove(places, ONE)
     prove(places, OTHER)
     places.begin(ONE)
@@ -130,7 +130,7 @@ def test_a_config_that_falls_silent_counts_among_them_after_two_seconds() -> Non
 
 def test_proven_configs_that_hang_all_at_once_leave_the_last_eighth_to_those_with_few() -> None:
     clock = Clock()
-    places = Places(64, 32, clock)
+    places = ConcurrencyLimiter(64, 32, clock)
     hanging = [uuid4() for _ in range(8)]
     for webhook_id in (*hanging, ONE):
         prove(places, webhook_id)
@@ -144,7 +144,7 @@ def test_proven_configs_that_hang_all_at_once_leave_the_last_eighth_to_those_wit
 
 
 def test_a_refill_is_worth_it_when_half_of_the_places_are_free() -> None:
-    places = Places(500, 8)
+    places = ConcurrencyLimiter(500, 8)
     prove(places, ONE)
     wanted = []
     for _ in range(8):
@@ -160,7 +160,7 @@ def test_a_refill_is_worth_it_when_half_of_the_places_are_free() -> None:
 
 
 def test_a_half_open_config_has_one_place_and_grows_from_there() -> None:
-    places = Places(500, 32)
+    places = ConcurrencyLimiter(500, 32)
     prove(places, ONE)
     places.restart(ONE)
     opened = []
@@ -172,7 +172,7 @@ def test_a_half_open_config_has_one_place_and_grows_from_there() -> None:
 
 def test_who_fails_again_and_again_rests_longer_each_time_up_to_half_a_second() -> None:
     clock = Clock()
-    places = Places(500, 32, clock)
+    places = ConcurrencyLimiter(500, 32, clock)
     rests = []
     for _ in range(8):
         places.begin(ONE)
@@ -187,7 +187,7 @@ def test_who_fails_again_and_again_rests_longer_each_time_up_to_half_a_second() 
 
 def test_an_answer_or_a_probe_ends_the_rest_and_what_says_nothing_does_not() -> None:
     clock = Clock()
-    places = Places(500, 32, clock)
+    places = ConcurrencyLimiter(500, 32, clock)
 
     def fail_thrice() -> None:
         for _ in range(4):
@@ -210,7 +210,7 @@ def test_an_answer_or_a_probe_ends_the_rest_and_what_says_nothing_does_not() -> 
 
 
 def test_what_is_remembered_is_bounded_and_open_attempts_stay_counted() -> None:
-    places = Places(500, 32)
+    places = ConcurrencyLimiter(500, 32)
     prove(places, ONE)
     places.begin(ONE)
     for _ in range(60_000):

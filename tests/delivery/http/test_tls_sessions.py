@@ -28,7 +28,7 @@ class Handshakes(RawReceiver):
         self.resumed: list[bool] = []
         self.answers = True
         #: Nobody is answered before so many have asked.
-        self.crowd = asyncio.Barrier(1)
+        self.burst = asyncio.Barrier(1)
         #: Those that were resumed get no answer.
         self.chokes = False
 
@@ -39,7 +39,7 @@ class Handshakes(RawReceiver):
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         resumed = writer.get_extra_info("ssl_object").session_reused
         self.resumed.append(resumed)
-        await self.crowd.wait()
+        await self.burst.wait()
         if self.answers and not (self.chokes and resumed):
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             await writer.drain()
@@ -95,7 +95,7 @@ async def test_a_session_is_read_once_however_often_it_is_resumed(
 async def test_of_many_connections_at_once_no_more_sessions_are_read_than_kept(
     dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
-    receiver.crowd = asyncio.Barrier(20)
+    receiver.burst = asyncio.Barrier(20)
     outcomes = await asyncio.gather(*(post(dialler, receiver) for _ in range(20)))
     assert set(outcomes) == {Outcome.SUCCEEDED}
     assert receiver.resumed == [False] * 20

@@ -64,18 +64,18 @@ async def test_engines_are_told_of_a_reactivation_and_of_an_event(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = await deactivate_by_failures(platform, receiver)
-    hints: asyncio.Queue[str] = asyncio.Queue()
+    notifier: asyncio.Queue[str] = asyncio.Queue()
 
     def heard(_connection: Any, _pid: int, channel: str, _payload: str) -> None:
-        hints.put_nowait(channel)
+        notifier.put_nowait(channel)
 
     async with pool.acquire() as connection:
         await connection.add_listener(CHANNEL, heard)
         try:
             await reactivate(platform, webhook_id)
-            assert await asyncio.wait_for(hints.get(), 10) == CHANNEL
+            assert await asyncio.wait_for(notifier.get(), 10) == CHANNEL
             await platform.publish()
-            assert await asyncio.wait_for(hints.get(), 10) == CHANNEL
+            assert await asyncio.wait_for(notifier.get(), 10) == CHANNEL
         finally:
             await connection.remove_listener(CHANNEL, heard)
 

@@ -11,10 +11,10 @@ from core.logs import SuccessSampling
 from core.settings import LogSettings
 from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import TokenVerifier, token_refused
-from server.metrics import ServerMeasures
-from server.rpc.audit_refusals import Refusals
+from server.metrics import ServerMetrics
+from server.rpc.audit_refusals import RefusalAudit
 from server.rpc.authenticate import Authentication
-from server.rpc.call import present_call
+from server.rpc.call import current_call
 from server.rpc.dispatch import Calls
 from server.rpc.report import RpcReports
 from server.settings import ServerSettings
@@ -39,14 +39,14 @@ SENDABLE = {
 REFUSAL = Refusal(StatusCode.UNAUTHENTICATED, token_refused().message, "TOKEN_INVALID")
 
 
-class NobodyIsKnown(Refusals):
+class NobodyIsKnown(RefusalAudit):
     """In place of the audit log, which strangers must not write to."""
 
     def __init__(self) -> None:
         pass
 
     async def record(self, *_: object) -> None:
-        assert present_call().caller is None
+        assert current_call().caller is None
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def call() -> AsyncIterator[Any]:
     )
     authentication = Authentication(verifier, CallerLimits(ServerSettings()))
     options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 32_768)]
-    reports = RpcReports(ServerMeasures({}), SuccessSampling(LogSettings()))
+    reports = RpcReports(ServerMetrics({}), SuccessSampling(LogSettings()))
     server = grpc.aio.server(options=options)
 
     async def echo(request: bytes, _context: Any) -> bytes:

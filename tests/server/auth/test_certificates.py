@@ -24,7 +24,7 @@ from server.auth.principal import Scope, parse_certificate_scopes
 from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import token_refused
 from server.rpc.authenticate import Authentication
-from server.rpc.call import PresentCall
+from server.rpc.call import RpcCall
 from server.settings import ServerSettings, TlsSettings
 from tests.docs.test_client_page import page
 from tests.support.certificates import Authority, Issued
@@ -230,7 +230,7 @@ def test_the_handlers_that_identify_are_as_few_as_the_methods() -> None:
     known: Any = grpc.unary_unary_rpc_method_handler(lambda request, _context: request)
 
     def handler_of(handler: Any) -> Any:
-        return authentication.guard(PresentCall("/a.B/C", ()), handler)
+        return authentication.guard(RpcCall("/a.B/C", ()), handler)
 
     for handler in (known, None):
         assert handler_of(handler) is handler_of(handler)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from cli.metrics.server import ServerMetrics
+from cli.metrics.server import ServerCollector
 from core.errors import ConfigurationError, Unavailable
 from server.auth import jwks as keys_module
 from server.auth.jwks import (
@@ -26,7 +26,7 @@ from server.auth.jwks import (
     PemKeys,
     VerificationKey,
 )
-from server.metrics import ServerMeasures
+from server.metrics import ServerMetrics
 
 # Said here again, since they are promises: to the issuer, and about its outages.
 FETCH_INTERVAL_SECONDS = 30
@@ -492,7 +492,7 @@ async def test_failed_fetch_says_so_in_the_log(
 async def test_the_age_counts_from_the_last_fetch_that_went_well(
     jwks: JwksKeys, issuer: FakeIssuer, clock: FakeClock
 ) -> None:
-    metrics = ServerMetrics(ServerMeasures({}), Pool(), jwks)
+    metrics = ServerCollector(ServerMetrics({}), Pool(), jwks)
     assert await age_told(metrics) == []
 
     await jwks.keys_for("ed")
@@ -515,7 +515,7 @@ class Pool:
     get_size = get_max_size = get_idle_size
 
 
-async def age_told(metrics: ServerMetrics) -> list[float]:
+async def age_told(metrics: ServerCollector) -> list[float]:
     return [
         sample.value
         for metric in await metrics.scrape()

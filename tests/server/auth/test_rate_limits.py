@@ -7,7 +7,7 @@ import pytest
 from core.errors import QuotaExceeded
 from server.auth import rate_limits
 from server.auth.principal import Principal
-from server.auth.rate_limits import DIALLING, CallerLimits, PingPlaces, Rate
+from server.auth.rate_limits import DIALLING, CallerLimits, PingSlots, Rate
 from server.settings import ServerSettings
 from tests.support.rpcs import methods
 
@@ -138,7 +138,7 @@ def test_a_refusal_names_the_caller_that_has_no_merchant(clock: Clock) -> None:
 
 
 def test_ping_places_are_counted_by_merchant_and_given_back() -> None:
-    places = PingPlaces(2)
+    places = PingSlots(2)
     with places.place("m_1"), places.place("m_1"), places.place("m_2"):
         with pytest.raises(QuotaExceeded, match="2 pings") as refused, places.place("m_1"):
             pass

@@ -8,10 +8,10 @@ import pytest
 
 from core.ids import new_id
 from server.event_types.cache import EventTypes
-from server.events.ingest import FLOOD, Ingest, PublishedEvent
-from server.events.notify import Hints
+from server.events.ingest import FLOOD_EVENTS, Ingest, PublishedEvent
+from server.events.notify import Notifier
 from server.events.rules import EventDraft
-from server.metrics import ServerMeasures
+from server.metrics import ServerMetrics
 from tests.support.factories import EVENT_TYPE, promptly, until_blocked
 
 KEYS = ("k1", "k2")
@@ -25,8 +25,8 @@ def draft(merchant_id: str, key: str = "", ordering_key: str = "") -> EventDraft
 
 @pytest.fixture
 def ingest(pool: Any) -> Ingest:
-    measures = ServerMeasures({})
-    return Ingest(pool, EventTypes(pool), Hints(pool), max_payload_bytes=1000, measures=measures)
+    metrics = ServerMetrics({})
+    return Ingest(pool, EventTypes(pool), Notifier(pool), max_payload_bytes=1000, metrics=metrics)
 
 
 async def hold_keys(connection: Any) -> None:
@@ -74,7 +74,7 @@ async def test_large_calls_are_not_in_the_way_of_others(
 async def test_many_small_calls_of_one_merchant_are_not_in_the_way_of_others(
     ingest: Ingest, pool: Any
 ) -> None:
-    for _ in range(FLOOD // 100):
+    for _ in range(FLOOD_EVENTS // 100):
         await ingest.publish([draft("m_flood")] * 100, "events[{}]")
     async with pool.acquire() as connection:
         held = connection.transaction()

@@ -17,7 +17,7 @@ from server.auth.jwks import PemKeys, VerificationKey
 from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import TokenVerifier, token_refused
 from server.rpc.authenticate import Authentication, principal
-from server.rpc.call import begin_call, present_call
+from server.rpc.call import begin_call, current_call
 from server.settings import ServerSettings
 
 ISSUER = "https://id.example.com/"
@@ -60,7 +60,7 @@ class Echo:
             await context.write(self._who())
 
     async def public(self, _request: bytes, _context: Any) -> bytes:
-        return b"anybody" if present_call().caller is None else self._who()
+        return b"anybody" if current_call().caller is None else self._who()
 
     async def public_by_mistake(self, _request: bytes, _context: Any) -> bytes:
         return self._who()
