@@ -6,7 +6,7 @@ key of an HMAC-SHA256 as they stand (`v1`), `whsk_…` is an Ed25519 key pair (`
 merchant has the public half alone. `webhook-signature` holds the signature in base64;
 `X-Webhook-Signature` holds the same one in hexadecimal, in the `t=…,v1=…` form merchants know from
 other senders. While a secret is changed over, both headers hold a signature for each of the two,
-the new one first. `core/verification` is the other half.
+the new one first.
 """
 
 import base64

@@ -20,8 +20,8 @@ import grpc
 from cli.canary.api import CanaryApi
 from cli.canary.receiver import CanaryReceiver
 from core.errors import PostriderError
-from core.verification import verifying_key
 from postrider.v1 import delivery_pb2
+from postrider_client import VerificationKey
 
 #: Beyond the timeout: to say why nothing arrived, and to remove what was made.
 REASON_SECONDS, CLEANUP_SECONDS = 5.0, 10.0
@@ -145,12 +145,12 @@ class Canary:
         await self._receive()
 
     async def _receive(self) -> None:
-        verdict = await self._receiver.wait_for(self._event_id)
+        inspect = await self._receiver.wait_for(self._event_id)
         for secret in self._keys:
-            checked = verdict([verifying_key(secret)])
-            if checked.trouble is not None:
-                raise CanaryError(f"{checked.trouble.header}: {checked.trouble.detail}")
-            if {check.header for check in checked.checks} != {
+            inspection = inspect([VerificationKey.parse(secret)])
+            if (failed := inspection.failed) is not None:
+                raise CanaryError(f"{failed.header}: {failed.error}")
+            if {check.header for check in inspection.checks} != {
                 "X-Webhook-Signature",
                 "webhook-signature",
             }:

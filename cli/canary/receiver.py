@@ -10,9 +10,10 @@ from aiohttp import web
 
 from cli.receiver import accepting
 from core.signing import ID_HEADER
-from core.verification import Verdict, VerifyingKey, verify
+from postrider_client import Inspection, VerificationKey, inspect_webhook
 
-type Judge = Callable[[Sequence[VerifyingKey]], Verdict]
+#: Checks one received request with the given keys.
+type Inspect = Callable[[Sequence[VerificationKey]], Inspection]
 
 
 class CanaryReceiver:
@@ -24,7 +25,7 @@ class CanaryReceiver:
         self._public_url = public_url
         self._tls = tls
         self._path = ""
-        self._received: dict[str, Judge] = {}
+        self._received: dict[str, Inspect] = {}
         self._arrived = asyncio.Condition()
 
     def url(self, run: str) -> str:
@@ -41,8 +42,8 @@ class CanaryReceiver:
     def has(self, message_id: str) -> bool:
         return message_id in self._received
 
-    async def wait_for(self, message_id: str) -> Judge:
-        """How the event that arrived is judged by a key, once it has."""
+    async def wait_for(self, message_id: str) -> Inspect:
+        """Wait until the event arrives, and return the check of its request."""
         async with self._arrived:
             await self._arrived.wait_for(lambda: message_id in self._received)
         return self._received[message_id]
@@ -55,7 +56,7 @@ class CanaryReceiver:
         headers, now = dict(request.headers), time.time()
         if request.headers.get("X-Webhook-Event") != "webhook.ping":
             async with self._arrived:
-                self._received[headers.get(ID_HEADER, "")] = lambda keys: verify(
+                self._received[headers.get(ID_HEADER, "")] = lambda keys: inspect_webhook(
                     keys, headers, body, now=now
                 )
                 self._arrived.notify_all()

@@ -16,7 +16,7 @@ from aiohttp import web
 from cli.dev.authority import Authority
 from cli.receiver import accepting
 from core.signing import ID_HEADER
-from core.verification import verify, verifying_key
+from postrider_client import VerificationKey, inspect_webhook
 
 PATH = "/webhooks"
 
@@ -69,8 +69,8 @@ class DemoReceiver:
         if event_type == "webhook.ping":
             return web.Response(text="pong")
         message_id = request.headers.get(ID_HEADER, "")
-        keys = [verifying_key(self.secret)] if self.secret else []
-        verified = verify(keys, request.headers, body, now=time.time()).valid
+        keys = [VerificationKey.parse(self.secret)] if self.secret else []
+        verified = inspect_webhook(keys, request.headers, body, now=time.time()).valid
         status = 200 if verified else 401
         if verified and self.refusals_left and message_id not in self.attempts_by_id:
             self.refusals_left -= 1

@@ -18,7 +18,7 @@ from cli.dev.printable import payload_lines, printable
 from cli.receiver import MAX_BODY_BYTES
 from core.errors import ConfigurationError
 from core.signing import ID_HEADER
-from core.verification import Verdict, VerifyingKey, verify, verifying_key
+from postrider_client import Inspection, VerificationKey, inspect_webhook
 
 #: Of so many events it is remembered how often they came.
 _REMEMBERED = 10_000
@@ -41,7 +41,7 @@ class ListenerKeys:
         self._given = [_key(secret) for secret in secrets]
         self._file = file
 
-    def current(self) -> list[VerifyingKey]:
+    def current(self) -> list[VerificationKey]:
         if self._file is None or not self._file.exists():
             return self._given
         try:
@@ -91,8 +91,8 @@ class Listener:
         except ConfigurationError as error:
             self._write(f"nothing is verified: {error.message}")
             keys = []
-        verdict = verify(keys, request.headers, body, now=time.time()) if keys else None
-        invalid = verdict is not None and not verdict.valid
+        inspection = inspect_webhook(keys, request.headers, body, now=time.time()) if keys else None
+        invalid = inspection is not None and not inspection.valid
         seen = self._seen_before(request.headers.get(ID_HEADER, ""), counts=not invalid)
         is_ping = request.headers.get("X-Webhook-Event") == "webhook.ping"
         duplicate = seen.accepted and not is_ping
@@ -104,7 +104,7 @@ class Listener:
         self.duplicates += duplicate
         show = self._show_json if self._as_json else self._show
         times = seen.times if duplicate else 0
-        show(request, body, verdict, times=times, status=response.status, note=note)
+        show(request, body, inspection, times=times, status=response.status, note=note)
         if self._count is not None and self.webhooks >= self._count:
             # The answer first.
             asyncio.get_running_loop().call_later(0.1, self.done.set)
@@ -146,7 +146,7 @@ class Listener:
         self,
         request: web.Request,
         body: bytes,
-        verdict: Verdict | None,
+        inspection: Inspection | None,
         *,
         times: int,
         status: int,
@@ -158,7 +158,7 @@ class Listener:
         tail = f" ({printable(note)})" if note else ""
         self._write(
             f"{time.strftime('%H:%M:%S')}  {event_type[:100]}  {message_id[:100]}  "
-            f"attempt {attempt[:10]}  {_spoken(verdict)}  answered {status}{tail}"
+            f"attempt {attempt[:10]}  {_spoken(inspection)}  answered {status}{tail}"
         )
         if times:
             self._write(f"  DUPLICATE: it came {times} times; drop it by its webhook-id")
@@ -169,7 +169,7 @@ class Listener:
         self,
         request: web.Request,
         body: bytes,
-        verdict: Verdict | None,
+        inspection: Inspection | None,
         *,
         times: int,
         status: int,
@@ -181,11 +181,11 @@ class Listener:
             "id": request.headers.get(ID_HEADER, ""),
             "attempt": request.headers.get("X-Webhook-Attempt", ""),
             "delivery": request.headers.get("X-Webhook-Delivery", ""),
-            "valid": None if verdict is None else verdict.valid,
-            "reason": verdict.trouble.detail if verdict and verdict.trouble else "",
+            "valid": None if inspection is None else inspection.valid,
+            "reason": inspection.failed.error if inspection and inspection.failed else "",
             "signatures": [
-                {"header": check.header, "valid": check.fault is None, "secret": check.key}
-                for check in (verdict.checks if verdict else ())
+                {"header": check.header, "valid": not check.error, "secret": check.key}
+                for check in (inspection.checks if inspection else ())
             ],
             "duplicate": bool(times),
             "status": status,
@@ -199,18 +199,18 @@ class Listener:
         self._write(line)
 
 
-def _key(text: str) -> VerifyingKey:
+def _key(text: str) -> VerificationKey:
     try:
-        return verifying_key(text)
+        return VerificationKey.parse(text)
     except ValueError as error:
         raise ConfigurationError(f"a secret cannot be used: {error}") from None
 
 
-def _spoken(verdict: Verdict | None) -> str:
-    if verdict is None:
+def _spoken(inspection: Inspection | None) -> str:
+    if inspection is None:
         return "not verified (no secret given)"
-    if (wrong := verdict.trouble) is None:
-        keys = sorted({check.key + 1 for check in verdict.checks if check.key is not None})
+    if (wrong := inspection.failed) is None:
+        keys = sorted({check.key + 1 for check in inspection.checks if check.key is not None})
         return click.style(f"VALID (secret {', '.join(map(str, keys))})", fg="green")
     header = f"{printable(wrong.header)}: " if wrong.header else ""
-    return click.style(f"INVALID ({header}{printable(wrong.detail)})", fg="red")
+    return click.style(f"INVALID ({header}{printable(wrong.error)})", fg="red")

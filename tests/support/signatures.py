@@ -1,6 +1,7 @@
 """Whether one `X-Webhook-Signature` is genuine, as the service's own receivers decide it."""
 
-from core.verification import TOLERANCE_SECONDS, verify, verifying_key
+from postrider_client.verification_keys import VerificationKey
+from postrider_client.webhooks import TOLERANCE_SECONDS, inspect_webhook
 
 
 def is_genuine(
@@ -13,5 +14,5 @@ def is_genuine(
     tolerance_seconds: float = TOLERANCE_SECONDS,
 ) -> bool:
     headers = {"webhook-id": message_id, "X-Webhook-Signature": signature}
-    keys = [verifying_key(secret)]
-    return verify(keys, headers, body, now=now, tolerance_seconds=tolerance_seconds).valid
+    keys = [VerificationKey.parse(secret)]
+    return inspect_webhook(keys, headers, body, now=now, tolerance=tolerance_seconds).valid

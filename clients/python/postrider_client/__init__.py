@@ -1,7 +1,7 @@
-"""The client of Postrider: publish events and verify webhooks, without anything of the server.
+"""The client of Postrider: publish events and verify webhooks. Start with `client` and `webhooks`.
 
-It brings the stubs `postrider.v1`, which the server's wheel holds as well: one environment has one
-of the two, or both of one version, and the import refuses anything else.
+The package and the stubs `postrider.v1` are also part of the server's wheel. Two wheels in one
+environment must have the same version, otherwise the import fails.
 """
 
 from importlib import metadata
@@ -19,13 +19,15 @@ from postrider_client.errors import (
 )
 from postrider_client.publisher import Published, Publisher
 from postrider_client.tokens import Token, TokenSource
-from postrider_client.webhooks import Webhook, verify_webhook
+from postrider_client.verification_keys import VerificationKey
+from postrider_client.webhooks import Inspection, Webhook, inspect_webhook, verify_webhook
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CallPolicy",
     "EventRejected",
+    "Inspection",
     "PostriderClient",
     "PostriderClientError",
     "PublishFailed",
@@ -35,9 +37,11 @@ __all__ = [
     "Token",
     "TokenSource",
     "TokenUnavailable",
+    "VerificationKey",
     "Webhook",
     "WebhookRefused",
     "WrongEventLoop",
+    "inspect_webhook",
     "verify_webhook",
 ]
 
