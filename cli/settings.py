@@ -12,20 +12,20 @@ from pydantic.fields import FieldInfo
 from core.errors import ConfigurationError
 from core.settings import (
     ENV_PREFIX,
-    Block,
     DatabaseSettings,
     EgressSettings,
     EncryptionSettings,
     LogSettings,
     RetentionSettings,
+    SettingsBlock,
     TraceSettings,
-    variable,
+    variable_name,
 )
 from delivery.settings import DeliverySettings
 from server.settings import AuthSettings, ServerSettings, TlsSettings
 
 
-class LocalSettings(Block):
+class LocalSettings(SettingsBlock):
     """Only for `postrider run`, `demo`, `token` and `listen`: what a single machine needs."""
 
     data_dir: Path = Field(
@@ -43,7 +43,7 @@ class LocalSettings(Block):
     )
 
 
-class CanarySettings(Block):
+class CanarySettings(SettingsBlock):
     """The tokens of `postrider canary`, when they are not in files."""
 
     canary_publish_token: SecretStr | None = Field(
@@ -55,7 +55,7 @@ class CanarySettings(Block):
 
 
 #: Every block there is, in the order of the README.
-BLOCKS: tuple[type[Block], ...] = (
+BLOCKS: tuple[type[SettingsBlock], ...] = (
     DatabaseSettings,
     EncryptionSettings,
     EgressSettings,
@@ -71,7 +71,7 @@ BLOCKS: tuple[type[Block], ...] = (
 )
 
 
-def load[B: Block](block: type[B], **fallbacks: Any) -> B:
+def load[B: SettingsBlock](block: type[B], **fallbacks: Any) -> B:
     """A block from the environment; `fallbacks` stand in for what the environment leaves out."""
     given = {name: value for name, value in fallbacks.items() if not is_set(name)}
     try:
@@ -88,7 +88,7 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
     """What is to be said of each WEBHOOK_ variable that is no setting."""
-    known = {variable(name) for name, _ in all_fields()}
+    known = {variable_name(name) for name, _ in all_fields()}
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -104,7 +104,7 @@ def all_fields() -> Iterator[tuple[str, FieldInfo]]:
 
 def is_set(field_name: str) -> bool:
     """Whether the environment says anything of it, for a secret also by naming its file."""
-    name = variable(field_name)
+    name = variable_name(field_name)
     return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
 
 
@@ -114,7 +114,7 @@ def explain(error: ValidationError) -> Iterator[str]:
         # The value stays out of the message: it may be a secret.
         message = fault["msg"].removeprefix("Value error, ")
         if fault["loc"]:
-            name = variable(str(fault["loc"][0]))
+            name = variable_name(str(fault["loc"][0]))
             yield f"{name} is not set" if fault["type"] == "missing" else f"{name}: {message}"
         else:
             yield message

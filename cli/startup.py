@@ -26,7 +26,7 @@ async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
         "SELECT previous_secret_key_id FROM webhook_configs "
         "WHERE previous_secret_expires_at > now()"
     )
-    missing = keyring.missing({row["key_id"] for row in rows})
+    missing = keyring.missing_keys({row["key_id"] for row in rows})
     if missing:
         raise ConfigurationError(
             f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, "

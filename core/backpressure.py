@@ -1,84 +1,78 @@
-"""How far a process holds itself back for the sake of others, by how late its event loop is (pure).
+"""AIMD on event-loop lag: a process slows low-priority work while its timers run late.
 
-Where cores are short, what is done for one who floods us is in the way of all others, at every
-step on their path. The loop notices it first: its timers come late, whether it had to wait for a
-core or was at something long itself. So what may wait is halved with each timer that is late, and
-grows a little with each that is not, the faster the longer none was late: as much as fits, on
-whatever machine, beside whomever.
+Where CPU cores are short, the work of one flooding client delays the work of all others. Event-loop
+lag shows this first: timers fire late because the loop waits for a core or is busy. So a late timer
+halves the level of the low-priority work, and each punctual timer raises it.
 """
 
 import asyncio
 from time import monotonic
 
-#: A timer that comes later than this is late: on machines with cores to spare hardly one does.
+#: A timer that fires later than this is late. With idle cores almost none is.
 _LATE_SECONDS = 0.0025
-#: What a late timer leaves, and what timely ones add: the first a part in a thousand, as much again
-#: after each 500, and ten at most. All in proportion: they are in balance when about one timer in
-#: 500 is late, however much is being done then.
-_LATE = 0.5
-_TIMELY, _TIMELY_MOST = 0.001, 0.01
-_AS_MUCH_AGAIN = 500
+_DECREASE = 0.5
+#: Growth per punctual timer. It increases by the minimum after each 500 punctual timers in a row.
+#: The level settles where about one timer in 500 is late.
+_GROWTH_MIN, _GROWTH_MAX = 0.001, 0.01
+_TIMERS_PER_GROWTH_STEP = 500
 
-
-class AimdLevel:
-    """A level from `least`, where it begins and nobody is stopped altogether, up to `most`."""
-
-    def __init__(self, least: float, most: float):
-        self._least = least
-        self._most = most
-        self.level = least
-        self._timely = 0
-
-    def reset(self) -> None:
-        """What was felt is long ago."""
-        self.level = self._least
-        self._timely = 0
-
-    def felt(self, late_seconds: float) -> None:
-        """A timer of the loop came so late."""
-        if late_seconds > _LATE_SECONDS:
-            self._timely = 0
-            self.level = max(self.level * _LATE, self._least)
-        else:
-            self._timely += 1
-            growth = min(_TIMELY * (1 + self._timely / _AS_MUCH_AGAIN), _TIMELY_MOST)
-            self.level = min(self.level * (1 + growth), self._most)
-
-
-# How late the event loop is: a timer at short distances, for as long as somebody wants to know.
-
-_INTERVAL_SECONDS = 0.01
-#: It goes on for so long after it was wanted last.
+_TIMER_SECONDS = 0.01
+#: Measuring continues this long after the last call of `measure`.
 _LINGER_SECONDS = 0.25
-#: What was told so long ago says nothing of now.
+#: After a break of this length the level starts again at its minimum.
 _STALE_SECONDS = 2.0
 
 
+class AimdLevel:
+    """A level between `minimum`, where it starts, and `maximum`. Pure: no I/O, no clock."""
+
+    def __init__(self, minimum: float, maximum: float):
+        self._minimum = minimum
+        self._maximum = maximum
+        self.level = minimum
+        self._punctual_timers = 0
+
+    def reset(self) -> None:
+        self.level = self._minimum
+        self._punctual_timers = 0
+
+    def observe(self, lag_seconds: float) -> None:
+        """Lower or raise the level after a timer that fired `lag_seconds` late."""
+        if lag_seconds > _LATE_SECONDS:
+            self._punctual_timers = 0
+            self.level = max(self.level * _DECREASE, self._minimum)
+        else:
+            self._punctual_timers += 1
+            steps = 1 + self._punctual_timers / _TIMERS_PER_GROWTH_STEP
+            growth = min(_GROWTH_MIN * steps, _GROWTH_MAX)
+            self.level = min(self.level * (1 + growth), self._maximum)
+
+
 class LoopLag:
-    """Tells a restraint of every timer how late it came."""
+    """Measures the lag of the running event loop with short timers and reports it to a level."""
 
     def __init__(self, level: AimdLevel):
-        self._restraint = level
-        self._wanted_until = 0.0
-        self._due = 0.0
-        self.is_timing = False
+        self._level = level
+        self._measure_until = 0.0
+        self._due_at = 0.0
+        self.is_measuring = False
 
-    def want(self) -> None:
-        """Listen now, and for a moment more."""
-        self._wanted_until = monotonic() + _LINGER_SECONDS
-        if not self.is_timing:
-            if monotonic() > self._due + _STALE_SECONDS:
-                self._restraint.reset()
-            self._wait()
+    def measure(self) -> None:
+        """Measure from now on for a quarter of a second. Call it again to continue."""
+        self._measure_until = monotonic() + _LINGER_SECONDS
+        if not self.is_measuring:
+            if monotonic() > self._due_at + _STALE_SECONDS:
+                self._level.reset()
+            self._start_timer()
 
-    def _wait(self) -> None:
-        self.is_timing = True
-        self._due = monotonic() + _INTERVAL_SECONDS
-        asyncio.get_running_loop().call_later(_INTERVAL_SECONDS, self._look)
+    def _start_timer(self) -> None:
+        self.is_measuring = True
+        self._due_at = monotonic() + _TIMER_SECONDS
+        asyncio.get_running_loop().call_later(_TIMER_SECONDS, self._timer_fired)
 
-    def _look(self) -> None:
-        self.is_timing = False
+    def _timer_fired(self) -> None:
+        self.is_measuring = False
         now = monotonic()
-        self._restraint.felt(max(now - self._due, 0.0))
-        if now < self._wanted_until:
-            self._wait()
+        self._level.observe(max(now - self._due_at, 0.0))
+        if now < self._measure_until:
+            self._start_timer()

@@ -1,7 +1,7 @@
-"""Secrets from the environment, or from a file that a secret manager keeps up to date.
+"""Secrets from the environment or from files that a secret manager updates.
 
-A file is looked at whenever its secret is used, so a process goes on with a new one by itself. A
-mount that swaps a link, as Kubernetes does, counts as a change like a rename or a write.
+A file is checked whenever its secret is used, so a process picks up a new secret without a restart.
+A changed symlink counts as a change, because Kubernetes updates mounted secrets that way.
 """
 
 import asyncio
@@ -15,14 +15,13 @@ from pydantic import SecretStr
 
 from core.errors import ConfigurationError
 
-#: How often the files are looked at when nothing asks for what they hold.
-_LOOK_SECONDS = 5.0
+_RELOAD_SECONDS = 5.0
 
 log = structlog.get_logger()
 
 
 class Secret:
-    """One secret setting and where it comes from; `given` says whether it was set at all."""
+    """A secret setting and its source. `given` is False if neither value nor file is set."""
 
     def __init__(self, variable: str, value: SecretStr | None = None, file: Path | None = None):
         self._value = value
@@ -31,7 +30,10 @@ class Secret:
         self.source = variable if file is None else f"{variable}_FILE: {file}"
 
     def text(self) -> str:
-        """What it is now, without the end of the last line; ConfigurationError without its text."""
+        """Read the current secret, without trailing newlines.
+
+        Raises ConfigurationError, whose message never holds the secret.
+        """
         if self.file is None:
             return self._value.get_secret_value() if self._value is not None else ""
         try:
@@ -39,7 +41,7 @@ class Secret:
         except OSError as error:
             raise ConfigurationError(
                 f"{self.source} cannot be read ({error.strerror}): mount it there, readable by "
-                "the user that this process runs as"
+                "the user of this process"
             ) from None
         except UnicodeDecodeError:
             raise ConfigurationError(
@@ -49,17 +51,16 @@ class Secret:
             raise ConfigurationError(f"{self.source} is empty: write the secret into it")
         return text
 
-    def stamp(self) -> object:
-        """The same as long as the secret is; to ask costs microseconds."""
-        return None if self.file is None else stamp(self.file)
+    def version(self) -> object:
+        """Return a value that changes with the file. Costs microseconds."""
+        return None if self.file is None else file_version(self.file)
 
 
-class Renewed[T]:
-    """What a secret means, renewed when its file has changed.
+class ReloadedSecret[T]:
+    """The parsed value of a secret, parsed again when its file changes.
 
-    The first reading raises ConfigurationError. From then on a file that cannot be used is an error
-    in the log, once for each change, and what was read before goes on. `parse` raises
-    ConfigurationError without the text, and its results are exchanged as a whole.
+    The constructor raises ConfigurationError. Later an unusable file is logged once per change and
+    the previous value stays. `parse` raises ConfigurationError without the text of the secret.
     """
 
     def __init__(
@@ -70,53 +71,53 @@ class Renewed[T]:
         public: bool = False,
         show: Callable[[T], object] = lambda _: None,
     ):
-        """`public`: others may read the file; `show`: what the log may say of what was read."""
+        """`public`: other users may read the file. `show`: the part of a value to log."""
         self._secret = secret
         self._parse = parse
         self._public = public
         self._show = show
-        self._seen = secret.stamp()
+        self._version = secret.version()
         self._value = parse(secret.text())
-        self._warn_of_readers()
+        self._warn_if_world_readable()
 
     def current(self) -> T:
-        found = self._secret.stamp()
-        if found != self._seen:
-            # Before the file is read: what changes meanwhile is seen the next time.
-            self._seen = found
+        version = self._secret.version()
+        if version != self._version:
+            # Stored before the file is read, so that a change during the read is seen next time.
+            self._version = version
             try:
                 self._value = self._parse(self._secret.text())
             except ConfigurationError as error:
-                log.error("secret_file_unusable", error=error.message, kept="the one before")
+                log.error("secret_file_unusable", error=error.message, kept="the previous value")
             else:
-                # What it shows are ids of keys, or nothing.
+                # `show` returns key ids or nothing.
                 log.info(  # nosemgrep: secret-in-log
                     "secret_file_loaded",
                     setting=self._secret.source,
                     holds=self._show(self._value),
                 )
-                self._warn_of_readers()
+                self._warn_if_world_readable()
         return self._value
 
-    def _warn_of_readers(self) -> None:
+    def _warn_if_world_readable(self) -> None:
         file = self._secret.file
-        if file is not None and not self._public and readable_by_all(file):
-            # The setting's name and its file's.
+        if file is not None and not self._public and is_world_readable(file):
+            # The source is the name of the setting and of its file.
             log.warning(  # nosemgrep: secret-in-log
                 "secret_file_readable_by_all", setting=self._secret.source
             )
 
 
-async def keep_looking(*looks: Callable[[], object]) -> None:
-    """Look at files now and then until cancelled: a bad one is told before anybody needs it."""
+async def reload_periodically(*reloads: Callable[[], object]) -> None:
+    """Call these every 5 s until cancelled, so that a bad file is logged before it is needed."""
     while True:
-        await asyncio.sleep(_LOOK_SECONDS)
-        for look in looks:
-            look()
+        await asyncio.sleep(_RELOAD_SECONDS)
+        for reload in reloads:
+            reload()
 
 
-def stamp(path: Path) -> tuple[object, ...]:
-    """Tells one state of a file from another, also when a link to it or its mode has changed."""
+def file_version(path: Path) -> tuple[object, ...]:
+    """Return a value that changes with the content, the mode or the symlink target of a file."""
     try:
         found = os.stat(path)
     except OSError as error:
@@ -124,8 +125,8 @@ def stamp(path: Path) -> tuple[object, ...]:
     return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
-def readable_by_all(path: Path) -> bool:
-    """Whether every user of this machine may read it; False when that cannot be told."""
+def is_world_readable(path: Path) -> bool:
+    """Whether every user of this machine may read the file. False if it cannot be inspected."""
     try:
         return bool(path.stat().st_mode & stat.S_IROTH)
     except OSError:

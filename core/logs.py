@@ -109,11 +109,11 @@ class SuccessSampling:
         self._rate = settings.log_success_sample_rate
         self._drawn = round(self._rate * _DRAWS)
         #: What a line that was drawn says of it; nothing where all are.
-        self.fields: Mapping[str, float] = (
+        self.log_fields: Mapping[str, float] = (
             {} if self._rate == 1 else MappingProxyType({"sample_rate": self._rate})
         )
 
-    def draws(self, number: int) -> bool:
+    def selects(self, number: int) -> bool:
         """Decided by the lowest 32 bits, so that the same thing is drawn wherever it is logged."""
         return number % _DRAWS < self._drawn
 

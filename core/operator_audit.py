@@ -1,6 +1,6 @@
-"""Who runs a command of ours that changes something, and the audit entry of it.
+"""Audit entries of operator commands.
 
-There is no token: who can run a command with the database's URL is known to the machine alone.
+Commands need no token: access to the database URL is their authorization.
 """
 
 from collections.abc import Iterable
@@ -9,8 +9,8 @@ from typing import Any
 
 from core.ids import new_id
 
-#: In the transaction of the change, with the arguments of `command_entry`.
-RECORD_COMMAND = """
+#: Takes the arguments of `operator_entry`. Run it in the transaction of the change.
+INSERT_OPERATOR_ENTRY = """
 INSERT INTO audit_entries (id, actor, action, resource, result, changed_fields, request_id, comment,
     caller_address, user_agent)
 VALUES ($1, $2, $3, $4, 'OK', $5, '', $6, $7, $8)
@@ -19,14 +19,14 @@ VALUES ($1, $2, $3, $4, 'OK', $5, '', $6, $7, $8)
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A person at a machine: `actor` such as cli:ann, the machine's name, and our version."""
+    """Who runs a command: an `actor` such as `cli:ann`, the host name, and `agent`, our version."""
 
     actor: str
     host: str
     agent: str
 
 
-def command_entry(
+def operator_entry(
     operator: Operator,
     *,
     action: str,
@@ -34,14 +34,9 @@ def command_entry(
     changed_fields: Iterable[str] = (),
     comment: str = "",
 ) -> tuple[Any, ...]:
-    """The arguments of RECORD_COMMAND."""
+    """Return the arguments of INSERT_OPERATOR_ENTRY."""
+    fields = sorted(changed_fields)
     return (
-        new_id(),
-        operator.actor,
-        action,
-        resource,
-        sorted(changed_fields),
-        comment,
-        operator.host,
-        operator.agent,
+        *(new_id(), operator.actor, action, resource),
+        *(fields, comment, operator.host, operator.agent),
     )

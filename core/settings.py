@@ -62,7 +62,7 @@ def none_when_off(value: str | None) -> str | None:
     return value if value and value.lower() != "off" else None
 
 
-class Block(BaseSettings):
+class SettingsBlock(BaseSettings):
     """Base of the settings blocks: from the environment, frozen, values masked where secret.
 
     A secret is two fields, `name` and `name_file`: the value itself, or a file that holds it.
@@ -74,11 +74,11 @@ class Block(BaseSettings):
     )
 
     #: The secrets that must be set, each with a hint where to get one.
-    needed_secrets: ClassVar[Mapping[str, str]] = {}
+    required_secrets: ClassVar[Mapping[str, str]] = {}
 
     def secret(self, name: str) -> Secret:
         """The secret of that name, from wherever it was set."""
-        return Secret(variable(name), getattr(self, name), getattr(self, f"{name}_file"))
+        return Secret(variable_name(name), getattr(self, name), getattr(self, f"{name}_file"))
 
     @classmethod
     def secret_names(cls) -> list[str]:
@@ -87,27 +87,27 @@ class Block(BaseSettings):
     @model_validator(mode="after")
     def _one_source_each(self) -> Self:
         for name in self.secret_names():
-            sources = (variable(name), f"{variable(name)}_FILE")
+            sources = (variable_name(name), f"{variable_name(name)}_FILE")
             given = [getattr(self, source) is not None for source in (name, f"{name}_file")]
             if all(given):
                 raise ValueError(f"set {sources[0]} or {sources[1]}, not both")
-            if not any(given) and name in self.needed_secrets:
+            if not any(given) and name in self.required_secrets:
                 raise ValueError(
                     f"{sources[0]} is not set: set it, or {sources[1]} to a file that holds it"
-                    f"{self.needed_secrets[name]}"
+                    f"{self.required_secrets[name]}"
                 )
         return self
 
 
-def variable(field_name: str) -> str:
+def variable_name(field_name: str) -> str:
     """The environment variable of a field."""
     return f"{ENV_PREFIX}{field_name.upper()}"
 
 
-class DatabaseSettings(Block):
+class DatabaseSettings(SettingsBlock):
     """Where PostgreSQL is, and how long we are willing to wait for it."""
 
-    needed_secrets: ClassVar[Mapping[str, str]] = {"database_url": ""}
+    required_secrets: ClassVar[Mapping[str, str]] = {"database_url": ""}
 
     database_url: SecretStr | None = Field(
         None,
@@ -143,10 +143,10 @@ class DatabaseSettings(Block):
     )
 
 
-class EncryptionSettings(Block):
+class EncryptionSettings(SettingsBlock):
     """The keys that encrypt signing secrets at rest (AES-256-GCM)."""
 
-    needed_secrets: ClassVar[Mapping[str, str]] = {
+    required_secrets: ClassVar[Mapping[str, str]] = {
         "encryption_keys": " (`postrider encryption-key` prints a new key)"
     }
 
@@ -162,7 +162,7 @@ class EncryptionSettings(Block):
     )
 
 
-class EgressSettings(Block):
+class EgressSettings(SettingsBlock):
     """Which receivers may be dialled at all, and by which way."""
 
     allowed_cidrs: Networks = Field(
@@ -206,7 +206,7 @@ class EgressSettings(Block):
     )
 
 
-class RetentionSettings(Block):
+class RetentionSettings(SettingsBlock):
     """How long what is over is kept; 0 keeps it for ever."""
 
     retention_delivered_days: int = Field(
@@ -248,7 +248,7 @@ class RetentionSettings(Block):
         return self
 
 
-class LogSettings(Block):
+class LogSettings(SettingsBlock):
     """What is logged and how it looks."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -269,7 +269,7 @@ class LogSettings(Block):
     )
 
 
-class TraceSettings(Block):
+class TraceSettings(SettingsBlock):
     """Traces (OpenTelemetry), and the context of a trace in what merchants are sent."""
 
     traces_endpoint: HttpUrl | None = Field(

@@ -1,26 +1,29 @@
-"""How tasks that run for as long as a process does come to their end."""
+"""Ending of tasks that run for as long as their process."""
 
 import asyncio
 from collections.abc import Collection
 from typing import Any
 
-_AGAIN_SECONDS = 0.5
+_CANCEL_AGAIN_SECONDS = 0.5
 
 
-async def end_by(deadline: float, task: asyncio.Task[Any]) -> None:
-    """Wait for it until then, by the loop's time, and then for no longer.
+async def cancel_at(deadline: float, task: asyncio.Task[Any]) -> None:
+    """Wait for the task until `deadline` (loop time), then cancel it.
 
-    A timeout around a statement would go on waiting, for the connection to be given back.
+    `asyncio.timeout` around a statement would also wait until its connection is released.
     """
-    rest = deadline - asyncio.get_running_loop().time()
-    await asyncio.wait({task}, timeout=max(rest, 0))
-    await end([task])
+    remaining = deadline - asyncio.get_running_loop().time()
+    await asyncio.wait({task}, timeout=max(remaining, 0))
+    await cancel_and_wait([task])
 
 
-async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel them until they are done: a connection that breaks while a statement is given up
-    raises an error of its own, which may take the place of the cancellation."""
+async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks and wait until they are done.
+
+    Cancels repeatedly, because a connection that breaks during the cancellation of its statement
+    raises an error that can replace the CancelledError.
+    """
     while running := [task for task in tasks if not task.done()]:
         for task in running:
             task.cancel()
-        await asyncio.wait(running, timeout=_AGAIN_SECONDS)
+        await asyncio.wait(running, timeout=_CANCEL_AGAIN_SECONDS)

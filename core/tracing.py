@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
-METADATA_KEY = "traceparent"
+TRACEPARENT_KEY = "traceparent"
 
 # A version of more than two parts after the ids has another length, and no such one exists yet.
 _WELL_FORMED = re.compile(

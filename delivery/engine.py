@@ -21,7 +21,7 @@ from core.ids import format_id
 from core.lifecycle import AttemptResult, Outcome
 from core.postgres.pool import RETRYABLE_ERRORS, Pool
 from core.queue import Chain, LeasedDelivery, Settled, Settlement
-from core.tasks import end, end_by
+from core.tasks import cancel_and_wait, cancel_at
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
 from delivery.claim import UnansweredClaims, claim
@@ -118,12 +118,12 @@ class Engine:
             stopping = group.create_task(self._stopping.wait())
             await asyncio.wait({claiming, stopping}, return_when=asyncio.FIRST_COMPLETED)
             drained_by = now() + seconds
-            await end_by(min(now() + _LAST_CLAIM_SECONDS, drained_by), claiming)
-            await end([stopping])
+            await cancel_at(min(now() + _LAST_CLAIM_SECONDS, drained_by), claiming)
+            await cancel_and_wait([stopping])
             released = await self._drain(drained_by)
             recorded_by = now() + seconds
             await self._release(released, recorded_by)
-            await end(loops)
+            await cancel_and_wait(loops)
         await self._record_the_rest(recorded_by)
 
     async def _claim_until_stopped(self) -> None:
@@ -344,7 +344,7 @@ class Engine:
             return
         log.warning("released_unfinished", deliveries=len(deliveries))
         releasing = asyncio.create_task(queue.release(self._pool, deliveries))
-        await end_by(deadline, releasing)
+        await cancel_at(deadline, releasing)
         try:
             releasing.result()
         except (*RETRYABLE_ERRORS, asyncio.CancelledError) as error:
@@ -354,7 +354,7 @@ class Engine:
     async def _record_the_rest(self, deadline: float) -> None:
         """Wait for the database, but not for ever: who stops us would kill us in the end."""
         recording = asyncio.create_task(self._recorder.flush())
-        await end_by(deadline, recording)
+        await cancel_at(deadline, recording)
         if not recording.cancelled():
             recording.result()
         if self._recorder.pending:

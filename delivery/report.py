@@ -70,9 +70,9 @@ class AttemptReport:
             _end(self._span, self._delivery, settlement, destination)
         drawn: Mapping[str, float] = {}
         if self._went_well_at_once(settlement):
-            if not self._sampling.draws(self._delivery.id.int):
+            if not self._sampling.selects(self._delivery.id.int):
                 return
-            drawn = self._sampling.fields
+            drawn = self._sampling.log_fields
         delivery = self._delivery
         log.info(
             "attempt",

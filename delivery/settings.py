@@ -2,13 +2,13 @@
 
 from pydantic import Field, field_validator, model_validator
 
-from core.settings import Block, Seconds, SecondsList, none_when_off
+from core.settings import Seconds, SecondsList, SettingsBlock, none_when_off
 
 #: Engine processes that one supervisor keeps.
 MAX_PROCESSES = 64
 
 
-class DeliverySettings(Block):
+class DeliverySettings(SettingsBlock):
     """Deadlines, retries, leases and the bounds of what is in flight."""
 
     delivery_timeout_seconds: float = Field(

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from core.settings import Block, Seconds, none_when_off
+from core.settings import Seconds, SettingsBlock, none_when_off
 from server.auth.principal import Scope, parse_certificate_scopes
 
 
-class ServerSettings(Block):
+class ServerSettings(SettingsBlock):
     """Listening, limits, and how long a stop may take."""
 
     listen_address: str = Field(
@@ -127,7 +127,7 @@ class ServerSettings(Block):
     _off = field_validator("admin_address", "server_metrics_address")(none_when_off)
 
 
-class AuthSettings(Block):
+class AuthSettings(SettingsBlock):
     """Whose tokens are accepted."""
 
     jwt_issuer: str = Field(min_length=1, description="the `iss` every token must carry, exactly")
@@ -160,7 +160,7 @@ CertificateScopes = Annotated[
 ]
 
 
-class TlsSettings(Block):
+class TlsSettings(SettingsBlock):
     """TLS of the gRPC listener, and the callers that their certificates make known."""
 
     tls_certificate_file: Path | None = Field(

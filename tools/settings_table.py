@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from cli.settings import BLOCKS, plain
-from core.settings import Block, variable
+from core.settings import SettingsBlock, variable_name
 
 ROOT = Path(__file__).parent.parent
 UNITS = {"_seconds": "s", "_bytes": "bytes"}
@@ -39,8 +39,8 @@ def table() -> str:
     for block in BLOCKS:
         rows.append(f"| **{_title(block)}** | | |")
         for name, field in block.model_fields.items():
-            default = "required" if name in block.needed_secrets else _cell(name, field)
-            rows.append(f"| `{variable(name)}` | {default} | {_meaning(field)} |")
+            default = "required" if name in block.required_secrets else _cell(name, field)
+            rows.append(f"| `{variable_name(name)}` | {default} | {_meaning(field)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -58,11 +58,11 @@ def _env_lines() -> Iterator[str]:
             yield ""
             yield f"# {_meaning(field)}"
             default = "" if field.is_required() else plain(field.get_default())
-            yield f"#{variable(name)}={default}"
+            yield f"#{variable_name(name)}={default}"
     yield ""
 
 
-def _title(block: type[Block]) -> str:
+def _title(block: type[SettingsBlock]) -> str:
     return (block.__doc__ or "").splitlines()[0].rstrip(".")
 
 

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from cli.metrics.process import Metrics
 from core.errors import ConfigurationError
-from core.settings import Block, variable
+from core.settings import SettingsBlock, variable_name
 
 log = structlog.get_logger()
 
@@ -30,9 +30,9 @@ class Place(NamedTuple):
     is_default: bool
 
     @classmethod
-    def of(cls, settings: Block, field: str) -> "Place":
+    def of(cls, settings: SettingsBlock, field: str) -> "Place":
         return cls(
-            getattr(settings, field), variable(field), field not in settings.model_fields_set
+            getattr(settings, field), variable_name(field), field not in settings.model_fields_set
         )
 
 

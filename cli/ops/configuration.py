@@ -17,7 +17,7 @@ from cli.ops.configuration_faults import Blocks, faults
 from cli.settings import BLOCKS, explain, plain, unknown_variables
 from core.errors import ConfigurationError
 from core.file_secrets import Secret
-from core.settings import Block, variable
+from core.settings import SettingsBlock, variable_name
 
 _USERINFO = re.compile(r"(://[^:/?#@]*):.*@")
 _QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&]*")
@@ -63,7 +63,7 @@ def read_configuration(process: str) -> Configuration:
     return Configuration(settings, [*problems, *faults(blocks)], blocks)
 
 
-def _load(block: type[Block]) -> tuple[Block | None, list[str]]:
+def _load(block: type[SettingsBlock]) -> tuple[SettingsBlock | None, list[str]]:
     """The block, and what is wrong with it.
 
     Defaults stand in for what is wrong, so that one fault does not hide what comes after it.
@@ -83,7 +83,7 @@ def _load(block: type[Block]) -> tuple[Block | None, list[str]]:
         return None, told + list(explain(error))
 
 
-def blocks_of(process: str) -> Iterator[type[Block]]:
+def blocks_of(process: str) -> Iterator[type[SettingsBlock]]:
     """The blocks that it reads: those of `core` belong to every process, others to their own."""
     for block in BLOCKS:
         package = block.__module__.partition(".")[0]
@@ -91,12 +91,12 @@ def blocks_of(process: str) -> Iterator[type[Block]]:
             yield block
 
 
-def _settings_of(block: type[Block], environment: Mapping[str, str]) -> Iterator[Setting]:
+def _settings_of(block: type[SettingsBlock], environment: Mapping[str, str]) -> Iterator[Setting]:
     title = (block.__doc__ or "").splitlines()[0].rstrip(".")
     secrets = block.secret_names()
     for name, field in block.model_fields.items():
-        given = environment.get(variable(name), "")
-        file = environment.get(f"{variable(name)}_FILE", "") if name in secrets else ""
+        given = environment.get(variable_name(name), "")
+        file = environment.get(f"{variable_name(name)}_FILE", "") if name in secrets else ""
         if given:
             value, source = (
                 masked(name, given) if name in secrets else mask_urls(given),
@@ -107,12 +107,12 @@ def _settings_of(block: type[Block], environment: Mapping[str, str]) -> Iterator
         else:
             value = "" if field.is_required() else plain(field.get_default())
             source = "default"
-        yield Setting(title, variable(name), value, source)
+        yield Setting(title, variable_name(name), value, source)
 
 
 def _content(name: str, file: Path) -> str:
     try:
-        return masked(name, Secret(variable(name), file=file).text())
+        return masked(name, Secret(variable_name(name), file=file).text())
     except ConfigurationError:
         return "?"
 

@@ -10,10 +10,10 @@ from cli.process.jwks_fetch import key_set_fetch
 from cli.startup import files_for, require_encryption_keys, require_schema
 from core.encryption import load_keyring
 from core.errors import ConfigurationError, PostriderError
-from core.file_secrets import Secret, readable_by_all
+from core.file_secrets import Secret, is_world_readable
 from core.postgres.connect import Connector
 from core.postgres.pool import CONNECTION_ERRORS, Pool, close_soon, open_pool
-from core.settings import Block, DatabaseSettings, EgressSettings, EncryptionSettings
+from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings, SettingsBlock
 from delivery.http.proxy import EgressProxy
 from delivery.http.tls import trusting_context
 from delivery.settings import DeliverySettings
@@ -31,15 +31,15 @@ class Blocks:
     """The blocks of settings that are valid, by their class."""
 
     def __init__(self) -> None:
-        self._blocks: dict[type[Block], Any] = {}
+        self._blocks: dict[type[SettingsBlock], Any] = {}
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[SettingsBlock]:
         return iter(self._blocks.values())
 
-    def add(self, block: Block) -> None:
+    def add(self, block: SettingsBlock) -> None:
         self._blocks[type(block)] = block
 
-    def get[B: Block](self, block: type[B]) -> B | None:
+    def get[B: SettingsBlock](self, block: type[B]) -> B | None:
         found: B | None = self._blocks.get(block)
         return found
 
@@ -83,7 +83,7 @@ def _readable_by_all(blocks: Blocks) -> Iterator[str]:
     if tls := blocks.get(TlsSettings):
         found.append(Secret("WEBHOOK_TLS_PRIVATE_KEY", file=tls.tls_private_key_file))
     for secret in found:
-        if secret.file is not None and readable_by_all(secret.file):
+        if secret.file is not None and is_world_readable(secret.file):
             yield (
                 f"{secret.source} can be read by every user of this machine: mount it for one user "
                 "or group (mode 0440)"

@@ -70,7 +70,7 @@ def _left(keyring: KeyRing, counts: dict[str, int]) -> int:
 
 
 def _remark(keyring: KeyRing, counts: dict[str, int], key_id: str) -> str:
-    if keyring.missing({key_id}):
+    if keyring.missing_keys({key_id}):
         return " (not configured: these cannot be read)"
     if key_id == keyring.current_key_id:
         return " (first: it encrypts)"

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 import migrations
 from cli.ops.operator import present_operator
 from core.errors import ConfigurationError, Unavailable
-from core.operator_audit import RECORD_COMMAND, Operator, command_entry
+from core.operator_audit import INSERT_OPERATOR_ENTRY, Operator, operator_entry
 from core.postgres.connect import Connector
 from core.postgres.pool import CONNECTION_ERRORS
 from core.settings import DatabaseSettings
@@ -101,13 +101,13 @@ class _Recorder:
         # Far enough back there is no audit log, or one without all the columns.
         if self._began_empty or not connection.scalar(text(_CAN_RECORD)):
             return
-        entry = command_entry(
+        entry = operator_entry(
             self._operator,
             action="Migrate",
             resource=f"schema:{step.up_revision_id}",
             comment=verb,
         )
-        connection.exec_driver_sql(RECORD_COMMAND, entry)
+        connection.exec_driver_sql(INSERT_OPERATOR_ENTRY, entry)
 
 
 def _config() -> Config:

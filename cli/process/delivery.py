@@ -21,7 +21,7 @@ from cli.startup import (
     warn_of_allowed_cidrs,
 )
 from core.encryption import load_keyring
-from core.file_secrets import keep_looking
+from core.file_secrets import reload_periodically
 from core.logs import SuccessSampling
 from core.postgres.pool import close_soon, open_pool
 from core.retention import retain
@@ -109,7 +109,7 @@ async def deliver(
             stopping = group.create_task(stop.wait())
             helping: set[asyncio.Task[Any]] = {
                 stopping,
-                group.create_task(keep_looking(keyring.current)),
+                group.create_task(reload_periodically(keyring.ciphers)),
             }
             if settings.retention is not None:
                 retaining = retain(settings.database, settings.retention, pool)

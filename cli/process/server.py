@@ -14,7 +14,7 @@ from cli.process.jwks_fetch import key_set_fetch
 from cli.process.tracing import open_tracer
 from cli.startup import require_encryption_keys, require_schema, url_policy, warn_of_allowed_cidrs
 from core.encryption import load_keyring
-from core.file_secrets import keep_looking
+from core.file_secrets import reload_periodically
 from core.logs import SuccessSampling
 from core.postgres.pool import close_soon, open_pool
 from core.settings import (
@@ -24,7 +24,7 @@ from core.settings import (
     LogSettings,
     TraceSettings,
 )
-from core.tasks import end
+from core.tasks import cancel_and_wait
 from delivery.http.connector import open_dialler
 from delivery.ping import ping
 from server.admin.service import AdminService
@@ -165,7 +165,7 @@ async def serve(
             hinting = background.create_task(notifier.run())
             watching = background.create_task(watch.run())
             tailing = background.create_task(tail.run())
-            looking = background.create_task(keep_looking(keyring.current))
+            looking = background.create_task(reload_periodically(keyring.ciphers))
             ready(app.port)
             await stop.wait()
             log.info("stopping")
@@ -173,7 +173,7 @@ async def serve(
             watching.cancel()
             tail.stop()
             await app.stop()
-            await end((hinting, watching, tailing, looking))
+            await cancel_and_wait((hinting, watching, tailing, looking))
 
 
 async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:

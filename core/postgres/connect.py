@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import asyncpg
 
 from core.errors import ConfigurationError
-from core.file_secrets import Renewed
+from core.file_secrets import ReloadedSecret
 from core.settings import DatabaseSettings
 
 #: How long a host may be silent before the next one is asked as well.
@@ -98,9 +98,9 @@ class Connector:
     def __init__(
         self, settings: DatabaseSettings, application_name: str, *, limit_statements: bool = True
     ):
-        self._hosts = Renewed(settings.secret("database_url"), _url_of_each_host)
+        self._hosts = ReloadedSecret(settings.secret("database_url"), _url_of_each_host)
         password = settings.secret("database_password")
-        self._password = Renewed(password, str) if password.given else None
+        self._password = ReloadedSecret(password, str) if password.given else None
         self._patience = settings.database_connect_timeout_seconds
         self._age = settings.database_connection_seconds
         patience = settings.database_statement_timeout_seconds

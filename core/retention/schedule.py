@@ -13,7 +13,7 @@ import structlog
 
 from core import queue
 from core.ids import new_id
-from core.operator_audit import RECORD_COMMAND, Operator, command_entry
+from core.operator_audit import INSERT_OPERATOR_ENTRY, Operator, operator_entry
 from core.postgres.connect import Connection, Connector
 from core.postgres.pool import CONNECTION_ERRORS, RETRYABLE_ERRORS, Pool
 from core.retention import partitions, prune
@@ -132,10 +132,10 @@ async def run(
         async with connection.transaction():
             await connection.execute(_COMPLETE, run_id, report)
             if operator is not None:
-                entry = command_entry(
+                entry = operator_entry(
                     operator, action="RunRetention", resource="retention", comment=report
                 )
-                await connection.execute(RECORD_COMMAND, *entry)
+                await connection.execute(INSERT_OPERATOR_ENTRY, *entry)
         await connection.execute("SELECT pg_advisory_unlock($1)", _LOCK)
     log.info("retention_ran", **done.as_dict())
     return done

@@ -34,7 +34,7 @@ class Admission:
         self._asked_in_vain: dict[UUID, float] = {}
         self._unclaimed: set[UUID] = set()
         self._allowance = BacklogRate(clock)
-        self._delay = LoopLag(self._allowance.aimd)
+        self._loop_lag = LoopLag(self._allowance.aimd)
 
     def meet(self, webhook_ids: Iterable[UUID]) -> None:
         """These configs have parked deliveries, as a claim found or left them."""
@@ -86,7 +86,7 @@ class Admission:
         if not places:
             return set()
         if self._allowance.is_bounded:
-            self._delay.want()
+            self._loop_lag.measure()
         most = self._allowance.chunk()
         admitted = await queue.admit(self._pool, places, most)
         if most is not None:

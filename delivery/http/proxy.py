@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 import structlog
 
 from core.errors import ConfigurationError
-from core.file_secrets import Renewed, Secret
+from core.file_secrets import ReloadedSecret, Secret
 
 _URL = re.compile(
     r"http://(?:(?P<userinfo>[^@/?#\s]+)@)?"
@@ -74,7 +74,7 @@ class EgressProxy:
 
     def __init__(self, url: Secret):
         """Raises ConfigurationError, without the value, for anything but http://host:port."""
-        self._setting = Renewed(url, _Proxy.parse)
+        self._setting = ReloadedSecret(url, _Proxy.parse)
 
     async def reach(self) -> socket.socket:
         """A socket that is connected to the proxy; raises ProxyError."""

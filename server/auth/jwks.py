@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt import PyJWK
 
 from core.errors import ConfigurationError, Unavailable
-from core.file_secrets import Renewed, Secret
+from core.file_secrets import ReloadedSecret, Secret
 
 FETCH_INTERVAL_SECONDS = 30.0
 FETCH_TIMEOUT_SECONDS = 10.0
@@ -76,7 +76,7 @@ class PemKeys:
                 raise _unusable_file(path, f"must hold 1 to {MAX_PEM_KEYS} PEM public keys")
             return tuple(_key_from_pem(path, *block.group(1, 0)) for block in blocks)
 
-        self._keys = Renewed(
+        self._keys = ReloadedSecret(
             Secret("WEBHOOK_JWT_PUBLIC_KEY", file=path), parse, public=True, show=len
         )
 

@@ -69,8 +69,8 @@ class GroupCommit[Result]:
         self._is_gathering = False
         self._called_at = float("-inf")
         self._crowd = 0
-        self._restraint = AimdLevel(_LEAST_SHARE, _MOST_SHARE)
-        self._delay = LoopLag(self._restraint)
+        self._share = AimdLevel(_LEAST_SHARE, _MOST_SHARE)
+        self._loop_lag = LoopLag(self._share)
 
     async def store(self, events: Sequence[NewEvent]) -> Sequence[Result]:
         """What `store` says of these events, once they are committed.
@@ -120,9 +120,9 @@ class GroupCommit[Result]:
                     for call in calls:
                         _fail(call, error)
             if self._gives_way():
-                self._delay.want()
+                self._loop_lag.measure()
                 took = perf_counter() - began
-                await asyncio.sleep(pause_after(took, self._restraint.level, self._waited()))
+                await asyncio.sleep(pause_after(took, self._share.level, self._waited()))
             if self._is_gathering:
                 return
 

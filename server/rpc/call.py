@@ -14,8 +14,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import unquote
 
-from core.tracing import METADATA_KEY as TRACE_PARENT
-from core.tracing import Span, TraceParent, sole_trace_parent
+from core.tracing import TRACEPARENT_KEY, Span, TraceParent, sole_trace_parent
 from server.auth.principal import Principal
 
 REQUEST_ID = "x-request-id"
@@ -52,7 +51,7 @@ class RpcCall:
                 self.authorization += (value,)
             elif key == REQUEST_ID:
                 request_ids += (value,)
-            elif key == TRACE_PARENT:
+            elif key == TRACEPARENT_KEY:
                 trace_parents += (value,)
         self.request_id = request_id_of(request_ids)
         #: Our span in it, or the caller's where we have none.

@@ -54,9 +54,9 @@ class RpcReports:
             _end(call.span, call, code, error=reason or code)
         drawn: Mapping[str, float] = {}
         if code == "OK" and seconds < self._sampling.slow_seconds:
-            if not self._sampling.draws(crc32(call.request_id.encode())):
+            if not self._sampling.selects(crc32(call.request_id.encode())):
                 return
-            drawn = self._sampling.fields
+            drawn = self._sampling.log_fields
         caller = call.caller
         log.info(
             "rpc",

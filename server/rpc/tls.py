@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from core.errors import ConfigurationError
-from core.file_secrets import readable_by_all, stamp
+from core.file_secrets import file_version, is_world_readable
 from server.settings import TlsSettings
 
 log = structlog.get_logger()
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 class _Loaded:
     """What the files hold; `stamp` says which files it was read from."""
 
-    stamp: tuple[object, ...]
+    file_version: tuple[object, ...]
     configuration: grpc.ServerCertificateConfiguration
     expires_at: datetime
 
@@ -42,7 +42,7 @@ class CertificateFiles:
         self._client_ca = client_ca
         self._loading = threading.Lock()
         self._loaded = self._load(self._stamp())
-        self._seen = self._loaded.stamp
+        self._seen = self._loaded.file_version
 
     def credentials(self) -> grpc.ServerCredentials:
         """For one address to listen on; it is from then on kept up to date."""
@@ -73,7 +73,7 @@ class CertificateFiles:
 
     def _stamp(self) -> tuple[object, ...]:
         paths = (self._certificate, self._private_key, self._client_ca)
-        return tuple(stamp(path) for path in paths if path is not None)
+        return tuple(file_version(path) for path in paths if path is not None)
 
     def _load(self, seen: tuple[object, ...]) -> _Loaded:
         chain = _read("TLS_CERTIFICATE_FILE", self._certificate)
@@ -113,7 +113,7 @@ class CertificateFiles:
                 self._private_key,
                 f"is not the key of {self._certificate}; its own certificate must come first there",
             )
-        if readable_by_all(self._private_key):
+        if is_world_readable(self._private_key):
             # The name of the file.
             log.warning(  # nosemgrep: secret-in-log
                 "secret_file_readable_by_all",

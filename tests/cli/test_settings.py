@@ -11,7 +11,7 @@ import pytest
 from cli.settings import BLOCKS, all_fields, load, refuse_unknown_variables
 from cli.startup import url_policy
 from core.errors import ConfigurationError
-from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings, variable
+from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings, variable_name
 from delivery.settings import DeliverySettings
 from server.settings import AuthSettings
 from tests.support.paths import ROOT
@@ -41,7 +41,7 @@ def test_readme_and_example_list_every_setting_as_the_code_has_it() -> None:
     assert done.returncode == 0, done.stdout
     for text in (ROOT / "README.md", ROOT / ".env.example"):
         listed = text.read_text()
-        assert all(variable(name) in listed for name, _ in all_fields())
+        assert all(variable_name(name) in listed for name, _ in all_fields())
 
 
 def test_misspelt_variable_is_an_error_that_suggests_the_right_one() -> None:
@@ -55,7 +55,7 @@ def test_variable_like_nothing_we_know_is_an_error_too() -> None:
 
 
 def test_known_variables_pass() -> None:
-    refuse_unknown_variables({variable(name): "" for name, _ in all_fields()})
+    refuse_unknown_variables({variable_name(name): "" for name, _ in all_fields()})
 
 
 def test_missing_setting_is_named() -> None:
@@ -159,7 +159,7 @@ def test_defaults_alone_are_valid_but_for_what_is_required() -> None:
     required = {name for name, field in all_fields() if field.is_required()}
 
     assert required == {"jwt_issuer"}
-    needed = {name for block in BLOCKS for name in block.needed_secrets}
+    needed = {name for block in BLOCKS for name in block.required_secrets}
     assert needed == {"database_url", "encryption_keys"}
     assert not any(name.startswith("WEBHOOK_") for name in os.environ)
     assert len(BLOCKS) == len(set(BLOCKS))

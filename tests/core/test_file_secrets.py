@@ -1,4 +1,4 @@
-"""Secrets from files: what is read, when it is read again, and what a bad file does."""
+"""Secrets from files: reading, reloading, unusable files."""
 
 import os
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import pytest
 from pydantic import SecretStr
 
 from cli.settings import BLOCKS, load
-from core.encryption import ConfiguredKeyRing, new_key
+from core.encryption import ReloadedKeyRing, new_key
 from core.errors import ConfigurationError
-from core.file_secrets import Renewed, Secret, stamp
-from core.settings import Block, DatabaseSettings, variable
+from core.file_secrets import ReloadedSecret, Secret, file_version
+from core.settings import DatabaseSettings, SettingsBlock, variable_name
 
 SECRETS = [(block, name) for block in BLOCKS for name in block.secret_names()]
 
@@ -26,7 +26,6 @@ def file(tmp_path: Path) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """As a program does that nobody asks to be careful."""
     path.write_text(text)
 
 
@@ -38,7 +37,7 @@ def rename(path: Path, text: str) -> None:
 
 
 def swap_link(path: Path, text: str) -> None:
-    """As Kubernetes does: the name leads through `..data`, which then leads elsewhere."""
+    """Update as Kubernetes does: the name points through the symlink `..data`."""
     mount = path.parent
     version = mount / f"..{len(list(mount.iterdir()))}"
     version.mkdir()
@@ -51,8 +50,8 @@ def swap_link(path: Path, text: str) -> None:
         path.symlink_to(Path("..data", path.name))
 
 
-def kept(path: Path) -> Renewed[str]:
-    return Renewed(Secret("WEBHOOK_THING", file=path), refuse_broken)
+def reloaded(path: Path) -> ReloadedSecret[str]:
+    return ReloadedSecret(Secret("WEBHOOK_THING", file=path), refuse_broken)
 
 
 def refuse_broken(text: str) -> str:
@@ -62,40 +61,40 @@ def refuse_broken(text: str) -> str:
 
 
 @pytest.mark.parametrize(("block", "name"), SECRETS, ids=[name for _, name in SECRETS])
-def test_every_secret_is_taken_from_its_file_and_never_from_two_places(
-    block: type[Block], name: str, file: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_secret_has_exactly_one_source(
+    block: type[SettingsBlock], name: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write_text("from the file\n")
     monkeypatch.setenv("WEBHOOK_DATABASE_URL", "postgresql:///needed")
     monkeypatch.setenv("WEBHOOK_ENCRYPTION_KEYS", "needed")
-    monkeypatch.delenv(variable(name), raising=False)
-    monkeypatch.setenv(f"{variable(name)}_FILE", str(file))
+    monkeypatch.delenv(variable_name(name), raising=False)
+    monkeypatch.setenv(f"{variable_name(name)}_FILE", str(file))
     settings = load(block)
     assert settings.secret(name).text() == "from the file"
     assert "from the file" not in repr(settings)
 
-    monkeypatch.setenv(variable(name), "canary")
+    monkeypatch.setenv(variable_name(name), "canary")
     with pytest.raises(ConfigurationError) as caught:
         load(block)
-    assert caught.value.message == f"set {variable(name)} or {variable(name)}_FILE, not both"
+    assert (
+        caught.value.message == f"set {variable_name(name)} or {variable_name(name)}_FILE, not both"
+    )
 
 
-def test_a_file_stands_in_for_the_value_where_a_fallback_would(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secret_file_replaces_the_fallback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEBHOOK_DATABASE_URL_FILE", str(file))
     settings = load(DatabaseSettings, database_url=SecretStr("postgresql:///fallback"))
     assert settings.database_url is None
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
-def test_the_end_of_the_last_line_is_no_part_of_a_secret(file: Path, end: str) -> None:
+def test_secret_excludes_trailing_newlines(file: Path, end: str) -> None:
     file.write_bytes(f"two words {end}".encode())
     assert Secret("WEBHOOK_THING", file=file).text() == "two words "
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "error"),
     [
         (lambda path: path.unlink(), "cannot be read (No such file or directory): mount it there"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read (Is a directory)"),
@@ -105,22 +104,22 @@ def test_the_end_of_the_last_line_is_no_part_of_a_secret(file: Path, end: str) -
     ],
     ids=["absent", "directory", "no text", "empty", "blank"],
 )
-def test_a_file_that_cannot_be_used_is_named_with_what_to_do(
-    file: Path, spoil: Callable[[Path], object], says: str
+def test_unusable_file_at_start_is_an_error(
+    file: Path, spoil: Callable[[Path], object], error: str
 ) -> None:
     spoil(file)
     with pytest.raises(ConfigurationError) as caught:
-        kept(file)
-    assert caught.value.message.startswith(f"WEBHOOK_THING_FILE: {file} {says}")
+        reloaded(file)
+    assert caught.value.message.startswith(f"WEBHOOK_THING_FILE: {file} {error}")
     assert "canary" not in caught.value.message
 
 
 @pytest.mark.parametrize("change", [write, rename, swap_link])
-def test_what_changed_is_read_at_the_next_use(
+def test_changed_file_is_read_at_the_next_use(
     file: Path, change: Callable[[Path, str], None], logged: list[Any]
 ) -> None:
     change(file, "one\n")
-    setting = kept(file)
+    setting = reloaded(file)
     assert setting.current() == "one"
     for text in ("second", "third"):
         change(file, f"{text}\n")
@@ -131,15 +130,15 @@ def test_what_changed_is_read_at_the_next_use(
 
 @pytest.mark.parametrize("change", [write, rename, swap_link])
 @pytest.mark.parametrize("bad", ["", "broken"])
-def test_a_bad_file_keeps_what_was_there_and_is_told_once(
+def test_bad_file_keeps_the_value_and_is_logged_once(
     file: Path, change: Callable[[Path, str], None], bad: str, logged: list[Any]
 ) -> None:
     change(file, "good")
-    setting = kept(file)
+    setting = reloaded(file)
     change(file, bad)
     assert [setting.current(), setting.current()] == ["good", "good"]
-    [error] = logged
-    assert (error["event"], error["log_level"]) == ("secret_file_unusable", "error")
+    [entry] = logged
+    assert (entry["event"], entry["log_level"]) == ("secret_file_unusable", "error")
 
     file.unlink()
     assert [setting.current(), setting.current()] == ["good", "good"]
@@ -148,28 +147,28 @@ def test_a_bad_file_keeps_what_was_there_and_is_told_once(
     assert setting.current() == "better"
 
 
-def test_a_changed_mode_counts_as_a_change(file: Path) -> None:
-    # A file that could not be read, and now can, has changed in nothing else.
-    before = stamp(file)
+def test_changed_mode_is_a_new_version(file: Path) -> None:
+    """A file that becomes readable changes nothing else."""
+    before = file_version(file)
     file.chmod(0o640)
-    assert stamp(file) != before
+    assert file_version(file) != before
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, False), (0o644, True)])
-def test_a_file_that_everybody_can_read_is_told(
+def test_world_readable_file_is_logged(
     file: Path, mode: int, warned: bool, logged: list[Any]
 ) -> None:
     file.write_text("secret")
     file.chmod(mode)
-    kept(file)
+    reloaded(file)
     assert [entry["event"] for entry in logged] == ["secret_file_readable_by_all"] * warned
 
 
-def test_a_ring_has_a_new_key_as_soon_as_its_file_has(file: Path, logged: list[Any]) -> None:
+def test_key_ring_reloads_its_file(file: Path, logged: list[Any]) -> None:
     row = UUID(int=1)
     old, new = new_key(), new_key()
     file.write_text(f"{old}\n")
-    here, there = (ConfiguredKeyRing(Secret("WEBHOOK_K", file=file)) for _ in range(2))
+    here, there = (ReloadedKeyRing(Secret("WEBHOOK_K", file=file)) for _ in range(2))
     before = here.encrypt("secret", row)
 
     rename(file, f"{new}\n{old}\n")

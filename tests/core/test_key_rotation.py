@@ -1,4 +1,4 @@
-"""`postrider keys`: every record moves to the first key, once, whatever goes on beside it."""
+"""`postrider keys`: rotation of the encryption keys, and its report."""
 
 import asyncio
 from typing import Any
@@ -31,20 +31,20 @@ def ring(*pairs: str) -> KeyRing:
 
 
 class Operator:
-    """Runs the commands on the test's database, and keeps what they say."""
+    """Runs the commands on the database of the test. `printed` holds their output."""
 
     def __init__(self, database: DatabaseSettings):
         self._database = database
-        self.said: list[str] = []
+        self.printed: list[str] = []
 
     async def rotate(self, *pairs: str, to: str | None = None) -> bool:
-        self.said.clear()
-        return await rotate(self._database, settings(*pairs), to, self.said.append)
+        self.printed.clear()
+        return await rotate(self._database, settings(*pairs), to, self.printed.append)
 
     async def report(self, *pairs: str) -> list[str]:
-        self.said.clear()
-        await report(self._database, settings(*pairs), self.said.append)
-        return self.said
+        self.printed.clear()
+        await report(self._database, settings(*pairs), self.printed.append)
+        return self.printed
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ async def make_config(pool: Any, keyring: KeyRing, *, overlap: bool = False) -> 
 
 
 async def records(pool: Any, keyring: KeyRing) -> dict[UUID, list[str]]:
-    """The secrets of each config, as this ring reads them."""
+    """Return the secrets of each config, decrypted by this ring."""
     rows = await pool.fetch("SELECT * FROM webhook_configs WHERE deleted_at IS NULL")
     return {
         row["id"]: [
@@ -82,10 +82,10 @@ async def records(pool: Any, keyring: KeyRing) -> dict[UUID, list[str]]:
     }
 
 
-async def test_every_record_is_moved_and_none_changes(
+async def test_rotation_reencrypts_every_record(
     pool: Any, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "_PAGE", 2)
+    monkeypatch.setattr(encryption, "_PAGE_CONFIGS", 2)
     made = dict([await make_config(pool, ring(OLD), overlap=number == 1) for number in range(5)])
     before = await pool.fetch("SELECT id, version, updated_at FROM webhook_configs ORDER BY id")
     assert await operator.report(NEW, OLD) == [
@@ -95,8 +95,8 @@ async def test_every_record_is_moved_and_none_changes(
 
     assert await operator.rotate(NEW, OLD, to="new")
 
-    # Two configs a page, of which the second has two records.
-    assert operator.said == [
+    # Two configs per page. The second config has two records.
+    assert operator.printed == [
         "3 of 6 records are encrypted with new now",
         "5 of 6 records are encrypted with new now",
         "6 of 6 records are encrypted with new now",
@@ -106,7 +106,7 @@ async def test_every_record_is_moved_and_none_changes(
     assert {webhook_id: secrets[0] for webhook_id, secrets in found.items()} == made
     assert sorted(len(secrets) for secrets in found.values()) == [1, 1, 1, 1, 2]
     assert all(rest == [f"before {secret}"] for secret, *rest in found.values() if rest)
-    # Engines need not load anything again.
+    # Engines do not need to reload anything.
     query = "SELECT id, version, updated_at FROM webhook_configs ORDER BY id"
     assert await pool.fetch(query) == before
     assert await operator.report(NEW, OLD) == [
@@ -115,15 +115,15 @@ async def test_every_record_is_moved_and_none_changes(
     ]
 
 
-async def test_the_rotation_is_in_the_audit_log_once_and_only_when_something_changed(
+async def test_rotation_with_changes_is_audited_once(
     pool: Any, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "_PAGE", 1)
+    monkeypatch.setattr(encryption, "_PAGE_CONFIGS", 1)
     for _ in range(3):
         await make_config(pool, ring(OLD))
     assert await operator.rotate(NEW, OLD)
     assert await operator.rotate(NEW, OLD)
-    assert operator.said[0] == "nothing to do: every record is encrypted with new, the first key"
+    assert operator.printed[0] == "nothing to do: every record is encrypted with new, the first key"
     [entry] = await pool.fetch("SELECT * FROM audit_entries")
     assert (entry["action"], entry["resource"]) == ("RotateEncryptionKey", "encryption_key:new")
     assert entry["actor"].startswith("cli:")
@@ -133,15 +133,15 @@ async def test_the_rotation_is_in_the_audit_log_once_and_only_when_something_cha
     assert entry["changed_fields"] == ["secret"]
 
 
-async def test_an_interrupted_rotation_goes_on_where_it_was(
+async def test_interrupted_rotation_continues(
     pool: Any, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "_PAGE", 2)
+    monkeypatch.setattr(encryption, "_PAGE_CONFIGS", 2)
     made = dict([await make_config(pool, ring(OLD)) for _ in range(5)])
     pages = encryption.rotate_records(pool, ring(NEW, OLD), present_operator())
     assert (await anext(pages)).records == 2
     await pages.aclose()
-    # Both keys read what is there now, and neither alone.
+    # Needs both keys now.
     assert {i: [s] for i, s in made.items()} == await records(pool, ring(OLD, NEW))
     assert await operator.report(OLD, NEW) == [
         "old: 3 records (first: it encrypts)",
@@ -149,13 +149,11 @@ async def test_an_interrupted_rotation_goes_on_where_it_was(
     ]
 
     assert await operator.rotate(NEW, OLD)
-    assert operator.said[0] == "2 of 3 records are encrypted with new now"
+    assert operator.printed[0] == "2 of 3 records are encrypted with new now"
     assert {i: [s] for i, s in made.items()} == await records(pool, ring(NEW))
 
 
-async def test_a_secret_that_is_replaced_meanwhile_stays_replaced(
-    pool: Any, operator: Operator
-) -> None:
+async def test_secret_replaced_during_rotation_is_kept(pool: Any, operator: Operator) -> None:
     webhook_id, _ = await make_config(pool, ring(OLD))
     async with pool.acquire() as other:
         transaction = other.transaction()
@@ -171,24 +169,23 @@ async def test_a_secret_that_is_replaced_meanwhile_stays_replaced(
     assert await records(pool, ring(NEW)) == {webhook_id: ["replaced"]}
 
 
-async def test_a_record_that_no_key_reads_is_named_and_left_and_holds_nothing_up(
-    pool: Any, operator: Operator
-) -> None:
-    broken = await make_webhook_config(pool, secret_key_id="old", secret_ciphertext=b"x" * 40)
-    whole, secret = await make_config(pool, ring(OLD))
+async def test_unreadable_record_is_reported_and_skipped(pool: Any, operator: Operator) -> None:
+    unreadable = await make_webhook_config(pool, secret_key_id="old", secret_ciphertext=b"x" * 40)
+    readable, secret = await make_config(pool, ring(OLD))
 
     assert not await operator.rotate(NEW, OLD)
 
     assert any(
-        line.startswith(f"wh_{broken.hex}: its secret cannot be read") for line in operator.said
+        line.startswith(f"wh_{unreadable.hex}: its secret cannot be read")
+        for line in operator.printed
     )
-    row = await pool.fetchrow("SELECT * FROM webhook_configs WHERE id = $1", broken)
+    row = await pool.fetchrow("SELECT * FROM webhook_configs WHERE id = $1", unreadable)
     assert (row["secret_key_id"], row["secret_ciphertext"]) == ("old", b"x" * 40)
-    row = await pool.fetchrow("SELECT * FROM webhook_configs WHERE id = $1", whole)
-    assert ring(NEW).decrypt("new", row["secret_ciphertext"], whole) == secret
+    row = await pool.fetchrow("SELECT * FROM webhook_configs WHERE id = $1", readable)
+    assert ring(NEW).decrypt("new", row["secret_ciphertext"], readable) == secret
 
 
-async def test_a_deleted_config_has_no_record(pool: Any, operator: Operator) -> None:
+async def test_deleted_config_has_no_record(pool: Any, operator: Operator) -> None:
     webhook_id = await make_webhook_config(pool, secret_key_id="long ago", secret_ciphertext=b"")
     await pool.execute("UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id)
     assert await operator.rotate(NEW)
@@ -196,24 +193,24 @@ async def test_a_deleted_config_has_no_record(pool: Any, operator: Operator) -> 
 
 
 @pytest.mark.parametrize(
-    ("pairs", "to", "told"),
+    ("pairs", "to", "error"),
     [
         ((OLD, NEW), "new", "new is not the first key of the setting, old is"),
         ((OLD,), "new", "new is not the first key of the setting, old is"),
         ((NEW,), None, "encrypted with the key old, which is not configured"),
     ],
 )
-async def test_a_rotation_that_could_not_end_well_does_not_begin(
-    pool: Any, operator: Operator, pairs: tuple[str, ...], to: str | None, told: str
+async def test_rotation_that_cannot_complete_does_not_start(
+    pool: Any, operator: Operator, pairs: tuple[str, ...], to: str | None, error: str
 ) -> None:
     webhook_id, secret = await make_config(pool, ring(OLD))
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=error):
         await operator.rotate(*pairs, to=to)
     assert await records(pool, ring(OLD)) == {webhook_id: [secret]}
     assert await pool.fetchval("SELECT count(*) FROM audit_entries") == 0
 
 
-async def test_a_key_that_only_records_name_is_reported(pool: Any, operator: Operator) -> None:
+async def test_missing_key_is_reported(pool: Any, operator: Operator) -> None:
     await make_config(pool, ring(OLD))
     assert await operator.report(NEW) == [
         "new: 0 records (first: it encrypts)",
@@ -223,7 +220,7 @@ async def test_a_key_that_only_records_name_is_reported(pool: Any, operator: Ope
         await records(pool, ring(NEW))
 
 
-def test_the_commands_ask_for_what_they_need() -> None:
+def test_commands_require_the_database_url() -> None:
     for command in ("status", "rotate"):
         result = CliRunner().invoke(main, ["keys", command])
         assert result.exit_code == 2

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 from core.postgres.pool import open_pool
 from core.settings import DatabaseSettings
-from core.tasks import end
+from core.tasks import cancel_and_wait
 from postrider.v1 import (
     admin_service_pb2,
     delivery_service_pb2,
@@ -258,7 +258,7 @@ async def test_a_hint_under_way_ends_while_it_is_frozen(own_postgres: OwnPostgre
                 while not pool.statements:  # noqa: ASYNC110 - a count is all there is
                     await asyncio.sleep(0)
             began = monotonic()
-            await end([hinting])
+            await cancel_and_wait([hinting])
             assert monotonic() - began < 8
         assert hinting.cancelled()
     finally:

@@ -7,12 +7,12 @@ from typing import Any
 import yaml
 
 from cli.settings import all_fields
-from core.settings import variable
+from core.settings import variable_name
 from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
 #: Every setting there is, by its variable, and its default.
-SETTINGS = {variable(name): field.default for name, field in all_fields()}
+SETTINGS = {variable_name(name): field.default for name, field in all_fields()}
 
 
 def documents(path: Path) -> list[Any]:

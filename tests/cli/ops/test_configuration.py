@@ -11,7 +11,7 @@ from cli.main import main
 from cli.ops.configuration import masked
 from cli.settings import BLOCKS, all_fields
 from core.encryption import new_key
-from core.settings import variable
+from core.settings import variable_name
 from tests.support.certificates import Authority
 
 CANARY = "c4n4ry"
@@ -45,7 +45,7 @@ def test_every_setting_is_there_with_its_source(environment: dict[str, str]) -> 
     settings, problems, code = found(environment | {"WEBHOOK_MAX_RETRIES": "5"})
 
     assert (problems, code) == ([], 0)
-    assert list(settings) == [variable(name) for name, _ in all_fields()]
+    assert list(settings) == [variable_name(name) for name, _ in all_fields()]
     assert (settings["WEBHOOK_MAX_RETRIES"]["value"], "environment") == ("5", "environment")
     assert settings["WEBHOOK_MAX_RETRIES"]["source"] == "environment"
     assert settings["WEBHOOK_CLAIM_BATCH"] | {"block": ""} == {

@@ -121,11 +121,11 @@ def test_the_same_number_is_drawn_everywhere_and_so_many_of_all() -> None:
     sampling, other = (SuccessSampling(LogSettings(log_success_sample_rate=0.25)) for _ in "12")
     numbers = range(0, 2**34, 2**34 // 10_007)
 
-    drawn = [n for n in numbers if sampling.draws(n)]
+    drawn = [n for n in numbers if sampling.selects(n)]
 
-    assert drawn == [n for n in numbers if other.draws(n)]
+    assert drawn == [n for n in numbers if other.selects(n)]
     assert len(drawn) / len(numbers) == pytest.approx(0.25, abs=0.01)
-    assert sampling.fields == {"sample_rate": 0.25}
+    assert sampling.log_fields == {"sample_rate": 0.25}
 
 
 def fields(logged: list[Any], event: str) -> set[str]:

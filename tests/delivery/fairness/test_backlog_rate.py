@@ -60,7 +60,7 @@ def test_a_late_loop_lets_in_the_least_and_some_for_each_of_the_others(clock: Cl
 def test_a_punctual_loop_lets_in_more_and_more(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     for _ in range(2000):
-        allowance.aimd.felt(0.0)
+        allowance.aimd.observe(0.0)
     assert let_in(allowance, clock, 1, others_a_second=10) > 5000
 
 
@@ -76,5 +76,5 @@ def test_a_chunk_grows_with_the_rate(clock: Clock) -> None:
     allowance.meet_others(1)
     assert allowance.chunk() == 8
     for _ in range(2000):
-        allowance.aimd.felt(0.0)
+        allowance.aimd.observe(0.0)
     assert allowance.chunk() == 300
