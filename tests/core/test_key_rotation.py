@@ -85,7 +85,7 @@ async def records(pool: Any, keyring: KeyRing) -> dict[UUID, list[str]]:
 async def test_rotation_reencrypts_every_record(
     pool: Any, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "_PAGE_CONFIGS", 2)
+    monkeypatch.setattr(encryption, "_PAGE_SIZE", 2)
     made = dict([await make_config(pool, ring(OLD), overlap=number == 1) for number in range(5)])
     before = await pool.fetch("SELECT id, version, updated_at FROM webhook_configs ORDER BY id")
     assert await operator.report(NEW, OLD) == [
@@ -118,7 +118,7 @@ async def test_rotation_reencrypts_every_record(
 async def test_rotation_with_changes_is_audited_once(
     pool: Any, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "_PAGE_CONFIGS", 1)
+    monkeypatch.setattr(encryption, "_PAGE_SIZE", 1)
     for _ in range(3):
         await make_config(pool, ring(OLD))
     assert await operator.rotate(NEW, OLD)
@@ -136,7 +136,7 @@ async def test_rotation_with_changes_is_audited_once(
 async def test_interrupted_rotation_continues(
     pool: Any, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encryption, "_PAGE_CONFIGS", 2)
+    monkeypatch.setattr(encryption, "_PAGE_SIZE", 2)
     made = dict([await make_config(pool, ring(OLD)) for _ in range(5)])
     pages = encryption.rotate_records(pool, ring(NEW, OLD), present_operator())
     assert (await anext(pages)).records == 2
