@@ -1,1 +1,4 @@
-"""What the server and the delivery engine share; imports neither of them, nor any transport."""
+"""The parts that the server and the delivery engine share. Start with `queue`, then `settings`.
+
+Imports no process, no transport and no generated code.
+"""

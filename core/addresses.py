@@ -1,8 +1,8 @@
-"""Which addresses may be dialled: pure, asked for every literal, DNS answer and socket.
+"""The addresses that may be called. Pure; checked for each literal, DNS answer and socket.
 
-The table is our own. `ipaddress.is_global` says yes to NAT64 and IPv4-compatible forms of loopback,
-to multicast and to cloud hosts, and its answers change with the Python version. Whatever no row
-calls public is refused. `tests/core/test_iana.py` holds it to the IANA registries.
+`ipaddress.is_global` is not enough: it accepts NAT64 and IPv4-compatible forms of loopback,
+multicast and cloud hosts, and it differs between Python versions. An address outside the public
+rows of this table is refused. `tests/core/test_iana.py` compares it with the IANA registries.
 """
 
 from bisect import bisect_right
@@ -16,7 +16,7 @@ Network = IPv4Network | IPv6Network
 
 
 class AddressClass(StrEnum):
-    """What an address is for; only PUBLIC ones are dialled unasked."""
+    """The purpose of an address. Only PUBLIC addresses are called by default."""
 
     PUBLIC = "public"
     UNSPECIFIED = "unspecified"
@@ -32,16 +32,15 @@ class AddressClass(StrEnum):
     TRANSITION = "transition"
     INFRASTRUCTURE = "infrastructure"
     RESERVED = "reserved"
-    #: By no table: the operator's own, or what it will not have called.
+    #: Denied by the operator.
     DENIED = "denied"
 
 
 # The longest prefix wins, so a row may carve an exception out of a wider one.
 _NETWORKS: dict[AddressClass, tuple[str, ...]] = {
-    # IPv6 is the other way round from IPv4: only what is handed out today is public, so that
-    # ranges nobody has thought of yet are refused.
+    # In IPv6 only the range that IANA assigns today is public, so that future ranges are refused.
     AddressClass.PUBLIC: ("0.0.0.0/0", "2000::/3"),
-    # On Linux, connecting to 0.0.0.0 or :: reaches the machine itself.
+    # On Linux, connecting to 0.0.0.0 or :: reaches the local machine.
     AddressClass.UNSPECIFIED: ("0.0.0.0/8", "::/128"),
     AddressClass.LOOPBACK: ("127.0.0.0/8", "::1/128"),
     AddressClass.PRIVATE: (
@@ -53,8 +52,8 @@ _NETWORKS: dict[AddressClass, tuple[str, ...]] = {
     ),
     AddressClass.LINK_LOCAL: ("169.254.0.0/16", "fe80::/10"),
     AddressClass.SHARED: ("100.64.0.0/10",),
-    # Where clouds hand credentials to whoever asks. 168.63.129.16 is a public address by every
-    # registry, and served by the host to its own guests.
+    # Metadata services of clouds hand out credentials. Registries list 168.63.129.16 as public,
+    # but the host serves it to its guests.
     AddressClass.METADATA: (
         "100.100.100.200/32",
         "168.63.129.16/32",
@@ -81,8 +80,8 @@ _NETWORKS: dict[AddressClass, tuple[str, ...]] = {
         "3fff::/20",
     ),
     AddressClass.MAPPED: ("::ffff:0:0/96",),
-    # An IPv4 address inside an IPv6 one: compatible, SIIT, NAT64 (both), Teredo, 6to4.
-    # No receiver needs these forms, and unwrapping them would have to be right eight times.
+    # An IPv4 address inside an IPv6 address: compatible, SIIT, NAT64 (both), Teredo, 6to4. No
+    # receiver needs them, and unwrapping eight forms is error-prone.
     AddressClass.TRANSITION: (
         "192.88.99.0/24",
         "::/96",
@@ -92,8 +91,8 @@ _NETWORKS: dict[AddressClass, tuple[str, ...]] = {
         "2001::/32",
         "2002::/16",
     ),
-    # Globally reachable by the registry, yet anycast plumbing (AS112, AMT) that no merchant owns:
-    # the nearest instance may well be inside our own network.
+    # Anycast services (AS112, AMT) that no merchant owns. The registry calls them globally
+    # reachable, but the nearest instance may be in our own network.
     AddressClass.INFRASTRUCTURE: (
         "192.31.196.0/24",
         "192.52.193.0/24",
@@ -103,21 +102,21 @@ _NETWORKS: dict[AddressClass, tuple[str, ...]] = {
     AddressClass.RESERVED: ("192.0.0.0/24", "240.0.0.0/4", "::/0", "2001::/23"),
 }
 
-# ISATAP puts an IPv4 address behind this interface identifier, under any prefix at all; the two
-# bits left out say whether that address is unique.
+# ISATAP puts an IPv4 address behind this interface identifier, under any prefix. The mask excludes
+# the bits that say whether that address is unique.
 _ISATAP = 0x00005EFE
-_ISATAP_BITS = 0xFCFFFFFF
+_ISATAP_MASK = 0xFCFFFFFF
 
 
 class _RangeTable[N: Network]:
-    """The networks cut into ranges that do not overlap, so that a lookup is one bisection."""
+    """Networks split into ranges without overlap, so that a lookup is one bisection."""
 
     def __init__(self, rows: Iterable[tuple[N, AddressClass]]):
         narrowest_first = sorted(rows, key=lambda row: -row[0].prefixlen)
         edges = {int(network.network_address) for network, _ in narrowest_first}
         edges |= {int(network.broadcast_address) + 1 for network, _ in narrowest_first}
         self._starts = sorted(edges)
-        # The last edge is the one past the whole address space; nothing is there to classify.
+        # The last edge is past the end of the address space.
         self._classes = [
             next(
                 kind
@@ -136,37 +135,37 @@ _IPV4 = _RangeTable([row for row in _ROWS if isinstance(row[0], IPv4Network)])
 _IPV6 = _RangeTable([row for row in _ROWS if isinstance(row[0], IPv6Network)])
 
 
-def table() -> Sequence[tuple[Network, AddressClass]]:
-    """The rows, for whoever holds them to another table; the longest prefix of them wins."""
+def network_table() -> Sequence[tuple[Network, AddressClass]]:
+    """Return the rows. The longest matching prefix wins."""
     return _ROWS
 
 
 def classify(address: Address) -> AddressClass:
-    """Judge an address as it is written; nothing inside it is unwrapped."""
+    """Classify an address as written, without unwrapping an address inside it."""
     number = int(address)
     if address.version == 4:
         return _IPV4.classify(number)
     kind = _IPV6.classify(number)
-    if kind is AddressClass.PUBLIC and number >> 32 & _ISATAP_BITS == _ISATAP:
+    if kind is AddressClass.PUBLIC and number >> 32 & _ISATAP_MASK == _ISATAP:
         return AddressClass.TRANSITION
     return kind
 
 
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
-    """The table, the networks an operator allows although the table refuses them, and those that
-    it denies whatever else says yes: its own public addresses, its own NAT64 prefixes."""
+    """The table plus an operator's allowed and denied networks. Denied networks win.
+
+    Operators deny their own public addresses and NAT64 prefixes.
+    """
 
     allowed: tuple[Network, ...] = ()
     denied: tuple[Network, ...] = ()
 
     def refusal(self, address: Address) -> AddressClass | None:
-        """Say why an address must not be dialled; None when it may.
+        """Return why an address must not be called, or None if it may be called.
 
-        An allowed network covers addresses of its own family as they are written. An IPv4-mapped
-        address is refused whatever is allowed: the kernel dials the IPv4 address inside it, which
-        an operator who wrote an IPv6 network such as ::/0 never meant. Its plain form is judged
-        like any other.
+        An allowed network covers addresses of its own family. IPv4-mapped addresses are always
+        refused: the kernel calls the IPv4 address inside, which an allowed ::/0 does not mean.
         """
         if any(address in network for network in self.denied):
             return AddressClass.DENIED

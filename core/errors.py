@@ -1,20 +1,20 @@
-"""The closed tree of everything Postrider can refuse, and why.
+"""The errors that Postrider reports to callers and operators.
 
     PostriderError
-    ├── InvalidArgument      the request is wrong in itself; names each field
-    ├── Unauthenticated      no token, or one that does not verify
-    ├── PermissionDenied     a valid token that may not do this
-    ├── NotFound             no such thing for this merchant (a foreign id looks the same)
-    ├── AlreadyExists        the name or the idempotency key is taken by something else
-    ├── FailedPrecondition   right in itself, but not in the present state
-    ├── QuotaExceeded        a limit of the merchant or the service is reached
-    ├── Aborted              somebody else changed it first; read it again
-    ├── Unavailable          a part we need is away; the same call may be sent again
-    └── ConfigurationError   a setting is missing or wrong; the process does not start
+    ├── InvalidArgument      the request is invalid; names each field
+    ├── Unauthenticated      no token, or an invalid token
+    ├── PermissionDenied     a valid token without the needed scope
+    ├── NotFound             unknown id for this merchant (the same for another merchant's id)
+    ├── AlreadyExists        the name or the idempotency key is taken
+    ├── FailedPrecondition   valid request, but not in the current state
+    ├── QuotaExceeded        a limit of the merchant or of the service is reached
+    ├── Aborted              a concurrent change won; read again and repeat
+    ├── Unavailable          a dependency is down; repeat the same call
+    └── ConfigurationError   a setting is missing or invalid; the process does not start
 
-`server/rpc/status.py` alone turns them into gRPC statuses. Each carries a `reason`, a stable
-UPPER_SNAKE_CASE word for programs, and a message that tells a person what to do. Neither may hold
-anything internal: no stack, no SQL, no address of ours, no secret.
+`server/rpc/status.py` maps them to gRPC statuses. Each has a `reason`, a stable UPPER_SNAKE_CASE
+word for programs, and a message with the next step for people. Neither may contain internals:
+stack traces, SQL, our addresses or secrets.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One wrong field: its path as in the request (`webhook_config.url`), and what to do."""
+    """An invalid field: its path in the request (`webhook_config.url`) and how to fix it."""
 
     field: str
     description: str
@@ -31,7 +31,7 @@ class FieldViolation:
 
 
 class PostriderError(Exception):
-    """Base of the tree; never raised itself."""
+    """Base class. Raise a subclass."""
 
     def __init__(self, message: str, *, reason: str, metadata: Mapping[str, str] | None = None):
         super().__init__(message)
@@ -41,7 +41,7 @@ class PostriderError(Exception):
 
 
 class InvalidArgument(PostriderError):
-    """One or more fields are wrong; the message joins their descriptions."""
+    """One or more fields are invalid. The message joins their descriptions."""
 
     def __init__(self, *violations: FieldViolation):
         super().__init__(
@@ -56,29 +56,29 @@ class InvalidArgument(PostriderError):
 
 
 class Unauthenticated(PostriderError):
-    """The caller is not known. The message never says which check failed: it would help forgers."""
+    """The caller is unknown. The message hides which check failed, because that helps forgers."""
 
 
 class PermissionDenied(PostriderError):
-    """The caller is known and may not do this; the message names the scope that is missing."""
+    """The caller lacks a scope. The message names it."""
 
 
 class NotFound(PostriderError):
-    """Nothing under this id for this caller."""
+    """The caller has no resource with this id."""
 
 
 class AlreadyExists(PostriderError):
-    """Taken, and by something different from what this call describes."""
+    """The name or key belongs to a different resource."""
 
 
 class FailedPrecondition(PostriderError):
-    """The state of the resource does not allow the call; the message says what would."""
+    """The state of the resource does not allow the call. The message names the state that does."""
 
 
 class QuotaExceeded(PostriderError):
-    """A limit is reached; `subject` is what it counts for (a merchant, the service).
+    """A limit is reached. `subject` is its owner: a merchant or the service.
 
-    One of a rate says after how long the same call may be sent again; None: waiting does not help.
+    `retry_after_seconds` is set for rate limits. None means that waiting does not help.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class QuotaExceeded(PostriderError):
 
 
 class Aborted(PostriderError):
-    """A concurrent change won; reading again and repeating is safe."""
+    """A concurrent change won. Read again and repeat the call."""
 
 
 class Unavailable(PostriderError):
-    """A dependency is away; repeat after `retry_after_seconds`, with the same idempotency keys."""
+    """A dependency is down. Repeat with the same idempotency keys after `retry_after_seconds`."""
 
     def __init__(self, message: str, *, reason: str, retry_after_seconds: float = 1.0):
         super().__init__(message, reason=reason)
@@ -102,7 +102,7 @@ class Unavailable(PostriderError):
 
 
 class ConfigurationError(PostriderError):
-    """The process cannot start as configured; the message names the setting and the mend."""
+    """The process cannot start. The message names the setting and the fix."""
 
     def __init__(self, message: str):
         super().__init__(message, reason="CONFIGURATION")

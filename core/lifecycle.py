@@ -1,6 +1,6 @@
-"""The states of a delivery, the outcomes of an attempt, and which state may follow which.
+"""States of a delivery, their transitions, and outcomes of an attempt.
 
-The words are the same in SQL, Python, protobuf, logs and docs; docs/architecture.md draws them.
+SQL, Python, protobuf, logs and docs use the same words. docs/architecture.md has the diagram.
 """
 
 from enum import StrEnum
@@ -8,21 +8,21 @@ from typing import NamedTuple
 
 
 class DeliveryState(StrEnum):
-    """Where a delivery stands; the first four are rows of the queue, the others are final."""
+    """The first four states are rows of the queue, the others are final."""
 
-    #: In the queue, attempted when its due time comes.
+    #: Can be claimed at its due time.
     READY = "ready"
-    #: In its webhook config's own backlog, until the config can take it.
+    #: In the backlog of its webhook config, until it is admitted.
     PARKED = "parked"
-    #: Owned by one engine until its lease ends.
+    #: Claimed by one engine until its lease expires.
     LEASED = "leased"
-    #: Waits for the delivery before it of the same ordering key.
+    #: Waits for the previous delivery of the same ordering key.
     BLOCKED = "blocked"
     #: The receiver answered 2xx.
     DELIVERED = "delivered"
-    #: Every attempt failed, or the address is one that is never called.
+    #: All attempts failed, or the address may not be called.
     FAILED = "failed"
-    #: The webhook config was deleted first.
+    #: The webhook config was deleted before delivery.
     CANCELLED = "cancelled"
 
 
@@ -46,7 +46,7 @@ TRANSITIONS: dict[DeliveryState, frozenset[DeliveryState]] = {
 
 
 class Outcome(StrEnum):
-    """What came of one attempt: a closed set, so that logs, metrics and retries agree."""
+    """The result of one attempt. A closed set, so that logs, metrics and retries agree."""
 
     SUCCEEDED = "succeeded"
     HTTP_ERROR = "http_error"
@@ -55,14 +55,14 @@ class Outcome(StrEnum):
     CONNECTION_ERROR = "connection_error"
     TLS_ERROR = "tls_error"
     PROTOCOL_ERROR = "protocol_error"
-    #: The URL, or the address behind it, is none that we call: permanent, so it is not retried.
+    #: The URL or its address may not be called. Permanent, so it is not retried.
     REFUSED = "refused"
-    #: A fault of ours: uses up no retries, and is never counted against the webhook config.
+    #: Our own error: uses no retry and does not count against the webhook config.
     INTERNAL_ERROR = "internal_error"
 
 
 class DeactivationReason(StrEnum):
-    """Why a webhook config is not active."""
+    """Why a webhook config is inactive."""
 
     PAUSED = "paused"
     FAILURES = "failures"
@@ -71,10 +71,10 @@ class DeactivationReason(StrEnum):
 
 
 class AttemptResult(NamedTuple):
-    """What came of one request; `duration_us` runs to the status line or to the failure.
+    """The result of one request.
 
-    `detail` is for the merchant: it says what their side did, and nothing of our network. Of the
-    phases, None is one that did not take place.
+    `duration_us` ends at the status line or at the failure. `detail` is shown to the merchant, so
+    it describes the receiver and never our network. A phase that did not happen is None.
     """
 
     outcome: Outcome
@@ -83,10 +83,10 @@ class AttemptResult(NamedTuple):
     duration_us: int = 0
     dns_us: int | None = None
     connect_us: int | None = None
-    #: Of `connect_us`.
+    #: Part of `connect_us`.
     tls_us: int | None = None
     first_byte_us: int | None = None
     remote_address: str | None = None
     response_excerpt: str = ""
-    #: What a 429 or 503 asked for in its Retry-After, not judged yet; None: nothing we understand.
+    #: The Retry-After of a 429 or 503, not limited yet. None if absent or invalid.
     retry_after_seconds: float | None = None

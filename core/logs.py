@@ -1,4 +1,4 @@
-"""Log set-up for every process: one JSON object a line on stderr, readable text on a terminal."""
+"""Log setup of all processes: one JSON object per line on stderr, or text on a terminal."""
 
 import logging
 import sys
@@ -14,16 +14,16 @@ import structlog
 from core.settings import LogSettings
 
 _LIBRARY_LEVEL = logging.WARNING
-_DRAWS = 2**32
+_SAMPLE_SPACE = 2**32
 
-# Without the variables of each frame: secrets and payloads are among them.
+# Hides local variables, because they can hold secrets and payloads.
 _render_exception = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
 
 
 def configure_logs(settings: LogSettings, stream: BinaryIO | None = None) -> None:
-    """Send everything logged from here on, also by libraries, to `stream` (default: stderr)."""
+    """Send all further logs, including those of libraries, to `stream` (default: stderr)."""
     target = stream or sys.stderr.buffer
     as_text = settings.log_format == "text" or (settings.log_format == "auto" and target.isatty())
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
@@ -43,27 +43,27 @@ def configure_logs(settings: LogSettings, stream: BinaryIO | None = None) -> Non
         processors=processors,
         wrapper_class=partial(_Logger, level),  # type: ignore[arg-type]
         logger_factory=lambda *_: target,
-        # For the life of the process, where nobody will want another stream.
+        # Only tests pass a stream, and they configure logs again.
         cache_logger_on_first_use=stream is None,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=_LIBRARY_LEVEL, force=True)
 
 
 class _Logger:
-    """Takes an event and its fields through the processors, and no more.
+    """Passes an event and its fields through the processors.
 
-    structlog's own also keeps fields that are bound to it, and copies them for each line. Nothing
-    here binds any, and there is a line for each call and each attempt: this costs half as much.
+    structlog's own logger also copies bound fields for each line. We bind none and log a line for
+    each call and each attempt, so this logger costs half as much.
     """
 
     def __init__(
         self,
-        least: int,
+        level: int,
         stream: BinaryIO,
         processors: Sequence[structlog.typing.Processor],
-        context: object,  # noqa: ARG002 - structlog's way to call it
+        context: object,  # noqa: ARG002 - structlog passes it
     ):
-        self._least = least
+        self._level = level
         self._stream = stream
         self._processors = processors
 
@@ -71,7 +71,7 @@ class _Logger:
         self.log(logging.DEBUG, event, **fields)
 
     def info(self, event: str, **fields: Any) -> None:
-        if self._least <= logging.INFO:
+        if self._level <= logging.INFO:
             self._log("info", event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
@@ -84,7 +84,7 @@ class _Logger:
         self.log(logging.ERROR, event, **{"exc_info": True, **fields})
 
     def log(self, level: int, event: str, **fields: Any) -> None:
-        if self._least <= level:
+        if self._level <= level:
             self._log(logging.getLevelName(level).lower(), event, fields)
 
     def _log(self, level: str, event: str, fields: dict[str, Any]) -> None:
@@ -94,32 +94,32 @@ class _Logger:
             for process in self._processors:
                 entry = process(None, level, entry)
         except structlog.DropEvent:
-            # How structlog's own tests keep what they capture from being written.
+            # structlog.testing drops the lines that it captures.
             return
-        # A line at once, so that none is torn by another thread's.
+        # One write per line, so that lines of threads do not mix.
         self._stream.write(entry + b"\n")
         self._stream.flush()
 
 
 class SuccessSampling:
-    """Which of the lines of what went well at once are written."""
+    """Selects the log lines of calls and attempts that succeeded at once."""
 
     def __init__(self, settings: LogSettings):
         self.slow_seconds = settings.log_slow_seconds
         self._rate = settings.log_success_sample_rate
-        self._drawn = round(self._rate * _DRAWS)
-        #: What a line that was drawn says of it; nothing where all are.
+        self._selected_below = round(self._rate * _SAMPLE_SPACE)
+        #: Fields of a selected line: the sample rate, unless all lines are written.
         self.log_fields: Mapping[str, float] = (
             {} if self._rate == 1 else MappingProxyType({"sample_rate": self._rate})
         )
 
     def selects(self, number: int) -> bool:
-        """Decided by the lowest 32 bits, so that the same thing is drawn wherever it is logged."""
-        return number % _DRAWS < self._drawn
+        """Decide by the lowest 32 bits, so that all processes select the same things."""
+        return number % _SAMPLE_SPACE < self._selected_below
 
 
 class _ToStructlog(logging.Handler):
-    """Carries what libraries log to the same stream and format."""
+    """Sends logs of libraries to the same stream in the same format."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = structlog.get_logger()

@@ -1,8 +1,8 @@
-"""Settings that more than one process reads, in blocks; each process adds its own block beside it.
+"""Settings blocks that several processes read.
 
-Every setting is an environment variable `WEBHOOK_` + the field's name in capitals. Blocks are
-frozen, built once in `cli`, and passed down; nothing else reads the environment. Durations carry
-their unit in the name. A field's description is its line in the README's table and .env.example.
+Each field is an environment variable: `WEBHOOK_` and the upper-case field name. `cli` builds the
+frozen blocks once and passes them down. No other code reads the environment. The description of a
+field is its line in the settings table of the docs and in .env.example.
 """
 
 import re
@@ -33,7 +33,7 @@ def _parse_port_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition("-")
     ports = (int(low), int(high or low))
     if not 1 <= ports[0] <= ports[1] <= 65535:
-        raise ValueError(f"{text!r} is not a port or a range of ports such as 8000-8999")
+        raise ValueError(f"{text!r} is not a port or a port range such as 8000-8999")
     return ports
 
 
@@ -41,8 +41,8 @@ def _parse_host_name(text: str) -> str:
     name = text.lower().rstrip(".")
     if not _HOST_NAME.fullmatch(name):
         raise ValueError(
-            f"{text!r} is not a host name: write it without scheme and port, an international one "
-            "in its xn-- form"
+            f"{text!r} is not a host name: write it without scheme and port, and an international "
+            "name in its xn-- form"
         )
     return name
 
@@ -58,26 +58,26 @@ SecondsList = Annotated[
 
 
 def none_when_off(value: str | None) -> str | None:
-    """For addresses that may be `off`; an empty variable counts as not set, here as everywhere."""
+    """Parse an address that may be `off`. An empty variable counts as unset."""
     return value if value and value.lower() != "off" else None
 
 
 class SettingsBlock(BaseSettings):
-    """Base of the settings blocks: from the environment, frozen, values masked where secret.
+    """Base class of the settings blocks: frozen, read from the environment, secrets masked.
 
-    A secret is two fields, `name` and `name_file`: the value itself, or a file that holds it.
+    A secret has two fields, `name` and `name_file`: the value, or a file that holds it.
     """
 
-    # An empty variable counts as not set, as compose files and CI leave them.
+    # An empty variable counts as unset, because compose files and CI define empty ones.
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
     )
 
-    #: The secrets that must be set, each with a hint where to get one.
+    #: The secrets that must be set, each with a hint on how to get one.
     required_secrets: ClassVar[Mapping[str, str]] = {}
 
     def secret(self, name: str) -> Secret:
-        """The secret of that name, from wherever it was set."""
+        """Return the secret of this name."""
         return Secret(variable_name(name), getattr(self, name), getattr(self, f"{name}_file"))
 
     @classmethod
@@ -100,51 +100,51 @@ class SettingsBlock(BaseSettings):
 
 
 def variable_name(field_name: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     return f"{ENV_PREFIX}{field_name.upper()}"
 
 
 class DatabaseSettings(SettingsBlock):
-    """Where PostgreSQL is, and how long we are willing to wait for it."""
+    """The connection to PostgreSQL."""
 
     required_secrets: ClassVar[Mapping[str, str]] = {"database_url": ""}
 
     database_url: SecretStr | None = Field(
         None,
-        description="PostgreSQL 15 or newer, as postgresql://user:password@host:5432/database; of "
-        "several hosts (host1:5432,host2:5432) the one that takes writes. "
-        "`postrider run` and `demo` start their own when it is not set.",
+        description="PostgreSQL 15 or newer, as postgresql://user:password@host:5432/database. "
+        "With several hosts (host1:5432,host2:5432) the one that accepts writes is used. "
+        "If unset, `postrider run` and `demo` start an embedded server.",
     )
     database_url_file: Path | None = Field(
-        None, description="a file that holds the same, read anew for each connection"
+        None, description="a file with this value, read for each new connection"
     )
     database_password: SecretStr | None = Field(
-        None, description="the password, instead of one in the URL"
+        None, description="the password, if the URL has none"
     )
     database_password_file: Path | None = Field(
-        None, description="a file that holds the same, read anew for each connection"
+        None, description="a file with this value, read for each new connection"
     )
     database_pool_size: int = Field(
         10,
         ge=2,
         le=200,
-        description="connections one process may hold, each engine process its own",
+        description="maximum number of connections per process",
     )
     database_connect_timeout_seconds: Seconds = Field(
-        5.0, description="how long to wait for a connection before a call is refused"
+        5.0, description="how long a call waits for a connection before it is refused"
     )
     database_connection_seconds: Seconds = Field(
         1800.0,
-        description="how old a connection may be when it is given back; then the next use makes a "
-        "new one, to whatever the URL and the password's file say by then",
+        description="maximum age of a connection. An older one is closed when it is released, and "
+        "a new one uses the current URL and password file",
     )
     database_statement_timeout_seconds: Seconds = Field(
-        10.0, description="after which PostgreSQL itself cancels a statement"
+        10.0, description="PostgreSQL cancels a statement after this time"
     )
 
 
 class EncryptionSettings(SettingsBlock):
-    """The keys that encrypt signing secrets at rest (AES-256-GCM)."""
+    """Keys that encrypt signing secrets at rest (AES-256-GCM)."""
 
     required_secrets: ClassVar[Mapping[str, str]] = {
         "encryption_keys": " (`postrider encryption-key` prints a new key)"
@@ -152,137 +152,136 @@ class EncryptionSettings(SettingsBlock):
 
     encryption_keys: SecretStr | None = Field(
         None,
-        description="comma-separated `id:key` pairs, each key 32 bytes in base64; the first "
-        "encrypts, all decrypt. Make one with `postrider encryption-key`.",
+        description="comma-separated `id:key` pairs, each key 32 bytes in base64. The first key "
+        "encrypts, all keys decrypt. `postrider encryption-key` prints a new pair.",
     )
     encryption_keys_file: Path | None = Field(
         None,
-        description="a file that holds the same, one pair a line or comma-separated; read anew "
-        "when it has changed",
+        description="a file with these pairs, one per line or comma-separated, reloaded when it "
+        "changes",
     )
 
 
 class EgressSettings(SettingsBlock):
-    """Which receivers may be dialled at all, and by which way."""
+    """The receivers that may be called, and the way to them."""
 
     allowed_cidrs: Networks = Field(
         (),
-        description="comma-separated CIDRs that are dialled although they are private or loopback; "
-        "for development, logged as a warning at every start",
+        description="comma-separated CIDRs that may be called although they are private or "
+        "loopback; for development, logged as a warning at every start",
     )
     denied_cidrs: Networks = Field(
         (),
-        description="comma-separated CIDRs that are never dialled: your own public addresses, "
-        "those your engines send from, and NAT64 prefixes of your own; wins over the allowed",
+        description="comma-separated CIDRs that are never called: your public addresses, the "
+        "egress addresses of your engines, and your NAT64 prefixes; wins over the allowed ones",
     )
     denied_hosts: HostNames = Field(
         (),
-        description="comma-separated host names of your own that no webhook URL may name, each "
-        "with all names below it",
+        description="comma-separated host names of yours that no webhook URL may use, with all "
+        "their subdomains",
     )
     allowed_ports: PortRanges = Field(
         ((443, 443), (8443, 8443)),
-        description="comma-separated ports, or ranges as 8000-8999, that a webhook URL may name; "
-        "well-known ports of other services are not in a range, only by themselves",
+        description="comma-separated ports or ranges such as 8000-8999 that a webhook URL may use. "
+        "A range excludes well-known ports of other services; list such a port alone",
     )
     ca_file: Path | None = Field(
         None,
-        description="PEM file of certificate authorities to trust beside the system's "
+        description="PEM file of certificate authorities to trust in addition to the system's "
         "when calling receivers",
     )
     receiver_connection_seconds: Seconds = Field(
         300.0,
-        description="how old a connection to a receiver may be when a request begins on it; then a "
-        "new one is made, to an address that is looked up and judged anew",
+        description="maximum age of a connection to a receiver when a request starts. Then a new "
+        "connection resolves and checks the address again",
     )
     egress_proxy: SecretStr | None = Field(
         None,
-        description="http://host:port of an HTTP proxy, with user:password@ before the host if it "
-        "asks for them, through which all receivers are called (CONNECT); it looks up their names, "
-        "so refusing inner addresses is then its task; HTTPS_PROXY and the like are never read",
+        description="http://[user:password@]host:port of an HTTP proxy for all calls of receivers "
+        "(CONNECT). The proxy resolves their names, so it must refuse internal addresses. "
+        "HTTPS_PROXY and similar variables are ignored",
     )
     egress_proxy_file: Path | None = Field(
-        None, description="a file that holds the same, read anew when it has changed"
+        None, description="a file with this value, reloaded when it changes"
     )
 
 
 class RetentionSettings(SettingsBlock):
-    """How long what is over is kept; 0 keeps it for ever."""
+    """Retention of finished data. 0 keeps it without limit."""
 
     retention_delivered_days: int = Field(
         30,
         ge=0,
         le=36_500,
-        description="how many days after its end a delivered delivery is kept, with its attempts "
-        "and its event; 0: for ever",
+        description="days that a delivered delivery is kept after its end, with its attempts and "
+        "its event; 0: no limit",
     )
     retention_undelivered_days: int = Field(
         90,
         ge=0,
         le=36_500,
-        description="the same of a delivery that failed or was cancelled; not less than that of "
-        "delivered ones; 0: for ever",
+        description="days for a failed or cancelled delivery; at least as many as for a delivered "
+        "one; 0: no limit",
     )
     retention_idempotency_days: int = Field(
         30,
         ge=0,
         le=36_500,
-        description="for how many days the same idempotency key gives the same event; 0: for ever",
+        description="days that an idempotency key returns the same event; 0: no limit",
     )
     retention_audit_days: int = Field(
         2557,
         ge=0,
         le=36_500,
-        description="how many days an entry of the audit log is kept, by default 7 years; 0: for "
-        "ever",
+        description="days that an audit log entry is kept, by default 7 years; 0: no limit",
     )
 
     @model_validator(mode="after")
-    def _failures_stay_longer(self) -> "RetentionSettings":
+    def _undelivered_stays_longer(self) -> "RetentionSettings":
         delivered, undelivered = self.retention_delivered_days, self.retention_undelivered_days
         if undelivered and (not delivered or undelivered < delivered):
             raise ValueError(
-                "WEBHOOK_RETENTION_UNDELIVERED_DAYS must be 0 (for ever) or at least "
-                "WEBHOOK_RETENTION_DELIVERED_DAYS: what failed is looked for longer"
+                "WEBHOOK_RETENTION_UNDELIVERED_DAYS must be 0 (no limit) or at least "
+                "WEBHOOK_RETENTION_DELIVERED_DAYS, because failures are investigated later"
             )
         return self
 
 
 class LogSettings(SettingsBlock):
-    """What is logged and how it looks."""
+    """Level, format and sampling of the logs."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="the least important level that is written"
+        "info", description="the lowest level that is written"
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="json, text, or auto: text on a terminal and json elsewhere"
+        "auto", description="json, text, or auto: text on a terminal, otherwise json"
     )
     log_success_sample_rate: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="part of the calls and attempts that went well at once whose line is written; "
-        "failures, retries and slow ones always are",
+        description="share of the calls and first attempts that succeed whose line is written. "
+        "Failures, retries and slow ones are always written",
     )
     log_slow_seconds: Seconds = Field(
-        1.0, description="duration from which on a call or an attempt is slow"
+        1.0, description="duration from which a call or an attempt is slow"
     )
 
 
 class TraceSettings(SettingsBlock):
-    """Traces (OpenTelemetry), and the context of a trace in what merchants are sent."""
+    """Traces (OpenTelemetry) and the trace context in webhooks."""
 
     traces_endpoint: HttpUrl | None = Field(
         None,
-        description="http(s)://host:4318 of an OpenTelemetry collector, where spans are sent by "
-        "OTLP over HTTP; needs the extra `otel`",
+        description="http(s)://host:4318 of an OpenTelemetry collector that receives spans by OTLP "
+        "over HTTP; needs the extra `otel`",
     )
     traces_sample_rate: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="part of the traces that begin here of which spans are kept; what comes with "
-        "a `traceparent` follows that",
+        description="share of the traces that begin here whose spans are kept. A call with a "
+        "`traceparent` follows its sampling flag",
     )
     send_traceparent: bool = Field(
         False, description="send merchants a `traceparent` header with each attempt"
@@ -291,7 +290,7 @@ class TraceSettings(SettingsBlock):
     @field_validator("traces_endpoint")
     @classmethod
     def _without_credentials(cls, value: HttpUrl | None) -> HttpUrl | None:
-        # Settings that are no secrets are shown.
+        # `postrider config` shows this setting.
         if value is not None and (value.username or value.password or value.query):
-            raise ValueError("is a URL without credentials: OTEL_EXPORTER_OTLP_HEADERS has those")
+            raise ValueError("has credentials: put them into OTEL_EXPORTER_OTLP_HEADERS")
         return value

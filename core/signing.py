@@ -1,12 +1,11 @@
-"""Signatures of webhooks (pure): one of two schemes, told in two notations.
+"""Signatures of webhooks: two schemes, each in two header formats. Pure: no I/O.
 
-What is signed is `webhook-id "." timestamp "." body` (Standard Webhooks 1.0.0), the body being
-exactly the bytes that are sent. A secret says itself how it signs: 64 hexadecimal digits are the
-key of an HMAC-SHA256 as they stand (`v1`), `whsk_…` is an Ed25519 key pair (`v1a`), of which the
-merchant has the public half alone. `webhook-signature` holds the signature in base64;
-`X-Webhook-Signature` holds the same one in hexadecimal, in the `t=…,v1=…` form merchants know from
-other senders. While a secret is changed over, both headers hold a signature for each of the two,
-the new one first.
+The signed message is `webhook-id "." timestamp "." body` (Standard Webhooks 1.0.0) with the exact
+bytes of the body. The form of a secret selects the scheme: 64 hexadecimal digits are the ASCII key
+of an HMAC-SHA256 (`v1`), and `whsk_…` is an Ed25519 key pair (`v1a`), of which the merchant has
+only the public key. `webhook-signature` holds the signature in base64. `X-Webhook-Signature` holds
+the same signature in hexadecimal, as `t=…,v1=…`. During a rotation both headers hold a signature
+per secret, the new one first.
 """
 
 import base64
@@ -25,21 +24,21 @@ TIMESTAMP_HEADER = "webhook-timestamp"
 STANDARD_SIGNATURE_HEADER = "webhook-signature"
 SIGNATURE_HEADER = "X-Webhook-Signature"
 
-#: As the Standard Webhooks write keys: a symmetric one, a private one, a public one.
+# Key prefixes of Standard Webhooks.
 _SYMMETRIC = "whsec_"
 _PRIVATE = "whsk_"
 _PUBLIC = "whpk_"
 
 
 class SignatureScheme(StrEnum):
-    """How webhooks are signed."""
+    """How webhooks of a config are signed."""
 
     HMAC_SHA256 = "hmac_sha256"
     ED25519 = "ed25519"
 
 
 def new_secret(scheme: SignatureScheme = SignatureScheme.HMAC_SHA256) -> str:
-    """A fresh secret: 32 random bytes as 64 hexadecimal digits, or a `whsk_` key pair."""
+    """Return a random secret: 64 hexadecimal digits (32 bytes), or a `whsk_` key pair."""
     if scheme is SignatureScheme.HMAC_SHA256:
         return secrets.token_hex(32)
     key = Ed25519PrivateKey.from_private_bytes(secrets.token_bytes(32))
@@ -48,24 +47,24 @@ def new_secret(scheme: SignatureScheme = SignatureScheme.HMAC_SHA256) -> str:
 
 
 def public_key(secret: str) -> str | None:
-    """What verifies the signatures of a key pair, `whpk_` and base64; None for an HMAC secret."""
+    """Return the `whpk_` public key of a key pair, or None for an HMAC secret."""
     if not secret.startswith(_PRIVATE):
         return None
     return _PUBLIC + base64.b64encode(_private_key(secret).public_key().public_bytes_raw()).decode()
 
 
 def standard_secret(secret: str) -> str:
-    """An HMAC secret as Standard Webhooks libraries take it: `whsec_` and base64 of the key."""
+    """Return an HMAC secret as Standard Webhooks libraries expect it: `whsec_` and base64."""
     return _SYMMETRIC + base64.b64encode(secret.encode()).decode()
 
 
 def signature_headers(
     secrets: Sequence[str], message_id: str, timestamp: int, body: bytes, prefix: str = ""
 ) -> dict[str, str]:
-    """The headers that identify and sign one request; timestamp in Unix seconds.
+    """Return the headers that identify and sign one request. The timestamp is in Unix seconds.
 
-    One signature for each secret, in their order: the present one first, then a retired one. With
-    a prefix such as `acme`, id, timestamp and signature are there as `acme-id` and so on, too.
+    The order of the signatures is the order of the secrets. A prefix such as `acme` adds the
+    headers `acme-id`, `acme-timestamp` and `acme-signature`.
     """
     message = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
     signatures = [_signature(secret, message) for secret in secrets]
@@ -84,12 +83,12 @@ def signature_headers(
 
 
 def prefixed_names(prefix: str) -> tuple[str, str, str]:
-    """The headers of id, timestamp and signature under a prefix of the merchant's choice."""
+    """Return the names of the three headers with the merchant's prefix."""
     return f"{prefix}-id", f"{prefix}-timestamp", f"{prefix}-signature"
 
 
 def _signature(secret: str, message: bytes) -> tuple[str, bytes]:
-    """The version that receivers know the scheme by, and the signature itself."""
+    """Return the scheme's version (`v1` or `v1a`) and the signature."""
     if secret.startswith(_PRIVATE):
         return "v1a", _private_key(secret).sign(message)
     return "v1", hmac.digest(secret.encode(), message, hashlib.sha256)
@@ -99,7 +98,7 @@ def _base64(code: bytes) -> str:
     return b2a_base64(code, newline=False).decode()
 
 
-# Its public half is computed anew for each object: most of what a signature costs.
+# Cached, because deriving the public key for each object is most of the cost of a signature.
 @lru_cache(maxsize=4096)
 def _private_key(secret: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(

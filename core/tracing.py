@@ -1,7 +1,7 @@
-"""Traces: what says to which trace a thing belongs, and the port to whatever keeps the spans.
+"""The `traceparent` of W3C Trace Context (level 2), and the port to the span exporter.
 
-The text form is the `traceparent` of W3C Trace Context, level 2. It is read and stored with events
-whether spans are kept or not, so that log lines lead to the producer's trace.
+Events store the producer's traceparent even without an exporter, so that log lines name its trace.
+`cli/process/spans.py` implements the port with OpenTelemetry.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import Protocol
 
 TRACEPARENT_KEY = "traceparent"
 
-# A version of more than two parts after the ids has another length, and no such one exists yet.
-_WELL_FORMED = re.compile(
+# All known versions have this length.
+_TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
 )
 _SAMPLED = 0x01
@@ -21,7 +21,7 @@ _SAMPLED = 0x01
 
 @dataclass(frozen=True, slots=True)
 class TraceParent:
-    """A span as others refer to it; the ids are lower-case hex of 32 and 16 digits."""
+    """A reference to a span. The ids are 32 and 16 lower-case hexadecimal digits."""
 
     trace_id: str
     span_id: str
@@ -32,27 +32,27 @@ class TraceParent:
 
 
 class SpanKind(Enum):
-    """Whether a span answers somebody else's request, or makes one."""
+    """SERVER: handles a request. CLIENT: makes one."""
 
     SERVER = auto()
     CLIENT = auto()
 
 
 class Span(Protocol):
-    """One that has begun; `end` is called once."""
+    """A started span. Call `end` once."""
 
     @property
     def trace_parent(self) -> TraceParent:
-        """What refers to it."""
+        """The reference to this span."""
 
-    def end(self, attributes: Mapping[str, str | int | float], fault: str | None = None) -> None:
-        """Keep it, as one that failed where there is a `fault`. Attributes hold no secrets."""
+    def end(self, attributes: Mapping[str, str | int | float], error: str | None = None) -> None:
+        """End the span, as failed if there is an `error`. Attributes must hold no secrets."""
 
 
 class Tracer(Protocol):
-    """Begins spans, and never raises; whether one is kept is decided there and then."""
+    """Starts spans. Never raises. The sampling decision is made at the start."""
 
-    def begin(
+    def start(
         self,
         name: str,
         kind: SpanKind,
@@ -61,20 +61,20 @@ class Tracer(Protocol):
         link: TraceParent | None = None,
         trace_id: int | None = None,
     ) -> Span:
-        """A span of the parent's trace, or without one of a new trace, which `link` led to.
+        """Start a span in the trace of `parent`, or in a new trace that links to `link`.
 
-        `trace_id`, of 128 bits that look random, is the new trace's where it is to be a known one.
+        `trace_id` sets the id of the new trace: 128 bits that look random.
         """
 
 
 def parse_trace_parent(text: object) -> TraceParent | None:
-    """None for everything that is not one, as the standard has it: it is then as if not sent."""
-    if not isinstance(text, str) or (match := _WELL_FORMED.fullmatch(text)) is None:
+    """Parse a traceparent. Returns None if it is invalid: the standard then ignores the header."""
+    if not isinstance(text, str) or (match := _TRACEPARENT.fullmatch(text)) is None:
         return None
     trace_id, span_id, flags = match.groups()
     return TraceParent(trace_id, span_id, bool(int(flags, 16) & _SAMPLED))
 
 
 def sole_trace_parent(given: Sequence[object]) -> TraceParent | None:
-    """Of what a call was given as such; of several none counts."""
+    """Parse the traceparent headers of a call. Several headers count as none."""
     return parse_trace_parent(given[0]) if len(given) == 1 else None

@@ -1,7 +1,7 @@
-"""The one grammar of webhook URLs; what it returns is what is stored and sent.
+"""The grammar of webhook URLs. Returns the canonical form, which is stored and called. Pure.
 
-It refuses rather than repairs: every character a parser elsewhere would strip, decode or map is a
-way to show one host to the check and another to the dialler. Pure; looks nothing up.
+Invalid URLs are refused, never repaired. A character that another parser strips, decodes or maps
+could show one host to this check and another host to the HTTP client.
 """
 
 import re
@@ -15,27 +15,27 @@ from core.addresses import Address, AddressPolicy
 
 _LENGTH_MAX = 2048
 _SCHEME = "https://"
-# Whitespace and controls (urlsplit and yarl delete some of them), the backslash that browsers
-# read as a slash, and lone surrogates, which have no bytes.
-_NEVER = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
+# Whitespace and control characters (urlsplit and yarl delete some), the backslash (a slash in
+# browsers) and lone surrogates (not encodable).
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\x9f\\\ud800-\udfff]")
 _PARTS = re.compile(r"(?P<authority>[^/?]*)(?P<path>[^?]*)(?P<query>.*)", re.DOTALL)
 _AUTHORITY = re.compile(r"(?:\[(?P<ipv6>[^\[\]]*)\]|(?P<host>[^:\[\]]+))(?P<port>:[0-9]{1,5})?")
 _IPV6 = re.compile(r"[0-9A-Fa-f:]+")
 _DOTTED_QUAD = re.compile(r"[0-9]+(?:\.[0-9]+){3}")
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
-# Names that mean something only inside a network, or nothing at all.
+# Names without a meaning in the public DNS.
 _REFUSED_SUFFIXES = frozenset(
     {"arpa", "example", "invalid", "localhost", "onion", "test"}  # RFC 6761 and the root itself
     | {"corp", "home", "internal", "lan", "local", "localdomain", "mail"}  # private networks
     | {"cluster", "consul", "svc"}  # service discovery
 )
-# Clouds that serve credentials under a public name, over HTTPS too.
+# Metadata services of clouds with public names.
 _REFUSED_NAMES = frozenset(
     {"metadata.goog", "metadata.tencentyun.com", "api.metadata.cloud.ibm.com"}
 )
-# Where an HTTPS request would be read as another protocol's commands, or reach what administers a
-# machine: SSH, mail, DNS, Windows, container and cluster APIs, databases, caches, queues.
+# Services that could read an HTTPS request as commands, or that administer machines: SSH, mail,
+# DNS, Windows, container and cluster APIs, databases, caches, queues.
 _SERVICE_PORTS = frozenset(
     {*(20, 21, 22, 23, 25, 53, 110, 111, 135, 139, 143, 389, 445, 465, 514, 587, 636, 873, 993)}
     | {*(995, 1433, 1521, 2049, 2181, 2375, 2376, 2379, 2380, 3306, 3389, 4369, 5432, 5672, 5900)}
@@ -46,7 +46,7 @@ _LOCALHOST_ADDRESS = IPv4Address("127.0.0.1")
 
 
 class UrlRefused(ValueError):  # noqa: N818 - named for what happened, as in core/errors.py
-    """A URL we will not store or call: a `reason` for programs, a `message` for the merchant."""
+    """A URL that is not stored or called. `reason` is for programs, `message` for the merchant."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -56,10 +56,10 @@ class UrlRefused(ValueError):  # noqa: N818 - named for what happened, as in cor
 
 @dataclass(frozen=True, slots=True)
 class UrlPolicy:
-    """Which addresses and ports (ranges, both ends included) a URL may name.
+    """The addresses, ports (inclusive ranges) and hosts that a URL may name.
 
-    A well-known port of another service is not let in by a range, only when it is named by itself.
-    `denied_hosts` are lower-case names that are refused with every name below them.
+    A range does not allow a well-known port of another service. Only a single port does.
+    `denied_hosts` are lower-case names, refused together with their subdomains.
     """
 
     addresses: AddressPolicy
@@ -78,7 +78,7 @@ class UrlPolicy:
 
 @dataclass(frozen=True, slots=True)
 class WebhookUrl:
-    """A URL in canonical form; `address` is set when the host is a literal."""
+    """A URL in canonical form. `address` is set if the host is a literal."""
 
     text: str
     host: str
@@ -87,7 +87,7 @@ class WebhookUrl:
 
 
 def parse_webhook_url(text: str, policy: UrlPolicy) -> WebhookUrl:
-    """Return the canonical form, or raise UrlRefused; a canonical form parses to itself."""
+    """Return the canonical form. Raises UrlRefused. A canonical form parses to itself."""
     authority, target = _split(text)
     match = _AUTHORITY.fullmatch(authority)
     if match is None:
@@ -98,7 +98,7 @@ def parse_webhook_url(text: str, policy: UrlPolicy) -> WebhookUrl:
         host = str(address)
         netloc = f"[{host}]"
     else:
-        # ASCII letters only: str.lower() would map the Kelvin sign to k, and so on.
+        # Only ASCII letters, because str.lower() maps for example the Kelvin sign to k.
         netloc = host = match["host"].encode().lower().decode()
         address = _parse_ipv4(host) if _DOTTED_QUAD.fullmatch(host) else None
         if address is None:
@@ -116,9 +116,9 @@ def parse_webhook_url(text: str, policy: UrlPolicy) -> WebhookUrl:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Cut the text into authority and request target, having refused what fits in neither."""
+    """Check the text and split it into authority and request target."""
     _check_length(text)
-    if _NEVER.search(text):
+    if _FORBIDDEN.search(text):
         _malformed("percent-encode spaces, control characters and backslashes")
     if text[: len(_SCHEME)].lower() != _SCHEME:
         raise UrlRefused("URL_NOT_HTTPS", "the URL must begin with https://")
@@ -134,12 +134,12 @@ def _split(text: str) -> tuple[str, str]:
         )
     if not (path + query).isascii():
         _malformed("percent-encode the characters of the path and query that are not ASCII")
-    # An empty query is not sent by any client we know of, so it must not be stored either.
+    # HTTP clients drop an empty query, so it is not stored.
     return authority, (path or "/") + (query if query != "?" else "")
 
 
 def _check_length(text: str) -> None:
-    # In bytes where that differs; a surrogate is refused later, and must not raise here.
+    # In bytes. `surrogatepass`, because surrogates are refused later and must not raise here.
     if len(text.encode(errors="surrogatepass")) > _LENGTH_MAX:
         raise UrlRefused("URL_TOO_LONG", f"the URL is longer than {_LENGTH_MAX} bytes; shorten it")
 
@@ -155,7 +155,7 @@ def _parse_port(text: str | None, policy: UrlPolicy) -> int:
 
 
 def _parse_ipv6(text: str) -> IPv6Address:
-    # The pattern leaves out what IPv6Address takes besides: zone ids and a dotted IPv4 tail.
+    # The pattern excludes zone ids and dotted IPv4 tails, which IPv6Address accepts.
     try:
         if _IPV6.fullmatch(text):
             return IPv6Address(text)
@@ -176,8 +176,8 @@ def _parse_name(host: str, policy: UrlPolicy) -> str:
     name = ".".join(labels)
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         _malformed("the host name is not well formed; check dots, hyphens and underscores")
-    # inet_aton reads 2130706433, 0x7f.1 and 127.1 as addresses, and so may a resolver or a proxy.
-    # A top-level domain never begins with a digit, so nothing is lost by refusing all of them.
+    # Resolvers and proxies may read 2130706433, 0x7f.1 and 127.1 as addresses, as inet_aton does.
+    # No top-level domain begins with a digit.
     if labels[-1][0].isdigit():
         _malformed("write an IPv4 address as four decimal numbers, or use a host name")
     if labels[-1] == "localhost" and policy.addresses.refusal(_LOCALHOST_ADDRESS) is None:
@@ -192,7 +192,7 @@ def _parse_name(host: str, policy: UrlPolicy) -> str:
 
 
 def _ascii_label(label: str) -> str:
-    """Encode by IDNA 2008, whose lack of mapping is the point: ① and fullwidth letters stay out."""
+    """Encode by IDNA 2008. It maps no characters, so ① and fullwidth letters are refused."""
     if label.isascii():
         return label
     try:

@@ -40,7 +40,7 @@ class AttemptReports:
             producer = parse_trace_parent(delivery.trace_parent)
         if self._tracer is not None:
             trace_id = _trace_id(delivery)
-            span = self._tracer.begin("attempt", SpanKind.CLIENT, link=producer, trace_id=trace_id)
+            span = self._tracer.start("attempt", SpanKind.CLIENT, link=producer, trace_id=trace_id)
         told = None
         if self._send_traceparent:
             told = span.trace_parent if span is not None else producer

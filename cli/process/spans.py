@@ -1,8 +1,8 @@
-"""The port of core/tracing by OpenTelemetry; nothing else imports it.
+"""Exports spans with OpenTelemetry. Implements the port of `core/tracing`.
 
-Spans leave in batches, from a thread of their own. What a collector does not take is dropped, and
-no call or attempt waits for it. Where it asks for headers or certificates, the OTEL_EXPORTER_OTLP_
-variables have them; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say more of the process.
+A background thread sends spans in batches. Spans that the collector does not accept are dropped, so
+no call or attempt waits for it. The standard OTEL_EXPORTER_OTLP_ variables add headers and
+certificates; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES describe the process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,15 +35,15 @@ log = structlog.get_logger()
 
 
 class OpenTelemetry:
-    """A Tracer; `endpoint` is a collector's base URL, as in OTEL_EXPORTER_OTLP_ENDPOINT."""
+    """A Tracer. `endpoint` is the collector's base URL, as in OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     def __init__(self, endpoint: str, sample_rate: float, service: str):
         self._ids = _Ids()
-        about = Resource.create({"service.name": service, "service.version": version("postrider")})
+        names = {"service.name": service, "service.version": version("postrider")}
         self._provider = TracerProvider(
             sampler=ParentBased(_LinkFirst(sample_rate)),
-            # What the environment says of the process is right.
-            resource=about.merge(OTELResourceDetector().detect()),
+            # Values of the environment win.
+            resource=Resource.create(names).merge(OTELResourceDetector().detect()),
             id_generator=self._ids,
             shutdown_on_exit=False,
         )
@@ -51,7 +51,7 @@ class OpenTelemetry:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("postrider")
 
-    def begin(
+    def start(
         self,
         name: str,
         kind: SpanKind,
@@ -69,8 +69,8 @@ class OpenTelemetry:
         return _Span(self._tracer.start_span(name, context, _KINDS[kind], links=links))
 
     def close(self) -> None:
-        """Send what is left; blocks for some seconds at most."""
-        # The provider alone might wait for each of many batches.
+        """Send the remaining spans. Blocks for at most 5 s."""
+        # In a thread, because the provider may wait for each of many batches.
         closing = Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
@@ -93,30 +93,30 @@ class _Span:
             context.trace_flags.sampled,
         )
 
-    def end(self, attributes: Mapping[str, str | int | float], fault: str | None = None) -> None:
+    def end(self, attributes: Mapping[str, str | int | float], error: str | None = None) -> None:
         self._span.set_attributes(attributes)
-        if fault is not None:
-            self._span.set_status(trace.StatusCode.ERROR, fault)
+        if error is not None:
+            self._span.set_status(trace.StatusCode.ERROR, error)
         self._span.end()
 
 
 class _Ids(RandomIdGenerator):
-    """Random, but for the one trace id that was asked for."""
+    """Random ids, except for a requested trace id."""
 
     next_trace_id: int | None = None
 
     def generate_trace_id(self) -> int:
-        wanted, self.next_trace_id = self.next_trace_id, None
-        return wanted if wanted is not None else super().generate_trace_id()
+        requested, self.next_trace_id = self.next_trace_id, None
+        return requested if requested is not None else super().generate_trace_id()
 
 
 class _LinkFirst(Sampler):
-    """Of a trace that begins here: kept with the one that led to it, else so many of all."""
+    """Samples a new trace if the linked trace is sampled; traces without a link by `rate`."""
 
     def __init__(self, rate: float):
-        self._others = TraceIdRatioBased(rate)
+        self._unlinked = TraceIdRatioBased(rate)
 
-    def should_sample(  # noqa: PLR0917 - as it is called
+    def should_sample(  # noqa: PLR0917 - the SDK's signature
         self,
         parent_context: Context | None,
         trace_id: int,
@@ -129,7 +129,7 @@ class _LinkFirst(Sampler):
         if links:
             sampled = links[0].context.trace_flags.sampled
             return SamplingResult(Decision.RECORD_AND_SAMPLE if sampled else Decision.DROP)
-        return self._others.should_sample(
+        return self._unlinked.should_sample(
             parent_context, trace_id, name, kind, attributes, links, trace_state
         )
 

@@ -1,4 +1,4 @@
-"""Whether spans are kept, and by what: the way to the extra `otel` from the processes."""
+"""Opens the span exporter, which needs the extra `otel`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,15 +11,15 @@ from core.tracing import Tracer
 
 @asynccontextmanager
 async def open_tracer(settings: TraceSettings, service: str) -> AsyncIterator[Tracer | None]:
-    """None where no endpoint is set; ConfigurationError where one is and the extra is missing.
+    """Yield a tracer, or None without an endpoint. Sends the remaining spans at the end.
 
-    Spans that are still here at the end of the context are sent, if the collector takes them soon.
+    Raises ConfigurationError if the extra is missing.
     """
     if settings.traces_endpoint is None:
         yield None
         return
     try:
-        from cli.process.spans import OpenTelemetry  # noqa: PLC0415 - what it imports may be missing
+        from cli.process.spans import OpenTelemetry  # noqa: PLC0415 - needs the extra
     except ImportError as error:
         raise ConfigurationError(
             f"WEBHOOK_TRACES_ENDPOINT needs OpenTelemetry, and {error.name} is missing: install "

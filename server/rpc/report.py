@@ -43,7 +43,7 @@ class RpcReports:
         if call.method.startswith(_OURS) and self._metrics.knows(call.method):
             # No span has a name of a caller's choice.
             name = call.method.lstrip("/")
-            call.span = self._tracer.begin(name, SpanKind.SERVER, parent=call.trace_parent)
+            call.span = self._tracer.start(name, SpanKind.SERVER, parent=call.trace_parent)
             call.trace_parent = call.span.trace_parent
 
     def end(self, call: RpcCall, code: str, *, reason: str | None = None, **fields: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.addresses import AddressClass, AddressPolicy, Network, table
+from core.addresses import AddressClass, AddressPolicy, Network, network_table
 
 HERE = Path(__file__).parent / "iana"
 
@@ -59,14 +59,14 @@ BLOCKS = list(registry())
 def test_nothing_in_the_registries_is_dialled(block: tuple[Network, str, str]) -> None:
     network, _, reachable = block
     # The class changes at the edges of rows only, so these are all the answers there are.
-    for row in [network, *(row for row, _ in table() if _inside(row, network))]:
+    for row in [network, *(row for row, _ in network_table() if _inside(row, network))]:
         for address in (row.network_address, row.broadcast_address):
             assert AddressPolicy().refusal(address) is not None
     assert (reachable == "True") == (str(network) in REACHABLE_AND_REFUSED)
 
 
 def test_whatever_else_is_refused_has_its_reason_here() -> None:
-    refused = [row for row, kind in table() if kind is not AddressClass.PUBLIC]
+    refused = [row for row, kind in network_table() if kind is not AddressClass.PUBLIC]
     unnamed = {
         str(row) for row in refused if not any(_inside(row, block) for block, _, _ in BLOCKS)
     }

@@ -1,4 +1,4 @@
-"""traceparent: what is one is understood, and everything else is as if not sent."""
+"""Parsing of traceparent headers."""
 
 import pytest
 
@@ -9,7 +9,7 @@ SPAN = "00f067aa0ba902b7"
 
 
 @pytest.mark.parametrize(("flags", "sampled"), [("01", True), ("00", False), ("03", True)])
-def test_a_trace_parent_is_read(flags: str, sampled: bool) -> None:
+def test_trace_parent_is_parsed(flags: str, sampled: bool) -> None:
     parsed = parse_trace_parent(f"00-{TRACE}-{SPAN}-{flags}")
 
     assert parsed == TraceParent(TRACE, SPAN, sampled)
@@ -35,11 +35,11 @@ def test_a_trace_parent_is_read(flags: str, sampled: bool) -> None:
         None,
     ],
 )
-def test_anything_else_is_none(text: object) -> None:
+def test_invalid_trace_parent_is_none(text: object) -> None:
     assert parse_trace_parent(text) is None
 
 
-def test_of_two_none_counts() -> None:
+def test_several_trace_parents_count_as_none() -> None:
     one = f"00-{TRACE}-{SPAN}-01"
 
     assert sole_trace_parent([one]) is not None

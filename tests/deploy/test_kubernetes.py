@@ -8,7 +8,7 @@ import pytest
 
 from cli.main import main
 from cli.metrics import families as metric_families
-from core.addresses import AddressClass, table
+from core.addresses import AddressClass, network_table
 from tests.support.deployment import DEPLOY, SETTINGS, documents, drain_seconds, port_of, unknown
 from tests.support.paths import ROOT
 
@@ -182,8 +182,8 @@ def test_jobs_of_prometheus_have_the_names_that_its_alerts_know() -> None:
 def test_nothing_but_the_public_internet_is_left_open_to_deliveries() -> None:
     [rule] = named("NetworkPolicy", "postrider-internet")["spec"]["egress"]
     blocks = [it["ipBlock"] for it in rule["to"]]
-    refused = [network for network, kind in table() if kind is not AddressClass.PUBLIC]
-    public = {str(network) for network, kind in table() if kind is AddressClass.PUBLIC}
+    refused = [network for network, kind in network_table() if kind is not AddressClass.PUBLIC]
+    public = {str(network) for network, kind in network_table() if kind is AddressClass.PUBLIC}
     assert {block["cidr"] for block in blocks} == public
     for block in blocks:
         whole = ip_network(block["cidr"])
