@@ -11,7 +11,7 @@ from cli.startup import require_schema
 from core import retention
 from core.errors import Unavailable
 from core.postgres.pool import CONNECTION_ERRORS, open_pool
-from core.retention import Done
+from core.retention import RunReport
 from core.settings import DatabaseSettings, RetentionSettings
 
 
@@ -26,7 +26,7 @@ def retain_once(
     """Run or look, and tell it; Unavailable when the database cannot be asked to the end."""
     tell = (lambda _: None) if as_json else announce
     try:
-        done = asyncio.run(_retain(database, settings, tell, dry_run=dry_run))
+        report = asyncio.run(_retain(database, settings, tell, dry_run=dry_run))
     except (*CONNECTION_ERRORS, asyncpg.exceptions.LockNotAvailableError) as error:
         raise Unavailable(
             "the database went away, or something holds a lock for long; run `postrider "
@@ -34,11 +34,12 @@ def retain_once(
             reason="DATABASE_UNAVAILABLE",
         ) from error
     if as_json:
-        announce(orjson.dumps({"ran": done is not None, **(done or Done()).as_dict()}).decode())
-    elif done is None:
+        fields = (report or RunReport()).as_dict()
+        announce(orjson.dumps({"ran": report is not None, **fields}).decode())
+    elif report is None:
         announce("nothing done: another process is at it right now")
     else:
-        announce(_summary(done, dry_run=dry_run))
+        announce(_summary(report, dry_run=dry_run))
 
 
 async def _retain(
@@ -47,33 +48,33 @@ async def _retain(
     announce: Callable[[str], None],
     *,
     dry_run: bool,
-) -> Done | None:
+) -> RunReport | None:
     async with await open_pool(database, "postrider-retention", 2) as pool:
         await require_schema(pool)
     if dry_run:
-        return await retention.look(database, settings)
-    return await retention.run(database, settings, present_operator(), announce)
+        return await retention.preview(database, settings)
+    return await retention.run_once(database, settings, present_operator(), announce)
 
 
-def _summary(done: Done, *, dry_run: bool) -> str:
+def _summary(report: RunReport, *, dry_run: bool) -> str:
     would = "would be " if dry_run else ""
-    dropped = ", ".join(done.days_dropped + done.parts_dropped) or "none"
+    dropped = ", ".join(report.days_dropped + report.parts_dropped) or "none"
     removed = (
-        f"{done.deliveries_removed:,} deliveries",
-        f"{done.events_removed:,} events",
-        f"{done.idempotency_keys_removed:,} idempotency keys",
-        f"{done.audit_entries_removed:,} audit entries",
+        f"{report.deliveries_removed:,} deliveries",
+        f"{report.events_removed:,} events",
+        f"{report.idempotency_keys_removed:,} idempotency keys",
+        f"{report.audit_entries_removed:,} audit entries",
     )
-    kept = f"{done.deliveries_kept:,} deliveries, {done.events_kept:,} events"
+    kept = f"{report.deliveries_kept:,} deliveries, {report.events_kept:,} events"
     lines = [
-        f"days {would}made: {', '.join(done.days_made) or 'none'}",
-        f"parts {would}dropped: {dropped} ({done.bytes_dropped:,} bytes)",
+        f"days {would}made: {', '.join(report.days_made) or 'none'}",
+        f"parts {would}dropped: {dropped} ({report.bytes_dropped:,} bytes)",
         f"{would}kept beyond their day: {kept}",
         f"{would}removed one by one: {', '.join(removed)}",
     ]
-    if done.days_waiting:
+    if report.days_waiting:
         lines.append(
-            f"left to the next run: {', '.join(done.days_waiting)} (still in use, or rows of a day "
-            "to be made are in the default part; see the log)"
+            f"left to the next run: {', '.join(report.days_waiting)} (still in use, or rows of a "
+            "day to be made are in the default part; see the log)"
         )
     return "\n".join(lines)

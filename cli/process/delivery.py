@@ -24,7 +24,7 @@ from core.encryption import load_keyring
 from core.file_secrets import reload_periodically
 from core.logs import SuccessSampling
 from core.postgres.pool import close_soon, open_pool
-from core.retention import retain
+from core.retention import run_hourly
 from core.settings import (
     DatabaseSettings,
     EgressSettings,
@@ -112,7 +112,7 @@ async def deliver(
                 group.create_task(reload_periodically(keyring.ciphers)),
             }
             if settings.retention is not None:
-                retaining = retain(settings.database, settings.retention, pool)
+                retaining = run_hourly(settings.database, settings.retention, pool)
                 helping.add(group.create_task(retaining))
             log.info("delivering")
             ready()

@@ -1,12 +1,13 @@
-"""Retention: days made ahead and dropped behind, and what outlives them removed row by row.
+"""Retention: creates daily partitions ahead, drops old ones, and removes other old rows one by one.
 
-The rule: a delivery is kept so many days after its end, by how it ended, and its attempts with it;
-an event is kept for as long as any delivery of it is open or kept, and at least as long as a
-delivered one. So what is open can always be sent, and what can be seen can be delivered again.
-docs/retention.md tells it in full.
+Start with `run`. The rule: a delivery is kept for a number of days after its end, together with its
+attempts. The number depends on its final state. An event is kept while one of its deliveries is
+open or kept, and at least as long as a delivered delivery. So an open delivery can be sent and a
+visible delivery can be sent again. docs/retention.md has the details.
 """
 
 from core.retention.partitions import days_ahead
-from core.retention.schedule import Done, last_completed, look, retain, run
+from core.retention.run import RunReport, last_completed, preview, run_once
+from core.retention.schedule import run_hourly
 
-__all__ = ["Done", "days_ahead", "last_completed", "look", "retain", "run"]
+__all__ = ["RunReport", "days_ahead", "last_completed", "preview", "run_hourly", "run_once"]

@@ -1,7 +1,7 @@
-"""Days: the parts of events and history, each with the rows whose ids are of one day in UTC.
+"""Daily partitions of events and history. A row belongs to the day (UTC) of its UUIDv7.
 
-Every statement here takes its locks at once or gives way, since behind a lock that waits all others
-queue. A row whose day has no part of its own goes to the default part: none is ever refused.
+Statements here wait for locks only briefly, because later statements queue behind a waiting lock.
+A row whose day has no partition goes to the default partition, so no insert fails.
 """
 
 import asyncio
@@ -19,17 +19,32 @@ from core.ids import first_id_at
 from core.postgres.connect import Connection
 from core.postgres.pool import Pool
 
-#: How many whole days ahead have their parts.
-AHEAD = 7
-#: The key by whose range a table's days are divided.
-KEYS = {"events": "id", "finished_deliveries": "id", "attempts": "delivery_id"}
-#: A delivery and its attempts come and go together.
-HISTORY = ("finished_deliveries", "attempts")
-EVENTS = ("events",)
+#: Number of days after today that get their partitions ahead of time.
+DAYS_AHEAD = 7
+#: The tables, each with the id column that selects the partition.
+PARTITION_KEYS = {"events": "id", "finished_deliveries": "id", "attempts": "delivery_id"}
+#: A delivery and its attempts are dropped together.
+HISTORY_TABLES = ("finished_deliveries", "attempts")
+EVENT_TABLES = ("events",)
+
+#: Longest wait for a lock, because other sessions queue behind it meanwhile.
+LOCK_SECONDS = 0.1
+#: Longest statement under a lock that blocks other sessions.
+LOCKED_STATEMENT_SECONDS = 1.0
+#: Begins each transaction with such a lock. A longer statement raises QueryCanceledError.
+LIMIT_STATEMENTS = f"SET LOCAL statement_timeout = {LOCKED_STATEMENT_SECONDS * 1000:.0f}"
+
+#: Another session holds the lock, or we were in its way.
+LOCK_CONFLICTS = (
+    asyncpg.exceptions.LockNotAvailableError,
+    asyncpg.exceptions.TransactionRollbackError,
+)
+_TRIES = 20
+_PAUSE_SECONDS = (0.05, 0.5)
 
 _NAME = re.compile(r"(events|finished_deliveries|attempts)_(\d{8})")
 
-_PARTS = """
+_PARTITIONS = """
 SELECT c.relname AS name, greatest(c.reltuples, 0)::bigint AS rows,
     pg_total_relation_size(c.oid) AS bytes
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
@@ -40,7 +55,7 @@ ORDER BY c.relname
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """A day in UTC, as a range of ids: from `low` to before `high`."""
+    """A day in UTC as a range of ids: `low` is inclusive, `high` exclusive."""
 
     date: date
 
@@ -59,13 +74,14 @@ class Day:
     def later(self, days: int) -> "Day":
         return Day(self.date + timedelta(days=days))
 
-    def part(self, table: str) -> str:
+    def partition(self, table: str) -> str:
+        """Return the name of this day's partition of a table."""
         return f"{table}_{self.date:%Y%m%d}"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A day's part of a table; `rows` is PostgreSQL's estimate, `bytes` with indexes."""
+class Partition:
+    """A daily partition. `rows` is PostgreSQL's estimate, `bytes` includes indexes."""
 
     table: str
     day: Day
@@ -73,12 +89,14 @@ class Part:
     bytes: int
 
 
-async def parts(connection: Connection, tables: Sequence[str] = tuple(KEYS)) -> list[Part]:
-    """The parts of these tables that are of one day."""
-    rows = await connection.fetch(_PARTS, [f"{table}_by_day" for table in tables])
+async def list_partitions(
+    connection: Connection, tables: Sequence[str] = tuple(PARTITION_KEYS)
+) -> list[Partition]:
+    """Return the daily partitions of these tables."""
+    rows = await connection.fetch(_PARTITIONS, [f"{table}_by_day" for table in tables])
     found = ((_NAME.fullmatch(row["name"]), row) for row in rows)
     return [
-        Part(
+        Partition(
             match[1],
             Day(datetime.strptime(match[2], "%Y%m%d").replace(tzinfo=UTC).date()),
             row["rows"],
@@ -90,17 +108,21 @@ async def parts(connection: Connection, tables: Sequence[str] = tuple(KEYS)) -> 
 
 
 async def today(connection: Connection) -> Day:
-    """By the database's clock."""
+    """Return the current day of the database's clock."""
     return Day(await connection.fetchval("SELECT (now() AT TIME ZONE 'UTC')::date"))
 
 
 async def days_ahead(connection: Pool) -> int:
-    """How many whole days after today have a part in every table; -1: not even today.
+    """Count the days after today, up to the first gap, that have all partitions.
 
-    Up to the first gap, from the catalogue alone; for the metric postrider_partition_days_ahead.
+    Returns -1 if today lacks one. Reads only the catalogue. It is the metric
+    postrider_partition_days_ahead.
     """
-    there = [{part.day for part in await parts(connection, (table,))} for table in KEYS]
-    complete = set.intersection(*there)
+    days_by_table = [
+        {partition.day for partition in await list_partitions(connection, (table,))}
+        for table in PARTITION_KEYS
+    ]
+    complete = set.intersection(*days_by_table)
     day, count = await today(connection), -1
     while day in complete:
         day, count = day.later(1), count + 1
@@ -108,29 +130,27 @@ async def days_ahead(connection: Pool) -> int:
 
 
 async def missing_days(connection: Connection) -> list[Day]:
-    """Today and the days ahead that have no parts yet."""
-    there = {(part.table, part.day) for part in await parts(connection)}
+    """Return today and the days ahead that lack a partition."""
+    existing = {(p.table, p.day) for p in await list_partitions(connection)}
     first = await today(connection)
-    wanted = [first.later(number) for number in range(AHEAD + 1)]
-    return [day for day in wanted if any((table, day) not in there for table in KEYS)]
+    days = [first.later(number) for number in range(DAYS_AHEAD + 1)]
+    return [day for day in days if any((table, day) not in existing for table in PARTITION_KEYS)]
 
 
-async def make_day(connection: Connection, day: Day) -> bool:
-    """Make the day's parts in all three tables, or, where one has rows of it already, in none.
+async def create_day(connection: Connection, day: Day) -> bool:
+    """Create the day's partitions of all tables, or none if a default partition has its rows.
 
-    Attaching does not lock the table, only the default part, which is read for rows of the day: it
-    is nearly empty. Rows that are there already stay there and are removed row by row.
-    QueryCanceledError when it is so full that reading it would hold others up.
+    Attaching a partition locks only the default partition, which PostgreSQL scans for rows of the
+    day. Raises QueryCanceledError if it is so full that the scan would block others.
     """
-    for table in KEYS:
-        if await _default_has(connection, table, day):
+    for table in PARTITION_KEYS:
+        if await _default_has_rows(connection, table, day):
             return False
-    # One message, and its own transaction: the server needs nothing more of us to let go of the
-    # locks. It bounds how long we are idle in a transaction, but not how long within a statement
-    # that is being prepared.
-    statements = [BOUND_STATEMENTS]
-    for table in KEYS:
-        name, ids = day.part(table), f"FROM ('{day.low}') TO ('{day.high}')"
+    # One message with its own implicit transaction, so that the locks end even if this process
+    # freezes. idle_in_transaction_session_timeout does not cover a half-prepared statement.
+    statements = [LIMIT_STATEMENTS]
+    for table in PARTITION_KEYS:
+        name, ids = day.partition(table), f"FROM ('{day.low}') TO ('{day.high}')"
         statements += [
             f"CREATE TABLE {name} (LIKE {table}_default INCLUDING ALL)",
             f"ALTER TABLE {table}_by_day ATTACH PARTITION {name} FOR VALUES {ids}",
@@ -138,55 +158,64 @@ async def make_day(connection: Connection, day: Day) -> bool:
     try:
         await connection.execute(";".join(statements))
     except (asyncpg.CheckViolationError, asyncpg.DuplicateTableError):
-        # Came in between.
+        # A row or a partition appeared since the check.
         return False
     return True
 
 
-async def lock_days(connection: Connection, tables: Sequence[str]) -> None:
-    """In a transaction: nobody reads or writes these tables' days until it ends.
+async def lock_daily_partitions(connection: Connection, tables: Sequence[str]) -> None:
+    """Block all access to the daily partitions of these tables until the transaction ends.
 
-    What follows in it must have been prepared before, for the reason that make_day() gives.
+    Prepare the following statements before, for the reason given in `create_day`.
     """
     names = ", ".join(f"ONLY {table}_by_day" for table in tables)
-    await connection.execute(f"{BOUND_STATEMENTS}; LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
+    await connection.execute(f"{LIMIT_STATEMENTS}; LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
 
 
-async def drop_parts(connection: Connection, tables: Sequence[str], day: Day) -> None:
-    names = ", ".join(day.part(table) for table in tables)
+async def drop_day(connection: Connection, tables: Sequence[str], day: Day) -> None:
+    names = ", ".join(day.partition(table) for table in tables)
     await connection.execute(f"DROP TABLE IF EXISTS {names}")
 
 
-async def _default_has(connection: Connection, table: str, day: Day) -> bool:
-    of_day = f"{KEYS[table]} >= $1 AND {KEYS[table]} < $2"
-    query = f"SELECT EXISTS (SELECT FROM {table}_default WHERE {of_day})"  # noqa: S608 - of constants
-    found: bool = await connection.fetchval(query, day.low, day.high)
-    return found
+async def retry_lock_conflicts[T](call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """Return the result of the call. Raises one of LOCK_CONFLICTS after 20 tries.
 
-
-# Trying again after a short wait: retention waits for a lock briefly and often, never long.
-
-#: Longest wait for a lock: so long everybody else may queue behind it.
-LOCK_SECONDS = 0.1
-#: Longest statement under a lock that others wait for.
-HOLD_SECONDS = 1.0
-#: In a transaction that takes such a lock: QueryCanceledError for what takes too long in it.
-BOUND_STATEMENTS = f"SET LOCAL statement_timeout = {HOLD_SECONDS * 1000:.0f}"
-_TRIES = 20
-_PAUSE_SECONDS = (0.05, 0.5)
-
-#: Others hold what we want, or we were in their way.
-GAVE_WAY = (
-    asyncpg.exceptions.LockNotAvailableError,
-    asyncpg.exceptions.TransactionRollbackError,
-)
-
-
-async def patiently[T](call: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-    """What the call returns; after so many tries what it raises, one of GAVE_WAY."""
+    Retention waits for locks briefly and often, so that it never blocks others for long.
+    """
     for _ in range(_TRIES - 1):
         try:
             return await call(*arguments)
-        except GAVE_WAY:
+        except LOCK_CONFLICTS:
             await asyncio.sleep(uniform(*_PAUSE_SECONDS))  # noqa: S311 - not a secret
     return await call(*arguments)
+
+
+async def walk_pages(
+    connection: Connection,
+    statement: str,
+    after: UUID,
+    before: UUID,
+    page_rows: int,
+    *arguments: object,
+) -> int:
+    """Run the statement for each page of ids in (after, before). Returns the sum of `matched`.
+
+    The statement takes the bounds, the number of rows per page and the further arguments. It
+    returns `last_id`, which is NULL after the last page, and `matched`.
+    """
+    matched = 0
+    while True:
+        row = await retry_lock_conflicts(
+            connection.fetchrow, statement, after, before, page_rows, *arguments
+        )
+        if row["last_id"] is None:
+            return matched
+        matched += row["matched"]
+        after = row["last_id"]
+
+
+async def _default_has_rows(connection: Connection, table: str, day: Day) -> bool:
+    in_day = f"{PARTITION_KEYS[table]} >= $1 AND {PARTITION_KEYS[table]} < $2"
+    query = f"SELECT EXISTS (SELECT FROM {table}_default WHERE {in_day})"  # noqa: S608 - constants
+    found: bool = await connection.fetchval(query, day.low, day.high)
+    return found

@@ -1,4 +1,4 @@
-"""Terms: before which moment what may go, in the database's time."""
+"""The retention policy as points in database time: older data is removed."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -8,10 +8,10 @@ from core.settings import RetentionSettings
 
 
 @dataclass(frozen=True, slots=True)
-class DeliveryTerms:
-    """Deliveries go by their end; events, by when they came, with the delivered ones.
+class DeliveryPolicy:
+    """Deliveries count from their end. Events count from their creation, as delivered deliveries.
 
-    `undelivered_before` is None when what failed is kept for ever.
+    `undelivered_before` is None if failed and cancelled deliveries are kept without limit.
     """
 
     delivered_before: datetime
@@ -19,10 +19,10 @@ class DeliveryTerms:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """None: it is kept for ever."""
+class RetentionPolicy:
+    """None stands for no limit."""
 
-    deliveries: DeliveryTerms | None
+    deliveries: DeliveryPolicy | None
     keys_before: datetime | None
     audit_before: datetime | None
 
@@ -34,7 +34,7 @@ class Terms:
         delivered = before(settings.retention_delivered_days)
         undelivered = before(settings.retention_undelivered_days)
         return cls(
-            DeliveryTerms(delivered, undelivered) if delivered else None,
+            DeliveryPolicy(delivered, undelivered) if delivered else None,
             before(settings.retention_idempotency_days),
             before(settings.retention_audit_days),
         )

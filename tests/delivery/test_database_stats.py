@@ -195,7 +195,7 @@ async def test_retention_is_told_once_it_has_run(database_url: str, engine_pool:
     now = 0.0
     taking = DatabaseStats(engine_pool, lambda: now)
     before = await taking.reading()
-    await retention.run(database_settings(database_url), RetentionSettings())
+    await retention.run_once(database_settings(database_url), RetentionSettings())
     now += database_stats.FRESH_SECONDS
     after = await taking.reading()
 

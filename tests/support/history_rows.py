@@ -5,7 +5,7 @@ from typing import Any
 from uuid import UUID
 
 from core.ids import first_id_at, new_id
-from core.retention.partitions import Day, make_day
+from core.retention.partitions import Day, create_day
 from tests.support.factories import EVENT_TYPE, MERCHANT
 
 _RANDOM = (1 << 80) - 1
@@ -25,7 +25,7 @@ async def make_days(pool: Any, *days_ago: float) -> None:
     """The parts of these days, as retention would have made them ahead."""
     async with pool.acquire() as connection:
         for number in days_ago:
-            assert await make_day(connection, day_of(number))
+            assert await create_day(connection, day_of(number))
 
 
 async def past_event(pool: Any, days_ago: float, **overrides: Any) -> UUID:

@@ -23,6 +23,7 @@ from cli.ops.migrate import migrate
 from core.ids import first_id_at, new_id
 from core.lifecycle import DeliveryState, Outcome
 from core.postgres.connect import Connector
+from core.postgres.planner import equal
 from core.queue import (
     NewEvent,
     backlog,
@@ -43,7 +44,7 @@ from core.queue.enqueue import (
 )
 from core.queue.invariants import INVARIANTS, Invariant
 from core.queue.settle import _CANCEL_WEBHOOK, _HELD, _SETTLE
-from core.retention import partitions, prune
+from core.retention import move, partitions, prune
 from delivery import database_stats
 from server.admin import audit_log, erasure, queue_status
 from server.deliveries import store as delivery_store
@@ -136,7 +137,7 @@ async def _database(postgres: EmbeddedPostgres, name: str, numbers: range) -> As
     connection = await Connector(settings, "query-plans").connect()
     today = await partitions.today(connection)
     for number in numbers:
-        assert await partitions.make_day(connection, today.later(number))
+        assert await partitions.create_day(connection, today.later(number))
     yield connection
     await connection.close()
     await admin.execute(f"DROP DATABASE {name}")
@@ -746,9 +747,9 @@ async def test_a_page_of_the_audit_log_is_read_in_the_order_of_an_index(
 
 async def test_what_is_over_is_found_by_its_time(crowded: Any) -> None:
     before = datetime.now(UTC) - timedelta(days=1)
-    keys = await _explain(crowded, prune._KEYS, before, 100)
+    keys = await _explain(crowded, prune._DELETE_KEYS, before, 100)
     bound = first_id_at(before + timedelta(days=1))
-    entries = await _explain(crowded, prune._AUDIT, before, 100, bound)
+    entries = await _explain(crowded, prune._DELETE_AUDIT_ENTRIES, before, 100, bound)
 
     assert keys.index_scan("idempotency_keys_created_at").rows == 100
     assert entries.index_scan("audit_entries_pkey").rows == 100
@@ -783,19 +784,18 @@ async def test_a_page_of_retention_reads_that_page(crowded: Any, dry: bool) -> N
     today = await partitions.today(crowded)
     end = datetime(9999, 1, 1, tzinfo=UTC)
     last = UUID(int=(1 << 128) - 1)
-    part, first = today.part("finished_deliveries"), UUID(int=0)
-    await crowded.execute(prune._OPEN_EVENTS)
-    moved = "" if dry else prune._FINISHED_MOVED
-    statement = prune._FINISHED_TO_MOVE.format(part=part, moved=moved)
-    plans = [await _explain(crowded, statement, first, end, 100)]
-    removed = "" if dry else prune._FINISHED_REMOVED.format(part=part)
-    statement = prune._FINISHED.format(part=part, removed=removed)
+    partition, first = today.partition("finished_deliveries"), UUID(int=0)
+    await crowded.execute(prune._CREATE_OPEN_EVENTS)
+    change = "" if dry else move._MOVE_FINISHED
+    statement = move._FINISHED.format(partition=partition, change=change)
+    plans = [await _explain(crowded, statement, first, last, 100, end)]
+    change = "" if dry else prune._DELETE_FINISHED.format(partition=partition)
+    statement = prune._FINISHED.format(partition=partition, change=change)
     plans += [await _explain(crowded, statement, first, last, 100, end, end)]
-    part = today.part("events")
-    removed = "" if dry else prune._EVENTS_REMOVED.format(part=part)
-    statement = prune._EVENTS.format(part=part, removed=removed)
+    partition = today.partition("events")
+    statement = prune._EVENTS.format(partition=partition, same_id=equal("e.id", "m.id"))
     plans += [await _explain(crowded, statement, first, last, 100, end)]
-    plans += [await _explain(crowded, prune._NEEDED, first, last, 100)]
+    plans += [await _explain(crowded, move._NEEDED_EVENTS, first, last, 100)]
     plans += [await _explain(crowded, open_ranges._EVENTS, first, last, 100)]
     plans += [await _explain(crowded, open_ranges._OPEN, first, last, 100)]
 
@@ -831,8 +831,8 @@ _PLANNED_EARLY = {
     "erase keys": erasure._ERASE_KEYS,
     "erase events": erasure._ERASE_EVENTS,
     "erase attempts": erasure._ERASE_ATTEMPTS,
-    "remove keys": prune._KEYS,
-    "remove entries": prune._AUDIT,
+    "remove keys": prune._DELETE_KEYS,
+    "remove entries": prune._DELETE_AUDIT_ENTRIES,
 } | {f"page {name}": delivery_store._page("m_1", page, 51)[0] for name, page in _PAGES.items()}
 
 

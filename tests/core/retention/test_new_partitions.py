@@ -1,4 +1,4 @@
-"""What is on its way to a default part when the part of its day is made."""
+"""Rows on their way to a default partition while their daily partition is created."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,18 +25,18 @@ from tests.support.factories import (
 
 
 @asynccontextmanager
-async def making_todays_parts(pool: Any) -> AsyncIterator[None]:
-    """As retention does it; committed at the end of the context."""
+async def creating_today(pool: Any) -> AsyncIterator[None]:
+    """Create today's partitions and commit at the end of the context."""
     async with pool.acquire() as connection, connection.transaction():
-        assert await partitions.make_day(connection, await partitions.today(connection))
+        assert await partitions.create_day(connection, await partitions.today(connection))
         yield
 
 
-async def test_an_event_is_accepted_all_the_same(pool: Any) -> None:
+async def test_event_is_accepted_during_creation(pool: Any) -> None:
     ingest = Ingest(pool, EventTypes(pool), Notifier(pool), 1000, ServerMetrics({}))
     draft = EventDraft("m_1", EVENT_TYPE, "", b"{}", idempotency_key="")
 
-    async with making_todays_parts(pool):
+    async with creating_today(pool):
         publishing = asyncio.create_task(ingest.publish([draft], "event"))
         await until_blocked(pool)
     [accepted] = await promptly(publishing)
@@ -46,9 +46,9 @@ async def test_an_event_is_accepted_all_the_same(pool: Any) -> None:
     assert await pool.fetchval("SELECT count(*) FROM events") == 1
 
 
-async def test_a_result_is_recorded_once_all_the_same(pool: Any) -> None:
+async def test_result_is_recorded_once_during_creation(pool: Any) -> None:
     delivery = await lease_one(pool, await make_webhook_config(pool))
-    # An older one, as of a redelivery: parts of a day are not made beside rows of it.
+    # A day is not created while the default partition has rows of it.
     await pool.execute("DELETE FROM events")
     settled: list[int] = []
     recorder = Recorder(
@@ -59,7 +59,7 @@ async def test_a_result_is_recorded_once_all_the_same(pool: Any) -> None:
     )
     recorder.put(settlement(delivery))
 
-    async with making_todays_parts(pool):
+    async with creating_today(pool):
         flushing = asyncio.create_task(recorder.flush())
         await until_blocked(pool)
     await promptly(flushing)

@@ -27,7 +27,7 @@ async def test_what_is_gone_is_unknown_and_what_is_kept_is_delivered_again(
     gone, gone_event = await past_delivery(pool, webhook_id, 40)
     kept, kept_event = await past_delivery(pool, webhook_id, 40, "failed")
     waiting, waiting_event = await past_open(pool, webhook_id, 40)
-    await retention.run(database_settings(database_url), RetentionSettings())
+    await retention.run_once(database_settings(database_url), RetentionSettings())
 
     merchant = platform.merchant(MERCHANT)
     listed = await platform.deliveries.ListDeliveries(
