@@ -1,4 +1,4 @@
-"""Puts the stubs `postrider.v1` into the wheel: from the checkout, or from the unpacked sdist."""
+"""Adds the stubs `postrider.v1` to the wheel, from the checkout or from the unpacked sdist."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class StubsHook(BuildHookInterface[Any]):
-    """Adds `postrider/` with a py.typed of its own; an editable install finds it by itself."""
+    """Adds `postrider/` with a py.typed. An editable install finds `generated/` without it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":

@@ -1,13 +1,15 @@
-"""A client on a fake EventService, which a test may let fail."""
+"""A client connected to a fake EventService that a test can make fail."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from postrider_client import CallPolicy, PostriderClient, Token
+from postrider_client import CallPolicy, PostriderClient, Token, TokenSource
 from tests.support.event_service import FakeEventService, serving
 
-#: Short waits; deadlines as in production.
+#: Short backoff with the default deadlines.
 QUICK = CallPolicy(backoff_seconds=0.001, backoff_max_seconds=0.01)
 
 
@@ -20,10 +22,19 @@ async def service() -> FakeEventService:
     return FakeEventService()
 
 
-@pytest.fixture
-async def client(service: FakeEventService) -> AsyncIterator[PostriderClient]:
+@asynccontextmanager
+async def client_of(
+    service: Any, policy: CallPolicy = QUICK, source: TokenSource = token
+) -> AsyncIterator[PostriderClient]:
+    """Serve the fake service and connect a client to it."""
     async with (
         serving(service) as address,
-        PostriderClient(address, token, tls=False, policy=QUICK) as client,
+        PostriderClient(address, source, tls=False, policy=policy) as client,
     ):
+        yield client
+
+
+@pytest.fixture
+async def client(service: FakeEventService) -> AsyncIterator[PostriderClient]:
+    async with client_of(service) as client:
         yield client

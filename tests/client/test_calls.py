@@ -1,4 +1,4 @@
-"""Tokens, deadlines and repeats of the client's calls, on a real gRPC server."""
+"""Tokens, deadlines and repeats of calls, on a real gRPC server."""
 
 import asyncio
 from time import monotonic
@@ -11,11 +11,11 @@ from grpc import StatusCode
 from postrider.v1 import event_service_pb2, webhook_config_service_pb2
 from postrider.v1.event_pb2 import EventInput
 from postrider_client import CallPolicy, PostriderClient, Token, TokenUnavailable
-from tests.client.conftest import QUICK, token
+from tests.client.conftest import QUICK, client_of, token
 from tests.support.event_service import FakeEventService, Refusal, serving
 
 pb = event_service_pb2
-AWAY = Refusal(StatusCode.UNAVAILABLE)
+UNAVAILABLE = Refusal(StatusCode.UNAVAILABLE)
 
 
 def event(key: str = "") -> EventInput:
@@ -24,27 +24,25 @@ def event(key: str = "") -> EventInput:
     )
 
 
-async def test_every_call_carries_the_token(
-    client: PostriderClient, service: FakeEventService
-) -> None:
+async def test_every_call_has_the_token(client: PostriderClient, service: FakeEventService) -> None:
     await client.publish(event())
     await client.events.GetEvent(pb.GetEventRequest(id="evt_1"))
     assert service.tokens == ["t-1", "t-1"]
 
 
-async def test_an_event_without_a_key_gets_one_and_keeps_it_through_repeats(
+async def test_event_without_key_gets_one_for_all_repeats(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     given = event()
-    service.refusals.extend([AWAY, AWAY])
+    service.refusals.extend([UNAVAILABLE, UNAVAILABLE])
     published = await client.publish(given)
     assert (published.id, published.duplicate) == ("evt_0", False)
     assert service.calls == ["PublishEvent"] * 3
     assert len(service.stored) == 1
-    assert given.idempotency_key == "", "the caller's message is the caller's"
+    assert given.idempotency_key == ""
 
 
-async def test_a_key_that_the_caller_gave_is_kept(
+async def test_idempotency_key_of_the_caller_is_kept(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     request = pb.PublishEventsRequest(events=[event("pay_1"), event(), event("pay_3")])
@@ -56,16 +54,16 @@ async def test_a_key_that_the_caller_gave_is_kept(
     assert (await client.publish(event("pay_1"))).duplicate
 
 
-async def test_reads_are_repeated_while_the_server_is_away(
+async def test_reads_are_repeated_while_unavailable(
     client: PostriderClient, service: FakeEventService
 ) -> None:
-    service.refusals.extend([AWAY] * 5)
+    service.refusals.extend([UNAVAILABLE] * 5)
     response = await client.events.GetEvent(pb.GetEventRequest(id="evt_1"))
     assert response.event.id == "evt_1"
     assert len(service.calls) == 6
 
 
-async def test_other_refusals_are_not_repeated(
+async def test_permanent_errors_are_not_repeated(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     for code in (StatusCode.INVALID_ARGUMENT, StatusCode.PERMISSION_DENIED, StatusCode.INTERNAL):
@@ -77,7 +75,7 @@ async def test_other_refusals_are_not_repeated(
         assert len(service.calls) == 1
 
 
-async def test_the_server_is_given_the_time_it_asked_for(
+async def test_repeat_waits_for_the_requested_delay(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     service.refusals.append(Refusal(StatusCode.UNAVAILABLE, retry_seconds=0.3))
@@ -86,17 +84,17 @@ async def test_the_server_is_given_the_time_it_asked_for(
     assert monotonic() - began >= 0.3
 
 
-async def test_a_refusal_with_a_delay_is_repeated_whatever_its_code(
+async def test_any_error_with_retry_info_is_repeated(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     service.refusals.append(Refusal(StatusCode.RESOURCE_EXHAUSTED, retry_seconds=0.01))
     assert (await client.publish(event())).id == "evt_0"
 
 
-async def test_the_deadline_holds_for_all_repeats_together(
+async def test_deadline_includes_all_repeats(
     client: PostriderClient, service: FakeEventService
 ) -> None:
-    service.refusals.extend([AWAY] * 10_000)
+    service.refusals.extend([UNAVAILABLE] * 10_000)
     began = monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await client.publish(event(), timeout=0.3)
@@ -105,14 +103,11 @@ async def test_the_deadline_holds_for_all_repeats_together(
     assert len(service.calls) > 3
 
 
-async def test_a_frozen_server_costs_one_attempt_and_not_the_deadline(
+async def test_frozen_server_ends_only_one_attempt(
     service: FakeEventService,
 ) -> None:
     policy = CallPolicy(attempt_seconds=0.2, backoff_seconds=0.001)
-    async with (
-        serving(service) as address,
-        PostriderClient(address, token, tls=False, policy=policy) as client,
-    ):
+    async with client_of(service, policy) as client:
         service.open_gate.clear()
         publishing = asyncio.create_task(client.publish(event()))
         await service.wait_for_calls(2)
@@ -121,14 +116,11 @@ async def test_a_frozen_server_costs_one_attempt_and_not_the_deadline(
     assert len(service.stored) == 1
 
 
-async def test_calls_have_a_deadline_although_the_caller_gave_none(
+async def test_calls_have_a_default_deadline(
     service: FakeEventService,
 ) -> None:
     policy = CallPolicy(deadline_seconds=0.2)
-    async with (
-        serving(service) as address,
-        PostriderClient(address, token, tls=False, policy=policy) as client,
-    ):
+    async with client_of(service, policy) as client:
         service.open_gate.clear()
         for call in (
             client.publish(event()),
@@ -140,7 +132,7 @@ async def test_calls_have_a_deadline_although_the_caller_gave_none(
 
 
 class CountingConfigs:
-    """Answers UNAVAILABLE to a change and counts how often it was asked."""
+    """Fails with UNAVAILABLE and counts the calls."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -156,7 +148,7 @@ async def configs() -> CountingConfigs:
     return CountingConfigs()
 
 
-async def test_changes_are_sent_once_since_they_may_have_been_carried_out(
+async def test_changes_are_sent_once(
     configs: CountingConfigs,
 ) -> None:
     def add(service: CountingConfigs, server: Any) -> None:
@@ -176,29 +168,23 @@ async def test_changes_are_sent_once_since_they_may_have_been_carried_out(
     assert configs.count == 1
 
 
-async def test_a_token_source_that_fails_is_told_as_such(service: FakeEventService) -> None:
+async def test_failing_token_source_is_reported(service: FakeEventService) -> None:
     async def broken() -> Token:
         raise OSError("the identity provider is away")
 
-    async with (
-        serving(service) as address,
-        PostriderClient(address, broken, tls=False) as client,
-    ):
+    async with client_of(service, source=broken) as client:
         with pytest.raises(TokenUnavailable, match="identity provider"):
             await client.publish(event())
     assert service.calls == []
 
 
-async def test_a_token_source_that_hangs_is_bounded_by_the_deadline(
+async def test_hanging_token_source_ends_at_the_deadline(
     service: FakeEventService,
 ) -> None:
     async def hanging() -> Token:
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with (
-        serving(service) as address,
-        PostriderClient(address, hanging, tls=False) as client,
-    ):
+    async with client_of(service, source=hanging) as client:
         with pytest.raises(TokenUnavailable, match="deadline"):
             await client.publish(event(), timeout=0.1)

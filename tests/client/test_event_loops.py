@@ -1,4 +1,4 @@
-"""A client and its publishers on another event loop: a clear error, and nothing sent."""
+"""A client or publisher on another event loop raises an error and sends nothing."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -16,8 +16,8 @@ from tests.support.event_service import FakeEventService, serving
 EVENT = EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
 
 
-async def elsewhere(use: Callable[[], Awaitable[Any]]) -> None:
-    """Use something on a loop of another thread; a wait that would never end fails."""
+async def on_another_loop(use: Callable[[], Awaitable[Any]]) -> None:
+    """Run on the event loop of another thread, for 5 s at most."""
 
     async def bounded() -> None:
         async with asyncio.timeout(5):
@@ -26,7 +26,7 @@ async def elsewhere(use: Callable[[], Awaitable[Any]]) -> None:
     await asyncio.to_thread(asyncio.run, bounded())
 
 
-async def test_on_another_loop_everything_says_so_and_sends_nothing(
+async def test_every_use_on_another_loop_is_refused(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     async def make_publisher() -> None:
@@ -51,18 +51,18 @@ async def test_on_another_loop_everything_says_so_and_sends_nothing(
             publisher.close,
         ]
         for use in uses:
-            with pytest.raises(WrongEventLoop, match="one client for each event loop"):
-                await elsewhere(use)
+            with pytest.raises(WrongEventLoop, match="one client per event loop"):
+                await on_another_loop(use)
         assert service.calls == []
-        # It has done no harm where it belongs.
+        # Both still work on their own loop.
         assert (await (await publisher.publish(EVENT))).id
     assert (await client.publish(EVENT)).id
 
 
-async def test_a_publisher_kept_for_a_second_asyncio_run_does_not_hang(
+async def test_publisher_in_a_second_asyncio_run_is_refused(
     service: FakeEventService,
 ) -> None:
-    """What publishes has ended with the first loop, and nobody would send what is added."""
+    """Its sending task ended with the first loop, so the future would never end."""
     async with serving(service) as address:
 
         async def make() -> tuple[PostriderClient, Publisher]:
@@ -71,17 +71,17 @@ async def test_a_publisher_kept_for_a_second_asyncio_run_does_not_hang(
             await (await publisher.publish(EVENT))
             return client, publisher
 
-        # The client as well: without it the channel would close.
+        # Keeps the client, because its channel would close otherwise.
         _client, publisher = await asyncio.to_thread(asyncio.run, make())
 
         async def publish_again() -> None:
             await (await publisher.publish(EVENT))
 
         with pytest.raises(WrongEventLoop):
-            await elsewhere(publish_again)
+            await on_another_loop(publish_again)
     assert len(service.stored) == 1
 
 
-def test_a_client_made_before_a_loop_runs_says_where_to_make_it() -> None:
+def test_client_without_a_running_loop_is_refused() -> None:
     with pytest.raises(WrongEventLoop, match=r"asyncio\.run"):
         PostriderClient("127.0.0.1:1", token, tls=False)

@@ -1,7 +1,4 @@
-"""The publisher: batches, bounds, one result an event, and nothing lost on the way out.
-
-Over both transports, on a server that follows the contract and breaks when told to.
-"""
+"""The publisher: batches, limits and results, with both transports."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,7 +14,7 @@ from postrider_client.publisher import Publisher
 from tests.support.event_service import FakeEventService, Refusal
 
 pb = event_service_pb2
-AWAY = Refusal(StatusCode.UNAVAILABLE)
+UNAVAILABLE = Refusal(StatusCode.UNAVAILABLE)
 
 
 def event(key: str = "", **fields: Any) -> EventInput:
@@ -26,7 +23,7 @@ def event(key: str = "", **fields: Any) -> EventInput:
 
 
 class HeldTransport:
-    """Keeps every batch until a test lets it go."""
+    """Holds every batch until `gate` is set."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -65,7 +62,7 @@ def streaming(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "stream")
 
 
-async def test_events_that_come_together_go_together(
+async def test_events_are_sent_in_batches(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
     async with client.publisher(stream=streaming, linger_ms=50, max_batch=100) as publisher:
@@ -77,7 +74,7 @@ async def test_events_that_come_together_go_together(
     assert ("PublishEvents" in service.calls) is not streaming
 
 
-async def test_an_event_alone_waits_no_longer_than_the_linger(held: HeldTransport) -> None:
+async def test_single_event_is_sent_after_the_linger(held: HeldTransport) -> None:
     held.gate.set()
     publisher = Publisher(held, linger_ms=1)
     future = await publisher.publish(event("k"))
@@ -86,7 +83,7 @@ async def test_an_event_alone_waits_no_longer_than_the_linger(held: HeldTranspor
     assert held.closed
 
 
-async def test_flush_does_not_wait_for_the_linger(held: HeldTransport) -> None:
+async def test_flush_skips_the_linger(held: HeldTransport) -> None:
     held.gate.set()
     async with Publisher(held, linger_ms=1_000_000) as publisher:
         future = await publisher.publish(event("k"))
@@ -94,7 +91,7 @@ async def test_flush_does_not_wait_for_the_linger(held: HeldTransport) -> None:
         assert future.done()
 
 
-async def test_no_more_batches_are_on_their_way_than_allowed(held: HeldTransport) -> None:
+async def test_batches_in_flight_are_limited(held: HeldTransport) -> None:
     publisher = Publisher(held, linger_ms=0, max_batch=1, max_in_flight=2)
     for number in range(5):
         await publisher.publish(event(f"k{number}"))
@@ -108,7 +105,7 @@ async def test_no_more_batches_are_on_their_way_than_allowed(held: HeldTransport
     await publisher.close()
 
 
-async def test_batches_with_ordering_keys_go_one_after_the_other(held: HeldTransport) -> None:
+async def test_ordered_batches_are_sent_one_at_a_time(held: HeldTransport) -> None:
     publisher = Publisher(held, linger_ms=0, max_batch=1, max_in_flight=8)
     for number in range(3):
         await publisher.publish(event(f"k{number}", ordering_key="pay_1"))
@@ -123,7 +120,7 @@ async def test_batches_with_ordering_keys_go_one_after_the_other(held: HeldTrans
     await publisher.close()
 
 
-async def test_publish_waits_while_too_much_is_pending(held: HeldTransport) -> None:
+async def test_publish_waits_while_too_many_are_pending(held: HeldTransport) -> None:
     publisher = Publisher(held, linger_ms=0, max_pending=3)
     for number in range(3):
         await publisher.publish(event(f"k{number}"))
@@ -135,7 +132,7 @@ async def test_publish_waits_while_too_much_is_pending(held: HeldTransport) -> N
     await publisher.close()
 
 
-async def test_what_is_no_event_takes_no_place(held: HeldTransport) -> None:
+async def test_invalid_argument_takes_no_slot(held: HeldTransport) -> None:
     held.gate.set()
     no_event: Any = {"merchant_id": "m_1"}
     async with Publisher(held, max_pending=1) as publisher, asyncio.timeout(5):
@@ -146,7 +143,7 @@ async def test_what_is_no_event_takes_no_place(held: HeldTransport) -> None:
     assert held.batches == [["a"]]
 
 
-async def test_the_message_may_be_reused_at_once(held: HeldTransport) -> None:
+async def test_message_can_be_reused_at_once(held: HeldTransport) -> None:
     held.gate.set()
     async with Publisher(held, linger_ms=20) as publisher:
         message = event()
@@ -156,7 +153,7 @@ async def test_the_message_may_be_reused_at_once(held: HeldTransport) -> None:
     assert held.batches == [["a", "b"]]
 
 
-async def test_a_big_batch_is_cut_before_the_server_refuses_it(held: HeldTransport) -> None:
+async def test_large_batch_is_split_by_bytes(held: HeldTransport) -> None:
     held.gate.set()
     async with Publisher(held, linger_ms=20) as publisher:
         for number in range(10):
@@ -166,7 +163,7 @@ async def test_a_big_batch_is_cut_before_the_server_refuses_it(held: HeldTranspo
     assert [len(batch) for batch in held.batches] == [4, 4, 2]
 
 
-async def test_a_rejected_event_fails_alone_and_close_tells_of_it(
+async def test_rejected_event_fails_alone_and_in_close(
     client: PostriderClient, streaming: bool
 ) -> None:
     publisher = client.publisher(stream=streaming)
@@ -180,7 +177,7 @@ async def test_a_rejected_event_fails_alone_and_close_tells_of_it(
     assert failed.value.exceptions == (rejected.value,)
 
 
-async def test_a_failure_is_told_once(client: PostriderClient) -> None:
+async def test_error_is_raised_once(client: PostriderClient) -> None:
     async with client.publisher() as publisher:
         await publisher.publish(event(type="wrong.type"))
         with pytest.raises(ExceptionGroup):
@@ -189,22 +186,22 @@ async def test_a_failure_is_told_once(client: PostriderClient) -> None:
         await publisher.flush()
 
 
-async def test_an_outage_is_outlived_and_nothing_is_doubled(
+async def test_outage_creates_no_duplicates(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
-    service.refusals.extend([AWAY] * 5)
-    service.stream_refusals.extend([AWAY] * 5)
+    service.refusals.extend([UNAVAILABLE] * 5)
+    service.stream_refusals.extend([UNAVAILABLE] * 5)
     async with client.publisher(stream=streaming, max_batch=10) as publisher:
         futures = [await publisher.publish(event()) for _ in range(35)]
     assert len({(await future).id for future in futures}) == 35
     assert len(service.stored) == 35
 
 
-async def test_an_outage_that_outlasts_the_patience_is_told_with_the_keys(
+async def test_event_unsent_in_time_fails_with_its_key(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
-    service.refusals.extend([AWAY] * 100_000)
-    service.stream_refusals.extend([AWAY] * 100_000)
+    service.refusals.extend([UNAVAILABLE] * 100_000)
+    service.stream_refusals.extend([UNAVAILABLE] * 100_000)
     publisher = client.publisher(stream=streaming, delivery_seconds=0.3)
     future = await publisher.publish(event("pay_1"))
     with pytest.raises(ExceptionGroup):
@@ -215,11 +212,11 @@ async def test_an_outage_that_outlasts_the_patience_is_told_with_the_keys(
 
 
 @pytest.mark.parametrize("ordering_key", ["", "pay_1"])
-async def test_in_an_outage_no_event_waits_for_those_before_it_to_give_up(
+async def test_outage_fails_all_events_after_one_timeout(
     client: PostriderClient, service: FakeEventService, streaming: bool, ordering_key: str
 ) -> None:
-    service.refusals.extend([AWAY] * 100_000)
-    service.stream_refusals.extend([AWAY] * 100_000)
+    service.refusals.extend([UNAVAILABLE] * 100_000)
+    service.stream_refusals.extend([UNAVAILABLE] * 100_000)
     publisher = client.publisher(
         stream=streaming, max_batch=1, max_in_flight=2, delivery_seconds=0.3
     )
@@ -230,7 +227,7 @@ async def test_in_an_outage_no_event_waits_for_those_before_it_to_give_up(
     assert all(isinstance(future.exception(), PublishFailed) for future in futures)
 
 
-async def test_a_refused_batch_fails_with_the_refusal_and_not_the_ones_beside_it(
+async def test_refused_batch_fails_alone_with_its_error(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
     denied = Refusal(StatusCode.PERMISSION_DENIED)
@@ -245,7 +242,7 @@ async def test_a_refused_batch_fails_with_the_refusal_and_not_the_ones_beside_it
     assert (await second).id
 
 
-async def test_a_caller_who_no_longer_wants_the_result_stops_nothing(
+async def test_cancelled_future_does_not_stop_the_event(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     async with client.publisher() as publisher:
@@ -254,14 +251,14 @@ async def test_a_caller_who_no_longer_wants_the_result_stops_nothing(
     assert set(service.stored) == {"k", "l"}
 
 
-async def test_after_close_nothing_is_taken(client: PostriderClient) -> None:
+async def test_publish_after_close_is_refused(client: PostriderClient) -> None:
     publisher = client.publisher()
     await publisher.close()
     with pytest.raises(PublisherClosed):
         await publisher.publish(event())
 
 
-async def test_a_close_that_is_given_up_leaves_no_future_undone(held: HeldTransport) -> None:
+async def test_cancelled_close_fails_all_futures(held: HeldTransport) -> None:
     publisher = Publisher(held, linger_ms=0, max_batch=1, max_in_flight=1)
     futures = [await publisher.publish(event(f"k{number}")) for number in range(3)]
     await held.wait_for(1)
@@ -275,11 +272,11 @@ async def test_a_close_that_is_given_up_leaves_no_future_undone(held: HeldTransp
     assert held.closed
 
 
-async def test_a_close_given_up_at_once_leaves_no_future_undone(held: HeldTransport) -> None:
+async def test_close_cancelled_at_once_fails_all_futures(held: HeldTransport) -> None:
     publisher = Publisher(held, linger_ms=60_000)
     future = await publisher.publish(event("a"))
     closing = asyncio.create_task(publisher.close())
-    # One turn of the loop: the batch is ripe, and the task that will send it has not begun.
+    # After one turn of the loop the batch is ready but its task has not started.
     await asyncio.sleep(0)
     closing.cancel()
     await asyncio.wait({closing})

@@ -1,4 +1,4 @@
-"""The publisher and the real server: one stream, and everything stored once."""
+"""The publisher with the real server."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def client_of(platform: Platform) -> PostriderClient:
     return PostriderClient(platform.address, fetch_token, tls=False)
 
 
-async def test_publisher_streams_to_the_real_server_and_stores_each_event_once(
+async def test_publisher_stores_each_event_once(
     start_platform: Callable[..., Any], pool: Any, logged: list[Any]
 ) -> None:
     async with start_platform() as platform, client_of(platform) as client:
@@ -33,6 +33,6 @@ async def test_publisher_streams_to_the_real_server_and_stores_each_event_once(
 
     assert len(ids) == 1000
     assert await pool.fetchval("SELECT count(*) FROM events") == 1000
-    # Told when the stream has ended, as it has with the server.
+    # Logged at the end of the stream.
     methods = {entry["method"] for entry in logged if entry["event"] == "rpc"}
     assert methods == {"/postrider.v1.EventService/StreamEvents"}

@@ -1,4 +1,4 @@
-"""StreamEvents from the client's side: order, breaks and what is sent again."""
+"""The client's StreamEvents transport: order, breaks, fallback."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,8 +15,8 @@ from postrider.v1.event_pb2 import EventInput
 from postrider_client import PostriderClient
 from postrider_client.stream import StreamTransport
 from postrider_client.transport import UnaryTransport
-from tests.client.conftest import QUICK, token
-from tests.support.event_service import FakeEventService, Refusal, serving
+from tests.client.conftest import QUICK, client_of, token
+from tests.support.event_service import FakeEventService, Refusal
 
 pb = event_service_pb2
 
@@ -28,13 +28,13 @@ def event(key: str = "") -> EventInput:
 
 
 async def publish(client: PostriderClient, count: int, **options: Any) -> list[str]:
-    """Ids of so many events, a batch each."""
+    """Publish events in batches of one. Returns their ids."""
     async with client.publisher(linger_ms=0, max_batch=1, **options) as publisher:
         futures = [await publisher.publish(event()) for _ in range(count)]
         return [(await future).id for future in futures]
 
 
-async def test_batches_go_over_one_stream_under_rising_numbers(
+async def test_batches_share_a_stream_with_rising_numbers(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     await publish(client, 50)
@@ -42,20 +42,20 @@ async def test_batches_go_over_one_stream_under_rising_numbers(
     assert service.sequences == [list(range(1, 51))]
 
 
-async def test_what_was_not_acknowledged_is_sent_again_and_stored_once(
+async def test_unacknowledged_batches_are_sent_again(
     client: PostriderClient, service: FakeEventService
 ) -> None:
-    # Each of these streams dies with a batch stored and not acknowledged.
+    # Each of these streams breaks with a batch stored but not acknowledged.
     service.break_after.extend([1, 2, 3, 1])
     ids = await publish(client, 40)
     assert len(set(ids)) == 40
     assert len(service.stored) == 40
     assert len(service.sequences) == 5
     for broken, following in zip(service.sequences, service.sequences[1:], strict=False):
-        assert following[0] in broken, "from the oldest that was not acknowledged"
+        assert following[0] in broken
 
 
-async def test_no_more_than_sixteen_batches_are_unacknowledged(
+async def test_unacknowledged_batches_are_limited_to_16(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     seen: list[int] = []
@@ -68,10 +68,10 @@ async def test_no_more_than_sixteen_batches_are_unacknowledged(
             async for request in request_iterator:
                 held.append(request)
                 seen.append(request.sequence)
-                # The first is answered at once: it shows that the stream is good.
+                # Acknowledges the first one at once, so that the client sends more.
                 if len(held) < 16 and request.sequence > 1:
                     continue
-                # A seventeenth would be here by the time an empty round trip is.
+                # After this round trip a seventeenth batch would have arrived.
                 await client.events.GetEvent(pb.GetEventRequest(id="evt_1"))
                 assert (len(seen) - 1) % 16 == 0
                 for each in held:
@@ -80,25 +80,22 @@ async def test_no_more_than_sixteen_batches_are_unacknowledged(
                     )
                 held.clear()
 
-    async with (
-        serving(Silent()) as address,
-        PostriderClient(address, token, tls=False, policy=QUICK) as silent,
-    ):
+    async with client_of(Silent()) as silent:
         await publish(silent, 33, max_in_flight=100)
     assert seen == list(range(1, 34))
 
 
-async def test_a_server_without_streams_gets_calls_and_is_not_asked_for_ever(
+async def test_server_without_streams_gets_unary_calls(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     service.stream_refusals.extend([Refusal(StatusCode.UNIMPLEMENTED)] * 100)
     assert len(set(await publish(client, 60, max_in_flight=1))) == 60
-    # gRPC may hide the reason behind a broken write now and then, but not for long.
+    # A failed write hides the reason sometimes, but not each time.
     assert service.calls.count("StreamEvents") <= 10
     assert service.calls.count("PublishEvents") == 60
 
 
-async def test_after_a_refusal_the_next_batches_try_a_stream_again(
+async def test_next_batch_after_a_refusal_tries_a_stream(
     client: PostriderClient, service: FakeEventService
 ) -> None:
     service.stream_refusals.append(Refusal(StatusCode.INVALID_ARGUMENT))
@@ -109,7 +106,7 @@ async def test_after_a_refusal_the_next_batches_try_a_stream_again(
 
 
 class Answering(FakeEventService):
-    """Acknowledges with what a test chose, once, and as it should on the next stream."""
+    """Ends the first stream as given, and acknowledges properly on the next."""
 
     def __init__(self, ends: str) -> None:
         super().__init__()
@@ -137,23 +134,17 @@ class Answering(FakeEventService):
 
 
 @pytest.mark.parametrize("ends", ["with OK", "with CANCELLED", "out of turn", "in part"])
-async def test_a_stream_that_ends_or_answers_wrongly_is_replaced(ends: str) -> None:
+async def test_ended_or_invalid_stream_is_replaced(ends: str) -> None:
     service = Answering(ends)
-    async with (
-        serving(service) as address,
-        PostriderClient(address, token, tls=False, policy=QUICK) as client,
-    ):
+    async with client_of(service) as client:
         assert len(await publish(client, 3)) == 3
     assert len(service.stored) == 3
     assert service.calls.count("StreamEvents") == 2
 
 
-async def test_a_stream_that_falls_silent_is_given_up_and_the_next_batch_has_a_new_one() -> None:
+async def test_silent_stream_is_replaced_after_a_timeout() -> None:
     service = Answering("in silence")
-    async with (
-        serving(service) as address,
-        PostriderClient(address, token, tls=False, policy=QUICK) as client,
-    ):
+    async with client_of(service) as client:
         publisher = client.publisher(delivery_seconds=0.3)
         lost = await publisher.publish(event())
         with pytest.raises(ExceptionGroup):
@@ -164,24 +155,23 @@ async def test_a_stream_that_falls_silent_is_given_up_and_the_next_batch_has_a_n
     assert service.calls.count("StreamEvents") == 2
 
 
-class _KeepsCancellations:
-    """A call as gRPC's is when a refusal and a cancellation of its reader come at once.
+class SwallowingCall:
+    """Behaves as gRPC when a refusal and the cancellation of the reader coincide.
 
-    Its task that prepares a call takes the cancellation for its own, and the reader is told of the
-    refusal alone.
+    gRPC swallows the cancellation then, and the reader gets only the refusal.
     """
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
+        self.reading = asyncio.Event()
 
-    def StreamEvents(self, _requests: Any) -> "_KeepsCancellations":  # noqa: N802
+    def StreamEvents(self, _requests: Any) -> "SwallowingCall":  # noqa: N802
         return self
 
-    def __aiter__(self) -> "_KeepsCancellations":
+    def __aiter__(self) -> "SwallowingCall":
         return self
 
     async def __anext__(self) -> pb.StreamEventsResponse:
-        self.asked.set()
+        self.reading.set()
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         raise grpc.aio.AioRpcError(StatusCode.UNAVAILABLE, Metadata(), Metadata())
@@ -190,18 +180,18 @@ class _KeepsCancellations:
         return True
 
 
-async def test_closing_ends_when_grpc_keeps_the_cancellation_to_itself() -> None:
-    stub: Any = _KeepsCancellations()
+async def test_close_ends_when_grpc_swallows_a_cancellation() -> None:
+    stub: Any = SwallowingCall()
     transport = StreamTransport(stub, UnaryTransport(stub), QUICK)
     sending = asyncio.create_task(transport.send([event()], 60))
-    await stub.asked.wait()
+    await stub.reading.wait()
     sending.cancel()
     await asyncio.gather(sending, return_exceptions=True)
     async with asyncio.timeout(5):
         await transport.close()
 
 
-async def test_a_server_that_restarts_under_load_has_every_event_once() -> None:
+async def test_server_restart_under_load_stores_events_once() -> None:
     service = FakeEventService()
     first = grpc.aio.server()
     add = event_service_pb2_grpc.add_EventServiceServicer_to_server

@@ -91,7 +91,9 @@ def test_verify_ignores_case_of_header_names() -> None:
         assert verify_webhook(SECRET, headers, BODY, now=NOW).id == ID
 
 
-@pytest.mark.parametrize("signers", [(SECRET, OTHER_SECRET), (OTHER_SECRET, SECRET)])
+@pytest.mark.parametrize(
+    "signers", [(SECRET, OTHER_SECRET), (OTHER_SECRET, SECRET)], ids=["first", "second"]
+)
 def test_one_valid_signature_is_enough_during_rotation(signers: tuple[str, str]) -> None:
     headers = signed(*signers)
 
@@ -130,7 +132,9 @@ def test_verify_uses_the_current_time_by_default() -> None:
         verify_webhook(SECRET, signed(timestamp=1), BODY)
 
 
-@pytest.mark.parametrize(("signer", "key"), [(SECRET, SECRET), (PAIR, PUBLIC)])
+@pytest.mark.parametrize(
+    ("signer", "key"), [(SECRET, SECRET), (PAIR, PUBLIC)], ids=["secret", "key pair"]
+)
 def test_altered_request_is_refused(signer: str, key: str) -> None:
     headers = signed(signer)
     later = headers[OWN].replace(f"t={NOW}", f"t={NOW + 1}")

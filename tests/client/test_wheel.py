@@ -1,4 +1,4 @@
-"""The client's wheel: what it holds, what it needs, and what it does beside the server's."""
+"""The client's wheel: content, requirements, and installation next to the server's wheel."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ HEAVY = {"asyncpg", "aiohttp", "sqlalchemy", "pydantic", "structlog", "server", 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as a release is: the wheel from the sdist."""
+    """Build the wheel from the sdist, as a release does."""
     out = tmp_path_factory.mktemp("dist")
     hatchling = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
     subprocess.run(
@@ -31,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_it_holds_the_client_the_stubs_and_their_types(wheel: Path) -> None:
+def test_wheel_contains_client_stubs_and_types(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in names} == {"postrider_client", "postrider"}
     assert {"postrider_client/py.typed", "postrider/py.typed"} <= names
@@ -44,7 +44,7 @@ def test_it_holds_the_client_the_stubs_and_their_types(wheel: Path) -> None:
     assert stubs <= names
 
 
-def test_it_needs_grpc_and_nothing_else(wheel: Path) -> None:
+def test_wheel_requires_only_grpc(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [metadata] = [name for name in archive.namelist() if name.endswith("METADATA")]
     lines = archive.read(metadata).decode().splitlines()
@@ -58,7 +58,7 @@ def test_it_needs_grpc_and_nothing_else(wheel: Path) -> None:
 
 
 def run(site: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Python with the wheel before everything that is installed here."""
+    """Run Python with the wheel ahead of the installed packages."""
     environment = {**os.environ, "PYTHONPATH": str(site)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=site, env=environment, capture_output=True, text=True,
@@ -66,7 +66,7 @@ def run(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_import_loads_nothing_of_the_server(wheel: Path, tmp_path: Path) -> None:
+def test_import_loads_no_server_code(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     done = run(
         tmp_path,
@@ -79,9 +79,7 @@ def test_the_import_loads_nothing_of_the_server(wheel: Path, tmp_path: Path) -> 
     assert not HEAVY & set(modules)
 
 
-def test_it_refuses_to_stand_beside_a_server_of_another_version(
-    wheel: Path, tmp_path: Path
-) -> None:
+def test_server_of_another_version_fails_the_import(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     other = tmp_path / "postrider-9.9.9.dist-info"
     other.mkdir()
@@ -92,6 +90,6 @@ def test_it_refuses_to_stand_beside_a_server_of_another_version(
     assert "same version" in done.stderr
 
 
-def test_client_and_server_have_one_version() -> None:
+def test_client_and_server_share_a_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert postrider_client.__version__ == project["version"]

@@ -1,9 +1,7 @@
-"""What every call gets: a token, a deadline, and repeats when these can do no harm.
+"""Interceptors that add a token and a deadline to each call and repeat safe calls.
 
-A client without a source of tokens is known by its certificate.
-
-Repeated are reads, and publishes, whose events get an idempotency key when they have none. All else
-is sent once, since a call that was answered UNAVAILABLE may have been carried out.
+Reads and publishes are repeated. Events without an idempotency key get one first. All other calls
+are sent once, because a call that failed with UNAVAILABLE may have been executed.
 """
 
 import asyncio
@@ -31,26 +29,26 @@ _READS = ("Get", "List")
 
 @dataclass(frozen=True, slots=True)
 class CallPolicy:
-    """Deadlines and waits; a `timeout=` given with a call replaces the deadline."""
+    """Deadlines and backoff. The `timeout=` of a call replaces `deadline_seconds`."""
 
-    #: For a call with all its repeats.
+    #: For a call including all repeats.
     deadline_seconds: float = 30.0
-    #: For one attempt of a call that may be repeated: the peer may be frozen.
+    #: For one attempt of a repeatable call, because the server may be frozen.
     attempt_seconds: float = 12.0
     backoff_seconds: float = 0.1
     backoff_max_seconds: float = 5.0
 
     def wait_seconds(self, attempt: int, error: grpc.aio.AioRpcError) -> float:
-        """Before the next attempt: never less than the server asked for, and never in step."""
+        """Return the wait before the next attempt, with jitter. At least the server's RetryInfo."""
         backoff = min(self.backoff_seconds * 2.0**attempt, self.backoff_max_seconds)
-        asked = retry_delay(error)
-        if asked is not None and asked >= backoff:
-            return asked * random.uniform(1.0, 1.2)  # noqa: S311 - spreads load, hides nothing
-        return max(asked or 0.0, backoff * random.uniform(0.5, 1.0))  # noqa: S311
+        requested = retry_delay(error)
+        if requested is not None and requested >= backoff:
+            return requested * random.uniform(1.0, 1.2)  # noqa: S311 - jitter, no secret
+        return max(requested or 0.0, backoff * random.uniform(0.5, 1.0))  # noqa: S311
 
 
-class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
-    """Token, deadline and repeats for calls with one request and one answer."""
+class UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
+    """Adds a token, a deadline and repeats to calls with one request and one response."""
 
     def __init__(self, tokens: TokenCache | None, policy: CallPolicy):
         self._tokens = tokens
@@ -65,15 +63,17 @@ class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
         details = client_call_details
         method = _method_name(details)
         if method in _PUBLISHES:
-            request = with_keys(request)
+            request = with_idempotency_keys(request)
         repeatable = method in _PUBLISHES or method.startswith(_READS)
         total = self._policy.deadline_seconds if details.timeout is None else details.timeout
-        ends_at = monotonic() + total
+        deadline = monotonic() + total
         attempt = 0
         while True:
-            metadata = await _authorized(self._tokens, details.metadata, ends_at - monotonic())
-            left = max(ends_at - monotonic(), 0.0)
-            timeout = min(left, self._policy.attempt_seconds) if repeatable else left
+            metadata = await _authorized(self._tokens, details.metadata, deadline - monotonic())
+            remaining = max(deadline - monotonic(), 0.0)
+            timeout = remaining
+            if repeatable:
+                timeout = min(remaining, self._policy.attempt_seconds)
             call = await continuation(
                 _changed(details, metadata=metadata, timeout=timeout), request
             )
@@ -82,14 +82,14 @@ class UnaryCalls(grpc.aio.UnaryUnaryClientInterceptor):
                 return call
             error = await error_of(call)
             wait = self._policy.wait_seconds(attempt, error)
-            if not is_passing(error) or monotonic() + wait >= ends_at:
+            if not is_transient(error) or monotonic() + wait >= deadline:
                 return call
             await asyncio.sleep(wait)
             attempt += 1
 
 
-class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor):
-    """A token for streams of answers, which live as long as the caller reads."""
+class ResponseStreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
+    """Adds a token to response streams, which have no deadline."""
 
     def __init__(self, tokens: TokenCache | None, policy: CallPolicy):
         self._tokens = tokens
@@ -103,8 +103,8 @@ class UnaryStreamCalls(grpc.aio.UnaryStreamClientInterceptor):
         return await continuation(_changed(details, metadata=metadata), request)
 
 
-class StreamStreamCalls(grpc.aio.StreamStreamClientInterceptor):
-    """A token for streams of both; who uses one bounds the waits for its answers."""
+class BidirectionalStreamInterceptor(grpc.aio.StreamStreamClientInterceptor):
+    """Adds a token to bidirectional streams. Their users limit the wait for responses."""
 
     def __init__(self, tokens: TokenCache | None, policy: CallPolicy):
         self._tokens = tokens
@@ -121,21 +121,21 @@ class StreamStreamCalls(grpc.aio.StreamStreamClientInterceptor):
         return await continuation(_changed(details, metadata=metadata), request_iterator)
 
 
-def with_keys(request: Any) -> Any:
-    """The request, or a copy in which every event has an idempotency key."""
+def with_idempotency_keys(request: Any) -> Any:
+    """Return the request, or a copy in which every event has an idempotency key."""
     if isinstance(request, event_service_pb2.PublishEventRequest):
         if request.event.idempotency_key:
             return request
-        one = event_service_pb2.PublishEventRequest()
-        one.event.CopyFrom(keyed(request.event))
-        return one
+        return event_service_pb2.PublishEventRequest(event=with_idempotency_key(request.event))
     if all(event.idempotency_key for event in request.events):
         return request
-    return event_service_pb2.PublishEventsRequest(events=[keyed(e) for e in request.events])
+    return event_service_pb2.PublishEventsRequest(
+        events=[with_idempotency_key(event) for event in request.events]
+    )
 
 
-def keyed(event: event_pb2.EventInput) -> event_pb2.EventInput:
-    """The event, or a copy with a new idempotency key when it has none."""
+def with_idempotency_key(event: event_pb2.EventInput) -> event_pb2.EventInput:
+    """Return the event, or a copy with a new idempotency key if it has none."""
     if event.idempotency_key:
         return event
     copy = event_pb2.EventInput()
@@ -144,18 +144,18 @@ def keyed(event: event_pb2.EventInput) -> event_pb2.EventInput:
     return copy
 
 
-def is_passing(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the same call may succeed a little later."""
-    passing = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
-    return error.code() in passing or retry_delay(error) is not None
+def is_transient(error: grpc.aio.AioRpcError) -> bool:
+    """Return whether the same call may succeed later."""
+    transient = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+    return error.code() in transient or retry_delay(error) is not None
 
 
 def retry_delay(error: grpc.aio.AioRpcError) -> float | None:
-    """Seconds the server asked us to wait (RetryInfo); None when it did not say."""
+    """Return the wait in seconds that the server requested (RetryInfo), or None."""
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]
     except ValueError:
-        # Details that contradict the status: not of our server's making.
+        # Details that contradict the status come from a proxy.
         return None
     for detail in status.details if status else ():
         if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
@@ -166,7 +166,7 @@ def retry_delay(error: grpc.aio.AioRpcError) -> float | None:
 
 
 async def error_of(call: Any) -> grpc.aio.AioRpcError:
-    """The error a failed call raises when it is awaited."""
+    """Return the error that a failed call raises when it is awaited."""
     return grpc.aio.AioRpcError(
         await call.code(),
         await call.initial_metadata() or Metadata(),
@@ -189,7 +189,7 @@ async def _authorized(
 
 
 def _changed(details: Any, **fields: Any) -> ClientCallDetails:
-    """A copy; gRPC's details are a named tuple, which its types do not say."""
+    """Return a changed copy. gRPC's details are a named tuple, but its type stubs differ."""
     changed: ClientCallDetails = details._replace(**fields)
     return changed
 

@@ -1,4 +1,4 @@
-"""PostriderClient: one channel to Postrider and the typed stubs of every service on it."""
+"""PostriderClient: one channel to Postrider with the typed stubs of all services."""
 
 from types import TracebackType
 from typing import Self
@@ -13,28 +13,33 @@ from postrider.v1 import (
     event_service_pb2_grpc,
     webhook_config_service_pb2_grpc,
 )
-from postrider_client.calls import CallPolicy, StreamStreamCalls, UnaryCalls, UnaryStreamCalls
-from postrider_client.home_loop import HomeLoop
+from postrider_client.calls import (
+    BidirectionalStreamInterceptor,
+    CallPolicy,
+    ResponseStreamInterceptor,
+    UnaryInterceptor,
+)
+from postrider_client.loop_guard import LoopGuard
 from postrider_client.publisher import Published, Publisher
 from postrider_client.stream import StreamTransport
 from postrider_client.tokens import TokenCache, TokenSource
 from postrider_client.transport import UnaryTransport
 
 _OPTIONS = [
-    # Finds a peer that vanished behind a dead network path; the server allows one in 20 s.
+    # Detects a dead network path. The server allows one ping per 20 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    # A token may have 4 KiB, and an error's details come twice.
+    # A token may have 4 KiB, and the details of an error are sent twice.
     ("grpc.max_metadata_size", 16 * 1024),
 ]
 
 
 class PostriderClient:
-    """Calls Postrider; `async with` closes it. One is enough for an event loop.
+    """Calls Postrider. Use one client per event loop, with `async with`.
 
-    `events`, `webhooks`, `deliveries` and `admin` are the generated stubs: every call through them
-    carries a token and a deadline, and reads and publishes are repeated while the server is away.
+    `events`, `webhooks`, `deliveries` and `admin` are the generated stubs. Each call through them
+    gets a token and a deadline. Reads and publishes are repeated while the server is unavailable.
     """
 
     def __init__(
@@ -46,22 +51,28 @@ class PostriderClient:
         policy: CallPolicy | None = None,
         refresh_ahead_seconds: float = 60.0,
     ):
-        """`tls` is True for the system's authorities, credentials of your own, or False for
-        plain text, which shows the token to whoever is on the way: for loopback and meshes.
-        Without a `token_source` those credentials have to hold a certificate that Postrider
-        knows; ValueError when there are none. WrongEventLoop outside of a running loop."""
+        """Create a client inside a running event loop.
+
+        `tls` is True for the system's certificate authorities, or your own channel credentials.
+        False is plain text, which exposes the token: only for loopback and service meshes. Without
+        a `token_source`, `tls` must be credentials with a client certificate.
+
+        Raises ValueError without token and credentials, and WrongEventLoop without a running loop.
+        """
         if token_source is None and isinstance(tls, bool):
             raise ValueError(
                 "without a token_source, tls must be channel credentials with a certificate"
             )
         policy = policy or CallPolicy()
-        self._home = HomeLoop()
+        self._loop_guard = LoopGuard()
         self._policy = policy
         self._tokens: TokenCache | None = None
         if token_source is not None:
             self._tokens = TokenCache(token_source, refresh_ahead_seconds=refresh_ahead_seconds)
         interceptors: list[grpc.aio.ClientInterceptor] = [
-            kind(self._tokens, policy) for kind in (UnaryCalls, UnaryStreamCalls, StreamStreamCalls)
+            UnaryInterceptor(self._tokens, policy),
+            ResponseStreamInterceptor(self._tokens, policy),
+            BidirectionalStreamInterceptor(self._tokens, policy),
         ]
         if tls is False:
             self._channel = grpc.aio.insecure_channel(address, _OPTIONS, interceptors=interceptors)
@@ -70,14 +81,14 @@ class PostriderClient:
             self._channel = grpc.aio.secure_channel(
                 address, credentials, _OPTIONS, interceptors=interceptors
             )
-        self.events = self._home.keep(event_service_pb2_grpc.EventServiceStub(self._channel))
-        self.webhooks = self._home.keep(
+        self.events = self._loop_guard.guard(event_service_pb2_grpc.EventServiceStub(self._channel))
+        self.webhooks = self._loop_guard.guard(
             webhook_config_service_pb2_grpc.WebhookConfigServiceStub(self._channel)
         )
-        self.deliveries = self._home.keep(
+        self.deliveries = self._loop_guard.guard(
             delivery_service_pb2_grpc.DeliveryServiceStub(self._channel)
         )
-        self.admin = self._home.keep(admin_service_pb2_grpc.AdminServiceStub(self._channel))
+        self.admin = self._loop_guard.guard(admin_service_pb2_grpc.AdminServiceStub(self._channel))
 
     async def publish(
         self, event: event_pb2.EventInput, *, timeout: float | None = None
@@ -97,8 +108,11 @@ class PostriderClient:
         max_pending: int = 10_000,
         delivery_seconds: float = 60.0,
     ) -> Publisher:
-        """A publisher on this client; close it first. Without `stream` it calls PublishEvents."""
-        self._home.require()
+        """Return a publisher on this client. Close it before the client.
+
+        With `stream` it uses StreamEvents, otherwise PublishEvents.
+        """
+        self._loop_guard.check()
         unary = UnaryTransport(self.events)
         return Publisher(
             StreamTransport(self.events, unary, self._policy) if stream else unary,
@@ -110,8 +124,8 @@ class PostriderClient:
         )
 
     async def close(self) -> None:
-        """End the calls that are under way, and the connection."""
-        self._home.require()
+        """Cancel running calls and close the connection."""
+        self._loop_guard.check()
         await self._channel.close()
         if self._tokens is not None:
             await self._tokens.close()

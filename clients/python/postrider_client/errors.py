@@ -1,29 +1,29 @@
-"""What the client raises beside `grpc.aio.AioRpcError`, which calls raise as they are."""
+"""The errors of the client. Calls also raise `grpc.aio.AioRpcError` unchanged."""
 
 
 class PostriderClientError(Exception):
-    """Base of what this package raises."""
+    """Base class of the errors of this package."""
 
 
 class TokenUnavailable(PostriderClientError):
-    """The token source failed, or did not answer in time; its error is the cause."""
+    """The token source failed or timed out. Its error is the cause."""
 
 
 class EventRejected(PostriderClientError):
-    """The server refused one event; sending it again unchanged is refused again."""
+    """The server rejected an event. Publishing it again unchanged fails again."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(f"{reason}: {message}")
-        #: For programs; the words of the server's ErrorInfo.reason.
+        #: For programs: a reason of the server's ErrorInfo.
         self.reason = reason
         self.message = message
 
 
 class PublishFailed(PostriderClientError):
-    """No answer for an event within the time allowed, or a refusal of the whole batch.
+    """No result for an event in time, or the server rejected its whole batch.
 
-    The event may have been accepted: publish it again under the same key, which this error names.
-    The cause is the last error.
+    The event may have been accepted: publish it again with this `idempotency_key`. The cause is the
+    last error.
     """
 
     def __init__(self, message: str, idempotency_key: str):
@@ -32,12 +32,12 @@ class PublishFailed(PostriderClientError):
 
 
 class WrongEventLoop(PostriderClientError):
-    """A client or publisher was used where its event loop does not run; nothing was sent."""
+    """A client or publisher was used on another event loop. Nothing was sent."""
 
 
 class PublisherClosed(PostriderClientError):
-    """publish() after close()."""
+    """The publisher was closed before the event was sent."""
 
 
 class WebhookRefused(PostriderClientError):
-    """A request that must not be believed. The message is for our logs, not for the sender."""
+    """An invalid webhook. The message is for your logs, not for the sender."""

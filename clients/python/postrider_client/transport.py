@@ -1,4 +1,4 @@
-"""How a batch gets to the server. Every event has a key, so a transport may send one twice."""
+"""The port through which a publisher sends batches. Every event has an idempotency key."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,19 +10,19 @@ type Results = Sequence[event_service_pb2.PublishResult]
 
 
 class Transport(Protocol):
-    """Sends batches, several at a time."""
+    """Sends batches concurrently. It may send a batch twice, because its events have keys."""
 
     async def send(self, batch: Batch, seconds: float) -> Results:
-        """The results in the order of the events, or the last error after so many seconds."""
+        """Return the results in the order of the events. Raises the last error after `seconds`."""
         ...
 
     async def close(self) -> None:
-        """Let go; batches that are still under way fail."""
+        """Stop sending. Batches in flight fail."""
         ...
 
 
 class UnaryTransport:
-    """A PublishEvents call for each batch; the client's interceptor repeats it."""
+    """Sends each batch with PublishEvents. The client's interceptor repeats the call."""
 
     def __init__(self, stub: "event_service_pb2_grpc.EventServiceAsyncStub"):
         self._stub = stub

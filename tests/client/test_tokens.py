@@ -1,4 +1,4 @@
-"""Tokens: one flight for everybody, fetched ahead of expiry, kept while the source is away."""
+"""The token cache: shared fetches, refresh ahead of expiry, failures of the source."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ class Clock:
 
 
 class Source:
-    """Tokens of 100 s, numbered; `gate` holds a flight, `error` fails it."""
+    """Numbered tokens that expire after 100 s. `gate` delays a fetch, `error` makes it fail."""
 
     def __init__(self, clock: Clock):
         self.clock = clock
@@ -25,12 +25,12 @@ class Source:
         self.error: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
-        self.begun = asyncio.Event()
+        self.started = asyncio.Event()
 
     async def __call__(self) -> Token:
         self.count += 1
         number = self.count
-        self.begun.set()
+        self.started.set()
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -52,28 +52,28 @@ async def cache(source: Source, clock: Clock) -> TokenCache:
     return TokenCache(source, refresh_ahead_seconds=30, clock=clock)
 
 
-async def landed(source: Source, cache: TokenCache) -> None:
-    """Until the flight in the background is over."""
+async def fetched(source: Source, cache: TokenCache) -> None:
+    """Wait until no fetch is running."""
     async with asyncio.timeout(5):
-        while cache._flight is not None:
-            await asyncio.wait({cache._flight})
+        while cache._fetching is not None:
+            await asyncio.wait({cache._fetching})
 
 
-async def test_callers_at_the_same_time_share_one_flight(cache: TokenCache, source: Source) -> None:
+async def test_concurrent_callers_share_one_fetch(cache: TokenCache, source: Source) -> None:
     source.gate.clear()
     waiting = [asyncio.create_task(cache.get()) for _ in range(20)]
-    await source.begun.wait()
+    await source.started.wait()
     source.gate.set()
     assert set(await asyncio.gather(*waiting)) == {"t-1"}
     assert source.count == 1
 
 
-async def test_a_caller_who_gives_up_does_not_take_the_token_from_the_others(
+async def test_cancelled_caller_does_not_cancel_the_fetch(
     cache: TokenCache, source: Source
 ) -> None:
     source.gate.clear()
     first, second = asyncio.create_task(cache.get()), asyncio.create_task(cache.get())
-    await source.begun.wait()
+    await source.started.wait()
     first.cancel()
     await asyncio.wait({first})
     source.gate.set()
@@ -81,7 +81,7 @@ async def test_a_caller_who_gives_up_does_not_take_the_token_from_the_others(
     assert source.count == 1
 
 
-async def test_it_is_refreshed_ahead_of_its_end_while_callers_go_on(
+async def test_token_is_refreshed_in_background_before_expiry(
     cache: TokenCache, source: Source, clock: Clock
 ) -> None:
     assert await cache.get() == "t-1"
@@ -92,29 +92,29 @@ async def test_it_is_refreshed_ahead_of_its_end_while_callers_go_on(
     source.gate.clear()
     assert [await cache.get() for _ in range(3)] == ["t-1"] * 3
     source.gate.set()
-    await landed(source, cache)
+    await fetched(source, cache)
     assert await cache.get() == "t-2"
     assert source.count == 2
 
 
-async def test_a_source_that_is_away_is_forgiven_while_the_old_token_is_good(
+async def test_failed_refresh_keeps_the_valid_token(
     cache: TokenCache, source: Source, clock: Clock
 ) -> None:
     await cache.get()
     clock.now += 80
     source.error = OSError("away")
     assert await cache.get() == "t-1"
-    await landed(source, cache)
+    await fetched(source, cache)
     assert [await cache.get() for _ in range(5)] == ["t-1"] * 5
-    assert source.count == 2, "it must be left alone for a moment"
+    assert source.count == 2, "retried only after a pause"
     clock.now += 2
     source.error = None
     await cache.get()
-    await landed(source, cache)
+    await fetched(source, cache)
     assert await cache.get() == "t-3"
 
 
-async def test_an_expired_token_is_never_returned(
+async def test_expired_token_is_never_returned(
     cache: TokenCache, source: Source, clock: Clock
 ) -> None:
     await cache.get()
@@ -126,12 +126,12 @@ async def test_an_expired_token_is_never_returned(
     assert await cache.get() == "t-3"
 
 
-def test_a_token_does_not_show_itself() -> None:
+def test_repr_hides_the_token() -> None:
     assert "secret-jwt" not in repr(Token("secret-jwt"))
 
 
 @pytest.mark.parametrize("value", ["", "ey.ey.s\n", "ey.ey.s ", "ey.ey\x00s", "ey.é.s"])
-async def test_what_no_header_can_carry_is_refused_by_name(value: str, clock: Clock) -> None:
+async def test_token_with_invalid_characters_is_refused(value: str, clock: Clock) -> None:
     async def source() -> Token:
         return Token(value)
 
