@@ -164,7 +164,7 @@ class AddressPolicy:
     def refusal(self, address: Address) -> AddressClass | None:
         """Return why an address must not be called, or None if it may be called.
 
-        An allowed network covers addresses of its own family. IPv4-mapped addresses are always
+        An allowed network covers addresses of its address family. IPv4-mapped addresses are always
         refused: the kernel calls the IPv4 address inside, which an allowed ::/0 does not mean.
         """
         if any(address in network for network in self.denied):

@@ -26,7 +26,7 @@ _NONCE_BYTES = 12
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 
-class UndecryptableSecret(Exception):  # noqa: N818 - named for what happened, as in core/errors.py
+class UndecryptableSecret(Exception):  # noqa: N818 - named as in core/errors.py
     """The key ring has no key for the record, or the record was altered."""
 
 

@@ -45,7 +45,7 @@ _SERVICE_PORTS = frozenset(
 _LOCALHOST_ADDRESS = IPv4Address("127.0.0.1")
 
 
-class UrlRefused(ValueError):  # noqa: N818 - named for what happened, as in core/errors.py
+class UrlRefused(ValueError):  # noqa: N818 - named as in core/errors.py
     """A URL that is not stored or called. `reason` is for programs, `message` for the merchant."""
 
     def __init__(self, reason: str, message: str):

@@ -233,7 +233,7 @@ async def _drop(
 ) -> bool:
     """Drop the day's partitions, unless open deliveries of the day changed since `open_before`."""
     existing = await partitions.list_partitions(connection, tables)
-    # Each statement must see the latest commits, whatever the default isolation of the database.
+    # Overrides the default isolation, because each statement must see the latest commits.
     async with connection.transaction(isolation="read_committed"):
         await partitions.lock_daily_partitions(connection, tables)
         if open_before and await queue.standing(connection, day.low, day.high) != open_before:

@@ -1,4 +1,4 @@
-"""The address table: both sides of every edge, and what hides an IPv4 address in an IPv6 one."""
+"""The address table: both sides of every edge, and IPv4 addresses inside IPv6 addresses."""
 
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from core.addresses import AddressClass, AddressPolicy, classify
 
-# The network, what it is from its first address to its last, and what lies just outside.
+# The network, its class, and the classes just below and just above.
 EDGES = [
     ("0.0.0.0/8", "unspecified", None, "public"),
     ("10.0.0.0/8", "private", "public", "public"),
@@ -55,7 +55,7 @@ METADATA = """
 168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd00:ec2::253 fd20:ce::254 fd00:42::42 fe80::a9fe:a9fe
 """
 
-# Each of these was, or in some Python version still is, `is_global`.
+# `is_global` accepts each of these in some Python version.
 MISJUDGED_BY_IPADDRESS = """
 64:ff9b::7f00:1 ::127.0.0.1 ::ffff:0:127.0.0.1 2002:7f00:1:: 64:ff9b:1::1 192.0.0.8 192.0.0.192
 ::ffff:100.64.0.1 224.0.0.1 ff02::1 fec0::1 4000::1 3fff::1 5f00::1 100:0:0:1::1 192.88.99.1
@@ -69,7 +69,7 @@ PUBLIC = """
 
 
 @pytest.mark.parametrize(("text", "inside", "below", "above"), EDGES)
-def test_a_range_holds_exactly_from_its_first_to_its_last_address(
+def test_range_has_exact_bounds(
     text: str, inside: str, below: str | None, above: str | None
 ) -> None:
     network = ip_network(text)
@@ -82,27 +82,27 @@ def test_a_range_holds_exactly_from_its_first_to_its_last_address(
 
 
 @pytest.mark.parametrize("text", METADATA.split())
-def test_metadata_services_are_told_apart_from_the_range_they_hide_in(text: str) -> None:
+def test_metadata_services_have_their_own_class(text: str) -> None:
     assert classify(ip_address(text)) is AddressClass.METADATA
 
 
 @pytest.mark.parametrize("text", MISJUDGED_BY_IPADDRESS.split())
-def test_what_the_standard_library_calls_global_is_refused_all_the_same(text: str) -> None:
+def test_addresses_misjudged_by_ipaddress_are_refused(text: str) -> None:
     assert AddressPolicy().refusal(ip_address(text)) is not None
 
 
 @pytest.mark.parametrize("text", PUBLIC.split())
-def test_public_addresses_may_be_dialled(text: str) -> None:
+def test_public_addresses_are_allowed(text: str) -> None:
     assert AddressPolicy().refusal(ip_address(text)) is None
 
 
 @given(st.ip_addresses(v=6).filter(lambda address: address not in IPv6Network("2000::/3")))
-def test_no_ipv6_address_outside_the_assigned_eighth_is_dialled(address: IPv6Address) -> None:
+def test_unassigned_ipv6_is_refused(address: IPv6Address) -> None:
     assert AddressPolicy().refusal(address) is not None
 
 
 @given(st.ip_addresses(v=4))
-def test_an_ipv4_address_is_refused_in_every_ipv6_form_of_it(address: IPv4Address) -> None:
+def test_ipv4_inside_ipv6_is_refused_in_every_form(address: IPv4Address) -> None:
     number = int(address)
     forms = [
         IPv6Address(number),
@@ -111,14 +111,14 @@ def test_an_ipv4_address_is_refused_in_every_ipv6_form_of_it(address: IPv4Addres
         IPv6Address((0x64FF9B << 96) | number),
         IPv6Address((0x2002 << 112) | (number << 80)),
         IPv6Address((0x20010000 << 96) | (number ^ 0xFFFFFFFF)),
-        # ISATAP, under prefixes of its own choice.
+        # ISATAP, under any prefix.
         IPv6Address((0x2A00145040010000 << 64) | (0x00005EFE << 32) | number),
         IPv6Address((0x2606470000000000 << 64) | (0x02005EFE << 32) | number),
     ]
     assert all(AddressPolicy().refusal(form) for form in forms)
 
 
-def test_an_allowed_network_overrides_the_table_and_nothing_beside_it() -> None:
+def test_allowed_network_allows_nothing_else() -> None:
     policy = AddressPolicy((ip_network("10.1.0.0/16"), ip_network("fd00::/8")))
     assert policy.refusal(ip_address("10.1.255.255")) is None
     assert policy.refusal(ip_address("fd00::1")) is None
@@ -126,7 +126,7 @@ def test_an_allowed_network_overrides_the_table_and_nothing_beside_it() -> None:
     assert policy.refusal(ip_address("127.0.0.1")) is AddressClass.LOOPBACK
 
 
-def test_an_allowed_ipv4_network_does_not_reach_into_ipv6() -> None:
+def test_allowed_ipv4_network_excludes_ipv6_forms() -> None:
     policy = AddressPolicy((ip_network("0.0.0.0/0"),))
     assert policy.refusal(ip_address("127.0.0.1")) is None
     assert policy.refusal(ip_address("::127.0.0.1")) is AddressClass.TRANSITION
@@ -134,20 +134,20 @@ def test_an_allowed_ipv4_network_does_not_reach_into_ipv6() -> None:
 
 
 @pytest.mark.parametrize("allowed", ["::/0", "::ffff:0:0/96", "127.0.0.0/8"])
-def test_a_mapped_address_is_refused_whatever_is_allowed(allowed: str) -> None:
+def test_mapped_address_is_always_refused(allowed: str) -> None:
     policy = AddressPolicy((ip_network(allowed),))
     assert policy.refusal(ip_address("::ffff:127.0.0.1")) is AddressClass.MAPPED
     assert policy.refusal(ip_address("::ffff:8.8.8.8")) is AddressClass.MAPPED
 
 
 @given(st.ip_addresses(network="2a00:1450:4001::/64"))
-def test_isatap_is_known_by_its_interface_identifier_alone(address: IPv6Address) -> None:
+def test_isatap_is_refused_by_its_interface_identifier(address: IPv6Address) -> None:
     identifier = int(address) >> 32 & 0xFFFFFFFF
     isatap = identifier in {0x5EFE, 0x1005EFE, 0x2005EFE, 0x3005EFE}
     assert (AddressPolicy().refusal(address) is not None) == isatap
 
 
-def test_what_an_operator_denies_is_refused_whatever_else_is_allowed() -> None:
+def test_denied_network_wins_over_allowed() -> None:
     policy = AddressPolicy(
         allowed=(ip_network("0.0.0.0/0"), ip_network("::/0")),
         denied=(ip_network("93.184.215.0/24"), ip_network("2a00:1450:64::/96")),

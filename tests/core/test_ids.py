@@ -1,4 +1,4 @@
-"""Ids: ascending inside, prefixed outside, and nothing else is taken for one."""
+"""Ids: order, format and parsing."""
 
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -12,14 +12,14 @@ from core.ids import first_id_at, format_id, new_id, parse_id
 KINDS = st.sampled_from(["wh", "evt", "dlv"])
 
 
-def test_new_ids_are_uuids_of_version_7_that_ascend() -> None:
+def test_new_ids_are_ascending_uuidv7() -> None:
     made = [new_id() for _ in range(1000)]
 
     assert {(one.version, one.variant) for one in made} == {(7, "specified in RFC 4122")}
     assert made == sorted(set(made))
 
 
-def test_the_first_id_of_a_millisecond_is_between_those_made_in_it_and_before_it() -> None:
+def test_first_id_at_is_the_lowest_of_its_millisecond() -> None:
     moment = datetime(2026, 11, 22, 7, 30, 12, 345_999, tzinfo=UTC)
 
     first = first_id_at(moment)
@@ -29,35 +29,35 @@ def test_the_first_id_of_a_millisecond_is_between_those_made_in_it_and_before_it
     assert first.int & ((1 << 80) - 1) == 0
 
 
-def test_the_first_id_of_another_clock_is_as_far_away_as_that_clock_is() -> None:
+def test_first_id_at_applies_the_clock_shift() -> None:
     moment, apart = datetime(2026, 11, 22, tzinfo=UTC), timedelta(days=1)
 
     assert first_id_at(moment, apart) == first_id_at(moment + apart)
     assert first_id_at(moment, -apart) == first_id_at(moment - apart)
 
 
-def test_before_1970_the_first_id_is_the_lowest_and_after_9999_it_is_still_one() -> None:
+def test_first_id_at_accepts_extreme_moments() -> None:
     earliest = datetime(1970, 1, 1, tzinfo=UTC)
 
     assert first_id_at(earliest, timedelta(minutes=-1)) == first_id_at(earliest) == UUID(int=0)
     assert first_id_at(datetime.max.replace(tzinfo=UTC), timedelta(days=1)) > new_id()
 
 
-def test_an_id_is_its_prefix_and_32_hexadecimal_digits() -> None:
+def test_id_has_prefix_and_32_hexadecimal_digits() -> None:
     value = UUID("01890a5d-ac96-774b-bcce-b302099a8057")
 
     assert format_id("wh", value) == "wh_01890a5dac96774bbcceb302099a8057"
 
 
 @given(kind=KINDS, value=st.uuids())
-def test_what_is_formatted_parses_back_and_holds_no_dot(kind: str, value: UUID) -> None:
+def test_formatted_id_parses_and_has_no_dot(kind: str, value: UUID) -> None:
     text = format_id(kind, value)  # type: ignore[arg-type]
 
     assert parse_id(kind, text) == value  # type: ignore[arg-type]
     assert "." not in text
 
 
-def test_an_id_of_another_kind_is_not_an_id_of_this_one() -> None:
+def test_id_of_another_kind_is_refused() -> None:
     text = format_id("evt", new_id())
 
     assert parse_id("wh", text) is None
@@ -83,12 +83,12 @@ def test_an_id_of_another_kind_is_not_an_id_of_this_one() -> None:
         "wh_٠1890a5dac96774bbcceb302099a8057",
     ],
 )
-def test_one_id_has_one_spelling(text: str) -> None:
+def test_other_spellings_of_an_id_are_refused(text: str) -> None:
     assert parse_id("wh", text) is None
 
 
 @given(kind=KINDS, text=st.text())
-def test_any_text_parses_to_nothing_or_to_what_formats_to_it(kind: str, text: str) -> None:
+def test_parsed_text_formats_back(kind: str, text: str) -> None:
     value = parse_id(kind, text)  # type: ignore[arg-type]
 
     assert value is None or format_id(kind, value) == text  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The states and outcomes as a closed set; the database and the protos know the same words."""
+"""States, outcomes and transitions, in Python, the database and the protos."""
 
 from core.lifecycle import (
     OPEN_STATES,
@@ -13,11 +13,11 @@ from postrider.v1 import delivery_pb2
 FINAL_STATES = frozenset(DeliveryState) - OPEN_STATES
 
 
-def test_every_state_says_what_may_follow_it() -> None:
+def test_every_state_has_transitions() -> None:
     assert TRANSITIONS.keys() == set(DeliveryState)
 
 
-def test_a_state_is_final_exactly_when_nothing_follows_it() -> None:
+def test_final_states_have_no_successor() -> None:
     assert {state for state, following in TRANSITIONS.items() if not following} == FINAL_STATES
 
 
@@ -25,23 +25,23 @@ def test_no_state_follows_itself() -> None:
     assert [state for state, following in TRANSITIONS.items() if state in following] == []
 
 
-def test_only_a_lease_leads_to_a_result() -> None:
+def test_only_leased_deliveries_get_a_result() -> None:
     for result in (DeliveryState.DELIVERED, DeliveryState.FAILED):
         before = {state for state, following in TRANSITIONS.items() if result in following}
         assert before == {DeliveryState.LEASED}
 
 
-def test_every_open_delivery_can_be_cancelled_and_can_still_be_delivered() -> None:
+def test_open_deliveries_can_be_cancelled_or_delivered() -> None:
     for state in OPEN_STATES:
         assert DeliveryState.CANCELLED in TRANSITIONS[state]
         assert DeliveryState.DELIVERED in _reachable_from(state)
 
 
-def test_what_is_parked_is_never_leased_without_being_ready_first() -> None:
+def test_parked_deliveries_become_ready_before_leased() -> None:
     assert DeliveryState.LEASED not in TRANSITIONS[DeliveryState.PARKED]
 
 
-def test_the_tables_allow_exactly_these_words() -> None:
+def test_database_constraints_have_the_same_words() -> None:
     assert _words_of(QueuedDelivery, "delivery_queue_state_open") == OPEN_STATES
     assert _words_of(FinishedDelivery, "finished_deliveries_state_final") == FINAL_STATES
     assert _words_of(Attempt, "attempts_outcome_known") == set(Outcome)
@@ -50,7 +50,7 @@ def test_the_tables_allow_exactly_these_words() -> None:
     )
 
 
-def test_the_contract_has_exactly_these_words() -> None:
+def test_protos_have_the_same_words() -> None:
     states, outcomes = delivery_pb2.DeliveryState.keys(), delivery_pb2.Outcome.keys()
 
     assert set(states) == _in_proto("DELIVERY_STATE", DeliveryState)

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, whatever is logged, by us or by a library."""
+"""Log lines of our code and of libraries."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def test_forged_line_stays_inside_its_entry() -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_less_important_levels_are_left_out() -> None:
+def test_lower_levels_are_omitted() -> None:
     stream = io.BytesIO()
     configure_logs(LogSettings(log_level="warning", log_format="json"), stream)
 
@@ -67,7 +67,7 @@ def test_warning_of_a_library_joins_the_stream() -> None:
     assert (entry["library"], entry["message"]) == ("asyncio", "slow callback")
 
 
-def test_text_format_is_for_people() -> None:
+def test_text_format_is_readable_text() -> None:
     stream = io.BytesIO()
     configure_logs(LogSettings(log_format="text"), stream)
 

@@ -1,4 +1,4 @@
-"""Signatures: vectors, other people's verifiers, both schemes, and what must not verify."""
+"""Signatures of both schemes, checked with vectors and independent verifiers."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ SIGNATURE = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, BODY)["X-Webhook-
 BODIES = st.binary(max_size=200)
 
 
-def test_the_four_headers_are_as_computed_by_hand() -> None:
+def test_headers_match_an_independent_computation() -> None:
     signed = b"evt_01890a5dac96774bbcceb302099a8057" + b".1767323045." + b'{"amount": 1}'
     code = hmac.new(SECRET.encode("ascii"), signed, hashlib.sha256)
 
@@ -45,14 +45,14 @@ def test_the_four_headers_are_as_computed_by_hand() -> None:
     }
 
 
-def test_the_vector_in_plain_text_never_changes() -> None:
+def test_signature_matches_the_openssl_vector() -> None:
     # `printf '%s' 'evt_….1767323045.{"amount": 1}' | openssl dgst -sha256 -hmac "$SECRET"`
     assert SIGNATURE == (
         "t=1767323045,v1=670ad683b12f544220b1f84adb9a538324ca4e7e60a9fd7bf5d874e1143791d5"
     )
 
 
-def test_a_new_secret_is_64_hexadecimal_digits_and_never_the_same() -> None:
+def test_new_secret_is_64_random_hexadecimal_digits() -> None:
     secrets = {new_secret() for _ in range(100)}
 
     assert len(secrets) == 100
@@ -60,7 +60,7 @@ def test_a_new_secret_is_64_hexadecimal_digits_and_never_the_same() -> None:
 
 
 @given(body=st.text(st.characters(exclude_categories=["Cs"])))
-def test_the_standard_webhooks_library_verifies_whatever_text_we_sign(body: str) -> None:
+def test_standard_webhooks_library_verifies_any_text(body: str) -> None:
     secret, message_id = new_secret(), format_id("evt", new_id())
     now = int(datetime.now(UTC).timestamp())
 
@@ -69,7 +69,7 @@ def test_the_standard_webhooks_library_verifies_whatever_text_we_sign(body: str)
     Webhook(standard_secret(secret)).verify(body.encode(), headers, json_parse=False)
 
 
-def test_the_standard_webhooks_library_refuses_what_is_tampered_with_or_old() -> None:
+def test_standard_webhooks_library_refuses_altered_requests() -> None:
     now = int(datetime.now(UTC).timestamp())
     library = Webhook(standard_secret(SECRET))
     headers = signature_headers([SECRET], MESSAGE_ID, now, BODY)
@@ -88,47 +88,32 @@ def test_the_standard_webhooks_library_refuses_what_is_tampered_with_or_old() ->
 
 
 @given(body=BODIES, timestamp=st.integers(0, 10**11))
-def test_what_is_signed_verifies_whatever_the_bytes(body: bytes, timestamp: int) -> None:
+def test_signature_verifies_for_any_bytes(body: bytes, timestamp: int) -> None:
     signature = signature_headers([SECRET], MESSAGE_ID, timestamp, body)["X-Webhook-Signature"]
 
     assert is_genuine(SECRET, MESSAGE_ID, body, signature, now=timestamp)
 
 
 @given(body=BODIES, other=BODIES)
-def test_a_signature_fits_one_body_only(body: bytes, other: bytes) -> None:
+def test_signature_is_valid_for_one_body_only(body: bytes, other: bytes) -> None:
     signature = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, body)["X-Webhook-Signature"]
 
     assert is_genuine(SECRET, MESSAGE_ID, other, signature, now=TIMESTAMP) == (body == other)
 
 
-def test_a_signature_fits_one_secret_and_one_message_only() -> None:
+def test_signature_is_valid_for_one_secret_and_message() -> None:
     assert is_genuine(SECRET, MESSAGE_ID, BODY, SIGNATURE, now=TIMESTAMP)
     assert not is_genuine(new_secret(), MESSAGE_ID, BODY, SIGNATURE, now=TIMESTAMP)
     assert not is_genuine(SECRET, "evt_other", BODY, SIGNATURE, now=TIMESTAMP)
 
 
 @given(index=st.integers(0, len(SIGNATURE) - 1), character=st.sampled_from("0123456789abcdefg,=tv"))
-def test_no_changed_character_of_a_signature_passes(index: int, character: str) -> None:
+def test_signature_with_a_changed_character_is_invalid(index: int, character: str) -> None:
     changed = SIGNATURE[:index] + character + SIGNATURE[index + 1 :]
 
     accepted = is_genuine(SECRET, MESSAGE_ID, BODY, changed, now=TIMESTAMP)
 
     assert accepted == (changed == SIGNATURE)
-
-
-@pytest.mark.parametrize(
-    ("age", "accepted"),
-    [(0, True), (300, True), (301, False), (360, False), (-300, True), (-301, False)],
-)
-def test_a_signature_is_good_for_five_minutes_either_way(age: int, accepted: bool) -> None:
-    assert is_genuine(SECRET, MESSAGE_ID, BODY, SIGNATURE, now=TIMESTAMP + age) == accepted
-
-
-def test_the_tolerance_is_the_callers_to_choose() -> None:
-    late = TIMESTAMP + 10
-
-    assert is_genuine(SECRET, MESSAGE_ID, BODY, SIGNATURE, now=late, tolerance_seconds=10)
-    assert not is_genuine(SECRET, MESSAGE_ID, BODY, SIGNATURE, now=late, tolerance_seconds=9)
 
 
 @pytest.mark.parametrize(
@@ -149,16 +134,16 @@ def test_the_tolerance_is_the_callers_to_choose() -> None:
         SIGNATURE.upper(),
     ],
 )
-def test_what_is_no_signature_is_refused_without_an_error(signature: str) -> None:
+def test_malformed_signature_is_invalid(signature: str) -> None:
     assert not is_genuine(SECRET, MESSAGE_ID, BODY, signature, now=TIMESTAMP)
 
 
 @given(signature=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_is_refused_without_an_error(signature: str) -> None:
+def test_any_text_is_invalid(signature: str) -> None:
     assert not is_genuine(SECRET, MESSAGE_ID, BODY, signature, now=TIMESTAMP)
 
 
-def test_two_secrets_sign_side_by_side_the_first_one_first_and_either_verifies() -> None:
+def test_two_secrets_sign_in_order_and_either_verifies() -> None:
     new, old = new_secret(), new_secret()
     now = int(datetime.now(UTC).timestamp())
 
@@ -177,17 +162,14 @@ def test_two_secrets_sign_side_by_side_the_first_one_first_and_either_verifies()
         Webhook(standard_secret(new_secret())).verify(BODY, headers)
 
 
-# Other people's verifiers and vectors.
-
-
 @pytest.mark.parametrize("prefix", ["", "svix"])
-def test_the_svix_library_verifies_under_both_names(prefix: str) -> None:
+def test_svix_library_verifies_with_and_without_prefix(prefix: str) -> None:
     secret, now = new_secret(), int(datetime.now(UTC).timestamp())
     headers = signature_headers([secret], MESSAGE_ID, now, BODY, prefix)
     library = svix.webhooks.Webhook(standard_secret(secret))
     library.verify(BODY, headers)
     if prefix:
-        # What it looks at first, when it is there.
+        # The library prefers these headers.
         library.verify(BODY, {k: v for k, v in headers.items() if k.startswith("svix-")})
     with pytest.raises(WebhookVerificationError):
         library.verify(BODY + b" ", headers)
@@ -195,9 +177,8 @@ def test_the_svix_library_verifies_under_both_names(prefix: str) -> None:
         svix.webhooks.Webhook(standard_secret(new_secret())).verify(BODY, headers)
 
 
-def test_the_published_vector_of_standard_webhooks_comes_out() -> None:
-    # That of the reference implementations, whose key is no secret of ours: it shows that the
-    # library we are compared with here is true to what was published.
+def test_signature_matches_the_standard_webhooks_vector() -> None:
+    # Our keys have another form, so the vector first validates the library used for comparison.
     library = Webhook("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     message_id, timestamp, body = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, '{"test": 2432232314}'
     published = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
@@ -210,7 +191,7 @@ def test_the_published_vector_of_standard_webhooks_comes_out() -> None:
     assert ours["webhook-signature"] == theirs
 
 
-def test_a_prefix_adds_three_headers_and_changes_none() -> None:
+def test_prefix_adds_three_headers() -> None:
     plain = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, BODY)
     prefixed = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, BODY, "acme-hooks")
     assert prefixed == plain | {
@@ -219,8 +200,6 @@ def test_a_prefix_adds_three_headers_and_changes_none() -> None:
         "acme-hooks-signature": plain["webhook-signature"],
     }
 
-
-# Key pairs.
 
 # RFC 8032, section 7.1, tests 1 to 3: private key, public key.
 RFC_8032 = [
@@ -240,14 +219,12 @@ RFC_8032 = [
 
 
 @pytest.mark.parametrize(("private", "public"), RFC_8032)
-def test_key_pairs_of_rfc_8032_are_written_as_standard_webhooks_do(
-    private: str, public: str
-) -> None:
+def test_public_keys_match_rfc_8032_vectors(private: str, public: str) -> None:
     pair = "whsk_" + base64.b64encode(bytes.fromhex(private + public)).decode()
     assert public_key(pair) == "whpk_" + base64.b64encode(bytes.fromhex(public)).decode()
 
 
-def test_a_new_key_pair_is_64_bytes_whose_second_half_is_public() -> None:
+def test_new_key_pair_holds_private_and_public_key() -> None:
     pairs = {new_secret(SignatureScheme.ED25519) for _ in range(20)}
     assert len(pairs) == 20
     for pair in pairs:
@@ -258,7 +235,7 @@ def test_a_new_key_pair_is_64_bytes_whose_second_half_is_public() -> None:
 
 
 @given(body=BODIES, other=BODIES)
-def test_a_signature_of_a_key_pair_fits_one_body_and_one_pair(body: bytes, other: bytes) -> None:
+def test_key_pair_signature_is_valid_for_one_body_and_pair(body: bytes, other: bytes) -> None:
     pair, stranger = (new_secret(SignatureScheme.ED25519) for _ in range(2))
     headers = signature_headers([pair], MESSAGE_ID, TIMESTAMP, body)
     version, _, encoded = headers["webhook-signature"].partition(",")
@@ -272,7 +249,7 @@ def test_a_signature_of_a_key_pair_fits_one_body_and_one_pair(body: bytes, other
             key.verify(signature, signed + claimed)
 
 
-def test_while_the_scheme_changes_both_sign_and_each_verifier_finds_its_own() -> None:
+def test_change_of_scheme_signs_with_both_schemes() -> None:
     pair, before = new_secret(SignatureScheme.ED25519), new_secret()
     now = int(datetime.now(UTC).timestamp())
     headers = signature_headers([pair, before], MESSAGE_ID, now, BODY)

@@ -1,4 +1,4 @@
-"""The URL grammar: what it refuses and why, what it must not refuse, and its canonical form."""
+"""The URL grammar: refused URLs with their reasons, accepted URLs and their canonical form."""
 
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
@@ -58,7 +58,7 @@ REFUSED = {
         "https:///a",
         "https://?a",
         "https://:443/",
-        # What urlsplit and yarl strip.
+        # Characters that urlsplit and yarl strip.
         " https://hooks.shop.com/",
         "https://hooks.shop.com/ ",
         "https://hooks.shop.com/a b",
@@ -81,7 +81,7 @@ REFUSED = {
         "https://hooks.shop.com:0x1bb/",
         "https://hooks.shop.com:000443/",
         "https://hooks.shop.com:443:443/",
-        # Everything but a dotted quad that ends in a number.
+        # Hosts that end in a number and are no dotted quad.
         "https://2130706433/",
         "https://017700000001/",
         "https://0x7f000001/",
@@ -103,7 +103,7 @@ REFUSED = {
         "https://shop.1/",
         "https://shop.0x1/",
         "https://shop.0x/",
-        # Digits and dots that compatibility mapping turns into ASCII ones.
+        # Digits and dots that compatibility mapping turns into ASCII.
         "https://①②⑦.⓪.⓪.①/",
         "https://１２７.0.0.1/",
         "https://١٢٧.0.0.1/",
@@ -117,7 +117,7 @@ REFUSED = {
         "https://hooks\u00ad.shop.com/",
         "https://hooks\u200b.shop.com/",
         "https://hooks\uff0eshop.com/",
-        # Brackets that hold something else.
+        # Brackets around something else.
         "https://[]/",
         "https://[::1/",
         "https://::1]/",
@@ -154,7 +154,7 @@ REFUSED = {
         f"https://{'a' * 64}.com/",
         f"https://{'ü' * 60}.com/",
         f"https://{'.'.join(['a' * 63] * 4)}.com/",
-        # Paths and queries that clients would encode each in their own way.
+        # Paths and queries that clients encode differently.
         "https://hooks.shop.com/é",
         "https://hooks.shop.com/?q=é",
         "https://hooks.shop.com/\u2028",
@@ -254,14 +254,14 @@ ALLOWED = {
     "https://172.32.0.0/": "https://172.32.0.0/",
     "https://[2606:4700:0000::1111]/": "https://[2606:4700::1111]/",
     "https://[2A00:1450:4001:0:0:0:0:200E]:8443/a": "https://[2a00:1450:4001::200e]:8443/a",
-    # International names, typed either way; capitals are lowered where ASCII has them.
+    # International names in both forms. ASCII capitals become lower-case.
     "https://bücher.de/a": "https://xn--bcher-kva.de/a",
     "https://Bücher.de/a": "https://xn--bcher-kva.de/a",
     "https://XN--bcher-KVA.de/a": "https://xn--bcher-kva.de/a",
     "https://straße.de/": "https://xn--strae-oqa.de/",
     "https://例え.jp/": "https://xn--r8jz45g.jp/",
     "https://r3---sn-4g5e.shop.com/": "https://r3---sn-4g5e.shop.com/",
-    # What a blocklist of substrings would break.
+    # Hosts that a blocklist of substrings would refuse.
     "https://localhost.shop.com/": "https://localhost.shop.com/",
     "https://localhost.example.com/": "https://localhost.example.com/",
     "https://127.0.0.1.nip.io/": "https://127.0.0.1.nip.io/",
@@ -297,21 +297,21 @@ def refusal(text: str, policy: UrlPolicy = STRICT) -> UrlRefused:
     [(reason, text) for reason, texts in REFUSED.items() for text in texts],
     ids=lambda value: ascii(value)[:60],
 )
-def test_a_url_outside_the_grammar_is_refused_with_its_reason(reason: str, text: str) -> None:
+def test_url_outside_the_grammar_is_refused(reason: str, text: str) -> None:
     refused = refusal(text)
     assert refused.reason == reason
     assert refused.message
 
 
 @pytest.mark.parametrize(("text", "canonical"), ALLOWED.items(), ids=lambda value: value[:60])
-def test_a_url_within_the_grammar_becomes_its_canonical_form(text: str, canonical: str) -> None:
+def test_url_within_the_grammar_is_canonicalized(text: str, canonical: str) -> None:
     url = parse_webhook_url(text, STRICT)
     assert url.text == canonical
     assert parse_webhook_url(canonical, STRICT) == url
 
 
 @pytest.mark.parametrize("text", ALLOWED)
-def test_the_client_reads_the_canonical_form_as_we_do(text: str) -> None:
+def test_http_client_reads_the_canonical_form_alike(text: str) -> None:
     url = parse_webhook_url(text, STRICT)
     seen = URL(url.text, encoded=True)
     assert (seen.raw_host, seen.port) == (url.host, url.port)
@@ -319,7 +319,7 @@ def test_the_client_reads_the_canonical_form_as_we_do(text: str) -> None:
     assert f"{seen.scheme}://{seen.raw_authority}{seen.raw_path_qs}" == url.text
 
 
-def test_host_port_and_address_are_given_in_parts() -> None:
+def test_url_has_host_port_and_address() -> None:
     named = parse_webhook_url("https://Hooks.Shop.com:8443/a", STRICT)
     assert (named.host, named.port, named.address) == ("hooks.shop.com", 8443, None)
     ipv4 = parse_webhook_url("https://8.8.8.8/", STRICT)
@@ -331,7 +331,7 @@ def test_host_port_and_address_are_given_in_parts() -> None:
 @pytest.mark.parametrize(
     "text", ["https://localhost:8443/a", "https://shop.localhost/", "https://127.0.0.1:8443/a"]
 )
-def test_an_operator_who_allows_loopback_may_call_it_by_name_or_number(text: str) -> None:
+def test_allowed_loopback_works_by_name_and_address(text: str) -> None:
     assert parse_webhook_url(text, LOOPBACK_ALLOWED).text == text
 
 
@@ -348,22 +348,22 @@ def test_an_operator_who_allows_loopback_may_call_it_by_name_or_number(text: str
         "https://2130706433/",
     ],
 )
-def test_allowing_loopback_allows_nothing_else(text: str) -> None:
+def test_allowed_loopback_allows_nothing_else(text: str) -> None:
     refusal(text, LOOPBACK_ALLOWED)
 
 
-def test_an_international_name_under_localhost_is_encoded_too() -> None:
+def test_international_name_under_localhost_is_encoded() -> None:
     url = parse_webhook_url("https://bücher.localhost/", LOOPBACK_ALLOWED)
     assert url.text == "https://xn--bcher-kva.localhost/"
 
 
-def test_a_name_under_localhost_stays_refused_when_something_else_is_allowed() -> None:
+def test_localhost_needs_allowed_loopback() -> None:
     policy = UrlPolicy(AddressPolicy((ip_network("10.0.0.0/8"),)), PORTS)
     assert refusal("https://localhost/", policy).reason == "URL_HOST_NOT_ALLOWED"
 
 
 @pytest.mark.parametrize(("port", "allowed"), [(7999, False), (8000, True), (8999, True)])
-def test_port_ranges_hold_both_their_ends(port: int, allowed: bool) -> None:
+def test_port_range_includes_both_ends(port: int, allowed: bool) -> None:
     policy = UrlPolicy(AddressPolicy(), ((8000, 8999),))
     text = f"https://hooks.shop.com:{port}/"
     if allowed:
@@ -372,19 +372,19 @@ def test_port_ranges_hold_both_their_ends(port: int, allowed: bool) -> None:
         assert refusal(text, policy).reason == "URL_PORT_NOT_ALLOWED"
 
 
-def test_the_default_port_is_judged_like_any_other() -> None:
+def test_default_port_is_checked() -> None:
     policy = UrlPolicy(AddressPolicy(), ((8000, 8999),))
     assert refusal("https://hooks.shop.com/", policy).reason == "URL_PORT_NOT_ALLOWED"
 
 
 @pytest.mark.parametrize("port", [0, 65536])
-def test_no_policy_makes_an_impossible_port_possible(port: int) -> None:
+def test_impossible_port_is_always_refused(port: int) -> None:
     policy = UrlPolicy(AddressPolicy(), ((0, 99999),))
     assert refusal(f"https://hooks.shop.com:{port}/", policy).reason == "URL_PORT_NOT_ALLOWED"
 
 
 @pytest.mark.parametrize("port", [22, 2375, 2379, 3306, 5432, 6379, 6443, 9200, 10250, 11211])
-def test_a_range_lets_no_port_of_another_service_in(port: int) -> None:
+def test_port_range_excludes_ports_of_other_services(port: int) -> None:
     text = f"https://hooks.shop.com:{port}/"
     everything = UrlPolicy(AddressPolicy(), ((1, 65535),))
     assert refusal(text, everything).reason == "URL_PORT_NOT_ALLOWED"
@@ -395,36 +395,36 @@ def test_a_range_lets_no_port_of_another_service_in(port: int) -> None:
 @pytest.mark.parametrize(
     "host", ["api.pay.com", "API.Pay.com", "eu.api.pay.com", "xn--bcher-kva.de"]
 )
-def test_a_host_that_the_operator_denies_is_refused_with_all_below_it(host: str) -> None:
+def test_denied_host_and_subdomains_are_refused(host: str) -> None:
     policy = UrlPolicy(AddressPolicy(), PORTS, denied_hosts=("api.pay.com", "xn--bcher-kva.de"))
     assert refusal(f"https://{host}/", policy).reason == "URL_HOST_NOT_ALLOWED"
     assert refusal("https://bücher.de/", policy).reason == "URL_HOST_NOT_ALLOWED"
 
 
 @pytest.mark.parametrize("host", ["pay.com", "notapi.pay.com", "api.pay.com.shop.com"])
-def test_a_denied_host_takes_no_neighbour_with_it(host: str) -> None:
+def test_denied_host_leaves_similar_names_allowed(host: str) -> None:
     policy = UrlPolicy(AddressPolicy(), PORTS, denied_hosts=("api.pay.com",))
     assert parse_webhook_url(f"https://{host}/", policy).host == host
 
 
-def test_a_port_refusal_names_the_ports_to_use() -> None:
+def test_port_error_names_the_allowed_ports() -> None:
     policy = UrlPolicy(AddressPolicy(), ((443, 443), (8000, 8999)))
     assert "443, 8000-8999" in refusal("https://hooks.shop.com:22/", policy).message
 
 
-def test_a_name_that_grows_too_long_by_encoding_is_refused() -> None:
+def test_length_limit_applies_to_the_encoded_name() -> None:
     text = "https://" + "ü.de/" + "a" * (2048 - len("https://ü.de/".encode()))
     assert len(text.encode()) == 2048
     assert refusal(text).reason == "URL_TOO_LONG"
 
 
 @pytest.mark.parametrize("text", ["https://10.1.2.3/", "https://a.internal/", "https://127.1/"])
-def test_a_refusal_repeats_neither_the_host_nor_what_it_is_to_us(text: str) -> None:
+def test_error_reveals_neither_host_nor_its_class(text: str) -> None:
     message = refusal(text).message
     assert not any(word in message for word in ("10.1", "127.1", "internal", "private", "loopback"))
 
 
-# As inet_aton reads them: each part in any base, the last one taking all bytes that are left.
+# Notations of inet_aton: each part in any base, and the last part holds all remaining bytes.
 BASES: list[Callable[[int], str]] = [str, hex, lambda n: f"0{n:o}", lambda n: f"0X{n:X}"]
 PRIVATE = ["10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
 
@@ -442,7 +442,7 @@ def private_address_notations(draw: st.DrawFn) -> tuple[IPv4Address, str]:
 
 
 @given(private_address_notations(), st.sampled_from(["", ":443", ":8443"]))
-def test_a_private_address_is_refused_in_every_integer_notation(
+def test_private_address_is_refused_in_every_notation(
     notation: tuple[IPv4Address, str], port: str
 ) -> None:
     address, text = notation
@@ -451,7 +451,7 @@ def test_a_private_address_is_refused_in_every_integer_notation(
 
 
 @given(private_address_notations())
-def test_an_address_is_accepted_in_its_one_notation_only(
+def test_address_is_accepted_in_one_notation_only(
     notation: tuple[IPv4Address, str],
 ) -> None:
     address, text = notation
@@ -462,7 +462,7 @@ def test_an_address_is_accepted_in_its_one_notation_only(
 
 
 @given(st.text("aAzZ019xX.:/?@%[]-_#\\\t ü①。٣ſ\u212a", max_size=24))
-def test_whatever_is_accepted_is_stable_and_every_parser_agrees_on_its_host(tail: str) -> None:
+def test_parsers_agree_on_every_accepted_url(tail: str) -> None:
     try:
         url = parse_webhook_url(f"https://{tail}", STRICT)
     except UrlRefused:

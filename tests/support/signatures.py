@@ -1,7 +1,7 @@
-"""Whether one `X-Webhook-Signature` is genuine, as the service's own receivers decide it."""
+"""Verification of one `X-Webhook-Signature` header."""
 
 from postrider_client.verification_keys import VerificationKey
-from postrider_client.webhooks import TOLERANCE_SECONDS, inspect_webhook
+from postrider_client.webhooks import inspect_webhook
 
 
 def is_genuine(
@@ -11,8 +11,7 @@ def is_genuine(
     signature: str,
     *,
     now: float,
-    tolerance_seconds: float = TOLERANCE_SECONDS,
 ) -> bool:
     headers = {"webhook-id": message_id, "X-Webhook-Signature": signature}
     keys = [VerificationKey.parse(secret)]
-    return inspect_webhook(keys, headers, body, now=now, tolerance=tolerance_seconds).valid
+    return inspect_webhook(keys, headers, body, now=now).valid

@@ -12,7 +12,7 @@ _SECRET = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class VerificationKey:
-    """A secret or public key. It verifies only the signatures of its own `scheme`."""
+    """A secret or public key. It verifies only signatures of its `scheme`."""
 
     scheme: str
     _key: bytes = field(repr=False)
