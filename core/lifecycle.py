@@ -1,6 +1,7 @@
-"""States of a delivery, their transitions, and outcomes of an attempt.
+"""States of a delivery and outcomes of an attempt.
 
-SQL, Python, protobuf, logs and docs use the same words. docs/architecture.md has the diagram.
+SQL, Python, protobuf, logs and docs use the same words. docs/architecture.md has the diagram of the
+transitions, and the model test of the queue checks them.
 """
 
 from enum import StrEnum
@@ -29,20 +30,6 @@ class DeliveryState(StrEnum):
 OPEN_STATES = frozenset(
     {DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED, DeliveryState.BLOCKED}
 )
-
-TRANSITIONS: dict[DeliveryState, frozenset[DeliveryState]] = {
-    DeliveryState.READY: frozenset(
-        {DeliveryState.LEASED, DeliveryState.PARKED, DeliveryState.CANCELLED}
-    ),
-    DeliveryState.PARKED: frozenset({DeliveryState.READY, DeliveryState.CANCELLED}),
-    DeliveryState.LEASED: frozenset(DeliveryState) - {DeliveryState.LEASED, DeliveryState.BLOCKED},
-    DeliveryState.BLOCKED: frozenset(
-        {DeliveryState.READY, DeliveryState.PARKED, DeliveryState.CANCELLED}
-    ),
-    DeliveryState.DELIVERED: frozenset(),
-    DeliveryState.FAILED: frozenset(),
-    DeliveryState.CANCELLED: frozenset(),
-}
 
 
 class Outcome(StrEnum):

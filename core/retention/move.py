@@ -10,7 +10,7 @@ from core import queue
 from core.postgres.connect import Connection
 from core.postgres.planner import equal
 from core.retention.partitions import Day, retry_lock_conflicts, walk_pages
-from core.retention.policy import DeliveryPolicy
+from core.retention.policy import RetentionPolicy
 
 _PAGE_ROWS = 5000
 _DELIVERIES_PER_MOVE = 500
@@ -55,7 +55,7 @@ _MOVE_EVENTS = "UPDATE events SET kept = true WHERE kept = false AND id = ANY ($
 
 
 async def move_history(
-    connection: Connection, day: Day, policy: DeliveryPolicy, *, dry_run: bool = False
+    connection: Connection, day: Day, policy: RetentionPolicy, *, dry_run: bool = False
 ) -> int:
     """Move deliveries that failed, were cancelled or ended late, and the attempts of all that stay.
 

@@ -45,8 +45,7 @@ _PAUSE_SECONDS = (0.05, 0.5)
 _NAME = re.compile(r"(events|finished_deliveries|attempts)_(\d{8})")
 
 _PARTITIONS = """
-SELECT c.relname AS name, greatest(c.reltuples, 0)::bigint AS rows,
-    pg_total_relation_size(c.oid) AS bytes
+SELECT c.relname AS name, pg_total_relation_size(c.oid) AS bytes
 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = ANY ($1::regclass[])
 ORDER BY c.relname
@@ -81,11 +80,10 @@ class Day:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A daily partition. `rows` is PostgreSQL's estimate, `bytes` includes indexes."""
+    """A daily partition. `bytes` includes indexes."""
 
     table: str
     day: Day
-    rows: int
     bytes: int
 
 
@@ -94,16 +92,10 @@ async def list_partitions(
 ) -> list[Partition]:
     """Return the daily partitions of these tables."""
     rows = await connection.fetch(_PARTITIONS, [f"{table}_by_day" for table in tables])
-    found = ((_NAME.fullmatch(row["name"]), row) for row in rows)
     return [
-        Partition(
-            match[1],
-            Day(datetime.strptime(match[2], "%Y%m%d").replace(tzinfo=UTC).date()),
-            row["rows"],
-            row["bytes"],
-        )
-        for match, row in found
-        if match
+        Partition(match[1], Day(date.fromisoformat(match[2])), row["bytes"])
+        for row in rows
+        if (match := _NAME.fullmatch(row["name"]))
     ]
 
 
@@ -118,21 +110,14 @@ async def days_ahead(connection: Pool) -> int:
     Returns -1 if today lacks one. Reads only the catalogue. It is the metric
     postrider_partition_days_ahead.
     """
-    days_by_table = [
-        {partition.day for partition in await list_partitions(connection, (table,))}
-        for table in PARTITION_KEYS
-    ]
-    complete = set.intersection(*days_by_table)
-    day, count = await today(connection), -1
-    while day in complete:
-        day, count = day.later(1), count + 1
-    return count
-
-
-async def missing_days(connection: Connection) -> list[Day]:
-    """Return today and the days ahead that lack a partition."""
-    existing = {(p.table, p.day) for p in await list_partitions(connection)}
     first = await today(connection)
+    missing = await missing_days(connection, first)
+    return (missing[0].date - first.date).days - 1 if missing else DAYS_AHEAD
+
+
+async def missing_days(connection: Connection, first: Day) -> list[Day]:
+    """Return `first` and the days ahead that lack a partition."""
+    existing = {(p.table, p.day) for p in await list_partitions(connection)}
     days = [first.later(number) for number in range(DAYS_AHEAD + 1)]
     return [day for day in days if any((table, day) not in existing for table in PARTITION_KEYS)]
 

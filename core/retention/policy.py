@@ -1,40 +1,35 @@
 """The retention policy as points in database time: older data is removed."""
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Self
 
 from core.settings import RetentionSettings
 
-
-@dataclass(frozen=True, slots=True)
-class DeliveryPolicy:
-    """Deliveries count from their end. Events count from their creation, as delivered deliveries.
-
-    `undelivered_before` is None if failed and cancelled deliveries are kept without limit.
-    """
-
-    delivered_before: datetime
-    undelivered_before: datetime | None
+#: Before all data, so that nothing is removed.
+NO_LIMIT = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionPolicy:
-    """None stands for no limit."""
+    """Deliveries count from their end, all else from its creation.
 
-    deliveries: DeliveryPolicy | None
-    keys_before: datetime | None
-    audit_before: datetime | None
+    Events have the limit of delivered deliveries.
+    """
+
+    delivered_before: datetime
+    undelivered_before: datetime
+    keys_before: datetime
+    audit_before: datetime
 
     @classmethod
     def at(cls, now: datetime, settings: RetentionSettings) -> Self:
-        def before(days: int) -> datetime | None:
-            return now - timedelta(days=days) if days else None
+        def before(days: int) -> datetime:
+            return now - timedelta(days=days) if days else NO_LIMIT
 
-        delivered = before(settings.retention_delivered_days)
-        undelivered = before(settings.retention_undelivered_days)
         return cls(
-            DeliveryPolicy(delivered, undelivered) if delivered else None,
+            before(settings.retention_delivered_days),
+            before(settings.retention_undelivered_days),
             before(settings.retention_idempotency_days),
             before(settings.retention_audit_days),
         )

@@ -18,7 +18,7 @@ from core.retention.partitions import (
     retry_lock_conflicts,
     walk_pages,
 )
-from core.retention.policy import DeliveryPolicy
+from core.retention.policy import RetentionPolicy
 
 _PAGE_ROWS = 1000
 _QUEUE_PAGE_ROWS = 20_000
@@ -98,7 +98,7 @@ _ADD_OPEN_EVENTS = "INSERT INTO open_events SELECT * FROM unnest($1::uuid[]) ON 
 
 
 async def remove_finished(
-    connection: Connection, policy: DeliveryPolicy, *, dry_run: bool = False
+    connection: Connection, policy: RetentionPolicy, *, dry_run: bool = False
 ) -> int:
     """Remove old finished deliveries with all their attempts. A dry run only counts them."""
     removed = 0
@@ -117,7 +117,7 @@ async def remove_finished(
     return removed
 
 
-async def collect_open_events(connection: Connection, policy: DeliveryPolicy) -> None:
+async def collect_open_events(connection: Connection, policy: RetentionPolicy) -> None:
     """Fill the temporary table `open_events` with old events that have an open delivery.
 
     Afterwards only a redelivery makes another old event needed, and its original delivery still
@@ -132,7 +132,7 @@ async def collect_open_events(connection: Connection, policy: DeliveryPolicy) ->
             await connection.execute(_ADD_OPEN_EVENTS, events)
 
 
-async def remove_events(connection: Connection, policy: DeliveryPolicy) -> int:
+async def remove_events(connection: Connection, policy: RetentionPolicy) -> int:
     """Remove old events without an open delivery (by `open_events`) or a kept delivery."""
     removed = 0
     for partition in await undated_partitions(connection, "events"):

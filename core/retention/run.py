@@ -29,7 +29,7 @@ from core.retention.partitions import (
     Day,
     retry_lock_conflicts,
 )
-from core.retention.policy import DeliveryPolicy, RetentionPolicy
+from core.retention.policy import NO_LIMIT, RetentionPolicy
 from core.settings import DatabaseSettings, RetentionSettings
 
 #: Advisory lock of a run, the same in all processes and releases.
@@ -96,20 +96,19 @@ async def run_once(
         policy = RetentionPolicy.at(now, settings)
         run_id = new_id()
         # Recorded before rows are removed, because readers compare against it.
-        removed_before = policy.deliveries.delivered_before if policy.deliveries else None
+        limited = policy.delivered_before > NO_LIMIT
+        removed_before = policy.delivered_before if limited else None
         actor = operator.actor if operator else "engine"
         await connection.execute(_INSERT_RUN, run_id, actor, removed_before)
         report = RunReport()
         await _create_days(connection, report, announce)
-        if policy.deliveries is not None:
-            await _remove_deliveries(connection, policy.deliveries, report, announce)
+        if limited:
+            await _remove_deliveries(connection, policy, report, announce)
             report.parts_dropped += await prune.drop_empty_before_partitions(connection)
-        if policy.keys_before is not None:
-            removed = await prune.remove_keys(connection, policy.keys_before)
-            report.idempotency_keys_removed = removed
-        if policy.audit_before is not None:
-            removed = await prune.remove_audit_entries(connection, policy.audit_before)
-            report.audit_entries_removed = removed
+        keys = await prune.remove_keys(connection, policy.keys_before)
+        report.idempotency_keys_removed = keys
+        entries = await prune.remove_audit_entries(connection, policy.audit_before)
+        report.audit_entries_removed = entries
         await prune.remove_runs(connection, now)
         done = orjson.dumps(report.as_dict()).decode()
         async with connection.transaction():
@@ -128,16 +127,23 @@ async def preview(database: DatabaseSettings, settings: RetentionSettings) -> Ru
     """Return the changes of a run without making them. Counts no events, only their partitions."""
     async with _open_session(database) as connection:
         policy = RetentionPolicy.at(await connection.fetchval("SELECT now()"), settings)
-        missing = await partitions.missing_days(connection)
-        report = RunReport(days_made=[str(day.date) for day in missing])
-        if policy.deliveries is not None:
-            await _preview_deliveries(connection, policy.deliveries, report)
-        if policy.keys_before is not None:
-            count = await prune.count_keys(connection, policy.keys_before)
-            report.idempotency_keys_removed = count
-        if policy.audit_before is not None:
-            count = await prune.count_audit_entries(connection, policy.audit_before)
-            report.audit_entries_removed = count
+        today = await partitions.today(connection)
+        missing = await partitions.missing_days(connection, today)
+        report = RunReport(
+            days_made=[str(day.date) for day in missing],
+            deliveries_removed=await prune.remove_finished(connection, policy, dry_run=True),
+            idempotency_keys_removed=await prune.count_keys(connection, policy.keys_before),
+            audit_entries_removed=await prune.count_audit_entries(connection, policy.audit_before),
+        )
+        for partition in await partitions.list_partitions(connection):
+            day, table = partition.day, partition.table
+            if day.end > policy.delivered_before:
+                continue
+            report.days_dropped.append(day.partition(table))
+            report.bytes_dropped += partition.bytes
+            if table == "finished_deliveries":
+                moved = await move.move_history(connection, day, policy, dry_run=True)
+                report.deliveries_kept += moved
         return report
 
 
@@ -147,25 +153,11 @@ async def last_completed(connection: Pool) -> datetime | None:
     return moment
 
 
-async def _preview_deliveries(
-    connection: Connection, policy: DeliveryPolicy, report: RunReport
-) -> None:
-    for partition in await partitions.list_partitions(connection):
-        day, table = partition.day, partition.table
-        if day.end > policy.delivered_before:
-            continue
-        report.days_dropped.append(day.partition(table))
-        report.bytes_dropped += partition.bytes
-        if table == "finished_deliveries":
-            moved = await move.move_history(connection, day, policy, dry_run=True)
-            report.deliveries_kept += moved
-    report.deliveries_removed = await prune.remove_finished(connection, policy, dry_run=True)
-
-
 async def _create_days(
     connection: Connection, report: RunReport, announce: Callable[[str], None]
 ) -> None:
-    for day in await partitions.missing_days(connection):
+    today = await partitions.today(connection)
+    for day in await partitions.missing_days(connection, today):
         try:
             created = await retry_lock_conflicts(partitions.create_day, connection, day)
         except _DEFERRED_ERRORS:
@@ -179,7 +171,7 @@ async def _create_days(
 
 async def _remove_deliveries(
     connection: Connection,
-    policy: DeliveryPolicy,
+    policy: RetentionPolicy,
     report: RunReport,
     announce: Callable[[str], None],
 ) -> None:
@@ -208,7 +200,7 @@ async def _remove_deliveries(
 
 
 async def _drop_history(
-    connection: Connection, day: Day, policy: DeliveryPolicy, report: RunReport
+    connection: Connection, day: Day, policy: RetentionPolicy, report: RunReport
 ) -> bool:
     """Drop the day's history. Returns False if its deliveries are attempted again and again."""
     for _ in range(_DROP_TRIES):
@@ -245,7 +237,7 @@ async def _drop(
 
 
 async def _expired_days(
-    connection: Connection, tables: tuple[str, ...], policy: DeliveryPolicy
+    connection: Connection, tables: tuple[str, ...], policy: RetentionPolicy
 ) -> list[Day]:
     """Return the days whose delivered deliveries are all old, the oldest first."""
     found = {partition.day for partition in await partitions.list_partitions(connection, tables)}

@@ -1,8 +1,7 @@
-"""States, outcomes and transitions, in Python, the database and the protos."""
+"""States and outcomes have the same words in Python, the database and the protos."""
 
 from core.lifecycle import (
     OPEN_STATES,
-    TRANSITIONS,
     DeactivationReason,
     DeliveryState,
     Outcome,
@@ -11,34 +10,6 @@ from core.models import Attempt, Base, FinishedDelivery, QueuedDelivery, Webhook
 from postrider.v1 import delivery_pb2
 
 FINAL_STATES = frozenset(DeliveryState) - OPEN_STATES
-
-
-def test_every_state_has_transitions() -> None:
-    assert TRANSITIONS.keys() == set(DeliveryState)
-
-
-def test_final_states_have_no_successor() -> None:
-    assert {state for state, following in TRANSITIONS.items() if not following} == FINAL_STATES
-
-
-def test_no_state_follows_itself() -> None:
-    assert [state for state, following in TRANSITIONS.items() if state in following] == []
-
-
-def test_only_leased_deliveries_get_a_result() -> None:
-    for result in (DeliveryState.DELIVERED, DeliveryState.FAILED):
-        before = {state for state, following in TRANSITIONS.items() if result in following}
-        assert before == {DeliveryState.LEASED}
-
-
-def test_open_deliveries_can_be_cancelled_or_delivered() -> None:
-    for state in OPEN_STATES:
-        assert DeliveryState.CANCELLED in TRANSITIONS[state]
-        assert DeliveryState.DELIVERED in _reachable_from(state)
-
-
-def test_parked_deliveries_become_ready_before_leased() -> None:
-    assert DeliveryState.LEASED not in TRANSITIONS[DeliveryState.PARKED]
 
 
 def test_database_constraints_have_the_same_words() -> None:
@@ -64,12 +35,3 @@ def _in_proto(prefix: str, words: type[DeliveryState] | type[Outcome]) -> set[st
 def _words_of(table: type[Base], constraint: str) -> set[str]:
     [check] = [c for c in table.__table__.constraints if c.name == constraint]  # type: ignore[attr-defined]
     return set(str(check.sqltext).split("'")[1::2])
-
-
-def _reachable_from(state: DeliveryState) -> set[DeliveryState]:
-    found: set[DeliveryState] = set()
-    pending = {state}
-    while pending:
-        found |= pending
-        pending = {after for before in pending for after in TRANSITIONS[before]} - found
-    return found

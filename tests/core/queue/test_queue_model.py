@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 )
 
 from core import queue
-from core.lifecycle import OPEN_STATES, TRANSITIONS, DeliveryState, Outcome
+from core.lifecycle import OPEN_STATES, DeliveryState, Outcome
 from core.queue import BreakerChange, Chain, LeasedDelivery, Settlement
 from delivery.maintain import promote_stranded
 from tests.support.factories import (
@@ -45,6 +45,18 @@ from tests.support.factories import (
 LIMIT = 2
 READY, PARKED, LEASED = DeliveryState.READY, DeliveryState.PARKED, DeliveryState.LEASED
 BLOCKED = DeliveryState.BLOCKED
+DELIVERED, FAILED = DeliveryState.DELIVERED, DeliveryState.FAILED
+CANCELLED = DeliveryState.CANCELLED
+#: The states that may follow each state.
+TRANSITIONS: dict[DeliveryState, set[DeliveryState]] = {
+    READY: {LEASED, PARKED, CANCELLED},
+    PARKED: {READY, CANCELLED},
+    LEASED: {READY, PARKED, DELIVERED, FAILED, CANCELLED},
+    BLOCKED: {READY, PARKED, CANCELLED},
+    DELIVERED: set(),
+    FAILED: set(),
+    CANCELLED: set(),
+}
 
 _TABLES = (
     "webhook_configs",
