@@ -57,7 +57,6 @@ REFUSED = {
         "https://",
         "https:///a",
         "https://?a",
-        "https://:443/",
         # Characters that urlsplit and yarl strip.
         " https://hooks.shop.com/",
         "https://hooks.shop.com/ ",
@@ -71,86 +70,12 @@ REFUSED = {
         "https://hooks.shop.com/\ud800",
         "https://hooks.shop.com\\@127.0.0.1/",
         "https:\\\\hooks.shop.com/",
-        # Ports that int() or yarl would read.
-        "https://hooks.shop.com:/",
-        "https://hooks.shop.com:+443/",
-        "https://hooks.shop.com:-1/",
-        "https://hooks.shop.com:4_43/",
-        "https://hooks.shop.com:٤٤٣/",
-        "https://hooks.shop.com:４４３/",
-        "https://hooks.shop.com:0x1bb/",
-        "https://hooks.shop.com:000443/",
-        "https://hooks.shop.com:443:443/",
-        # Hosts that end in a number and are no dotted quad.
-        "https://2130706433/",
-        "https://017700000001/",
-        "https://0x7f000001/",
-        "https://0x7f.1/",
-        "https://0x7f.0x0.0x0.0x1/",
-        "https://0177.0.0.1/",
-        "https://0177.0.0.01/",
-        "https://127.1/",
-        "https://127.0.1/",
-        "https://127.0.0.1./",
-        "https://127.0.0.1../",
-        "https://127.0.0.01/",
-        "https://127.0.0.256/",
-        "https://127.0.0.1.1/",
-        "https://4294967296/",
-        "https://8.8.2056/",
-        "https://08.8.8.8/",
-        "https://8.8.8.8./",
-        "https://shop.1/",
-        "https://shop.0x1/",
-        "https://shop.0x/",
         # Digits and dots that compatibility mapping turns into ASCII.
-        "https://①②⑦.⓪.⓪.①/",
-        "https://１２７.0.0.1/",
-        "https://١٢٧.0.0.1/",
-        "https://127。0。0。1/",
-        "https://127．0．0．1/",
-        "https://hooks。shop。com/",
-        "https://ⓛocalhost/",
-        "https://ｌｏｃａｌｈｏｓｔ/",
-        "https://localhoſt/",
         "https://hoo\u212as.shop.com/",
         "https://hooks\u00ad.shop.com/",
         "https://hooks\u200b.shop.com/",
         "https://hooks\uff0eshop.com/",
-        # Brackets around something else.
-        "https://[]/",
-        "https://[::1/",
-        "https://::1]/",
-        "https://::1/",
-        "https://[[::1]]/",
-        "https://[127.0.0.1]/",
-        "https://[hooks.shop.com]/",
-        "https://[::ffff:127.0.0.1]/",
-        "https://[::127.0.0.1]/",
-        "https://[64:ff9b::127.0.0.1]/",
-        "https://[fe80::1%25eth0]/",
-        "https://[fe80::1%eth0]/",
-        "https://[2606:4700::1111%25]/",
-        "https://[v1.fe80::a]/",
-        "https://[1:2:3]/",
-        "https://[::1]x/",
-        "https://x[::1]/",
-        "https://[::１]/",
         # Names.
-        "https://hooks%2eshop.com/",
-        "https://127%2e0.0.1/",
-        "https://%31%32%37.0.0.1/",
-        "https://hooks.shop.com./",
-        "https://localhost./",
-        "https://.shop.com/",
-        "https://hooks..shop.com/",
-        "https://-hooks.shop.com/",
-        "https://hooks-.shop.com/",
-        "https://my_hooks.shop.com/",
-        "https://*.shop.com/",
-        "https://hooks.shop.com;a/",
-        "https://hooks,shop.com/",
-        "https://hooks.shop.com&a/",
         f"https://{'a' * 64}.com/",
         f"https://{'ü' * 60}.com/",
         f"https://{'.'.join(['a' * 63] * 4)}.com/",
@@ -160,79 +85,88 @@ REFUSED = {
         "https://hooks.shop.com/\u2028",
     ],
     "URL_PORT_NOT_ALLOWED": [
-        "https://hooks.shop.com:0/",
-        "https://hooks.shop.com:22/",
-        "https://hooks.shop.com:442/",
-        "https://hooks.shop.com:444/",
-        "https://hooks.shop.com:5432/",
-        "https://hooks.shop.com:65536/",
         "https://hooks.shop.com:65979/",  # 443 modulo 2**16
-        "https://hooks.shop.com:99999/",
     ],
     "URL_ADDRESS_NOT_ALLOWED": [
-        "https://0.0.0.0/",
-        "https://10.0.0.0/",
-        "https://10.255.255.255/",
-        "https://100.64.0.0/",
-        "https://100.127.255.255/",
-        "https://127.0.0.1/",
-        "https://127.0.0.1:8443/",
-        "https://127.255.255.255/",
-        "https://168.63.129.16/",
         "https://169.254.169.254/latest/meta-data/",
-        "https://172.16.0.0/",
-        "https://172.31.255.255/",
-        "https://192.0.0.192/",
-        "https://192.168.0.0/",
-        "https://192.168.255.255/",
-        "https://198.18.0.0/",
-        "https://224.0.0.1/",
-        "https://255.255.255.255/",
-        "https://[::]/",
-        "https://[::1]/",
-        "https://[0:0:0:0:0:0:0:1]/",
-        "https://[::ffff:7f00:1]/",
-        "https://[::ffff:808:808]/",
-        "https://[::7f00:1]/",
-        "https://[::ffff:0:7f00:1]/",
-        "https://[64:ff9b::7f00:1]/",
-        "https://[64:ff9b:1::1]/",
-        "https://[2002:7f00:1::]/",
-        "https://[2001:0:4136:e378:8000:63bf:3fff:fdd2]/",
-        "https://[2001:db8::1]/",
-        "https://[fd00:ec2::254]/",
-        "https://[FE80::1]/",
-        "https://[fec0::1]/",
-        "https://[ff02::1]/",
-        "https://[4000::1]/",
-    ],
-    "URL_HOST_NOT_ALLOWED": [
-        "https://localhost/",
-        "https://LOCALHOST/",
-        "https://a.localhost/",
-        "https://intranet/",
-        "https://com/",
-        "https://metadata.google.internal/",
-        "https://METADATA.GOOG/",
-        "https://metadata.tencentyun.com/",
-        "https://api.metadata.cloud.ibm.com/",
-        "https://printer.local/",
-        "https://a.localdomain/",
-        "https://a.lan/",
-        "https://a.home/",
-        "https://1.0.0.127.in-addr.arpa/",
-        "https://a.corp/",
-        "https://a.mail/",
-        "https://a.test/",
-        "https://a.invalid/",
-        "https://a.example/",
-        "https://a.onion/",
-        "https://kubernetes.default.svc/",
-        "https://kubernetes.default.svc.cluster.local/",
-        "https://a.svc.cluster/",
-        "https://a.service.consul/",
     ],
 }
+
+#: Further refused URLs: `https://`, one of these hosts and `/`.
+REFUSED_HOSTS = [
+    # Ports that int() or yarl would read.
+    (
+        "URL_MALFORMED",
+        """
+        :443 hooks.shop.com: hooks.shop.com:+443 hooks.shop.com:-1 hooks.shop.com:4_43
+        hooks.shop.com:٤٤٣ hooks.shop.com:４４３ hooks.shop.com:0x1bb hooks.shop.com:000443
+        hooks.shop.com:443:443
+        """,
+    ),
+    # Hosts that end in a number and are no dotted quad.
+    (
+        "URL_MALFORMED",
+        """
+        2130706433 017700000001 0x7f000001 0x7f.1 0x7f.0x0.0x0.0x1 0177.0.0.1 0177.0.0.01
+        127.1 127.0.1 127.0.0.1. 127.0.0.1.. 127.0.0.01 127.0.0.256 127.0.0.1.1 4294967296
+        8.8.2056 08.8.8.8 8.8.8.8. shop.1 shop.0x1 shop.0x
+        """,
+    ),
+    # Digits and dots that compatibility mapping turns into ASCII.
+    (
+        "URL_MALFORMED",
+        """
+        ①②⑦.⓪.⓪.① １２７.0.0.1 ١٢٧.0.0.1 127。0。0。1 127．0．0．1 hooks。shop。com
+        ⓛocalhost ｌｏｃａｌｈｏｓｔ localhoſt
+        """,
+    ),
+    # Brackets around something else.
+    (
+        "URL_MALFORMED",
+        """
+        [] [::1 ::1] ::1 [[::1]] [127.0.0.1] [hooks.shop.com] [::ffff:127.0.0.1]
+        [::127.0.0.1] [64:ff9b::127.0.0.1] [fe80::1%25eth0] [fe80::1%eth0]
+        [2606:4700::1111%25] [v1.fe80::a] [1:2:3] [::1]x x[::1] [::１]
+        """,
+    ),
+    # Names.
+    (
+        "URL_MALFORMED",
+        """
+        hooks%2eshop.com 127%2e0.0.1 %31%32%37.0.0.1 hooks.shop.com. localhost. .shop.com
+        hooks..shop.com -hooks.shop.com hooks-.shop.com my_hooks.shop.com *.shop.com
+        hooks.shop.com;a hooks,shop.com hooks.shop.com&a
+        """,
+    ),
+    (
+        "URL_PORT_NOT_ALLOWED",
+        """
+        hooks.shop.com:0 hooks.shop.com:22 hooks.shop.com:442 hooks.shop.com:444
+        hooks.shop.com:5432 hooks.shop.com:65536 hooks.shop.com:99999
+        """,
+    ),
+    (
+        "URL_ADDRESS_NOT_ALLOWED",
+        """
+        0.0.0.0 10.0.0.0 10.255.255.255 100.64.0.0 100.127.255.255 127.0.0.1 127.0.0.1:8443
+        127.255.255.255 168.63.129.16 172.16.0.0 172.31.255.255 192.0.0.192 192.168.0.0
+        192.168.255.255 198.18.0.0 224.0.0.1 255.255.255.255 [::] [::1] [0:0:0:0:0:0:0:1]
+        [::ffff:7f00:1] [::ffff:808:808] [::7f00:1] [::ffff:0:7f00:1] [64:ff9b::7f00:1]
+        [64:ff9b:1::1] [2002:7f00:1::] [2001:0:4136:e378:8000:63bf:3fff:fdd2] [2001:db8::1]
+        [fd00:ec2::254] [FE80::1] [fec0::1] [ff02::1] [4000::1]
+        """,
+    ),
+    (
+        "URL_HOST_NOT_ALLOWED",
+        """
+        localhost LOCALHOST a.localhost intranet com metadata.google.internal METADATA.GOOG
+        metadata.tencentyun.com api.metadata.cloud.ibm.com printer.local a.localdomain a.lan
+        a.home 1.0.0.127.in-addr.arpa a.corp a.mail a.test a.invalid a.example a.onion
+        kubernetes.default.svc kubernetes.default.svc.cluster.local a.svc.cluster
+        a.service.consul
+        """,
+    ),
+]
 
 # text: canonical form
 ALLOWED = {
@@ -294,7 +228,10 @@ def refusal(text: str, policy: UrlPolicy = STRICT) -> UrlRefused:
 
 @pytest.mark.parametrize(
     ("reason", "text"),
-    [(reason, text) for reason, texts in REFUSED.items() for text in texts],
+    [
+        *((reason, text) for reason, texts in REFUSED.items() for text in texts),
+        *((reason, f"https://{h}/") for reason, hosts in REFUSED_HOSTS for h in hosts.split()),
+    ],
     ids=lambda value: ascii(value)[:60],
 )
 def test_url_outside_the_grammar_is_refused(reason: str, text: str) -> None:
