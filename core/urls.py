@@ -91,7 +91,7 @@ def parse_webhook_url(text: str, policy: UrlPolicy) -> WebhookUrl:
     authority, target = _split(text)
     match = _AUTHORITY.fullmatch(authority)
     if match is None:
-        _malformed("the host is not well formed; write https://host/path")
+        _malformed("the host is malformed: write https://host/path")
     port = _parse_port(match["port"], policy)
     if match["ipv6"] is not None:
         address: Address | None = _parse_ipv6(match["ipv6"])
@@ -106,7 +106,7 @@ def parse_webhook_url(text: str, policy: UrlPolicy) -> WebhookUrl:
     if address is not None and policy.addresses.refusal(address) is not None:
         raise UrlRefused(
             "URL_ADDRESS_NOT_ALLOWED",
-            "the address is not a public one; use a host that can be reached from the internet",
+            "the address is not a public one: use a host that can be reached from the internet",
         )
     if port != 443:
         netloc += f":{port}"
@@ -123,14 +123,14 @@ def _split(text: str) -> tuple[str, str]:
     if text[: len(_SCHEME)].lower() != _SCHEME:
         raise UrlRefused("URL_NOT_HTTPS", "the URL must begin with https://")
     if "#" in text:
-        raise UrlRefused("URL_HAS_FRAGMENT", "remove the '#' and what follows; it is never sent")
+        raise UrlRefused("URL_HAS_FRAGMENT", "remove the fragment after '#': it is never sent")
     parts = _PARTS.fullmatch(text, len(_SCHEME))
     assert parts is not None  # noqa: S101 - the pattern matches every string
     authority, path, query = parts["authority"], parts["path"], parts["query"]
     if "@" in authority:
         raise UrlRefused(
             "URL_HAS_CREDENTIALS",
-            "remove what is before the '@'; to know us, verify the signature of the webhook",
+            "remove the credentials before the '@': verify the webhook's signature instead",
         )
     if not (path + query).isascii():
         _malformed("percent-encode the characters of the path and query that are not ASCII")
@@ -141,7 +141,7 @@ def _split(text: str) -> tuple[str, str]:
 def _check_length(text: str) -> None:
     # In bytes. `surrogatepass`, because surrogates are refused later and must not raise here.
     if len(text.encode(errors="surrogatepass")) > _LENGTH_MAX:
-        raise UrlRefused("URL_TOO_LONG", f"the URL is longer than {_LENGTH_MAX} bytes; shorten it")
+        raise UrlRefused("URL_TOO_LONG", f"the URL is longer than {_LENGTH_MAX} bytes: shorten it")
 
 
 def _parse_port(text: str | None, policy: UrlPolicy) -> int:
@@ -149,7 +149,7 @@ def _parse_port(text: str | None, policy: UrlPolicy) -> int:
     if not policy.allows_port(port):
         usable = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in policy.ports)
         raise UrlRefused(
-            "URL_PORT_NOT_ALLOWED", f"the port is not one we call; use one of: {usable}"
+            "URL_PORT_NOT_ALLOWED", f"the port is not one we call: use one of {usable}"
         )
     return port
 
@@ -161,7 +161,7 @@ def _parse_ipv6(text: str) -> IPv6Address:
             return IPv6Address(text)
     except AddressValueError:
         pass
-    return _malformed("what is in brackets must be a plain IPv6 address, without a zone")
+    return _malformed("the brackets must hold a plain IPv6 address without a zone")
 
 
 def _parse_ipv4(text: str) -> IPv4Address:
@@ -175,7 +175,7 @@ def _parse_name(host: str, policy: UrlPolicy) -> str:
     labels = [_ascii_label(label) for label in host.split(".")]
     name = ".".join(labels)
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        _malformed("the host name is not well formed; check dots, hyphens and underscores")
+        _malformed("the host name is malformed: check dots, hyphens and underscores")
     # Resolvers and proxies may read 2130706433, 0x7f.1 and 127.1 as addresses, as inet_aton does.
     # No top-level domain begins with a digit.
     if labels[-1][0].isdigit():
@@ -186,7 +186,7 @@ def _parse_name(host: str, policy: UrlPolicy) -> str:
     if refused or len(labels) < 2:
         raise UrlRefused(
             "URL_HOST_NOT_ALLOWED",
-            "the host is not a public name; use one that can be reached from the internet",
+            "the host is not a public name: use one that can be reached from the internet",
         )
     return name
 
@@ -198,7 +198,7 @@ def _ascii_label(label: str) -> str:
     try:
         return idna.alabel(label).decode()
     except idna.IDNAError:
-        return _malformed("the host name has characters that international names cannot hold")
+        return _malformed("the host name has characters that international names may not contain")
 
 
 def _malformed(message: str) -> NoReturn:
