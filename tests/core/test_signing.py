@@ -87,24 +87,12 @@ def test_standard_webhooks_library_refuses_altered_requests() -> None:
         library.verify(BODY, signature_headers([SECRET], MESSAGE_ID, now - 360, BODY))
 
 
-@given(body=BODIES, timestamp=st.integers(0, 10**11))
-def test_signature_verifies_for_any_bytes(body: bytes, timestamp: int) -> None:
+@given(body=BODIES, other=BODIES, timestamp=st.integers(0, 10**11))
+def test_signature_is_valid_for_one_body_only(body: bytes, other: bytes, timestamp: int) -> None:
     signature = signature_headers([SECRET], MESSAGE_ID, timestamp, body)["X-Webhook-Signature"]
 
     assert is_genuine(SECRET, MESSAGE_ID, body, signature, now=timestamp)
-
-
-@given(body=BODIES, other=BODIES)
-def test_signature_is_valid_for_one_body_only(body: bytes, other: bytes) -> None:
-    signature = signature_headers([SECRET], MESSAGE_ID, TIMESTAMP, body)["X-Webhook-Signature"]
-
-    assert is_genuine(SECRET, MESSAGE_ID, other, signature, now=TIMESTAMP) == (body == other)
-
-
-def test_signature_is_valid_for_one_secret_and_message() -> None:
-    assert is_genuine(SECRET, MESSAGE_ID, BODY, SIGNATURE, now=TIMESTAMP)
-    assert not is_genuine(new_secret(), MESSAGE_ID, BODY, SIGNATURE, now=TIMESTAMP)
-    assert not is_genuine(SECRET, "evt_other", BODY, SIGNATURE, now=TIMESTAMP)
+    assert is_genuine(SECRET, MESSAGE_ID, other, signature, now=timestamp) == (body == other)
 
 
 @given(index=st.integers(0, len(SIGNATURE) - 1), character=st.sampled_from("0123456789abcdefg,=tv"))
@@ -114,28 +102,6 @@ def test_signature_with_a_changed_character_is_invalid(index: int, character: st
     accepted = is_genuine(SECRET, MESSAGE_ID, BODY, changed, now=TIMESTAMP)
 
     assert accepted == (changed == SIGNATURE)
-
-
-@pytest.mark.parametrize(
-    "signature",
-    [
-        "",
-        ",",
-        "t=,v1=",
-        "v1=" + SIGNATURE.partition("v1=")[2],
-        "t=1767323045",
-        "t=-1,v1=0",
-        "t=1e9,v1=0",
-        "t=١,v1=0",
-        "t=²,v1=0",
-        f"t={'9' * 5000},v1=0",
-        "t=1767323045,v1=ü",
-        SIGNATURE.replace("v1=", "v0="),
-        SIGNATURE.upper(),
-    ],
-)
-def test_malformed_signature_is_invalid(signature: str) -> None:
-    assert not is_genuine(SECRET, MESSAGE_ID, BODY, signature, now=TIMESTAMP)
 
 
 @given(signature=st.text(st.characters(exclude_categories=["Cs"])))
