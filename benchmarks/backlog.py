@@ -20,8 +20,9 @@ from benchmarks.drain import drained, prefill, trickled
 from benchmarks.pipeline import running_server_and_receiver
 from benchmarks.stack import Stack, insert_webhooks, running_stack
 from core import queue
-from core.lifecycle import DeliveryState, Outcome
-from core.postgres.pool import Pool, open_pool
+from core.lifecycle import AttemptResult, DeliveryState, Outcome
+from core.postgres.pool import open_pool
+from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery, Settlement
 from core.settings import DatabaseSettings
 
@@ -111,13 +112,13 @@ def _delivered(delivery: LeasedDelivery) -> Settlement:
     return Settlement(
         delivery_id=delivery.id,
         lease_id=delivery.lease_id,
-        outcome=Outcome.SUCCEEDED,
-        status_code=200,
-        detail="",
+        webhook_id=delivery.webhook_id,
+        merchant_id=delivery.merchant_id,
+        due_since=delivery.due_since,
+        number=delivery.attempt_count + 1,
         started_at=datetime.now(UTC),
-        duration_us=1000,
+        result=AttemptResult(Outcome.SUCCEEDED, 200, "", duration_us=1000),
         final_state=DeliveryState.DELIVERED,
-        retry_after_seconds=0,
     )
 
 

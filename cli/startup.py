@@ -11,7 +11,7 @@ import migrations
 from core.addresses import AddressPolicy
 from core.encryption import KeyRing
 from core.errors import ConfigurationError
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.settings import EgressSettings
 from core.urls import UrlPolicy
 from delivery.http.resolver import RACED_MAX

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from core.errors import ConfigurationError
 from core.file_secrets import ReloadedSecret, Secret
 from core.operator_audit import INSERT_OPERATOR_ENTRY, Operator, operator_entry
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.settings import EncryptionSettings
 
 _NONCE_BYTES = 12

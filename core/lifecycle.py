@@ -77,3 +77,18 @@ class AttemptResult(NamedTuple):
     response_excerpt: str = ""
     #: The Retry-After of a 429 or 503, not limited yet. None if absent or invalid.
     retry_after_seconds: float | None = None
+
+
+#: The fields of an AttemptResult that are columns of `attempts`, with their SQL types.
+ATTEMPT_COLUMNS = {
+    "outcome": "text",
+    "status_code": "int",
+    "detail": "text",
+    "duration_us": "int",
+    "dns_us": "int",
+    "connect_us": "int",
+    "tls_us": "int",
+    "first_byte_us": "int",
+    "remote_address": "text",
+    "response_excerpt": "text",
+}

@@ -10,7 +10,8 @@ import structlog
 from core import queue
 from core.histogram import Histogram
 from core.ids import new_id
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery
 
 #: How often the deliveries of a claim without an answer are looked for: of what was sent to a
@@ -79,7 +80,7 @@ async def claim(
     for webhook_id in {d.webhook_id for d in leased if d.webhook_deleted}:
         await queue.cancel_some(pool, webhook_id)
     present = [d for d in leased if not d.webhook_deleted]
-    waiting = [d for d in present if not d.webhook_active or d.is_held]
+    waiting = [d for d in present if not d.webhook_active or d.breaker_is_open]
     if waiting:
         await queue.park_leased(pool, waiting)
-    return Claim(len(leased), [d for d in present if d.webhook_active and not d.is_held])
+    return Claim(len(leased), [d for d in present if d.webhook_active and not d.breaker_is_open])

@@ -14,8 +14,9 @@ from typing import Any
 import asyncpg
 import structlog
 
-from core.postgres.pool import CONNECTION_ERRORS, Pool
-from core.queue import Depth, measure_depth
+from core.postgres.pool import CONNECTION_ERRORS
+from core.postgres.protocols import Pool
+from core.queue import QueueStats, read_queue_stats
 from core.retention import days_ahead, last_completed
 
 #: What is so old is told again.
@@ -61,7 +62,7 @@ class Reading:
     database_up: bool
     #: Our clock minus the database's.
     clock_skew_seconds: float | None = None
-    depth: Depth | None = None
+    depth: QueueStats | None = None
     #: Webhook configs by status: active, or why not.
     configs: Mapping[str, int] | None = None
     partition_days_ahead: int | None = None
@@ -112,7 +113,7 @@ class DatabaseStats:
             return
         self._latest = replace(
             self._latest,
-            depth=await _unless_refused(measure_depth(connection)),
+            depth=await _unless_refused(read_queue_stats(connection)),
             configs=await _unless_refused(_configs(connection)),
             partition_days_ahead=await _unless_refused(days_ahead(connection)),
             retention_completed_at=await _unless_refused(last_completed(connection)),

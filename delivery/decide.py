@@ -11,7 +11,7 @@ from delivery.settings import DeliverySettings
 from delivery.webhooks import Webhook
 
 
-def asked_seconds(result: AttemptResult, settings: DeliverySettings) -> float:
+def requested_pause_seconds(result: AttemptResult, settings: DeliverySettings) -> float:
     """For how long the receiver wants to be left alone, as far as it is granted; 0: not at all."""
     wish = result.retry_after_seconds or 0.0
     return min(wish, settings.retry_after_max_seconds) if wish > 0 else 0.0
@@ -28,28 +28,19 @@ def decide(
     backoff = _backoff(delivery, webhook, settings, result.outcome)
     state = final_state(result.outcome, result.status_code, backoff)
     # A receiver may ask for more time, never for less.
-    wait = max(backoff or 0.0, asked_seconds(result, settings))
+    wait = max(backoff or 0.0, requested_pause_seconds(result, settings))
     return Settlement(
         delivery_id=delivery.id,
         lease_id=delivery.lease_id,
-        outcome=result.outcome,
-        status_code=result.status_code,
-        detail=result.detail,
-        started_at=started_at,
-        duration_us=result.duration_us,
-        final_state=state,
-        retry_after_seconds=wait if state is None else 0,
-        dns_us=result.dns_us,
-        connect_us=result.connect_us,
-        tls_us=result.tls_us,
-        first_byte_us=result.first_byte_us,
-        remote_address=result.remote_address,
-        response_excerpt=result.response_excerpt,
-        blamed_version=webhook.version if state is DeliveryState.FAILED else None,
-        number=delivery.attempt_count + 1,
-        merchant_id=delivery.merchant_id,
-        owed_since=delivery.owed_since,
         webhook_id=delivery.webhook_id,
+        merchant_id=delivery.merchant_id,
+        due_since=delivery.due_since,
+        number=delivery.attempt_count + 1,
+        started_at=started_at,
+        result=result,
+        final_state=state,
+        next_attempt_in_seconds=wait if state is None else 0,
+        blamed_version=webhook.version if state is DeliveryState.FAILED else None,
     )
 
 

@@ -19,13 +19,14 @@ from core import queue
 from core.encryption import KeyRing
 from core.ids import format_id
 from core.lifecycle import AttemptResult, Outcome
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
-from core.queue import Chain, LeasedDelivery, Settled, Settlement
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Pool
+from core.queue import Chain, LeasedDelivery, Settlement, SettleResult
 from core.tasks import cancel_and_wait, cancel_at
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
 from delivery.claim import UnansweredClaims, claim
-from delivery.decide import asked_seconds, decide
+from delivery.decide import decide, requested_pause_seconds
 from delivery.fairness.admission import Admission
 from delivery.fairness.breaker import Breaker
 from delivery.fairness.capacity import Capacity
@@ -242,7 +243,7 @@ class Engine:
         settlement = decide(delivery, webhook, self._settings, started_at, result)
         report.end(settlement, webhook.destination)
         self._metrics.attempt_ended(delivery, settlement)
-        asked = asked_seconds(result, self._settings)
+        asked = requested_pause_seconds(result, self._settings)
         self._recorder.put(settlement, self._breaker.decide(delivery, works, asked))
 
     async def _request(
@@ -275,7 +276,7 @@ class Engine:
             log.error("attempt_lost", delivery_id=format_id("dlv", delivery.id), exc_info=error)
             self._budget.settled(1)
 
-    def _on_settled(self, batch: Sequence[Settlement], settled: Settled) -> None:
+    def _on_settled(self, batch: Sequence[Settlement], settled: SettleResult) -> None:
         self._budget.settled(len(batch))
         for settlement in batch:
             if settlement.delivery_id not in settled.delivery_ids:
@@ -289,7 +290,7 @@ class Engine:
                 continue
             self._metrics.settled(settlement)
             if settlement.final_state is None:
-                self._listener.expect_retry(settlement.retry_after_seconds)
+                self._listener.expect_retry(settlement.next_attempt_in_seconds)
         for webhook_id, reason in settled.deactivated.items():
             self._metrics.deactivations[reason] += 1
             log.warning(

@@ -9,7 +9,8 @@ from typing import Any
 
 import structlog
 
-from core.postgres.pool import CONNECTION_ERRORS, Pool
+from core.postgres.pool import CONNECTION_ERRORS
+from core.postgres.protocols import Pool
 from core.queue import CHANNEL
 
 _REOPEN_SECONDS = 1.0

@@ -10,7 +10,8 @@ import structlog
 
 from core import queue
 from core.ids import format_id
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Pool
 from core.queue import Chain
 
 _PAGE = 500

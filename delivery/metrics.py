@@ -51,16 +51,17 @@ class EngineMetrics:
 
     def attempt_ended(self, delivery: LeasedDelivery, settlement: Settlement) -> None:
         """An attempt has its result, whether or not that can be recorded."""
-        self.attempts[settlement.outcome] += 1
-        self.whole.observe(settlement.duration_us * _MICRO)
-        if settlement.dns_us is not None:
-            self.dns.observe(settlement.dns_us * _MICRO)
-        if settlement.connect_us is not None:
-            self.connect.observe(settlement.connect_us * _MICRO)
-        if settlement.first_byte_us is not None:
-            self.first_byte.observe(settlement.first_byte_us * _MICRO)
+        result = settlement.result
+        self.attempts[result.outcome] += 1
+        self.whole.observe(result.duration_us * _MICRO)
+        if result.dns_us is not None:
+            self.dns.observe(result.dns_us * _MICRO)
+        if result.connect_us is not None:
+            self.connect.observe(result.connect_us * _MICRO)
+        if result.first_byte_us is not None:
+            self.first_byte.observe(result.first_byte_us * _MICRO)
         if delivery.attempt_count == 0:
-            waited = settlement.started_at - delivery.owed_since
+            waited = settlement.started_at - delivery.due_since
             self.publish_to_first_attempt.observe(waited.total_seconds())
 
     def settled(self, settlement: Settlement) -> None:
@@ -71,9 +72,9 @@ class EngineMetrics:
         self.deliveries[state] += 1
         self.delivery_attempts.observe(settlement.number)
         self.merchants.count(settlement.merchant_id, state)
-        if state is DeliveryState.DELIVERED and settlement.owed_since is not None:
-            took = (settlement.started_at - settlement.owed_since).total_seconds()
-            self.publish_to_delivered.observe(took + settlement.duration_us * _MICRO)
+        if state is DeliveryState.DELIVERED:
+            took = (settlement.started_at - settlement.due_since).total_seconds()
+            self.publish_to_delivered.observe(took + settlement.result.duration_us * _MICRO)
 
 
 # Figures of single merchants: of those with the most deliveries lately, and of the rest together.

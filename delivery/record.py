@@ -16,8 +16,9 @@ import structlog
 
 from core import queue
 from core.ids import format_id
-from core.postgres.pool import RETRYABLE_ERRORS, Pool, met_new_part
-from core.queue import BreakerChange, Settled, Settlement
+from core.postgres.pool import RETRYABLE_ERRORS, met_new_part
+from core.postgres.protocols import Executor, Pool
+from core.queue import BreakerChange, Settlement, SettleResult
 from delivery.metrics import EngineMetrics
 from delivery.settings import DeliverySettings
 
@@ -36,7 +37,7 @@ class Recorder:
         pool: Pool,
         settings: DeliverySettings,
         metrics: EngineMetrics,
-        on_settled: Callable[[Sequence[Settlement], Settled], None],
+        on_settled: Callable[[Sequence[Settlement], SettleResult], None],
     ):
         self._pool = pool
         self._settings = settings
@@ -81,7 +82,7 @@ class Recorder:
 
     async def _settle(
         self, batch: Sequence[Settlement]
-    ) -> list[tuple[Sequence[Settlement], Settled]]:
+    ) -> list[tuple[Sequence[Settlement], SettleResult]]:
         while True:
             try:
                 async with self._pool.acquire() as connection, connection.transaction():
@@ -110,7 +111,7 @@ class Recorder:
                 else:
                     return self._set_aside(batch[0], error)
 
-    async def _promote(self, settled: Settled) -> None:
+    async def _promote(self, settled: SettleResult) -> None:
         if settled.ended_chains:
             try:
                 await queue.promote(self._pool, settled.ended_chains)
@@ -165,18 +166,15 @@ class Recorder:
         self._wary_of_webhooks = bool(held)
         return held
 
-    async def _apply(
-        self, connection: queue.Connection, changes: Collection[BreakerChange]
-    ) -> None:
-        opening = [c for c in changes if c.trips or c.asked_seconds]
+    async def _apply(self, connection: Executor, changes: Collection[BreakerChange]) -> None:
+        opening = [c for c in changes if c.trips or c.requested_pause_seconds]
         await self._open_breakers(connection, opening)
         await self._close_breakers(
-            connection, [c.webhook_id for c in changes if not (c.trips or c.asked_seconds)]
+            connection,
+            [c.webhook_id for c in changes if not (c.trips or c.requested_pause_seconds)],
         )
 
-    async def _open_breakers(
-        self, connection: queue.Connection, changes: Sequence[BreakerChange]
-    ) -> None:
+    async def _open_breakers(self, connection: Executor, changes: Sequence[BreakerChange]) -> None:
         if not changes:
             return
         opened = await queue.open_breakers(
@@ -193,12 +191,10 @@ class Recorder:
                     webhook_id=format_id("wh", change.webhook_id),
                     failures=change.failures,
                     seconds=opened[change.webhook_id],
-                    asked=change.asked_seconds > 0,
+                    asked=change.requested_pause_seconds > 0,
                 )
 
-    async def _close_breakers(
-        self, connection: queue.Connection, webhook_ids: Sequence[UUID]
-    ) -> None:
+    async def _close_breakers(self, connection: Executor, webhook_ids: Sequence[UUID]) -> None:
         if webhook_ids:
             closed = await queue.close_breakers(connection, webhook_ids)
             self._metrics.breakers_closed += len(closed)
@@ -207,14 +203,14 @@ class Recorder:
 
     def _set_aside(
         self, settlement: Settlement, error: BaseException
-    ) -> list[tuple[Sequence[Settlement], Settled]]:
+    ) -> list[tuple[Sequence[Settlement], SettleResult]]:
         delivery_id = format_id("dlv", settlement.delivery_id)
         if isinstance(error, asyncpg.LockNotAvailableError):
             log.warning("settle_postponed", deliveries=1)
             self._pending.append(settlement)
             return []
         log.error("settle_refused", delivery_id=delivery_id, error=repr(error))
-        return [([settlement], Settled(frozenset(), {}))]
+        return [([settlement], SettleResult(frozenset(), {}))]
 
 
 def _merge(changes: dict[UUID, BreakerChange], change: BreakerChange) -> None:
@@ -226,7 +222,8 @@ def _merge(changes: dict[UUID, BreakerChange], change: BreakerChange) -> None:
         return
     longer = before if before.trips and not change.trips else change
     changes[change.webhook_id] = replace(
-        longer, asked_seconds=max(before.asked_seconds, change.asked_seconds)
+        longer,
+        requested_pause_seconds=max(before.requested_pause_seconds, change.requested_pause_seconds),
     )
 
 

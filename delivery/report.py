@@ -82,11 +82,11 @@ class AttemptReport:
             event_type=delivery.event_type,
             delivery_id=format_id("dlv", delivery.id),
             attempt=delivery.attempt_count + 1,
-            outcome=settlement.outcome.value,
-            status=settlement.status_code,
-            duration_ms=settlement.duration_us / 1000,
+            outcome=settlement.result.outcome.value,
+            status=settlement.result.status_code,
+            duration_ms=settlement.result.duration_us / 1000,
             state=_state(settlement),
-            retry_seconds=settlement.retry_after_seconds or None,
+            retry_seconds=settlement.next_attempt_in_seconds or None,
             # It was found to be well-formed before it was stored.
             trace_id=delivery.trace_parent[3:35] if delivery.trace_parent else None,
             delivery_trace_id=self._span.trace_parent.trace_id if self._span is not None else None,
@@ -97,7 +97,7 @@ class AttemptReport:
         return (
             settlement.final_state is DeliveryState.DELIVERED
             and self._delivery.attempt_count == 0
-            and settlement.duration_us < self._sampling.slow_seconds * 1_000_000
+            and settlement.result.duration_us < self._sampling.slow_seconds * 1_000_000
         )
 
 
@@ -116,10 +116,12 @@ def _trace_id(delivery: LeasedDelivery) -> int:
 def _end(
     span: Span, delivery: LeasedDelivery, settlement: Settlement, destination: Destination | None
 ) -> None:
-    fault = None if settlement.outcome is Outcome.SUCCEEDED else settlement.outcome.value
+    fault = (
+        None if settlement.result.outcome is Outcome.SUCCEEDED else settlement.result.outcome.value
+    )
     attributes: dict[str, str | int | float | None] = {
         "http.request.method": "POST",
-        "http.response.status_code": settlement.status_code,
+        "http.response.status_code": settlement.result.status_code,
         "server.address": destination.url.raw_host if destination else None,
         "server.port": destination.url.port if destination else None,
         "error.type": fault,
@@ -129,14 +131,14 @@ def _end(
         "postrider.event_type": delivery.event_type,
         "postrider.delivery_id": format_id("dlv", delivery.id),
         "postrider.attempt": delivery.attempt_count + 1,
-        "postrider.outcome": settlement.outcome.value,
+        "postrider.outcome": settlement.result.outcome.value,
         "postrider.state": _state(settlement),
-        "postrider.dns_ms": _ms(settlement.dns_us),
-        "postrider.connect_ms": _ms(settlement.connect_us),
-        "postrider.tls_ms": _ms(settlement.tls_us),
-        "postrider.first_byte_ms": _ms(settlement.first_byte_us),
-        "postrider.duration_ms": _ms(settlement.duration_us),
-        "postrider.retry_seconds": settlement.retry_after_seconds or None,
+        "postrider.dns_ms": _ms(settlement.result.dns_us),
+        "postrider.connect_ms": _ms(settlement.result.connect_us),
+        "postrider.tls_ms": _ms(settlement.result.tls_us),
+        "postrider.first_byte_ms": _ms(settlement.result.first_byte_us),
+        "postrider.duration_ms": _ms(settlement.result.duration_us),
+        "postrider.retry_seconds": settlement.next_attempt_in_seconds or None,
     }
     span.end({name: value for name, value in attributes.items() if value is not None}, fault)
 

@@ -14,7 +14,7 @@ import orjson
 import structlog
 
 from core.encryption import KeyRing, UndecryptableSecret
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
 from delivery.http.request import Destination

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 from core.postgres.connect import Connector
 from core.postgres.pool import CONNECTION_ERRORS
-from core.queue import Connection
+from core.postgres.protocols import Connection
 from core.settings import DatabaseSettings
 
 type Sessions = async_sessionmaker[AsyncSession]
@@ -38,7 +38,8 @@ async def driver_connection(session: AsyncSession) -> Connection:
     Only after the session has run a statement, since that is what begins the transaction.
     """
     raw = await (await session.connection()).get_raw_connection()
-    return raw.driver_connection
+    connection: Connection = raw.driver_connection  # type: ignore[assignment]
+    return connection
 
 
 # Asks the database every few seconds whether it is there, for the health service.

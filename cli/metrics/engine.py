@@ -6,7 +6,7 @@ from prometheus_client.metrics_core import Metric
 
 from cli.metrics import families
 from cli.metrics.process import pool_metrics, process_metrics
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from delivery.database_stats import DatabaseStats, Reading
 from delivery.metrics import EngineMetrics
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
 from cli.metrics import families
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 
 
 class Metrics(Protocol):

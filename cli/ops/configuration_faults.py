@@ -12,7 +12,8 @@ from core.encryption import load_keyring
 from core.errors import ConfigurationError, PostriderError
 from core.file_secrets import Secret, is_world_readable
 from core.postgres.connect import Connector
-from core.postgres.pool import CONNECTION_ERRORS, Pool, close_soon, open_pool
+from core.postgres.pool import CONNECTION_ERRORS, close_soon, open_pool
+from core.postgres.protocols import Pool
 from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings, SettingsBlock
 from delivery.http.proxy import EgressProxy
 from delivery.http.tls import trusting_context

@@ -40,9 +40,6 @@ _WHICH_TIMELINE = """
     FROM pg_control_system()
 """
 
-#: asyncpg has no types of its own; what it returns is described where it is used.
-type Connection = Any
-
 
 class StatementCounter:
     """How many statements have been sent."""
@@ -110,7 +107,7 @@ class Connector:
             "server_settings": _server_settings(application_name, patience),
         }
 
-    async def connect(self, **_: Any) -> Connection:
+    async def connect(self, **_: Any) -> PooledConnection:
         """A connection that can write, unless the URL asks for another kind.
 
         Raises what asyncpg.connect does, and ConnectionError when none of several hosts will do.
@@ -132,18 +129,19 @@ class Connector:
         connection.old_at = time.monotonic() + self._age * random.uniform(0.9, 1.1)  # noqa: S311
         return connection
 
-    async def _open(self, url: str) -> Connection:
+    async def _open(self, url: str) -> PooledConnection:
         # Where the URL asks for another kind of server, that counts.
         target = None if "target_session_attrs=" in url else "read-write"
-        return await asyncpg.connect(
+        connection: PooledConnection = await asyncpg.connect(
             url,
             password=self._password.current() if self._password else None,
             target_session_attrs=target,
             connection_class=PooledConnection,
             **self._arguments,
         )
+        return connection
 
-    async def _open_one_of_several(self, url: str) -> Connection:
+    async def _open_one_of_several(self, url: str) -> PooledConnection:
         connection = await self._open(url)
         try:
             await self._refuse_an_old_primary(connection)
@@ -152,7 +150,7 @@ class Connector:
             raise
         return connection
 
-    async def _refuse_an_old_primary(self, connection: Connection) -> None:
+    async def _refuse_an_old_primary(self, connection: PooledConnection) -> None:
         """ConnectionError for one that takes writes though another has been promoted since."""
         system, timeline = await _timeline(connection)
         newest = self._timelines[system] = max(timeline, self._timelines.get(system, 0))
@@ -162,10 +160,10 @@ class Connector:
                 f"to timeline {newest}: stop it, or let it follow (pg_rewind)"
             )
 
-    async def _race(self, urls: Mapping[str, str]) -> tuple[str, Connection]:
+    async def _race(self, urls: Mapping[str, str]) -> tuple[str, PooledConnection]:
         """The first host to accept, and the connection; the others are given up."""
         waiting = list(urls)
-        attempts: dict[asyncio.Task[Connection], str] = {}
+        attempts: dict[asyncio.Task[PooledConnection], str] = {}
         faults: dict[str, BaseException] = {}
         try:
             while waiting or len(faults) < len(attempts):
@@ -195,7 +193,7 @@ class Connector:
         raise ConnectionError("; ".join(said))
 
 
-async def _timeline(connection: Connection) -> tuple[int, int]:
+async def _timeline(connection: PooledConnection) -> tuple[int, int]:
     """The system identifier and, of a primary that says it, the timeline; 0 otherwise."""
     try:
         system, timeline = await connection.fetchrow(_WHICH_TIMELINE)
@@ -205,7 +203,7 @@ async def _timeline(connection: Connection) -> tuple[int, int]:
     return system, int(timeline or "0", 16)
 
 
-def _discard(attempt: asyncio.Task[Connection]) -> None:
+def _discard(attempt: asyncio.Task[PooledConnection]) -> None:
     if not attempt.cancelled() and attempt.exception() is None:
         attempt.result().terminate()
 
@@ -267,7 +265,7 @@ def _url_of_each_host(url: str) -> dict[str, str]:
     }
 
 
-def _end_when_the_other_vanishes(connection: Connection, seconds: float) -> None:
+def _end_when_the_other_vanishes(connection: PooledConnection, seconds: float) -> None:
     """A machine that lost its power says no good-bye; by default that is noticed after minutes."""
     sock = connection._transport.get_extra_info("socket")
     if sock.family == socket.AF_UNIX:

@@ -9,6 +9,7 @@ import asyncpg
 
 from core.errors import ConfigurationError, Unavailable
 from core.postgres.connect import Connector, PooledConnection, StatementCounter
+from core.postgres.protocols import Pool
 from core.settings import DatabaseSettings
 
 #: What a connection error can look like; everything else from asyncpg is a bug or a refusal.
@@ -35,9 +36,6 @@ RETRYABLE_ERRORS = (
 
 #: Given up after that, connections are ended without a word.
 _CLOSE_SECONDS = 2.0
-
-#: asyncpg has no types of its own; what it returns is described where it is used.
-type Pool = Any
 
 
 def met_new_part(error: BaseException) -> bool:
@@ -85,7 +83,8 @@ async def open_pool(settings: DatabaseSettings, application_name: str, size: int
     connector = Connector(settings, application_name)
     timeout = settings.database_connect_timeout_seconds
     try:
-        return await _BoundedPool(connector, timeout=timeout, size=size)
+        pool: Pool = await _BoundedPool(connector, timeout=timeout, size=size)
+        return pool
     except asyncpg.exceptions.InvalidAuthorizationSpecificationError as error:
         raise ConfigurationError(f"PostgreSQL refused the connection: {error}") from error
     except CONNECTION_ERRORS as error:

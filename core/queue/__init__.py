@@ -1,9 +1,9 @@
-"""The queue: every statement that moves an open delivery, and nothing else.
+"""The queue of open deliveries: all statements that change one. Start at claim and settle.
 
-Ready, parked, leased and blocked rows are one table; final states leave it. Only the database's
-clock decides. A claim is a lease; every statement that ends a lease is fenced by its id, so an
-engine that was frozen and wakes late changes nothing. Each function takes the caller's connection
-and runs in its transaction, if it has one; docs/architecture.md draws the states.
+Ready, parked, leased and blocked deliveries are rows of one table; finished ones leave it. Only the
+database's clock counts. A claim takes a lease, and every statement that ends a lease checks its id,
+so a late engine changes nothing. Functions run in the transaction of the connection they get.
+docs/architecture.md draws the states.
 """
 
 from core.queue.backlog import (
@@ -11,15 +11,15 @@ from core.queue.backlog import (
     park_due,
     park_leased,
     park_webhooks,
-    spend_rate,
     webhooks_with_backlog,
 )
 from core.queue.breakers import close_breakers, open_breakers
 from core.queue.claim import claim, reclaim, reclaimed_often, release, release_claimed
 from core.queue.enqueue import BURST_EVENTS, CHANNEL, Accepted, enqueue, enqueue_in_order, notify
 from core.queue.invariants import Finding, check_invariants
-from core.queue.open_ranges import old_events_of_open, open_between, standing
+from core.queue.open_ranges import count_open, old_events_of_open, open_between
 from core.queue.ordering import chains_after, promote
+from core.queue.rate_limit import spend_rate
 from core.queue.redelivery import (
     BEGINNING,
     FailedFilter,
@@ -29,15 +29,14 @@ from core.queue.redelivery import (
     redeliver_failed,
 )
 from core.queue.settle import cancel_some, cancel_webhook, held, held_webhooks, settle
-from core.queue.stats import Depth, measure_depth
+from core.queue.stats import QueueStats, read_queue_stats
 from core.queue.types import (
     BreakerChange,
     Chain,
-    Connection,
     LeasedDelivery,
     NewEvent,
-    Settled,
     Settlement,
+    SettleResult,
 )
 from core.queue.vacuum import has_many_dead, vacuum
 
@@ -48,15 +47,14 @@ __all__ = [
     "Accepted",
     "BreakerChange",
     "Chain",
-    "Connection",
-    "Depth",
     "FailedFilter",
     "Finding",
     "LeasedDelivery",
     "NewEvent",
     "Place",
+    "QueueStats",
     "RedeliveredPage",
-    "Settled",
+    "SettleResult",
     "Settlement",
     "admit",
     "cancel_some",
@@ -65,12 +63,12 @@ __all__ = [
     "check_invariants",
     "claim",
     "close_breakers",
+    "count_open",
     "enqueue",
     "enqueue_in_order",
     "has_many_dead",
     "held",
     "held_webhooks",
-    "measure_depth",
     "notify",
     "old_events_of_open",
     "open_between",
@@ -79,6 +77,7 @@ __all__ = [
     "park_leased",
     "park_webhooks",
     "promote",
+    "read_queue_stats",
     "reclaim",
     "reclaimed_often",
     "redeliver",
@@ -87,7 +86,6 @@ __all__ = [
     "release_claimed",
     "settle",
     "spend_rate",
-    "standing",
     "vacuum",
     "webhooks_with_backlog",
 ]

@@ -1,16 +1,20 @@
-"""What configs cannot take now: parked in their own backlogs, let in again as they have room."""
+"""Backlogs: deliveries that a config cannot take now are parked, and admitted as slots free up."""
 
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 from core.postgres.planner import equal, hidden
+from core.postgres.protocols import Executor
 from core.queue.claim import fences
-from core.queue.types import Connection, LeasedDelivery
+from core.queue.rate_limit import TOKENS
+from core.queue.types import LeasedDelivery
 
 
 def park_ready(configs: str, due: str, most: str = "ALL") -> str:
-    """A statement that parks what is ready and so due of the `configs`, rows `c(webhook_id)`, and
-    of each at most so many."""
+    """Return a statement that parks the ready deliveries of `configs`, rows `c(webhook_id)`.
+
+    `due` is a condition on the due time. At most `most` deliveries of each config are parked.
+    """
     return f"""
         UPDATE delivery_queue q SET state = 'parked'
         WHERE q.id = ANY (ARRAY(
@@ -18,14 +22,14 @@ def park_ready(configs: str, due: str, most: str = "ALL") -> str:
                 SELECT q.id FROM delivery_queue q
                 WHERE {equal("q.webhook_id", "c.webhook_id")} AND q.state <> 'parked'
                     AND q.due_at {due} AND {hidden("q.state")} = 'ready'
-                -- Or it would be joined, and by the due time alone.
+                -- OFFSET 0 prevents a join that would use the due time alone.
                 LIMIT {most} OFFSET 0
             ) r
         )) AND {hidden("q.state")} = 'ready' AND q.due_at {due}
     """  # noqa: S608 - of constants
 
 
-# The due time says nothing here, but keeps what is blocked out of the scan.
+# Blocked deliveries are due at infinity, so this condition keeps them out of the scan.
 _PARK_WEBHOOKS = park_ready("unnest($1::uuid[]) AS c(webhook_id)", "< 'infinity'")
 
 
@@ -39,8 +43,8 @@ WHERE {equal("q.id", "t.id")} AND q.lease_id = t.lease_id
 """  # noqa: S608 - of constants
 
 
-#: The head of a statement, with `backlogs`: the configs that have one. A loose index scan, of one
-#: probe per config that is read, however long the backlogs are.
+#: The head of a statement: `backlogs` are the configs that have one. It is a loose index scan with
+#: one probe per config, independent of the length of the backlogs.
 BACKLOGS = """
 WITH RECURSIVE probe AS (
     (SELECT webhook_id FROM delivery_queue WHERE state = 'parked' ORDER BY webhook_id LIMIT 1)
@@ -58,36 +62,25 @@ WITH RECURSIVE probe AS (
 _WEBHOOKS_WITH_BACKLOG = f"{BACKLOGS} SELECT webhook_id FROM backlogs"  # noqa: S608 - of constants
 
 
-# How many webhooks a config's rate leaves now: what came back since it was used up, at most a
-# second's and one. A rate is kept in one column, for all engines together. It is in the future only
-# by as much as two statements are apart, or when the database's clock was set back: then it counts
-# as never used, or the config would get nothing until that time, whatever comes in.
-_TOKENS = """
-    least(c.rate_limit + 1, c.rate_limit * extract(epoch FROM now() - CASE
-        WHEN c.rate_used_until < now() + interval '1 minute' THEN c.rate_used_until
-    END)::float8)
-"""
-
-
-# Fills a config's ready part from its own backlog once it is half empty: one by one would cost an
-# index update per settle. Let in "now", not at the old due time, so nobody else's turn is taken.
-# What a deleted config still has parked (accepted while it was deleted) is let in too: its claim
-# cancels it. A rate lets in as many as it leaves beside those that are already waiting for it. An
-# open breaker lets in nothing; a half-open one the first that is due, when no other is on its way.
+# Fills the ready part of a config from its backlog once half of it is free, because single
+# admissions would cost an index update per settle. Admitted deliveries are due now instead of at
+# their old due time, so that they do not overtake other configs. Deliveries of a deleted config are
+# admitted too, so that a claim cancels them. A rate limit admits the tokens that ready deliveries
+# leave. An open breaker admits nothing; a half-open one admits one delivery at a time.
 _ADMIT = f"""
 WITH room AS (
-    SELECT c.id, c.breaker_open_until IS NULL AS closed, p.places, p.places - t.taken AS free,
-        CASE WHEN c.rate_limit > 0 THEN floor({_TOKENS})::bigint - t.ready END AS tokens
-    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, places)
+    SELECT c.id, c.breaker_open_until IS NULL AS closed, p.slots, p.slots - t.taken AS free,
+        CASE WHEN c.rate_limit > 0 THEN floor({TOKENS})::bigint - t.ready END AS tokens
+    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, slots)
         ON {equal("c.id", "a.id")}
     CROSS JOIN LATERAL (
         SELECT CASE WHEN c.breaker_open_until IS NULL
-            THEN least(a.places, nullif(c.max_in_flight, 0)) ELSE 1 END AS places
+            THEN least(a.slots, nullif(c.max_in_flight, 0)) ELSE 1 END AS slots
     ) p
     CROSS JOIN LATERAL (
         SELECT count(*) AS taken, count(*) FILTER (WHERE state = 'ready') AS ready FROM (
             SELECT q.state FROM delivery_queue q
-            WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT p.places
+            WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now() LIMIT p.slots
         ) due
     ) t
     WHERE c.deleted_at IS NOT NULL
@@ -98,10 +91,10 @@ WITH room AS (
         WHERE q.webhook_id = r.id AND q.state = 'parked' AND (r.closed OR q.due_at <= now())
         ORDER BY q.id LIMIT greatest(least(r.free, r.tokens, $3::int), 0)
     ) p
-    WHERE r.free >= (r.places + 1) / 2
+    WHERE r.free >= (r.slots + 1) / 2
 ), locked AS (
-    -- Chosen before locked: engines that do this at once choose the same rows, and the second finds
-    -- them taken instead of letting in as many again.
+    -- Chosen before locked: concurrent engines choose the same rows, so the second finds them
+    -- locked and does not admit as many again.
     SELECT id FROM delivery_queue
     WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND {hidden("state")} = 'parked'
     FOR UPDATE SKIP LOCKED
@@ -112,64 +105,37 @@ RETURNING q.webhook_id
 """  # noqa: S608 - of constants
 
 
-# Passes by a config that somebody else has locked: its deliveries are parked, and ask again.
-_SPEND_RATE = f"""
-WITH wanting AS (
-    SELECT c.id, c.rate_limit, a.wanted, {_TOKENS} AS tokens
-    FROM webhook_configs c JOIN unnest($1::uuid[], $2::int[]) AS a(id, wanted)
-        ON {equal("c.id", "a.id")}
-    WHERE c.rate_limit > 0
-    FOR NO KEY UPDATE OF c SKIP LOCKED
-), granted AS (
-    SELECT *, greatest(least(floor(tokens), wanted), 0) AS granted FROM wanting
-)
-UPDATE webhook_configs c
-SET rate_used_until = now() - (g.tokens - g.granted) / g.rate_limit * interval '1 second'
-FROM granted g WHERE {equal("c.id", "g.id")}
-RETURNING c.id, g.granted::int, greatest(1 - g.tokens + g.granted, 0) / g.rate_limit AS next_in
-"""  # noqa: S608 - of constants
-
-
-async def park_webhooks(connection: Connection, webhook_ids: Sequence[UUID]) -> None:
-    """Move what these configs have ready into their backlogs."""
+async def park_webhooks(connection: Executor, webhook_ids: Sequence[UUID]) -> None:
+    """Park the ready deliveries of these configs."""
     await connection.execute(_PARK_WEBHOOKS, webhook_ids)
 
 
-async def park_due(connection: Connection, webhook_ids: Sequence[UUID]) -> None:
-    """Move what these configs have ready and due into their backlogs, as far as one statement may.
+async def park_due(connection: Executor, webhook_ids: Sequence[UUID]) -> None:
+    """Park the due deliveries of these configs, up to 10,000 of each.
 
-    For crowds that no fan-out has parked: claim by claim they would be in everybody's way.
+    It is for bursts that became due at one time. Parked claim by claim they would delay others.
     """
     await connection.execute(_PARK_DUE, webhook_ids)
 
 
-async def park_leased(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
-    """Give up leases into the backlogs: their configs cannot take more now."""
+async def park_leased(connection: Executor, deliveries: Sequence[LeasedDelivery]) -> None:
+    """Park leased deliveries, because their configs cannot take more now."""
     await connection.execute(_PARK_LEASED, *fences(deliveries))
 
 
-async def webhooks_with_backlog(connection: Connection) -> list[UUID]:
-    """The configs that have parked deliveries."""
+async def webhooks_with_backlog(connection: Executor) -> list[UUID]:
+    """Return the configs that have parked deliveries."""
     return [row["webhook_id"] for row in await connection.fetch(_WEBHOOKS_WITH_BACKLOG)]
 
 
 async def admit(
-    connection: Connection, places: Mapping[UUID, int], most: int | None = None
+    connection: Executor, slots: Mapping[UUID, int], most: int | None = None
 ) -> set[UUID]:
-    """Let parked deliveries in, not those of inactive configs; returns the configs that had some.
+    """Make parked deliveries ready, and return the configs of which some were admitted.
 
-    Each config has at most so many due or leased deliveries in the ready part afterwards as it has
-    `places` or its own cap allows, and no more due ones than its rate leaves; while its breaker is
-    half-open, one; while it is open, none are let in. At a time no more than `most` of each.
+    `slots` is the number of due or leased deliveries that each config may have afterwards. Its own
+    concurrency limit, its rate limit and its breaker can reduce it. An inactive config gets none.
+    At most `most` deliveries of each config are admitted at a time.
     """
-    rows = await connection.fetch(_ADMIT, list(places), list(places.values()), most)
+    rows = await connection.fetch(_ADMIT, list(slots), list(slots.values()), most)
     return {row["webhook_id"] for row in rows}
-
-
-async def spend_rate(
-    connection: Connection, wanted: Mapping[UUID, int]
-) -> dict[UUID, tuple[int, float]]:
-    """How many webhooks each of these configs may be sent now, by its rate limit, counted as sent;
-    and the seconds until one more may be. A config missing from it can be sent none at present."""
-    rows = await connection.fetch(_SPEND_RATE, list(wanted), list(wanted.values()))
-    return {row["id"]: (row["granted"], row["next_in"]) for row in rows}

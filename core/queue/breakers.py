@@ -1,20 +1,22 @@
-"""Breakers: a config that fails and fails is left alone; its deliveries wait and are not spent.
+"""Circuit breakers: a config that keeps failing gets no requests for a while.
 
-`breaker_open_until` is null while the breaker is closed. Before that time it is open, and nothing
-is let in; after it, half-open, and one delivery at a time is. Written on transitions alone.
+`breaker_open_until` is null while the breaker is closed. Before that time the breaker is open and
+admits nothing. After it the breaker is half-open and admits one delivery at a time. The column is
+written only on transitions.
 """
 
 from collections.abc import Collection, Iterable
 from uuid import UUID
 
 from core.postgres.planner import equal
+from core.postgres.protocols import Executor
 from core.queue.backlog import park_ready
-from core.queue.types import BreakerChange, Connection
+from core.queue.types import BreakerChange
 
-# By the state that the engine's claim saw: engines that come to the same conclusion open it once,
-# and what ends late, from before a probe, does not lengthen the wait. What its receiver asked for
-# counts in any state, but not for a config that was changed since: it may be another receiver's
-# by now. Retries keep their places: they are parked when they are due.
+# A trip counts only in the state that the engine's claim saw. So several engines open a breaker
+# once, and an attempt from before a probe does not lengthen the wait. A pause that the receiver
+# requested counts in any state, but not for a config that changed since: it may have another
+# receiver. Retries stay ready and are parked when they are due.
 _OPEN = f"""
 WITH wanted AS (
     SELECT c.id, t.trips, greatest(
@@ -57,15 +59,15 @@ RETURNING c.id
 
 
 async def open_breakers(
-    connection: Connection,
+    connection: Executor,
     changes: Iterable[BreakerChange],
     cooldown_seconds: float,
     cooldown_max_seconds: float,
 ) -> dict[UUID, float]:
-    """Hold configs and park what they have due; returns for how many seconds, by config.
+    """Open breakers, park the due deliveries, and return the pause in seconds by config.
 
-    The first cool-down doubles with every trip until the breaker is closed. At most one change a
-    config; one that came too late is missing from the result.
+    The cool-down doubles with every trip until the breaker closes. Pass at most one change per
+    config. A change that came too late is missing from the result.
     """
     changes = list(changes)
     rows = await connection.fetch(
@@ -73,7 +75,7 @@ async def open_breakers(
         [c.webhook_id for c in changes],
         [c.seen for c in changes],
         [c.trips for c in changes],
-        [c.asked_seconds for c in changes],
+        [c.requested_pause_seconds for c in changes],
         cooldown_seconds,
         cooldown_max_seconds,
         [c.version for c in changes],
@@ -81,6 +83,6 @@ async def open_breakers(
     return {row["id"]: row["seconds"] for row in rows}
 
 
-async def close_breakers(connection: Connection, webhook_ids: Collection[UUID]) -> set[UUID]:
-    """Let these configs receive as before; returns those whose breaker was not closed."""
+async def close_breakers(connection: Executor, webhook_ids: Collection[UUID]) -> set[UUID]:
+    """Close the breakers of these configs, and return those that were not closed."""
     return {row["id"] for row in await connection.fetch(_CLOSE, list(webhook_ids))}

@@ -1,4 +1,4 @@
-"""Leases: taken by a claim, given up by an engine that stops, taken back when they have ended."""
+"""Leases: a claim takes them, a stopping engine releases them, a reclaim ends expired ones."""
 
 from collections.abc import Collection, Sequence
 from datetime import timedelta
@@ -6,7 +6,8 @@ from uuid import UUID
 
 from core.ids import new_id
 from core.postgres.planner import equal
-from core.queue.types import Connection, LeasedDelivery
+from core.postgres.protocols import Executor
+from core.queue.types import LeasedDelivery
 
 _CLAIM = f"""
 WITH due AS (
@@ -24,15 +25,15 @@ WITH due AS (
 )
 SELECT l.id, l.webhook_id, c.version AS webhook_version, c.active AS webhook_active,
     c.deleted_at IS NOT NULL AS webhook_deleted, c.breaker_open_until,
-    -- Not EXISTS, for which the planner may think of reading all backlogs.
+    -- The planner could answer EXISTS by reading all backlogs.
     (
         SELECT true FROM delivery_queue p
         WHERE p.webhook_id = l.webhook_id AND p.state = 'parked' LIMIT 1
     ) IS NOT NULL AS has_backlog,
     l.event_id, l.merchant_id, l.event_type, e.content_type, e.payload, l.attempt_count,
     l.fault_count,
-    -- Nothing that Python cannot read, and not the future: clocks are set back.
-    least(greatest(l.created_at, e.not_before, 'epoch'), now()) AS owed_since,
+    -- Not before 1970, which Python cannot read, and not the future, because clocks are set back.
+    least(greatest(l.created_at, e.not_before, 'epoch'), now()) AS due_since,
     now() AS claimed_at, e.trace_parent
 FROM leased l
 JOIN webhook_configs c ON {equal("c.id", "l.webhook_id")}
@@ -47,7 +48,7 @@ WHERE {equal("q.id", "t.id")} AND q.lease_id = t.lease_id
 """  # noqa: S608 - of constants
 
 
-# By the few that are leased: only after a claim that was not answered is anything asked so.
+# Searches the leased rows, which are few. It runs only after a claim without a response.
 _RELEASE_CLAIMED = f"""
 WITH claimed AS (
     SELECT id FROM delivery_queue WHERE state = 'leased' AND lease_id = ANY ($1)
@@ -58,7 +59,8 @@ FROM claimed WHERE {equal("q.id", "claimed.id")}
 """  # noqa: S608 - of constants
 
 
-# The first reclaim is due at once; a delivery whose engines keep dying comes back ever slower.
+# The first reclaim is due at once. Each further one doubles the wait, because the delivery may be
+# the cause of the crashes.
 _RECLAIM = f"""
 WITH expired AS (
     SELECT id FROM delivery_queue
@@ -81,40 +83,41 @@ SELECT id, webhook_id, reclaim_count FROM delivery_queue WHERE id = ANY ($1) AND
 
 
 async def claim(
-    connection: Connection, limit: int, lease_seconds: float, lease_id: UUID | None = None
+    connection: Executor, limit: int, lease_seconds: float, lease_id: UUID | None = None
 ) -> list[LeasedDelivery]:
-    """Take up to `limit` due deliveries under one lease, the longest due first.
+    """Lease up to `limit` due deliveries, the longest due first.
 
-    Who gives the lease's id, a new one, can give back what was taken when no answer comes.
+    Pass a new `lease_id` to be able to release the lease if the response is lost.
     """
     lease_id = lease_id or new_id()
     rows = await connection.fetch(_CLAIM, limit, lease_id, timedelta(seconds=lease_seconds))
-    return [LeasedDelivery(lease_id, *row) for row in rows]
+    return [LeasedDelivery(lease_id=lease_id, **row) for row in rows]
 
 
-async def release(connection: Connection, deliveries: Sequence[LeasedDelivery]) -> None:
-    """Give up leases at once, for another engine; it counts neither as attempt nor as reclaim."""
+async def release(connection: Executor, deliveries: Sequence[LeasedDelivery]) -> None:
+    """End leases at once, for another engine. It counts neither as an attempt nor as a reclaim."""
     await connection.execute(_RELEASE, *fences(deliveries))
 
 
-async def release_claimed(connection: Connection, lease_ids: Collection[UUID]) -> int:
-    """Give up all that is under these leases; returns how many deliveries that were."""
+async def release_claimed(connection: Executor, lease_ids: Collection[UUID]) -> int:
+    """Release all deliveries under these leases and return their number."""
     tag: str = await connection.execute(_RELEASE_CLAIMED, list(lease_ids))
     return int(tag.rpartition(" ")[2])
 
 
-async def reclaim(connection: Connection, limit: int) -> list[UUID]:
-    """Return up to `limit` deliveries whose lease has ended to the queue."""
+async def reclaim(connection: Executor, limit: int) -> list[UUID]:
+    """Return up to `limit` deliveries with expired leases to the queue."""
     return [row["id"] for row in await connection.fetch(_RECLAIM, limit)]
 
 
 async def reclaimed_often(
-    connection: Connection, delivery_ids: Sequence[UUID], times: int
+    connection: Executor, delivery_ids: Sequence[UUID], times: int
 ) -> list[tuple[UUID, UUID, int]]:
-    """Of these, the deliveries reclaimed so many times in all: id, webhook id, how many."""
+    """Return (id, webhook id, reclaims) of these deliveries that were reclaimed `times` or more."""
     rows = await connection.fetch(_RECLAIMED_OFTEN, delivery_ids, times)
     return [(row["id"], row["webhook_id"], row["reclaim_count"]) for row in rows]
 
 
 def fences(deliveries: Sequence[LeasedDelivery]) -> tuple[list[UUID], list[UUID]]:
+    """Return the ids and the lease ids that fence a statement."""
     return [d.id for d in deliveries], [d.lease_id for d in deliveries]

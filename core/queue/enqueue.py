@@ -1,32 +1,45 @@
-"""How deliveries come into being with their event; and the hint of it."""
+"""Accepts events: one statement stores each event with a delivery per matching config."""
 
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from core.postgres.planner import equal
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Executor, Pool
+from core.postgres.rows import RowColumns
 from core.queue.ordering import lock_keys, promote
-from core.queue.types import Chain, Connection, NewEvent
+from core.queue.types import Chain, NewEvent
 
-#: Channel of the hint that something became due. A hint only: engines poll as well.
+#: Channel that notifies engines of due deliveries. Engines also poll, so a lost one does no harm.
 CHANNEL = "postrider_due"
 
-#: Fields of an event that every event has, which are its first ones.
-_REQUIRED = NewEvent._fields.index("payload") + 1
-
-#: Events of one merchant, at once or in a second, from which on they are a crowd.
+#: Events of one merchant, in one call or in one second, above which they are a burst.
 BURST_EVENTS = 25
 
-#: Deliveries of one config that are due or being attempted, beyond which new ones are parked: more
-#: than it takes to keep its places busy, and so few that nobody waits for a flood to be claimed.
+#: Due and leased deliveries of one config, above which a burst is parked. It is more than the slots
+#: of a config, and few enough that other merchants' deliveries are claimed soon.
 _READY_MAX = 100
 
+_EVENT = RowColumns(
+    {
+        "id": "uuid",
+        "merchant_id": "text",
+        "type": "text",
+        "content_type": "text",
+        "payload": "bytea",
+        "idempotency_key": "text",
+        "content_hash": "bytea",
+        "not_before": "timestamptz",
+        "ordering_key": "text",
+        "trace_parent": "text",
+    }
+)
 
-#: Whether the config w has a backlog, whose turn is before any new delivery's. Not EXISTS, for
-#: which the planner may think of reading all backlogs.
+#: SQL: whether the config w has a backlog, which goes before new deliveries. The planner could
+#: answer EXISTS by reading all backlogs.
 HAS_BACKLOG = """
     (
         SELECT true FROM delivery_queue p WHERE p.webhook_id = w.id AND p.state = 'parked' LIMIT 1
@@ -34,7 +47,7 @@ HAS_BACKLOG = """
 """
 
 
-# How many deliveries of the config w are due or being attempted, as far as it matters.
+# SQL: the due and leased deliveries of the config w, counted up to _READY_MAX.
 _DUE = f"""
     (
         SELECT count(*) FROM (
@@ -46,29 +59,26 @@ _DUE = f"""
 """  # noqa: S608 - of constants
 
 
-# Whether a new delivery of the config w is ready. What has a later time is nobody's rival before,
-# and parked it would come behind its turn.
+# SQL: the state of a new delivery of the config w. A delivery with a future due time starts as
+# ready: until then it competes with nothing, and if parked it would be admitted too late.
 _STATE = f"""
     CASE WHEN w.active AND (w.later OR (w.closed AND NOT {HAS_BACKLOG} {{also}})) THEN 'ready'
         ELSE 'parked' END
 """
 _STATE_ALONE = _STATE.format(also="")
-#: In a crowd only as many as there is room for; to look costs a lone event more than its rest.
-STATE_IN_CROWD = _STATE.format(also=f"AND w.rank <= {_READY_MAX} - {_DUE}")
+#: In a burst, only as many as the ready part has room for. Single events skip this costly count.
+STATE_IN_BURST = _STATE.format(also=f"AND w.rank <= {_READY_MAX} - {_DUE}")
 
-# One statement per batch, whatever its size: keys, events, and a delivery per matching config.
+# One statement per batch: idempotency keys, events, and a delivery per matching config.
 _ACCEPT = f"""
 WITH input AS (
-    SELECT * FROM unnest(
-        $1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::bytea[],
-        $8::timestamptz[], $9::text[], $10::text[], $11::int[]
-    ) WITH ORDINALITY AS t(id, merchant_id, type, content_type, payload, idempotency_key,
-        content_hash, not_before, ordering_key, trace_parent, rank, position)
+    SELECT * FROM unnest({_EVENT.arrays}, ${_EVENT.next}::int[])
+        WITH ORDINALITY AS t({_EVENT.names}, rank, position)
 ), new_keys AS (
     INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id)
     SELECT merchant_id, idempotency_key, content_hash, id FROM input
     WHERE idempotency_key IS NOT NULL
-    -- Two batches that share keys take them in one order, so neither waits for the other for ever.
+    -- Sorted, so that two batches that share keys do not deadlock.
     ORDER BY merchant_id, idempotency_key, position
     ON CONFLICT DO NOTHING
     RETURNING event_id
@@ -78,7 +88,7 @@ WITH input AS (
     FROM input
     WHERE idempotency_key IS NULL OR id IN (SELECT event_id FROM new_keys)
 ), filters AS (
-    -- What may stand for a type in a config's events: its name, or a part of it and a star.
+    -- The names that match a type in a config: the type, or a prefix with `.*`.
     SELECT type, type || ARRAY(
         SELECT array_to_string(parts[:n], '.') || '.*'
         FROM generate_series(1, cardinality(parts) - 1) n
@@ -105,7 +115,7 @@ WITH input AS (
     FROM accepted a LEFT JOIN counts n ON n.event_id = a.id
     RETURNING id, delivery_count
 )
--- One row, since each has its price where it is read; now() is the default of created_at.
+-- One row, because each row costs time to read. now() is the default of created_at.
 SELECT now() AS accepted_at, ARRAY(
     SELECT s.delivery_count FROM input i LEFT JOIN stored s ON s.id = i.id ORDER BY i.position
 ) AS delivery_counts{{also}}
@@ -118,7 +128,7 @@ _QUEUED = """queued AS (
     FROM matched w
 )"""
 
-# Behind what its chain holds already; the first of a chain is queued as it would be without one.
+# Positions continue those of the chain. The first of a chain is queued as if it had no key.
 _QUEUED_IN_ORDER = f"""placed AS (
     SELECT m.*, CASE WHEN ordering_key IS NOT NULL THEN coalesce(b.last, f.position, 0)
         + row_number() OVER (PARTITION BY m.id, ordering_key ORDER BY m.position)
@@ -145,7 +155,7 @@ _QUEUED_IN_ORDER = f"""placed AS (
 )"""  # noqa: S608 - of constants
 
 _ENQUEUE = _ACCEPT.format(queued=_QUEUED.format(state=_STATE_ALONE), also="")
-_ENQUEUE_BURST = _ACCEPT.format(queued=_QUEUED.format(state=STATE_IN_CROWD), also="")
+_ENQUEUE_BURST = _ACCEPT.format(queued=_QUEUED.format(state=STATE_IN_BURST), also="")
 _ENQUEUE_IN_ORDER = _ACCEPT.format(
     queued=_QUEUED_IN_ORDER,
     also=""", ARRAY(
@@ -155,10 +165,9 @@ _ENQUEUE_IN_ORDER = _ACCEPT.format(
 
 
 class Accepted(NamedTuple):
-    """What a batch came to: when, and how many deliveries each of its events has, in their order.
+    """The time of acceptance, and the number of deliveries of each event in the batch's order.
 
-    None stands for an event that met an idempotency key that was there before, or earlier in the
-    batch.
+    The number is None if the idempotency key exists already, or occurs earlier in the batch.
     """
 
     accepted_at: datetime
@@ -166,53 +175,42 @@ class Accepted(NamedTuple):
 
 
 async def enqueue(
-    connection: Connection, events: Sequence[NewEvent], *, burst: bool = False
+    connection: Executor, events: Sequence[NewEvent], *, burst: bool = False
 ) -> Accepted:
-    """Accept events: store them, a delivery per matching config, and their place in the queue.
+    """Store events with a delivery per matching config.
 
-    What its config cannot take yet is parked at once: all of it beside a backlog, and of a crowd
-    what exceeds the config's room. Many events of one merchant here are a crowd; so is, at the
-    caller's word, what belongs to one that comes in by and by.
+    A delivery is parked at once if its config has a backlog, or if it is part of a burst and the
+    config has `_READY_MAX` others. More than BURST_EVENTS of one merchant are a burst. `burst`
+    marks events that belong to one that arrives in several calls.
     """
     ranks = _ranks(events) if burst or len(events) > BURST_EVENTS else ()
     statement = _ENQUEUE_BURST if burst or max(ranks, default=0) > BURST_EVENTS else _ENQUEUE
-    [accepted] = await connection.fetch(statement, *_columns(events), ranks)
+    [accepted] = await connection.fetch(statement, *_EVENT.arguments(events), ranks)
     return Accepted(*accepted)
 
 
 async def enqueue_in_order(pool: Pool, events: Sequence[NewEvent]) -> Accepted:
-    """As enqueue(), in a transaction of its own, for events of which some have an ordering key.
+    """Do as enqueue() does, for events with ordering keys, in a separate transaction.
 
-    Events of one key are accepted in the order of their commits, and in a batch in its order.
+    Events of one key are ordered by their commits, and within a batch by their position.
     """
-    # Each statement has to see what was committed before it, whatever the database's default is.
+    # Each statement must see all earlier commits, independently of the database's default.
     async with (
         pool.acquire() as connection,
         connection.transaction(isolation="read_committed"),
     ):
         await lock_keys(connection, events)
-        [row] = await connection.fetch(_ENQUEUE_IN_ORDER, *_columns(events), ())
+        [row] = await connection.fetch(_ENQUEUE_IN_ORDER, *_EVENT.arguments(events), ())
     *accepted, blocked = row
     if blocked:
-        # Their first may have ended meanwhile. Accepted they are in any case.
+        # The first of a chain may have ended in between. The events are accepted either way.
         with suppress(*RETRYABLE_ERRORS):
             await promote(pool, [Chain(*chain) for chain in blocked])
     return Accepted(*accepted)
 
 
-def _columns(events: Sequence[NewEvent]) -> list[Sequence[Any]]:
-    """The statements' parameters, a field of the events each.
-
-    What none of them has is an empty array, which unnest fills up with nulls: of what is sent,
-    every single value has its price.
-    """
-    required, optional = slice(_REQUIRED), slice(_REQUIRED, None)
-    columns: list[Sequence[Any]] = list(zip(*events, strict=True))
-    return [*columns[required], *(column if any(column) else () for column in columns[optional])]
-
-
 def _ranks(events: Sequence[NewEvent]) -> list[int]:
-    """Each event's place among those of its merchant, from 1."""
+    """Return the number of each event among those of its merchant, from 1."""
     seen: Counter[str] = Counter()
     ranks = []
     for event in events:
@@ -221,6 +219,6 @@ def _ranks(events: Sequence[NewEvent]) -> list[int]:
     return ranks
 
 
-async def notify(connection: Connection) -> None:
-    """Tell listening engines to look; outside the transaction that enqueued."""
+async def notify(connection: Executor) -> None:
+    """Wake listening engines. Call it outside the transaction that enqueued."""
     await connection.execute(f"NOTIFY {CHANNEL}")

@@ -12,7 +12,7 @@ from time import monotonic
 from uuid import UUID
 
 from core.ids import IdKind
-from core.queue.types import Connection
+from core.postgres.protocols import Executor
 
 #: Several sweeps of an engine; and what nobody would call busy any more.
 _SOON = "interval '10 seconds'"
@@ -349,7 +349,7 @@ class Finding:
     complete: bool
 
 
-async def check_invariants(connection: Connection, budget_seconds: float) -> list[Finding]:
+async def check_invariants(connection: Executor, budget_seconds: float) -> list[Finding]:
     """Look for what breaks an invariant, newest first, for about so long; one finding for each.
 
     A page of every one is looked at, then another of each, until all have been seen or the time is
@@ -378,7 +378,7 @@ class _Walk:
     suspects: dict[UUID, str] = field(default_factory=dict)
     _before: UUID = _NEWEST
 
-    async def take_page(self, connection: Connection) -> None:
+    async def take_page(self, connection: Executor) -> None:
         row = await connection.fetchrow(self.invariant.page(_PAGE), self._before)
         self.examined += row["examined"]
         self.suspects |= _suspects(row)
@@ -386,7 +386,7 @@ class _Walk:
         self.complete = row["examined"] < _PAGE
         self.ended = self.complete or len(self.suspects) >= _SUSPECTS_MAX
 
-    async def conclude(self, connection: Connection) -> Finding:
+    async def conclude(self, connection: Executor) -> Finding:
         broken = []
         if self.suspects:
             row = await connection.fetchrow(self.invariant.second_look(), list(self.suspects))

@@ -1,11 +1,11 @@
-"""What is still open of long ago: retention asks, before it removes anything."""
+"""Open deliveries within ranges of ids. Retention reads them before it removes anything."""
 
 from collections.abc import Sequence
 from uuid import UUID
 
-from core.queue.types import Connection
+from core.postgres.protocols import Executor
 
-_STANDING = """
+_COUNT_OPEN = """
 SELECT count(*) AS deliveries, coalesce(sum(attempt_count), 0) AS attempts
 FROM delivery_queue WHERE id >= $1 AND id < $2
 """
@@ -21,27 +21,27 @@ SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last_id,
 """
 
 
-async def standing(connection: Connection, low: UUID, high: UUID) -> tuple[int, int]:
-    """How many deliveries with ids in [low, high) are open, and their attempts so far.
+async def count_open(connection: Executor, low: UUID, high: UUID) -> tuple[int, int]:
+    """Return the number of open deliveries with ids in [low, high), and of their attempts.
 
-    Of a time that is over the first only falls and an attempt raises the second: as long as both
-    stay, nothing of that time has been attempted or finished.
+    In a range that has passed, the first number only falls and an attempt raises the second. As
+    long as both are the same, no delivery of the range was attempted or finished.
     """
-    row = await connection.fetchrow(_STANDING, low, high)
+    row = await connection.fetchrow(_COUNT_OPEN, low, high)
     return row["deliveries"], row["attempts"]
 
 
-async def open_between(connection: Connection, after: UUID, high: UUID, limit: int) -> list[UUID]:
-    """The next open deliveries with ids in (after, high)."""
+async def open_between(connection: Executor, after: UUID, high: UUID, limit: int) -> list[UUID]:
+    """Return the next open deliveries with ids in (after, high)."""
     return [row["id"] for row in await connection.fetch(_OPEN, after, high, limit)]
 
 
 async def old_events_of_open(
-    connection: Connection, after: UUID, before_event: UUID, limit: int
+    connection: Executor, after: UUID, before_event: UUID, limit: int
 ) -> tuple[UUID | None, Sequence[UUID]]:
-    """Looks at the next open deliveries: where to go on, and which of their events are older.
+    """Read the next open deliveries: return the last id, and their events before `before_event`.
 
-    The queue has no index by event, so a whole look passes through all of it, a page a statement.
+    The queue has no index by event, so a full scan reads all of it, one page per statement.
     """
     row = await connection.fetchrow(_EVENTS, after, before_event, limit)
     return row["last_id"], row["event_ids"]

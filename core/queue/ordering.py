@@ -1,11 +1,12 @@
-"""Ordered delivery: one delivery of a chain at a time, in the order of acceptance.
+"""Ordered delivery: the deliveries of a chain go one at a time, in the order of acceptance.
 
-A chain is what is open of one ordering key for one webhook config. Only its first may be ready,
-parked or leased; the others are blocked. Positions are given under a lock of the key that is held
-until the commit, so they follow the commits. Whatever ends a first promotes the next, after its own
-commit, and so does an acceptance behind one: of the two at the same time at least one then sees
-both, and an engine never waits for a server. A process that dies in between leaves its chain
-to the sweep.
+A chain is the open deliveries of one ordering key to one webhook config. Its first delivery may be
+ready, parked or leased; the others are blocked. A lock on the key, held until the commit, makes
+positions follow the commits.
+
+Two events promote the next delivery: the end of the first one, after its commit, and the acceptance
+of one behind it. If both happen at once, at least one of them sees the other. A process that dies
+in between leaves the chain to the engines' sweep.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,13 +14,14 @@ from uuid import UUID
 from zlib import crc32
 
 from core.postgres.planner import equal, hidden
-from core.queue.types import Chain, Connection, NewEvent
+from core.postgres.protocols import Executor
+from core.queue.types import Chain, NewEvent
 
-#: Keys share this many locks: PostgreSQL has room for 6,400 by default, for all transactions
-#: together. Two keys that share one only wait for each other's commits. Which lock a key has must
-#: be the same in releases that run side by side.
+#: Keys share this many locks, because PostgreSQL has 6,400 by default for all transactions. Two
+#: keys with one lock wait for each other's commits. Releases that run side by side must map keys to
+#: locks in the same way.
 _LOCKS = 4096
-#: Keeps them apart from advisory locks for other purposes.
+#: Separates these advisory locks from others. The digits spell "ordr".
 _LOCK_SPACE = 0x6F726472
 _NO_CHAIN = Chain(UUID(int=0), "")
 
@@ -28,7 +30,8 @@ SELECT count(pg_advisory_xact_lock($1, t.lock)) FROM unnest($2::int[]) AS t(lock
 """
 
 
-# Right however old the snapshot is: a later acceptance comes behind, and what is gone stays gone.
+# Correct with any snapshot: a later acceptance has a higher position, and an ended delivery stays
+# ended.
 _PROMOTE = f"""
 WITH next AS (
     SELECT b.id
@@ -45,8 +48,8 @@ WITH next AS (
             AND q.state <> 'blocked' LIMIT 1
     ) IS NULL
 ), locked AS (
-    -- Chosen before locked: what somebody else promotes or cancels now is passed by, and never the
-    -- one behind it taken instead.
+    -- Chosen before locked, so that a delivery that another session promotes is skipped and the one
+    -- behind it is not taken instead.
     SELECT id FROM delivery_queue
     WHERE id = ANY (ARRAY(SELECT id FROM next)) AND {hidden("state")} = 'blocked'
     FOR UPDATE SKIP LOCKED
@@ -62,7 +65,7 @@ RETURNING q.id
 """  # noqa: S608 - of constants
 
 
-# A loose index scan: one probe a chain, however long the chains are.
+# A loose index scan with one probe per chain.
 _CHAINS = """
 WITH RECURSIVE chains AS (
     (
@@ -82,20 +85,20 @@ SELECT webhook_id, ordering_key FROM chains LIMIT $3
 """
 
 
-async def lock_keys(connection: Connection, events: Iterable[NewEvent]) -> None:
-    """Wait until no other transaction accepts events of these ordering keys, and keep it so.
+async def lock_keys(connection: Executor, events: Iterable[NewEvent]) -> None:
+    """Lock the ordering keys of these events until the transaction ends.
 
-    To be called in a transaction, in a statement before the one that reads the chains.
+    Call it in the transaction, before the statement that reads the chains.
     """
-    # In one order everywhere, so nobody waits in a circle.
+    # Sorted, so that transactions do not deadlock.
     locks = sorted({_lock(event) for event in events if event.ordering_key is not None})
     await connection.execute(_LOCK, _LOCK_SPACE, locks)
 
 
-async def promote(connection: Connection, chains: Sequence[Chain]) -> int:
-    """Let the next delivery of each chain go whose first has ended; returns how many.
+async def promote(connection: Executor, chains: Sequence[Chain]) -> int:
+    """Make the next delivery of each chain ready if its first has ended, and return their number.
 
-    To be called after the commit of what may have ended a first, or put another behind it.
+    Call it after the commit that may have ended a first delivery or added one behind it.
     """
     rows = await connection.fetch(
         _PROMOTE, [c.webhook_id for c in chains], [c.ordering_key for c in chains]
@@ -103,8 +106,8 @@ async def promote(connection: Connection, chains: Sequence[Chain]) -> int:
     return len(rows)
 
 
-async def chains_after(connection: Connection, chain: Chain | None, limit: int) -> list[Chain]:
-    """The chains with something blocked in them that come next, in any fixed order."""
+async def chains_after(connection: Executor, chain: Chain | None, limit: int) -> list[Chain]:
+    """Return the next chains that have blocked deliveries, in a fixed order."""
     after = chain or _NO_CHAIN
     rows = await connection.fetch(_CHAINS, after.webhook_id, after.ordering_key, limit)
     return [Chain(row["webhook_id"], row["ordering_key"]) for row in rows]

@@ -9,8 +9,8 @@ from uuid import UUID
 from core.ids import first_id_at
 from core.lifecycle import Outcome
 from core.postgres.planner import equal, hidden
-from core.queue.enqueue import HAS_BACKLOG, STATE_IN_CROWD
-from core.queue.types import Connection
+from core.postgres.protocols import Executor
+from core.queue.enqueue import HAS_BACKLOG, STATE_IN_BURST
 
 # Joined with its event, since a delivery without one could be claimed and never sent.
 _REDELIVER = f"""
@@ -85,7 +85,7 @@ _MAKE = f""", wanted AS (
 ), made AS (
     INSERT INTO delivery_queue
         (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
-    SELECT new_uuid7(), w.id, w.event_id, w.merchant_id, w.event_type, {STATE_IN_CROWD},
+    SELECT new_uuid7(), w.id, w.event_id, w.merchant_id, w.event_type, {STATE_IN_BURST},
         w.delivery_id
     FROM wanted w
 )"""  # noqa: S608 - of constants
@@ -128,7 +128,7 @@ class RedeliveredPage:
     end: Place | None
 
 
-async def redeliver(connection: Connection, merchant_id: str, delivery_id: UUID) -> UUID | None:
+async def redeliver(connection: Executor, merchant_id: str, delivery_id: UUID) -> UUID | None:
     """Make a new delivery of a finished one's event, with a retry schedule of its own.
 
     None, and nothing made, when the merchant has no such finished delivery, its config is deleted
@@ -139,7 +139,7 @@ async def redeliver(connection: Connection, merchant_id: str, delivery_id: UUID)
 
 
 async def redeliver_failed(
-    connection: Connection, wanted: FailedFilter, after: Place, limit: int, *, dry_run: bool = False
+    connection: Executor, wanted: FailedFilter, after: Place, limit: int, *, dry_run: bool = False
 ) -> RedeliveredPage:
     """Make a new delivery for each failed one of a page, unless a later one is open or delivered.
 

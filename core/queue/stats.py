@@ -1,24 +1,24 @@
-"""How deep the queue is, for who looks every few seconds: what this costs does not grow with it.
+"""Sizes of the queue for metrics, at a cost that does not grow with the queue.
 
-AdminService.GetQueueStatus counts exactly, and reads all there is to count.
+AdminService.GetQueueStatus counts exactly, and reads every row that it counts.
 """
 
 from dataclasses import dataclass
 
 from core.lifecycle import DeliveryState
+from core.postgres.protocols import Connection
 from core.queue.backlog import BACKLOGS
-from core.queue.types import Connection
 
-#: So many of a state are counted; what is more is estimated.
+#: Deliveries of one state that are counted. Beyond that the number is an estimate.
 COUNTED_MAX = 10_000
 
-# With its statistics from before a flood, the planner would read all of a state and sort it.
+# With outdated statistics the planner would read and sort all deliveries of a state.
 _IN_INDEX_ORDER = "SET LOCAL enable_sort = off"
 
-# Each state has an index of its own, whose rows PostgreSQL knows as of the last (auto)vacuum or
-# analyze. As the planner does, they are taken to be as dense today. The orders are those of the
-# indexes, so that the limit ends the scans.
-_DEPTH = """
+# Each state has its own index. PostgreSQL knows the rows per page as of the last vacuum or analyze,
+# and this estimate assumes the same density, as the planner does. Each ORDER BY is the order of the
+# index, so that the limit ends the scan.
+_DELIVERIES = """
 WITH counted AS (
     SELECT 'ready' AS state, 'delivery_queue_due'::regclass AS index, (
         SELECT count(*) FROM (
@@ -52,7 +52,7 @@ SELECT t.state, CASE WHEN t.rows < $1 THEN t.rows ELSE greatest(
 FROM counted t JOIN pg_class c ON c.oid = t.index
 """
 
-# Both ends of an index: the longest due, and the lease that ended first and was not taken back.
+# The longest due delivery, and the lease that expired first and was not reclaimed.
 _OLDEST_DUE = """
 SELECT coalesce(extract(epoch FROM now() - least(
     (
@@ -65,7 +65,7 @@ SELECT coalesce(extract(epoch FROM now() - least(
 )), 0)::float8
 """
 
-# Who is held has a backlog, once something of it is due; so the backlogs lead to the breakers.
+# A config with an open breaker has a backlog once one of its deliveries is due.
 _BREAKERS = f"""
 {BACKLOGS}
 SELECT count(*) FILTER (WHERE c.breaker_open_until > now()) AS open,
@@ -75,28 +75,27 @@ FROM (SELECT webhook_id FROM backlogs LIMIT $1) b JOIN webhook_configs c ON c.id
 
 
 @dataclass(frozen=True, slots=True)
-class Depth:
-    """Open deliveries by state, and how long the oldest has waited for nothing but an engine."""
+class QueueStats:
+    """Open deliveries by state, and the age of the oldest delivery that only needs an engine."""
 
     deliveries: dict[DeliveryState, int]
     oldest_due_age_seconds: float
-    #: Of the webhook configs that have a backlog, those with such a breaker.
+    #: Breakers of the webhook configs that have a backlog.
     open_breakers: int
     half_open_breakers: int
 
 
-async def measure_depth(connection: Connection) -> Depth:
-    """Read in a transaction of its own, on a connection rather than a pool.
+async def read_queue_stats(connection: Connection) -> QueueStats:
+    """Read the sizes in a separate transaction.
 
-    Of a state more than COUNTED_MAX are estimated, as at least that many; of configs not more than
-    that many are looked at.
+    More than COUNTED_MAX deliveries of a state are estimated. At most COUNTED_MAX configs are read.
     """
     async with connection.transaction(readonly=True):
         await connection.execute(_IN_INDEX_ORDER)
-        rows = await connection.fetch(_DEPTH, COUNTED_MAX)
+        rows = await connection.fetch(_DELIVERIES, COUNTED_MAX)
         age = await connection.fetchval(_OLDEST_DUE)
         breakers = await connection.fetchrow(_BREAKERS, COUNTED_MAX)
-    return Depth(
+    return QueueStats(
         {DeliveryState(row["state"]): row["deliveries"] for row in rows},
         age,
         breakers["open"],

@@ -1,8 +1,9 @@
-"""What has left the queue, or moved in it, is cleared away before claims have to pass it."""
+"""Vacuums the queue table before dead rows slow the claims down."""
 
-from core.queue.types import Connection
+from core.postgres.protocols import Executor
 
-#: Dead rows that nobody minds, and as a share of the live ones, since vacuum reads all indexes.
+#: Dead rows that are tolerated: a number, and a share of the live rows, because vacuum reads all
+#: indexes.
 _DEAD_MAX = 5_000
 _DEAD_SHARE_MAX = 0.05
 
@@ -11,21 +12,21 @@ SELECT n_dead_tup > $1 + $2 * n_live_tup FROM pg_stat_user_tables
 WHERE relid = 'delivery_queue'::regclass
 """
 
-# Does not wait for another engine that is at it, nor take the lock that shortening the table needs.
+# SKIP_LOCKED: another engine may be vacuuming. TRUNCATE would need an exclusive lock.
 _VACUUM = """
 VACUUM (INDEX_CLEANUP ON, TRUNCATE FALSE, PROCESS_TOAST FALSE, SKIP_LOCKED TRUE) delivery_queue
 """
 
 
-async def has_many_dead(connection: Connection) -> bool:
-    """Whether it is time for vacuum(), as far as PostgreSQL's statistics know."""
+async def has_many_dead(connection: Executor) -> bool:
+    """Return whether PostgreSQL's statistics show too many dead rows."""
     return bool(await connection.fetchval(_MANY_DEAD, _DEAD_MAX, _DEAD_SHARE_MAX))
 
 
-async def vacuum(connection: Connection) -> None:
-    """Clear away dead rows and what indexes still say of them; outside of any transaction.
+async def vacuum(connection: Executor) -> None:
+    """Remove dead rows and their index entries. Call it outside a transaction.
 
-    Each delivery leaves two dead rows or more, and claims read the index of due times from its
-    beginning, where most of them are. Autovacuum looks once a minute at most.
+    Each delivery leaves at least two dead rows. Claims read the index of due times from its
+    beginning, where most of them are. Autovacuum runs once a minute at most.
     """
     await connection.execute(_VACUUM)

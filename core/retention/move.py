@@ -7,8 +7,8 @@ interrupted and repeated.
 from uuid import UUID
 
 from core import queue
-from core.postgres.connect import Connection
 from core.postgres.planner import equal
+from core.postgres.protocols import Connection
 from core.retention.partitions import Day, retry_lock_conflicts, walk_pages
 from core.retention.policy import RetentionPolicy
 

@@ -16,8 +16,7 @@ from uuid import UUID
 import asyncpg
 
 from core.ids import first_id_at
-from core.postgres.connect import Connection
-from core.postgres.pool import Pool
+from core.postgres.protocols import Connection, Executor
 
 #: Number of days after today that get their partitions ahead of time.
 DAYS_AHEAD = 7
@@ -88,7 +87,7 @@ class Partition:
 
 
 async def list_partitions(
-    connection: Connection, tables: Sequence[str] = tuple(PARTITION_KEYS)
+    connection: Executor, tables: Sequence[str] = tuple(PARTITION_KEYS)
 ) -> list[Partition]:
     """Return the daily partitions of these tables."""
     rows = await connection.fetch(_PARTITIONS, [f"{table}_by_day" for table in tables])
@@ -99,12 +98,12 @@ async def list_partitions(
     ]
 
 
-async def today(connection: Connection) -> Day:
+async def today(connection: Executor) -> Day:
     """Return the current day of the database's clock."""
     return Day(await connection.fetchval("SELECT (now() AT TIME ZONE 'UTC')::date"))
 
 
-async def days_ahead(connection: Pool) -> int:
+async def days_ahead(connection: Executor) -> int:
     """Count the days after today, up to the first gap, that have all partitions.
 
     Returns -1 if today lacks one. Reads only the catalogue. It is the metric

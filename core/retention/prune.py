@@ -10,8 +10,8 @@ from uuid import UUID
 
 from core import queue
 from core.ids import first_id_at
-from core.postgres.connect import Connection
 from core.postgres.planner import equal, hidden
+from core.postgres.protocols import Connection
 from core.retention.partitions import (
     LOCK_CONFLICTS,
     PARTITION_KEYS,

@@ -17,8 +17,9 @@ import structlog
 from core import queue
 from core.ids import new_id
 from core.operator_audit import INSERT_OPERATOR_ENTRY, Operator, operator_entry
-from core.postgres.connect import Connection, Connector
-from core.postgres.pool import CONNECTION_ERRORS, Pool
+from core.postgres.connect import Connector
+from core.postgres.pool import CONNECTION_ERRORS
+from core.postgres.protocols import Connection, Pool
 from core.retention import move, partitions, prune
 from core.retention.partitions import (
     EVENT_TABLES,
@@ -204,7 +205,7 @@ async def _drop_history(
 ) -> bool:
     """Drop the day's history. Returns False if its deliveries are attempted again and again."""
     for _ in range(_DROP_TRIES):
-        open_before = await queue.standing(connection, day.low, day.high)
+        open_before = await queue.count_open(connection, day.low, day.high)
         report.deliveries_kept += await move.move_history(connection, day, policy)
         try:
             if await retry_lock_conflicts(
@@ -228,7 +229,7 @@ async def _drop(
     # Overrides the default isolation, because each statement must see the latest commits.
     async with connection.transaction(isolation="read_committed"):
         await partitions.lock_daily_partitions(connection, tables)
-        if open_before and await queue.standing(connection, day.low, day.high) != open_before:
+        if open_before and await queue.count_open(connection, day.low, day.high) != open_before:
             return False
         await partitions.drop_day(connection, tables, day)
     report.days_dropped += [day.partition(table) for table in tables]

@@ -6,7 +6,8 @@ from datetime import timedelta
 import asyncpg
 import structlog
 
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Pool
 from core.retention.run import last_completed, run_once
 from core.settings import DatabaseSettings, RetentionSettings
 

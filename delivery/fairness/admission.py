@@ -12,7 +12,7 @@ from uuid import UUID
 
 from core import queue
 from core.backpressure import LoopLag
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery
 from delivery.fairness.backlog_rate import BacklogRate
 
@@ -100,5 +100,5 @@ def _hungry(webhook_ids: Iterable[UUID], wanted: Callable[[UUID], int]) -> dict[
 
 def _is_prompt(delivery: LeasedDelivery) -> bool:
     """Whether it is one of those that nothing of a backlog is to delay."""
-    late = delivery.claimed_at - delivery.owed_since
+    late = delivery.claimed_at - delivery.due_since
     return not delivery.has_backlog and delivery.attempt_count == 0 and late < _PROMPT

@@ -32,7 +32,7 @@ class Breaker:
         self._streaks: dict[UUID, _Streak] = {}
 
     def decide(
-        self, delivery: LeasedDelivery, works: bool | None, asked_seconds: float
+        self, delivery: LeasedDelivery, works: bool | None, requested_pause_seconds: float
     ) -> BreakerChange | None:
         """What an attempt changes: so many failures in so much time open, a probe decides.
 
@@ -49,9 +49,9 @@ class Breaker:
         trips = delivery.is_probe or (streak.failures >= self._failures and lasts >= self._seconds)
         if trips:
             del self._streaks[delivery.webhook_id]
-        if not trips and not asked_seconds:
+        if not trips and not requested_pause_seconds:
             return None
-        return _change(delivery, trips, asked_seconds, streak.failures)
+        return _change(delivery, trips, requested_pause_seconds, streak.failures)
 
     def _lengthen(self, webhook_id: UUID) -> _Streak:
         if len(self._streaks) > _MEMORY:
@@ -62,13 +62,16 @@ class Breaker:
 
 
 def _change(
-    delivery: LeasedDelivery, trips: bool = False, asked_seconds: float = 0.0, failures: int = 0
+    delivery: LeasedDelivery,
+    trips: bool = False,
+    requested_pause_seconds: float = 0.0,
+    failures: int = 0,
 ) -> BreakerChange:
     return BreakerChange(
         webhook_id=delivery.webhook_id,
         seen=delivery.breaker_open_until,
         trips=trips,
-        asked_seconds=asked_seconds,
+        requested_pause_seconds=requested_pause_seconds,
         failures=failures,
         version=delivery.webhook_version,
     )

@@ -25,7 +25,7 @@ class Capacity:
 
     def wanted_now(self, webhook_id: UUID) -> int:
         """The same, and 0 while its rate is known to be used up."""
-        return 0 if self._rate_limits.is_held(webhook_id) else self.wanted(webhook_id)
+        return 0 if self._rate_limits.breaker_is_open(webhook_id) else self.wanted(webhook_id)
 
     async def take(
         self, deliveries: Sequence[LeasedDelivery], webhooks: Mapping[UUID, Webhook]
@@ -54,7 +54,8 @@ class Capacity:
         claimed = Counter(
             d.webhook_id
             for d in deliveries
-            if webhooks[d.webhook_id].rate_limit and not self._rate_limits.is_held(d.webhook_id)
+            if webhooks[d.webhook_id].rate_limit
+            and not self._rate_limits.breaker_is_open(d.webhook_id)
         )
         wanted = {
             webhook_id: min(count, self._slots.free(webhook_id, webhooks[webhook_id].max_in_flight))

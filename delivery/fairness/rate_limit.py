@@ -12,7 +12,7 @@ from time import monotonic
 from uuid import UUID
 
 from core import queue
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 
 #: Waits end at multiples of this.
 _TICK_SECONDS = 0.1
@@ -35,7 +35,7 @@ class RateHolds:
         self._until |= ends
         return {end - now for end in ends.values()}
 
-    def is_held(self, webhook_id: UUID) -> bool:
+    def breaker_is_open(self, webhook_id: UUID) -> bool:
         return self._until.get(webhook_id, -math.inf) > self._clock()
 
 
@@ -52,9 +52,9 @@ class RateLimits:
         self._wake_in = wake_in
         self._holds = RateHolds(clock)
 
-    def is_held(self, webhook_id: UUID) -> bool:
+    def breaker_is_open(self, webhook_id: UUID) -> bool:
         """Whether it is known that this config gets nothing at present."""
-        return self._holds.is_held(webhook_id)
+        return self._holds.breaker_is_open(webhook_id)
 
     async def grant(self, wanted: Mapping[UUID, int]) -> Counter[UUID]:
         """How many of what is wanted may be sent now; it counts as sent. One statement at most."""

@@ -17,7 +17,7 @@ from core import queue
 from core.ids import format_id
 from core.models import WebhookConfig
 from core.postgres.planner import equal, hidden
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from server.database import Sessions
 from server.rpc.audit import record_change
 

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from core import queue
 from core.ids import format_id
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.queue import FailedFilter, Place, RedeliveredPage
 from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change

@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from core import queue
 from core.models import WebhookConfig
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from postrider.v1 import admin_service_pb2, admin_service_pb2_grpc
 from server.admin import activation
 from server.admin.audit_log import AuditFilter, list_audit_entries

@@ -13,7 +13,7 @@ from core.encryption import KeyRing
 from core.errors import FailedPrecondition
 from core.ids import format_id
 from core.lifecycle import OPEN_STATES
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from postrider.v1 import delivery_service_pb2, delivery_service_pb2_grpc
 from server.auth.principal import Scope
 from server.auth.rate_limits import StreamSlots

@@ -8,7 +8,7 @@ from uuid import UUID
 from core.ids import first_id_at
 from core.lifecycle import OPEN_STATES, DeliveryState
 from core.postgres.planner import equal, hidden
-from core.postgres.pool import Pool
+from core.postgres.protocols import Executor, Pool
 
 _NEWEST = UUID(int=(1 << 128) - 1)
 
@@ -137,7 +137,7 @@ FROM attempts WHERE delivery_id = ANY ($1) ORDER BY delivery_id, number
 """
 
 
-async def find_delivery(pool: Pool, merchant_id: str, delivery_id: UUID) -> DeliveryRow | None:
+async def find_delivery(pool: Executor, merchant_id: str, delivery_id: UUID) -> DeliveryRow | None:
     """One delivery of a merchant, wherever it stands."""
     row = await pool.fetchrow(_ONE, merchant_id, delivery_id)
     return DeliveryRow(**row) if row else None

@@ -18,7 +18,8 @@ from uuid import UUID
 import structlog
 
 from core.errors import InvalidArgument, PostriderError, QuotaExceeded, Unavailable
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Executor
 from server.deliveries.store import AttemptRow, DeliveryRow
 
 _POLL_SECONDS = 0.2
@@ -129,18 +130,18 @@ class Batch:
     full: bool
 
 
-async def take_snapshot(pool: Pool) -> Snapshot:
+async def take_snapshot(pool: Executor) -> Snapshot:
     return Snapshot.parse(await pool.fetchval(_SNAPSHOT))
 
 
-async def newest_position(pool: Pool) -> Position:
+async def newest_position(pool: Executor) -> Position:
     """Of the newest attempt that is certain; what a later snapshot lacks comes after it."""
     row = await pool.fetchrow(_NEWEST)
     return Position(*row) if row else Position(0)
 
 
 async def read_recorded(
-    pool: Pool, after: Position, merchant_ids: Sequence[str], limit: int = BATCH
+    pool: Executor, after: Position, merchant_ids: Sequence[str], limit: int = BATCH
 ) -> Batch:
     """The next attempts after a position, of at most `limit` of all merchants'.
 
@@ -212,7 +213,7 @@ class Watcher:
 class Tail:
     """Reads for all watchers of this process at once."""
 
-    def __init__(self, pool: Pool):
+    def __init__(self, pool: Executor):
         self._pool = pool
         #: One page at a time is read for watches that catch up, in turn, however many there are:
         #: what they missed can wait, and everybody's calls use the same database.

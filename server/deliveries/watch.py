@@ -14,7 +14,7 @@ from uuid import UUID
 
 from core.encryption import KeyRing, UndecryptableSecret
 from core.errors import InvalidArgument, Unauthenticated
-from core.postgres.pool import Pool
+from core.postgres.protocols import Executor
 from server.deliveries.tail import Position, Recorded, Snapshot, Tail, Watcher, read_recorded
 
 
@@ -31,7 +31,7 @@ class Watch:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Executor,
         tail: Tail,
         watcher: Watcher,
         *,

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from core.errors import FieldViolation
-from core.postgres.pool import Pool
+from core.postgres.protocols import Executor
 from server.event_types.schema import PayloadSchema, SchemaRefused
 
 #: A change is honoured by every call that begins this long after its commit.
@@ -63,7 +63,7 @@ def event_type_name(text: str) -> str:
 class EventTypes:
     """Answers which names are registered, and which schemas are enforced."""
 
-    def __init__(self, pool: Pool, clock: Callable[[], float] = monotonic):
+    def __init__(self, pool: Executor, clock: Callable[[], float] = monotonic):
         self._pool = pool
         self._clock = clock
         self._known: dict[str, KnownType] = {}

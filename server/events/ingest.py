@@ -19,7 +19,8 @@ from core import queue
 from core.errors import AlreadyExists, FieldViolation, InvalidArgument, PostriderError
 from core.ids import new_id
 from core.postgres.planner import equal
-from core.postgres.pool import Pool, met_new_part
+from core.postgres.pool import met_new_part
+from core.postgres.protocols import Pool
 from core.queue import BURST_EVENTS, Accepted, NewEvent
 from server.event_types.cache import EventTypes
 from server.events.group_commit import GroupCommit

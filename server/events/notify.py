@@ -9,7 +9,8 @@ import asyncio
 import structlog
 
 from core import queue
-from core.postgres.pool import RETRYABLE_ERRORS, Pool
+from core.postgres.pool import RETRYABLE_ERRORS
+from core.postgres.protocols import Pool
 
 #: Hints within this time of each other become one.
 _COALESCE_SECONDS = 0.005

@@ -16,7 +16,7 @@ from core.errors import (
     Unauthenticated,
     Unavailable,
 )
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server.auth.principal import Principal, Scope
 from server.auth.rate_limits import StreamSlots

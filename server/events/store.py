@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from core.ids import first_id_at
-from core.postgres.pool import Pool
+from core.postgres.protocols import Executor
 
 _ID_MAX = UUID(int=(1 << 128) - 1)
 #: An id has its server's time from before the commit, an event the database's time of it. What
@@ -45,7 +45,7 @@ _LIST = (
 )
 
 
-async def find_event(pool: Pool, merchant_id: str | None, event_id: UUID) -> EventRow | None:
+async def find_event(pool: Executor, merchant_id: str | None, event_id: UUID) -> EventRow | None:
     """One event, of this merchant when there is one given."""
     row = await pool.fetchrow(_ONE, event_id)
     if row is None or merchant_id not in (None, row["merchant_id"]):
@@ -54,7 +54,7 @@ async def find_event(pool: Pool, merchant_id: str | None, event_id: UUID) -> Eve
 
 
 async def list_events(
-    pool: Pool, merchant_id: str, wanted: EventFilter, limit: int
+    pool: Executor, merchant_id: str, wanted: EventFilter, limit: int
 ) -> list[EventRow]:
     """At most `limit` events of a merchant, newest first."""
     statement, arguments = _page(merchant_id, wanted, limit)

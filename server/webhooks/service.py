@@ -18,7 +18,7 @@ from core.encryption import KeyRing
 from core.ids import new_id
 from core.lifecycle import AttemptResult
 from core.models import EventType, WebhookConfig
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.signing import SignatureScheme, new_secret, standard_secret
 from core.urls import UrlPolicy
 from postrider.v1 import (

@@ -18,7 +18,7 @@ from core.errors import Aborted, FailedPrecondition, QuotaExceeded
 from core.ids import format_id
 from core.lifecycle import DeactivationReason
 from core.models import WebhookConfig
-from core.postgres.pool import Pool
+from core.postgres.protocols import Pool
 from core.signing import SignatureScheme, new_secret, public_key
 from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change

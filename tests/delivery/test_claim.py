@@ -68,7 +68,7 @@ async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> N
     await enqueue_events(pool, 3)
     unanswered = UnansweredClaims()
     with pytest.raises(ConnectionResetError):
-        await claim(AnswersLost(pool), 2, LEASE_SECONDS, Histogram(SHORT), unanswered)
+        await claim(AnswersLost(pool), 2, LEASE_SECONDS, Histogram(SHORT), unanswered)  # type: ignore[arg-type]
     # What others have taken meanwhile is theirs.
     [other] = await queue.claim(pool, 10, LEASE_SECONDS)
 

@@ -13,7 +13,7 @@ from core import retention
 from core.ids import new_id
 from core.lifecycle import DeliveryState
 from core.postgres.pool import open_pool
-from core.queue import measure_depth, stats
+from core.queue import read_queue_stats, stats
 from core.settings import RetentionSettings
 from delivery import database_stats
 from delivery.database_stats import DatabaseStats
@@ -39,7 +39,7 @@ async def test_open_deliveries_are_counted_by_state(pool: Any) -> None:
         await _make_blocked(pool, webhook_id, position)
 
     async with pool.acquire() as connection:
-        found = await measure_depth(connection)
+        found = await read_queue_stats(connection)
 
     assert found.deliveries == {
         DeliveryState.READY: 2,
@@ -57,11 +57,11 @@ async def test_many_are_estimated_by_the_index_of_their_state(
     async with pool.acquire() as connection:
         await _park_many(pool, webhook_id, 1000)
         # Nothing is known of the index yet.
-        assert (await measure_depth(connection)).deliveries[DeliveryState.PARKED] >= 10
+        assert (await read_queue_stats(connection)).deliveries[DeliveryState.PARKED] >= 10
         await pool.execute("VACUUM ANALYZE delivery_queue")
-        assert (await measure_depth(connection)).deliveries[DeliveryState.PARKED] == 1000
+        assert (await read_queue_stats(connection)).deliveries[DeliveryState.PARKED] == 1000
         await _park_many(pool, webhook_id, 1000)
-        grown = (await measure_depth(connection)).deliveries[DeliveryState.PARKED]
+        grown = (await read_queue_stats(connection)).deliveries[DeliveryState.PARKED]
 
     assert 1500 <= grown <= 2500
 
@@ -73,7 +73,7 @@ async def test_statistics_from_before_a_flood_do_not_make_it_read_all_of_it(pool
         await _park_many(connection, webhook_id, 5000)
         await connection.execute("SET LOCAL enable_seqscan = off")
         await connection.execute(stats._IN_INDEX_ORDER)
-        rows = await connection.fetch(f"EXPLAIN {stats._DEPTH}", 100)
+        rows = await connection.fetch(f"EXPLAIN {stats._DELIVERIES}", 100)
 
     plan = "\n".join(row[0] for row in rows)
     assert "delivery_queue_parked" in plan
@@ -98,7 +98,7 @@ async def test_the_oldest_due_is_what_waits_for_nothing_but_an_engine(
     await make_delivery(pool, webhook_id, state=state, **times)
 
     async with pool.acquire() as connection:
-        found = (await measure_depth(connection)).oldest_due_age_seconds
+        found = (await read_queue_stats(connection)).oldest_due_age_seconds
 
     assert age <= found <= age + 5 if age else found == 0
 
@@ -112,7 +112,7 @@ async def test_breakers_of_configs_that_have_a_backlog(pool: Any) -> None:
             await make_delivery(pool, webhook_id, state="parked")
 
     async with pool.acquire() as connection:
-        found = await measure_depth(connection)
+        found = await read_queue_stats(connection)
 
     assert (found.open_breakers, found.half_open_breakers) == (2, 1)
 

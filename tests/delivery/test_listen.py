@@ -2,19 +2,22 @@
 
 import asyncio
 import gc
+from typing import Any
 
 from delivery.listen import Listener
 
+NO_POOL: Any = None
+
 
 async def test_a_retry_that_is_soon_is_woken_up_for() -> None:
-    listener = Listener(None, poll_seconds=60)
+    listener = Listener(NO_POOL, poll_seconds=60)
     listener.expect_retry(0.01)
     async with asyncio.timeout(10):
         await listener.wait()
 
 
 async def test_retries_that_are_late_cost_no_memory_until_then() -> None:
-    listener = Listener(None, poll_seconds=1)
+    listener = Listener(NO_POOL, poll_seconds=1)
     before = _timers()
     for _ in range(1000):
         listener.expect_retry(3600)

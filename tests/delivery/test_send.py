@@ -906,7 +906,7 @@ def leased(payload: bytes, attempt_count: int = 0) -> LeasedDelivery:
         payload=payload,
         attempt_count=attempt_count,
         fault_count=0,
-        owed_since=datetime.datetime.now(datetime.UTC),
+        due_since=datetime.datetime.now(datetime.UTC),
         claimed_at=datetime.datetime.now(datetime.UTC),
     )
 

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from core import queue
 from core.ids import format_id, new_id
-from core.lifecycle import DeliveryState, Outcome
-from core.queue import LeasedDelivery, NewEvent, Settled, Settlement
+from core.lifecycle import AttemptResult, DeliveryState, Outcome
+from core.queue import LeasedDelivery, NewEvent, Settlement, SettleResult
 
 MERCHANT = "m_1"
 EVENT_TYPE = "payment.succeeded"
@@ -118,17 +118,20 @@ async def lease_many(pool: Any, webhook_id: UUID, count: int) -> list[LeasedDeli
 
 
 def settlement(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
-    """A 200 that finishes the delivery."""
+    """A 200 that finishes the delivery. Overrides are fields of the settlement or of its result."""
+    result: dict[str, Any] = {"outcome": Outcome.SUCCEEDED, "status_code": 200, "detail": "200 OK"}
+    result |= {"duration_us": 1500}
+    result |= {name: overrides.pop(name) for name in AttemptResult._fields if name in overrides}
     fields: dict[str, Any] = {
         "delivery_id": delivery.id,
         "lease_id": delivery.lease_id,
-        "outcome": Outcome.SUCCEEDED,
-        "status_code": 200,
-        "detail": "200 OK",
+        "webhook_id": delivery.webhook_id,
+        "merchant_id": delivery.merchant_id,
+        "due_since": delivery.due_since,
+        "number": delivery.attempt_count + 1,
         "started_at": STARTED_AT,
-        "duration_us": 1500,
+        "result": AttemptResult(**result),
         "final_state": DeliveryState.DELIVERED,
-        "retry_after_seconds": 0.0,
         **overrides,
     }
     return Settlement(**fields)
@@ -147,7 +150,7 @@ def failed(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
 
 def rescheduled(delivery: LeasedDelivery, seconds: float = 60.0, **overrides: Any) -> Settlement:
     """A 500 with another attempt to come."""
-    return failed(delivery, final_state=None, retry_after_seconds=seconds, **overrides)
+    return failed(delivery, final_state=None, next_attempt_in_seconds=seconds, **overrides)
 
 
 async def fail_open_delivery(pool: Any) -> str:
@@ -165,7 +168,7 @@ async def fail_open_delivery(pool: Any) -> str:
     return format_id("dlv", row["id"])
 
 
-async def settle(pool: Any, *settlements: Settlement, limit: int = 10) -> Settled:
+async def settle(pool: Any, *settlements: Settlement, limit: int = 10) -> SettleResult:
     """Settle as the recorder does, in a transaction."""
     async with pool.acquire() as connection, connection.transaction():
         return await queue.settle(connection, settlements, limit)

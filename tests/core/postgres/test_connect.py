@@ -204,7 +204,7 @@ async def test_a_new_password_in_its_file_is_that_of_new_connections(
     url = database_url.replace("postgres@", "by_password:stale@")
     settings = database_settings(url).model_copy(update={"database_password_file": file})
     async with asking_for_a_password(postgres) as admin:
-        pool = await open_pool(settings, "test", 2)
+        pool: Any = await open_pool(settings, "test", 2)
         sessions = open_sessions(settings, 1)
         old = await pool.acquire()
         await admin.execute("ALTER ROLE by_password PASSWORD 'second'")

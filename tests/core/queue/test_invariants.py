@@ -334,7 +334,7 @@ async def test_what_has_moved_at_the_second_look_is_not_broken(
 ) -> None:
     await break_it(pool, await make_webhook_config(pool))
     await pool.execute("UPDATE events SET delivery_count = 1")
-    findings = await queue.check_invariants(Mended(pool, mend), 10)
+    findings = await queue.check_invariants(Mended(pool, mend), 10)  # type: ignore[arg-type]
     names = {f.invariant.name for f in findings if f.broken}
     assert names <= {"event_has_deliveries"}
 

@@ -21,15 +21,17 @@ from sqlalchemy.dialects import postgresql
 from cli.dev.postgres import EmbeddedPostgres
 from cli.ops.migrate import migrate
 from core.ids import first_id_at, new_id
-from core.lifecycle import DeliveryState, Outcome
+from core.lifecycle import AttemptResult, DeliveryState, Outcome
 from core.postgres.connect import Connector
 from core.postgres.planner import equal
 from core.queue import (
     NewEvent,
+    Settlement,
     backlog,
     breakers,
     open_ranges,
     ordering,
+    rate_limit,
     redelivery,
     stats,
 )
@@ -38,12 +40,12 @@ from core.queue.enqueue import (
     _ENQUEUE,
     _ENQUEUE_BURST,
     _ENQUEUE_IN_ORDER,
+    _EVENT,
     _READY_MAX,
-    _columns,
     _ranks,
 )
 from core.queue.invariants import INVARIANTS, Invariant
-from core.queue.settle import _CANCEL_WEBHOOK, _HELD, _SETTLE
+from core.queue.settle import _CANCEL_WEBHOOK, _HELD, _INPUT, _SETTLE
 from core.retention import move, partitions, prune
 from delivery import database_stats
 from server.admin import audit_log, erasure, queue_status
@@ -308,30 +310,31 @@ async def test_what_is_held_is_found_by_the_keys_of_what_is_asked_about(crowded:
 
 async def test_a_settle_touches_its_deliveries_and_configs_by_their_keys(crowded: Any) -> None:
     leased = await crowded.fetch(
-        "SELECT id, lease_id FROM delivery_queue WHERE state = 'leased' LIMIT 100"
+        "SELECT id, lease_id, webhook_id FROM delivery_queue WHERE state = 'leased' LIMIT 100"
     )
-    states = ["delivered", "failed", None, None] * 25
+    states = [DeliveryState.DELIVERED, DeliveryState.FAILED, None, None] * 25
+    settlements = [
+        Settlement(
+            delivery_id=row["id"],
+            lease_id=row["lease_id"],
+            webhook_id=row["webhook_id"],
+            merchant_id="m_1",
+            due_since=STARTED_AT,
+            number=1,
+            started_at=STARTED_AT,
+            result=AttemptResult(Outcome.HTTP_ERROR, 500, "500", first_byte_us=1),
+            final_state=state,
+            next_attempt_in_seconds=60.0,
+            blamed_version=1 if state is DeliveryState.FAILED else None,
+        )
+        for row, state in zip(leased, states, strict=True)
+    ]
 
     plan = await _explain(
         crowded,
         _SETTLE,
         10,
-        [row["id"] for row in leased],
-        [row["lease_id"] for row in leased],
-        ["http_error"] * 100,
-        [500] * 100,
-        ["500"] * 100,
-        [STARTED_AT] * 100,
-        [1] * 100,
-        states,
-        [60.0] * 100,
-        (),
-        (),
-        (),
-        [1] * 100,
-        ["192.0.2.1"] * 100,
-        ["ok"] * 100,
-        [1 if state == "failed" else None for state in states],
+        *_INPUT.arguments(settlements),
     )
 
     by_key = [scan for scan in plan.scans if scan.index == "delivery_queue_pkey"]
@@ -350,7 +353,7 @@ async def test_enqueueing_finds_configs_and_what_they_have_by_index(
     plan = await _explain(
         crowded,
         statement,
-        *_columns(events),
+        *_EVENT.arguments(events),
         _ranks(events),
     )
 
@@ -368,7 +371,7 @@ async def test_enqueueing_finds_configs_and_what_they_have_by_index(
 async def test_events_without_ordering_keys_look_for_no_chains(crowded: Any) -> None:
     events = [make_event(merchant_id="m_1") for _ in range(3)]
 
-    plan = await _explain(crowded, _ENQUEUE, *_columns(events), _ranks(events))
+    plan = await _explain(crowded, _ENQUEUE, *_EVENT.arguments(events), _ranks(events))
 
     chains = {"delivery_queue_first", "delivery_queue_blocked"}
     assert not chains & {scan.index for scan in plan.scans}
@@ -386,7 +389,7 @@ async def test_enqueueing_in_order_reads_the_ends_of_its_chains_only(crowded: An
     plan = await _explain(
         crowded,
         _ENQUEUE_IN_ORDER,
-        *_columns(events),
+        *_EVENT.arguments(events),
         _ranks(events),
     )
 
@@ -463,7 +466,7 @@ async def test_spending_of_a_rate_finds_the_configs_by_key(crowded: Any) -> None
     await crowded.execute("UPDATE webhook_configs SET rate_limit = 5")
     ids = [row["id"] for row in await crowded.fetch("SELECT id FROM webhook_configs LIMIT 20")]
 
-    plan = await _explain(crowded, backlog._SPEND_RATE, ids, [3] * len(ids))
+    plan = await _explain(crowded, rate_limit._SPEND_RATE, ids, [3] * len(ids))
 
     assert plan.index_scan("webhook_configs_pkey").rows <= len(ids)
     plan.assert_nothing_is_walked()
@@ -679,7 +682,7 @@ async def test_how_deep_the_queue_is_reads_no_more_of_a_state_than_is_counted(cr
     # As all our connections have it.
     await crowded.execute("SET enable_seqscan = off")
     await crowded.execute(stats._IN_INDEX_ORDER.replace("LOCAL ", ""))
-    plan = await _explain(crowded, stats._DEPTH, 1000)
+    plan = await _explain(crowded, stats._DELIVERIES, 1000)
     oldest = await _explain(crowded, stats._OLDEST_DUE)
     breakers = await _explain(crowded, stats._BREAKERS, 1000)
     of_three = await _explain(crowded, stats._BREAKERS, 3)
@@ -821,7 +824,7 @@ _PLANNED_EARLY = {
     "previous": ingest._PREVIOUS,
     "claim": _CLAIM,
     "held": _HELD,
-    "spend": backlog._SPEND_RATE,
+    "spend": rate_limit._SPEND_RATE,
     "park": backlog._PARK_WEBHOOKS,
     "park due": backlog._PARK_DUE,
     "open breakers": breakers._OPEN,
@@ -918,7 +921,7 @@ async def _arguments(connection: Any, name: str) -> Sequence[Any]:
 
 
 def _parameters(events: Sequence[NewEvent]) -> list[Sequence[Any]]:
-    return [*_columns(events), _ranks(events)]
+    return [*_EVENT.arguments(events), _ranks(events)]
 
 
 async def _explain(connection: Any, statement: str, *arguments: Any) -> Plan:

@@ -685,7 +685,7 @@ async def test_a_time_that_nobody_could_read_takes_no_claim_with_it(
 
     assert ids_of(claimed) == {odd, sound}
     # What is owed since then is reckoned by it.
-    assert all(d.claimed_at - d.owed_since >= timedelta(0) for d in claimed)
+    assert all(d.claimed_at - d.due_since >= timedelta(0) for d in claimed)
 
 
 async def test_a_delivery_is_reclaimed_however_often_it_was_before(pool: Any) -> None:

@@ -214,7 +214,9 @@ class QueueMachine(RuleBasedStateMachine):
         if late:
             seen = datetime(2000, 1, 1, tzinfo=UTC)
         # What was asked for is less than what is left of an open breaker.
-        change = BreakerChange(webhook_id, seen, trips=True, asked_seconds=100.0 if asked else 0)
+        change = BreakerChange(
+            webhook_id, seen, trips=True, requested_pause_seconds=100.0 if asked else 0
+        )
         due = {row["id"] for row in self.run(self.connection.fetch(_IS_DUE))}
         opened = self.run(queue.open_breakers(self.connection, [change], 3600, 3600))
         if late and (not asked or (config.breaker == "open" and not config.briefly)):
@@ -283,7 +285,7 @@ class QueueMachine(RuleBasedStateMachine):
             for key, ordering_key in zip(keys, ordering_keys, strict=False)
         ]
         if any(event.ordering_key for event in events):
-            accepted = self.run(queue.enqueue_in_order(Borrowed(self.connection), events))
+            accepted = self.run(queue.enqueue_in_order(Borrowed(self.connection), events))  # type: ignore[arg-type]
         else:
             accepted = self.run(queue.enqueue(self.connection, events))
         wanted = {w: c for w, c in self.configs.items() if not c.deleted}
@@ -334,7 +336,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert lease.id in ready
             assert lease.attempt_count == delivery.attempt_count
             assert (lease.webhook_active, lease.webhook_deleted) == (config.active, config.deleted)
-            assert lease.is_held == (config.breaker == "open")
+            assert lease.breaker_is_open == (config.breaker == "open")
             assert lease.is_probe == (config.breaker == "half-open")
             assert lease.has_backlog == (lease.webhook_id in self.backlogs())
             delivery.state, delivery.lease_id = LEASED, lease.lease_id
@@ -413,7 +415,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run(promote_stranded(self.connection, None))
         self.let_first_go({d.chain for d in self.deliveries.values() if d.chain})
 
-    async def settle_in_transaction(self, settlements: list[Any]) -> queue.Settled:
+    async def settle_in_transaction(self, settlements: list[Any]) -> queue.SettleResult:
         async with self.connection.transaction():
             return await queue.settle(self.connection, settlements, LIMIT)
 

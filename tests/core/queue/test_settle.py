@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core import queue
 from core.ids import new_id
 from core.lifecycle import DeactivationReason, Outcome
-from core.queue import LeasedDelivery, Settled, Settlement
+from core.queue import LeasedDelivery, Settlement, SettleResult
 from tests.support.factories import (
     STARTED_AT,
     attempts,
@@ -47,7 +47,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
 
     settled = await settle(pool, settlement(delivery, **details))
 
-    assert settled == Settled(frozenset({delivery.id}), {})
+    assert settled == SettleResult(frozenset({delivery.id}), {})
     assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
     finished = await pool.fetchrow("SELECT * FROM finished_deliveries")
     assert (finished["state"], finished["attempt_count"]) == ("delivered", 1)
@@ -137,7 +137,7 @@ async def test_a_late_settle_changes_nothing_at_all(pool: Any, result: Any, sinc
 
     settled = await settle(pool, result(delivery))
 
-    assert settled == Settled(frozenset(), {})
+    assert settled == SettleResult(frozenset(), {})
     assert await _everything(pool) == before
 
 
@@ -346,7 +346,7 @@ async def test_what_an_older_version_of_a_config_came_to_is_not_held_against_it(
     settled = await settle(pool, *outdated)
 
     both = frozenset({old.id, older.id})
-    assert settled == Settled(both, {}, outdated=both)
+    assert settled == SettleResult(both, {}, outdated=both)
     assert await health(pool, webhook_id) == (True, None, 9)
     # The present version has the last word.
     assert await states(pool) == ["leased", "ready", "ready"]

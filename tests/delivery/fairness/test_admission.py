@@ -148,7 +148,7 @@ async def test_late_deliveries_retries_and_those_with_a_backlog_are_given_no_way
     admission.meet([flooded])
     admission.give_way_to(
         [
-            delivery._replace(owed_since=late),
+            delivery._replace(due_since=late),
             delivery._replace(attempt_count=1),
             delivery._replace(has_backlog=True),
         ]

@@ -36,7 +36,7 @@ def delivery(webhook_id: object = ONE, open_until: datetime | None = None) -> Le
         payload=b"{}",
         attempt_count=0,
         fault_count=0,
-        owed_since=NOW,
+        due_since=NOW,
         claimed_at=NOW,
     )
 
@@ -106,5 +106,5 @@ def test_what_began_before_it_opened_closes_nothing() -> None:
 def test_a_receiver_that_asks_for_time_gets_it_at_the_first_failure() -> None:
     breaker = Breaker(10, 5.0, Clock())
     change = breaker.decide(delivery(), False, 30.0)
-    assert change == BreakerChange(ONE, None, asked_seconds=30.0, failures=1, version=1)
+    assert change == BreakerChange(ONE, None, requested_pause_seconds=30.0, failures=1, version=1)
     assert breaker.decide(delivery(), True, 0) is None

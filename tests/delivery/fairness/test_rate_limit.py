@@ -24,12 +24,12 @@ def test_a_config_is_held_until_its_wait_is_over_and_the_others_are_not() -> Non
     [seconds] = holds.hold([(ONE, 0.25)])
 
     assert 0.25 <= seconds <= 0.35
-    assert holds.is_held(ONE)
-    assert not holds.is_held(OTHER)
+    assert holds.breaker_is_open(ONE)
+    assert not holds.breaker_is_open(OTHER)
     clock.now += 0.24
-    assert holds.is_held(ONE)
+    assert holds.breaker_is_open(ONE)
     clock.now = 100.03 + seconds
-    assert not holds.is_held(ONE)
+    assert not holds.breaker_is_open(ONE)
 
 
 def test_holds_of_many_configs_end_together_so_that_asking_is_bounded() -> None:
@@ -58,5 +58,5 @@ def test_a_later_hold_of_another_config_ends_no_hold() -> None:
     holds.hold([(ONE, 0.9)])
     clock.now += 0.5
     holds.hold([(OTHER, 0.1)])
-    assert holds.is_held(ONE)
-    assert holds.is_held(OTHER)
+    assert holds.breaker_is_open(ONE)
+    assert holds.breaker_is_open(OTHER)

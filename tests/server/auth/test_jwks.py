@@ -492,7 +492,7 @@ async def test_failed_fetch_says_so_in_the_log(
 async def test_the_age_counts_from_the_last_fetch_that_went_well(
     jwks: JwksKeys, issuer: FakeIssuer, clock: FakeClock
 ) -> None:
-    metrics = ServerCollector(ServerMetrics({}), Pool(), jwks)
+    metrics = ServerCollector(ServerMetrics({}), Pool(), jwks)  # type: ignore[arg-type]
     assert await age_told(metrics) == []
 
     await jwks.keys_for("ed")

@@ -310,7 +310,7 @@ async def test_watches_that_catch_up_take_one_connection_together(pool: Any) -> 
 
     async def follow() -> None:
         watch = Watch(
-            counting,
+            counting,  # type: ignore[arg-type]
             tail,
             Watcher("m_2", None, None, 10),
             since=None,

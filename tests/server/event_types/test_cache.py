@@ -48,7 +48,7 @@ async def test_a_change_by_another_process_is_honoured_after_a_second_and_no_soo
     pool: Any,
 ) -> None:
     clock, counting = Clock(), CountingPool(pool)
-    types = EventTypes(counting, clock)
+    types = EventTypes(counting, clock)  # type: ignore[arg-type]
     assert await fault_of(types) is None
     queries = counting.queries
 
@@ -70,7 +70,7 @@ async def test_a_change_by_another_process_is_honoured_after_a_second_and_no_soo
 
 async def test_an_unchanged_schema_is_not_read_again(pool: Any) -> None:
     clock, counting = Clock(), CountingPool(pool)
-    types = EventTypes(counting, clock)
+    types = EventTypes(counting, clock)  # type: ignore[arg-type]
     await change(pool, """json_schema = '{"type": "string"}', enforce_schema = true""")
     assert await fault_of(types)
     queries = counting.queries
@@ -81,14 +81,14 @@ async def test_an_unchanged_schema_is_not_read_again(pool: Any) -> None:
 
 async def test_calls_at_once_wait_for_one_query(pool: Any) -> None:
     clock, counting = Clock(), CountingPool(pool)
-    types = EventTypes(counting, clock)
+    types = EventTypes(counting, clock)  # type: ignore[arg-type]
     await asyncio.gather(*(types.unknown(["payment.succeeded"]) for _ in range(50)))
     assert counting.queries == 1
 
 
 async def test_what_was_forgotten_while_it_was_read_is_read_again(pool: Any) -> None:
     clock, counting = Clock(), CountingPool(pool)
-    types = EventTypes(counting, clock)
+    types = EventTypes(counting, clock)  # type: ignore[arg-type]
     counting.held = asyncio.Event()
     reading = asyncio.create_task(fault_of(types))
     await counting.answered.wait()
@@ -103,7 +103,7 @@ async def test_nothing_is_fresh_after_a_read_that_failed(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, counting = Clock(), CountingPool(pool)
-    types = EventTypes(counting, clock)
+    types = EventTypes(counting, clock)  # type: ignore[arg-type]
     await fault_of(types)
     clock.now += MAX_AGE_SECONDS
 

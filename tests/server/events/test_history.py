@@ -198,7 +198,7 @@ async def test_a_time_range_reads_its_part_of_the_merchants_index_only(
         platform, page_size=100, start_time=timestamp(middle), end_time=timestamp(later)
     )
     assert len(response.events) == 10
-    explained = Explained(pool)
+    explained: Any = Explained(pool)
     await list_events(explained, "m_1", EventFilter(start=middle, end=later), 101)
     assert "Seq Scan" not in explained.plan
     assert "events_default_merchant_id_id_idx" in explained.plan, explained.plan
