@@ -114,7 +114,7 @@ async def days_ahead(connection: Executor) -> int:
     return (missing[0].date - first.date).days - 1 if missing else DAYS_AHEAD
 
 
-async def missing_days(connection: Connection, first: Day) -> list[Day]:
+async def missing_days(connection: Executor, first: Day) -> list[Day]:
     """Return `first` and the days ahead that lack a partition."""
     existing = {(p.table, p.day) for p in await list_partitions(connection)}
     days = [first.later(number) for number in range(DAYS_AHEAD + 1)]
