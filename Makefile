@@ -84,7 +84,7 @@ generate: install ## Regenerate generated/, the descriptor set, docs/openapi.yam
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/buf generate --template tools/openapi.gen.yaml
 	@$(BIN)/python -m tools.settings_table
 
-benchmarks: install ## Measure every promise anew, on an idle machine: docs/performance.md
+benchmarks: install ## Measure every promise anew, on an idle machine: docs/design/performance.md
 	@$(BIN)/python -m benchmarks all
 
 release-contract: install ## At a release: make the present protos what `buf breaking` compares with

@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME [--json] [options]`; NAME may be `all`, which keeps what it measures.
 
-`all` writes each benchmark's figures into docs/performance/, then the table and plots from them.
+`all` writes the figures into docs/design/performance/, then the table and plots from them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Writes the table and the plots of docs/performance.md from the JSON files beside it.
+"""Writes the table and the plots of docs/design/performance.md from the JSON files beside it.
 
 `python -m benchmarks.plot`; `python -m benchmarks all` measures first and then does the same.
 """
@@ -13,8 +13,8 @@ from benchmarks.chart import Row, chart
 from benchmarks.promises import PROMISES, Promise
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "performance.md"
-RESULTS = ROOT / "docs" / "performance"
+PAGE = ROOT / "docs/design/performance.md"
+RESULTS = ROOT / "docs" / "design" / "performance"
 
 type Figures = dict[str, Any]
 

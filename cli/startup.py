@@ -72,7 +72,7 @@ async def require_schema(pool: Pool) -> None:
     except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
         raise ConfigurationError(
             "a pooler stands before the database and gives each transaction another connection: "
-            "use its session mode, or none (docs/postgresql.md)"
+            "use its session mode, or none (docs/operate/postgresql.md)"
         ) from None
     found = await pool.fetchval("SELECT version_num FROM alembic_version") if table else None
     if found is None or (found in revisions() and found != head()):

@@ -1,6 +1,6 @@
 """States of a delivery and outcomes of an attempt.
 
-SQL, Python, protobuf, logs and docs use the same words. docs/architecture.md has the diagram of the
+SQL, Python, protobuf, logs and docs use the same words. docs/design/architecture.md draws the
 transitions, and the model test of the queue checks them.
 """
 

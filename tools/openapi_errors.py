@@ -40,7 +40,10 @@ ERROR_SCHEMAS: dict[str, Any] = {
     "ErrorInfo": _detail(
         "ErrorInfo",
         "Always there: which error it is, for programs.",
-        reason={"type": "string", "description": "A word that stays; docs/errors.md lists them."},
+        reason={
+            "type": "string",
+            "description": "A word that stays; docs/guide/errors.md lists them.",
+        },
         domain={"enum": ["postrider", "gateway"], "description": "Who refused the call."},
         metadata={"type": "object", "additionalProperties": {"type": "string"}},
     ),

@@ -1,4 +1,4 @@
-"""Every metric there is, by name; docs/metrics.md explains each, and a test holds it to this.
+"""All metrics by name. docs/operate/metrics.md explains each; a test compares the two.
 
 A family is made of plain figures at the moment of a scrape. Label values that are a closed set are
 there from the start, at 0, so that a rate sees the first of each.

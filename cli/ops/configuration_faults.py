@@ -173,7 +173,7 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
     if not row["settings_arrived"]:
         found.append(
             "a pooler keeps back what our sessions ask for, timeouts among it: give that to the "
-            "role (docs/postgresql.md)"
+            "role (docs/operate/postgresql.md)"
         )
     database, delivery = blocks.get(DatabaseSettings), blocks.get(DeliverySettings)
     size = database.database_pool_size if database else 0
@@ -182,7 +182,7 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
         found.append(
             f"processes with these settings may open {wanted} connections, and PostgreSQL takes "
             f"{row['connections']} in all: lower WEBHOOK_DATABASE_POOL_SIZE or raise its "
-            "max_connections (docs/postgresql.md has the sum)"
+            "max_connections (docs/operate/postgresql.md has the sum)"
         )
     return found
 

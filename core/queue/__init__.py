@@ -3,7 +3,7 @@
 Ready, parked, leased and blocked deliveries are rows of one table; finished ones leave it. Only the
 database's clock counts. A claim takes a lease, and every statement that ends a lease checks its id,
 so a late engine changes nothing. Functions run in the transaction of the connection they get.
-docs/architecture.md draws the states.
+docs/design/architecture.md draws the states.
 """
 
 from core.queue.backlog import (

@@ -22,7 +22,7 @@ _EVER = "interval '31 days'"
 
 _REPORT = "a bug of ours, or somebody's SQL: keep the ids and what they belong to, and report them"
 _LOOK_AT_ENGINES = (
-    "mostly no engine runs, or none reaches the database; docs/runbook.md, The queue grows"
+    "mostly no engine runs, or none reaches the database; docs/operate/runbook.md, The queue grows"
 )
 
 

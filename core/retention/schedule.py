@@ -27,7 +27,7 @@ async def run_hourly(database: DatabaseSettings, settings: RetentionSettings, po
         except RETRYABLE_ERRORS as error:
             log.warning("retention_retried", error=repr(error))
         except asyncpg.exceptions.InsufficientPrivilegeError as error:
-            # Only the owner of the tables may drop them; see docs/retention.md.
+            # Only the owner of the tables may drop them; see docs/operate/retention.md.
             log.error("retention_not_allowed", error=str(error))
         except Exception:
             log.exception("retention_broke")

@@ -12,7 +12,7 @@ import yaml
 from tests.support.paths import ROOT
 
 PROMETHEUS = ROOT / "deploy/prometheus"
-RUNBOOK = ROOT / "docs/runbook.md"
+RUNBOOK = ROOT / "docs/operate/runbook.md"
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None,
@@ -65,7 +65,7 @@ def test_each_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
         annotations = rule["annotations"]
         assert annotations.keys() == {"summary", "runbook_url"}, rule
         assert re.search(r"\d|\$value", annotations["summary"]), rule
-        assert annotations["runbook_url"] == f"docs/runbook.md#{rule['alert'].lower()}"
+        assert annotations["runbook_url"] == f"docs/operate/runbook.md#{rule['alert'].lower()}"
 
 
 def test_the_runbook_has_a_section_for_each_alert_and_for_no_other() -> None:

@@ -11,9 +11,13 @@ from tests.support.paths import ROOT
 
 DASHBOARD = orjson.loads((ROOT / "deploy/grafana/postrider.json").read_bytes())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
-METRICS_PAGE = ROOT / "docs/metrics.md"
+METRICS_PAGE = ROOT / "docs/operate/metrics.md"
 #: Whatever speaks of metrics by their names.
-ASKING = ("deploy/grafana/postrider.json", "deploy/prometheus/alerts.yml", "docs/runbook.md")
+ASKING = (
+    "deploy/grafana/postrider.json",
+    "deploy/prometheus/alerts.yml",
+    "docs/operate/runbook.md",
+)
 
 _NAME = re.compile(r"\bpostrider_[a-z_]+\b")
 _OF_A_HISTOGRAM = re.compile(r"_(bucket|count|sum)$")
@@ -25,7 +29,9 @@ def test_every_metric_that_is_asked_for_is_documented() -> None:
         asked = set(_NAME.findall((ROOT / file).read_text()))
         assert asked, file
         unknown = {name for name in asked if _OF_A_HISTOGRAM.sub("", name) not in documented}
-        assert unknown - documented == set(), f"{file} asks for what docs/metrics.md does not have"
+        assert unknown - documented == set(), (
+            f"{file} asks for what docs/operate/metrics.md does not have"
+        )
 
 
 def test_panels_stand_side_by_side() -> None:

@@ -9,8 +9,12 @@ import pytest
 from tests.support.deployment import DEPLOY, SETTINGS, documents
 from tests.support.paths import ROOT
 
-SCALE = (ROOT / "docs/runbook.md").read_text().partition("## Scale")[2].partition("\n## ")[0]
-END_TO_END: dict[str, Any] = json.loads((ROOT / "docs/performance/endtoend.json").read_text())
+SCALE = (
+    (ROOT / "docs/operate/runbook.md").read_text().partition("## Scale")[2].partition("\n## ")[0]
+)
+END_TO_END: dict[str, Any] = json.loads(
+    (ROOT / "docs/design/performance/endtoend.json").read_text()
+)
 
 
 @pytest.mark.parametrize(

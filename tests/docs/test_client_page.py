@@ -1,4 +1,4 @@
-"""docs/client.md, run as it stands there, on a real server."""
+"""docs/guide/client.md, run as it stands there, on a real server."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 
-PAGE = (ROOT / "docs" / "client.md").read_text()
+PAGE = (ROOT / "docs/guide/client.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -19,7 +19,7 @@ def page(**given: Any) -> dict[str, Any]:
     """Every name that the page's snippets define, run in their order."""
     names: dict[str, Any] = {"__name__": "client_page", **given}
     for code in SNIPPETS:
-        exec(compile(code, "docs/client.md", "exec"), names)  # noqa: S102 - what the test is for
+        exec(compile(code, "docs/guide/client.md", "exec"), names)  # noqa: S102 - what the test is for
     return names
 
 

@@ -1,4 +1,4 @@
-"""docs/errors.md says of each reason what the code does, and the code has no others."""
+"""docs/guide/errors.md says of each reason what the code does, and the code has no others."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.support.error_reasons import SOURCES, Unreadable, Use, uses_in
 from tests.support.gateway import CONFIGURATION
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs/errors.md").read_text()
+PAGE = (ROOT / "docs/guide/errors.md").read_text()
 _ROW = re.compile(r"^\| `([A-Z_]+)` \| ([^|]+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
 
 #: What becomes INVALID_ARGUMENT without being an error itself.

@@ -1,4 +1,4 @@
-"""docs/metrics.md says of each metric what the code does, and the code has no others."""
+"""docs/operate/metrics.md says of each metric what the code does, and the code has no others."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from cli.metrics import families
 from cli.metrics.families import Family
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs/metrics.md").read_text()
+PAGE = (ROOT / "docs/operate/metrics.md").read_text()
 _ROW = re.compile(
     r"^\| `(postrider_\w+)` \| (\w+) \|([^|]*)\| ([^|]+) \| (.+) \| [^|`]+\? `(.+)` \|$",
     re.MULTILINE,

@@ -1,4 +1,4 @@
-"""Every line of docs/operators.md, run in its order as it stands there, and its answer."""
+"""Every line of docs/operate/operators.md, run in its order as it stands there, and its answer."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ from tests.support.paths import ROOT
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 
-SETUP, *LINES = blocks((ROOT / "docs" / "operators.md").read_text())
+SETUP, *LINES = blocks((ROOT / "docs/operate/operators.md").read_text())
 
 #: For each line its method, and what its answer holds; $NAMES are those of the environment.
 PROMISES = (

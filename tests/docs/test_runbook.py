@@ -1,4 +1,4 @@
-"""Every line of docs/runbook.md, run in its order as it stands there, and its answer."""
+"""Every line of docs/operate/runbook.md, run in its order as it stands there, and its answer."""
 
 import asyncio
 import re
@@ -33,7 +33,7 @@ from tests.support.processes import AMPLE
 from tests.support.prometheus import needs_prometheus
 from tests.support.receiver import Receiver
 
-PAGE = (ROOT / "docs/runbook.md").read_text()
+PAGE = (ROOT / "docs/operate/runbook.md").read_text()
 BEGIN = "Before you begin"
 
 #: By section what each of its lines is for, and what its answer holds; $NAMES are of the
@@ -182,7 +182,7 @@ def test_every_line_is_run_by_some_test() -> None:
     assert {heading: len(lines.get(heading, [])) for heading in PROMISES} == here
     for heading in lines.keys() - PROMISES.keys() - {BEGIN}:
         assert heading in ELSEWHERE, f"no test runs the lines of {heading!r}"
-        assert "docs/runbook.md" in (ROOT / ELSEWHERE[heading]).read_text(), heading
+        assert "docs/operate/runbook.md" in (ROOT / ELSEWHERE[heading]).read_text(), heading
 
 
 @pytest.mark.slow

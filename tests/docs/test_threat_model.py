@@ -1,10 +1,10 @@
-"""docs/threat-model.md names tests that there are, and answers for each of its lines."""
+"""docs/design/threat-model.md names tests that there are, and answers for each of its lines."""
 
 import re
 
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs/threat-model.md").read_text()
+PAGE = (ROOT / "docs/design/threat-model.md").read_text()
 NAMED = re.findall(r"`([a-z0-9_/]+)::(test_[a-z0-9_]+)`", PAGE)
 
 

@@ -1,4 +1,4 @@
-"""Behind a real pgbouncer, in the mode that docs/postgresql.md recommends; skipped without one."""
+"""A real pgbouncer in the mode of docs/operate/postgresql.md. Skipped without one."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ from tests.support.processes import Processes, environment_of
 from tests.support.receiver import Receiver
 
 PGBOUNCER = shutil.which("pgbouncer")
-DOCS = ROOT / "docs" / "postgresql.md"
+DOCS = ROOT / "docs/operate/postgresql.md"
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def in_the_docs(language: str) -> str:
-    """The block of docs/postgresql.md in that language, as operators copy it."""
+    """The block of docs/operate/postgresql.md in that language, as operators copy it."""
     section = DOCS.read_text().partition("## Behind pgbouncer")[2]
     return section.partition(f"```{language}\n")[2].partition("```")[0]
 

@@ -1,4 +1,4 @@
-"""A dump is restored by the lines of docs/runbook.md, and what that means for deliveries."""
+"""Restoring a dump by the lines of docs/operate/runbook.md, and its effect on deliveries."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,7 +37,7 @@ async def test_a_restored_dump_goes_on_where_it_was_taken(
     assert ca_file is not None
     await platform.register(receiver.url)
     before = await platform.publish(idempotency_key="before")
-    take, restore, look = section("docs/runbook.md", "Restore a backup")
+    take, restore, look = section("docs/operate/runbook.md", "Restore a backup")
     environment = {
         "PATH": operators_path(),
         "WEBHOOK_DATABASE_URL": dumped.get_secret_value(),

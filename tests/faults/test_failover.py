@@ -131,8 +131,8 @@ async def test_without_its_standby_nothing_is_accepted_until_an_operator_says_so
         in_flight = await scene.leased()
         pair.standby.kill()
         await nothing_is_acknowledged(load, 3)
-        # The lines of docs/runbook.md.
-        go_on_alone, look = section("docs/runbook.md", "Database failing over")
+        # The lines of docs/operate/runbook.md.
+        go_on_alone, look = section("docs/operate/runbook.md", "Database failing over")
         environment = {"PATH": operators_path(), "WEBHOOK_DATABASE_URL": pair.url}
         await asyncio.to_thread(sh, go_on_alone, environment)
         seconds = await load.fresh_arrives()

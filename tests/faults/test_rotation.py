@@ -1,4 +1,4 @@
-"""The lines of docs/runbook.md under "Rotate keys", as they stand there, while deliveries go on."""
+"""The shell blocks of "Rotate keys" in docs/operate/runbook.md, while deliveries go on."""
 
 import asyncio
 import itertools
@@ -27,7 +27,7 @@ from tests.support.processes import POSTRIDER, Process
 from tests.support.receiver import Received
 from tests.support.signatures import is_genuine
 
-PAGE = (ROOT / "docs" / "runbook.md").read_text()
+PAGE = (ROOT / "docs/operate/runbook.md").read_text()
 SECTION = re.split(r"^## ", PAGE.partition("\n## Rotate keys\n")[2], flags=re.MULTILINE)[0]
 LINES = re.findall(r"^```sh\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
 (

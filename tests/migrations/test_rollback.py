@@ -43,8 +43,8 @@ async def test_what_was_accepted_survives_a_rollback_and_an_upgrade(
 
 @pytest.mark.slow
 async def test_the_lines_of_the_runbook(database_url: str, pool: Any) -> None:
-    """Those of docs/runbook.md under "Roll back"."""
-    look, undo = section("docs/runbook.md", "Roll back")
+    """Those of docs/operate/runbook.md under "Roll back"."""
+    look, undo = section("docs/operate/runbook.md", "Roll back")
     environment = {
         "PATH": operators_path(),
         "WEBHOOK_DATABASE_URL": database_url,

@@ -1,4 +1,4 @@
-"""The lines of calls and attempts: which are written; docs/observability.md has their fields."""
+"""Log lines of calls and attempts. docs/operate/observability.md lists their fields."""
 
 import asyncio
 import re
@@ -20,7 +20,7 @@ from tests.support.refused_calls import refused
 from tests.support.trace_collector import attributes, collecting
 
 _ROW = re.compile(r"^\| `([\w.]+)` \|", re.MULTILINE)
-PAGE = (ROOT / "docs/observability.md").read_text()
+PAGE = (ROOT / "docs/operate/observability.md").read_text()
 SECTIONS = {
     title: set(_ROW.findall(text))
     for title, _, text in (part.partition("\n") for part in re.split(r"(?m)^###? ", PAGE))

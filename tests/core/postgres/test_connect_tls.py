@@ -1,4 +1,4 @@
-"""TLS to PostgreSQL as the URL of docs/postgresql.md asks for it, for everything that connects."""
+"""TLS to PostgreSQL, by the URL parameters of docs/operate/postgresql.md."""
 
 import asyncio
 import os
