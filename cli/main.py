@@ -63,8 +63,8 @@ def main(ctx: click.Context) -> None:
     Try it on this machine with `postrider run`. In production, `postrider migrate` once, then any
     number of `postrider server` and `postrider delivery` on one database.
 
-    Settings are environment variables that begin with WEBHOOK_; the README lists them all, and
-    `postrider config` says how they stand.
+    Settings are environment variables that begin with WEBHOOK_. docs/settings.md lists them;
+    `postrider config` shows their values.
     """
     # To stderr, where it spoils nobody's JSON. The settings of logs may be what is wrong.
     configure_logs(LogSettings.model_construct(log_level="warning", log_format="auto"))

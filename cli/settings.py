@@ -54,7 +54,7 @@ class CanarySettings(SettingsBlock):
     )
 
 
-#: Every block there is, in the order of the README.
+#: Every block there is, in the order of docs/settings.md.
 BLOCKS: tuple[type[SettingsBlock], ...] = (
     DatabaseSettings,
     EncryptionSettings,
@@ -92,7 +92,7 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean {close[0]}?" if close else "the README lists them all"
+            advice = f"did you mean {close[0]}?" if close else "docs/settings.md lists them all"
             yield f"{name} is not a setting; {advice}"
 
 

@@ -1,51 +1,77 @@
-"""The README's Python, run as it stands there."""
+"""The Python of README.md, docs/guide/publish.md and docs/guide/receive.md, run as written."""
 
+import asyncio
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from standardwebhooks.webhooks import Webhook
+import pytest
 
+from tests.support.doc_pages import answer, as_written, prepared, section
 from tests.support.paths import ROOT
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def snippet(text: str) -> dict[str, Any]:
-    """The names that the one snippet which holds `text` defines."""
-    [code] = [code for code in SNIPPETS if text in code]
-    names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - this is what the test is for
+def names_of(page: str) -> dict[str, Any]:
+    """The names that the page's Python snippets define."""
+    names: dict[str, Any] = {"__name__": "page"}
+    text = (ROOT / page).read_text()
+    for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        exec(compile(code, page, "exec"), names)  # noqa: S102 - runs what a reader would copy
     return names
 
 
-async def test_readme_publishes_and_verifies_what_arrives(
-    platform: Platform, receiver: Receiver
+@pytest.mark.parametrize(
+    ("publish_page", "verify_page"),
+    [("README.md", "README.md"), ("docs/guide/publish.md", "docs/guide/receive.md")],
+)
+async def test_page_publishes_and_verifies(
+    publish_page: str, verify_page: str, platform: Platform, receiver: Receiver
 ) -> None:
-    publish = snippet("async def publish")["publish"]
-    is_genuine = snippet("def is_genuine")["is_genuine"]
+    publish, verify = names_of(publish_page)["publish"], names_of(verify_page)
     created = await platform.register(receiver.url, merchant_id="demo-merchant")
 
     async with platform.engine():
         event_id = await publish(platform.address, platform.token("events:publish"))
         [received] = await receiver.wait_for(1)
 
+    headers, body = received.headers, received.body
     assert received.message_id == event_id
-    assert is_genuine(created.secret, received.headers, received.body)
-    assert not is_genuine(created.secret, received.headers, received.body + b" ")
-    two = f"{received.headers['X-Webhook-Signature']},v1={'0' * 64}"
-    assert is_genuine(
-        created.secret, {**received.headers, "X-Webhook-Signature": two}, received.body
-    )
-    verifier = Webhook(created.standard_webhooks_secret)
-    assert verifier.verify(received.body, received.headers) == {"amount": 4200}
+    assert verify["is_genuine"](created.secret, headers, body)
+    assert not verify["is_genuine"](created.secret, headers, body + b" ")
+    two = {"X-Webhook-Signature": f"{headers['X-Webhook-Signature']},v1={'0' * 64}"}
+    assert verify["is_genuine"](created.secret, {**headers, **two}, body)
+    if "verified" in verify:
+        assert verify["verified"](created.standard_webhooks_secret, headers, body) == {
+            "amount": 4200
+        }
 
 
-def test_readme_map_names_every_folder_of_the_tree() -> None:
-    root = ROOT
-    folders = {path.name for path in root.iterdir() if (path / "__init__.py").exists()}
+async def test_publish_page_runs_in_a_shell(
+    start_platform: Callable[..., Any], tmp_path: Path
+) -> None:
+    page = "docs/guide/publish.md"
+    lines = [*section(page, "From a shell"), *section(page, "Event types and schemas")]
+    environment = await asyncio.to_thread(prepared, "ADDRESS=127.0.0.1:50051\n", tmp_path)
+    async with start_platform(reflection=True) as platform:
+        answers = []
+        for line in lines:
+            there = line.replace("127.0.0.1:50051", platform.address).replace(".venv/bin/", "")
+            answers.append(await answer(as_written(there, environment), environment))
+
+    published, listed, updated = answers
+    assert '"merchantId": "demo-merchant"' in published
+    assert listed == "{}"
+    assert '"enforceSchema": true' in updated
+
+
+def test_readme_names_every_folder_and_is_short() -> None:
+    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     folders |= {"protos", "generated", "docs", "tools"}
 
     assert [name for name in sorted(folders) if f"`{name}/" not in README] == []
+    assert len(README.splitlines()) <= 150
