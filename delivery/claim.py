@@ -1,4 +1,4 @@
-"""Stage: takes due deliveries under a lease, and turns away those that may not be sent now."""
+"""Stage: leases due deliveries, and parks or cancels those that may not be sent now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,52 +14,52 @@ from core.postgres.pool import RETRYABLE_ERRORS
 from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery
 
-#: How often the deliveries of a claim without an answer are looked for: of what was sent to a
-#: database that nobody reached for a while, the last may arrive a minute later.
-_LOOKS = 60
+#: Sweeps, one per second, that search for the deliveries of a claim without a response. A statement
+#: sent to an unreachable database can arrive a minute later.
+_SWEEPS = 60
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one claim brought: `taken` counts all of it, `deliveries` are those to attempt."""
+    """The result of one claim: the number of leased deliveries, and those to attempt."""
 
     taken: int
     deliveries: Sequence[LeasedDelivery]
 
 
 class UnansweredClaims:
-    """Claims whose answer never came: a database that was frozen carries them out all the same."""
+    """Claims whose response never came. A frozen database executes them after it thaws."""
 
     def __init__(self) -> None:
-        self._looks: dict[UUID, int] = {}
+        self._sweeps_left: dict[UUID, int] = {}
 
     def add(self, lease_id: UUID) -> None:
-        """Nobody knows what was taken under this lease."""
-        self._looks[lease_id] = _LOOKS
+        """Remember a claim that failed, so that it may or may not have been executed."""
+        self._sweeps_left[lease_id] = _SWEEPS
 
-    async def give_back(self, pool: Pool) -> int:
-        """Make ready again what they took so far; returns how many deliveries that were."""
-        if not self._looks:
+    async def release(self, pool: Pool) -> int:
+        """Release the deliveries that these claims leased so far, and return their number."""
+        if not self._sweeps_left:
             return 0
-        looked_for = list(self._looks)
-        released = await queue.release_claimed(pool, looked_for)
-        for lease_id in looked_for:
-            self._looks[lease_id] -= 1
-            if not self._looks[lease_id]:
-                del self._looks[lease_id]
+        lease_ids = list(self._sweeps_left)
+        released = await queue.release_claimed(pool, lease_ids)
+        for lease_id in lease_ids:
+            self._sweeps_left[lease_id] -= 1
+            if not self._sweeps_left[lease_id]:
+                del self._sweeps_left[lease_id]
         return released
 
 
 async def claim(
     pool: Pool, limit: int, lease_seconds: float, took: Histogram, unanswered: UnansweredClaims
 ) -> Claim:
-    """Claim up to `limit` deliveries; put those that may not be sent now where they belong.
+    """Claim up to `limit` deliveries, and park or cancel those that may not be sent now.
 
-    Such rows are few: what a config has due is parked or cancelled in the statement that stopped
-    it, and only retries, and events accepted at that very moment, can still become ready. `took`
-    hears how long the statement that claims took, `unanswered` of one that failed.
+    Those are few: the statement that stops a config parks or cancels its due deliveries, so that
+    only retries and concurrent events become ready. `took` observes the duration of the claim, and
+    `unanswered` remembers a claim that failed.
     """
     asked_at = monotonic()
     lease_id = new_id()
@@ -72,15 +72,15 @@ async def claim(
     seconds = monotonic() - asked_at
     took.observe(seconds)
     if leased and seconds > lease_seconds / 2:
-        # The answer of a database that was frozen: the leases began before it, and others may have
-        # taken them back already. An attempt needs up to half a lease.
+        # The database was frozen. An attempt needs up to half of the lease, and another engine may
+        # already have reclaimed the deliveries.
         log.warning("claim_came_late", deliveries=len(leased))
         await queue.release(pool, leased)
         return Claim(len(leased), ())
     for webhook_id in {d.webhook_id for d in leased if d.webhook_deleted}:
         await queue.cancel_some(pool, webhook_id)
-    present = [d for d in leased if not d.webhook_deleted]
-    waiting = [d for d in present if not d.webhook_active or d.breaker_is_open]
+    current = [d for d in leased if not d.webhook_deleted]
+    waiting = [d for d in current if not d.webhook_active or d.breaker_is_open]
     if waiting:
         await queue.park_leased(pool, waiting)
-    return Claim(len(leased), [d for d in present if d.webhook_active and not d.breaker_is_open])
+    return Claim(len(leased), [d for d in current if d.webhook_active and not d.breaker_is_open])

@@ -1,7 +1,6 @@
-"""How the database stands, for whoever asks this engine: read when asked, and not more often than
-every few seconds, however many ask.
+"""State of the database for the metrics of an engine, read on request every 5 s at most.
 
-It never keeps anyone waiting for long: of a database that is away or slow it says just that.
+A slow or unavailable database does not delay a scrape: the stats then show that it is down.
 """
 
 import asyncio
@@ -19,11 +18,11 @@ from core.postgres.protocols import Pool
 from core.queue import QueueStats, read_queue_stats
 from core.retention import days_ahead, last_completed
 
-#: What is so old is told again.
+#: Stats of this age are read again.
 FRESH_SECONDS = 5.0
-#: Nobody waits longer; a reading that does goes on for the next who asks.
-PATIENCE_SECONDS = 2.0
-#: Configs that are counted one by one; of more, those that live are estimated.
+#: A scrape waits no longer. A read that takes longer continues for the next scrape.
+WAIT_SECONDS = 2.0
+#: Configs that are counted. Above this number the active ones are estimated.
 _COUNTED_MAX = 10_000
 
 _CLOCK = "SELECT clock_timestamp() AS now, pg_is_in_recovery() AS is_standby"
@@ -57,12 +56,12 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one look found; what could not be read is None."""
+    """One snapshot. A value that could not be read is None."""
 
     database_up: bool
-    #: Our clock minus the database's.
+    #: The clock of this process minus the database's.
     clock_skew_seconds: float | None = None
-    depth: QueueStats | None = None
+    queue: QueueStats | None = None
     #: Webhook configs by status: active, or why not.
     configs: Mapping[str, int] | None = None
     partition_days_ahead: int | None = None
@@ -70,53 +69,53 @@ class Reading:
 
 
 class DatabaseStats:
-    """Reads on a connection of the engine's pool."""
+    """Reads the state on a connection of the engine's pool."""
 
     def __init__(self, pool: Pool, clock: Callable[[], float] = monotonic):
         self._pool = pool
         self._clock = clock
         self._latest = Reading(database_up=False)
         self._read_at = float("-inf")
-        self._looking: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     async def reading(self) -> Reading:
-        """Not older than a few seconds; as far as it has come, when it takes longer than that."""
+        """Return stats that are at most 5 s old, or the part that was read within 2 s."""
         if self._clock() - self._read_at >= FRESH_SECONDS:
-            if self._looking is None or self._looking.done():
+            if self._reading is None or self._reading.done():
                 self._latest = Reading(database_up=False)
-                self._looking = asyncio.create_task(self._look())
-            await asyncio.wait({self._looking}, timeout=PATIENCE_SECONDS)
+                self._reading = asyncio.create_task(self._read())
+            await asyncio.wait({self._reading}, timeout=WAIT_SECONDS)
         return self._latest
 
     async def close(self) -> None:
-        """Give up a look under way."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait({self._looking})
+        """Cancel a read under way."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
 
-    async def _look(self) -> None:
+    async def _read(self) -> None:
         try:
             async with self._pool.acquire() as connection:
-                await self._ask(connection)
+                await self._read_all(connection)
         except (*CONNECTION_ERRORS, asyncpg.PostgresError) as error:
             log.warning("census_failed", error=repr(error))
             self._latest = Reading(database_up=False)
         self._read_at = self._clock()
 
-    async def _ask(self, connection: Any) -> None:
+    async def _read_all(self, connection: Any) -> None:
         began = time()
         row = await connection.fetchrow(_CLOCK)
         skew = (began + time()) / 2 - row["now"].timestamp()
-        # A standby takes no results: as in the server's health, it is none of ours.
+        # A standby takes no writes, so its stats are not read.
         self._latest = Reading(not row["is_standby"], skew)
         if row["is_standby"]:
             return
         self._latest = replace(
             self._latest,
-            depth=await _unless_refused(read_queue_stats(connection)),
-            configs=await _unless_refused(_configs(connection)),
-            partition_days_ahead=await _unless_refused(days_ahead(connection)),
-            retention_completed_at=await _unless_refused(last_completed(connection)),
+            queue=await _or_none(read_queue_stats(connection)),
+            configs=await _or_none(_configs(connection)),
+            partition_days_ahead=await _or_none(days_ahead(connection)),
+            retention_completed_at=await _or_none(last_completed(connection)),
         )
 
 
@@ -124,8 +123,8 @@ async def _configs(connection: Any) -> Mapping[str, int]:
     return dict(await connection.fetchrow(_CONFIGS, _COUNTED_MAX))
 
 
-async def _unless_refused[T](answer: Awaitable[T]) -> T | None:
-    """None for what takes the database too long, or waits for somebody's lock."""
+async def _or_none[T](answer: Awaitable[T]) -> T | None:
+    """Return None if the query is cancelled or waits too long for a lock."""
     try:
         return await answer
     except (asyncpg.QueryCanceledError, asyncpg.LockNotAvailableError) as error:

@@ -1,4 +1,4 @@
-"""What the result of an attempt makes of its delivery (pure)."""
+"""Stage: decides a delivery's final state or the time of its next attempt. Pure."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from delivery.webhooks import Webhook
 
 
 def requested_pause_seconds(result: AttemptResult, settings: DeliverySettings) -> float:
-    """For how long the receiver wants to be left alone, as far as it is granted; 0: not at all."""
-    wish = result.retry_after_seconds or 0.0
-    return min(wish, settings.retry_after_max_seconds) if wish > 0 else 0.0
+    """Return the receiver's Retry-After in seconds, limited by the settings. 0 if it sent none."""
+    requested = result.retry_after_seconds or 0.0
+    return min(requested, settings.retry_after_max_seconds) if requested > 0 else 0.0
 
 
 def decide(
@@ -24,10 +24,10 @@ def decide(
     started_at: datetime,
     result: AttemptResult,
 ) -> Settlement:
-    """Final state or another attempt, and when: the one place where this is decided."""
+    """Return the final state, or the wait before the next attempt."""
     backoff = _backoff(delivery, webhook, settings, result.outcome)
     state = final_state(result.outcome, result.status_code, backoff)
-    # A receiver may ask for more time, never for less.
+    # Retry-After can lengthen the wait, and never shortens it.
     wait = max(backoff or 0.0, requested_pause_seconds(result, settings))
     return Settlement(
         delivery_id=delivery.id,
@@ -47,36 +47,35 @@ def decide(
 def _backoff(
     delivery: LeasedDelivery, webhook: Webhook, settings: DeliverySettings, outcome: Outcome
 ) -> float | None:
-    """Faults of ours and what receivers do wrong are counted apart: neither spends the other's."""
-    # Jitter keeps receivers from being called in step; nobody gains from predicting it.
+    """Return the wait in seconds, or None. Internal errors have their own number of retries."""
     if outcome is Outcome.INTERNAL_ERROR:
-        return fault_backoff(delivery.fault_count + 1, settings.max_fault_retries, random.random)
+        return internal_error_backoff(
+            delivery.fault_count + 1, settings.max_fault_retries, random.random
+        )
     schedule = backoff_schedule(
         settings.retry_schedule_seconds, settings.max_retries, webhook.retry_schedule_seconds
     )
-    # Not less than one, whatever somebody's SQL has left there.
+    # At least one, because the columns may have been changed by hand.
     made = max(delivery.attempt_count + 1 - delivery.fault_count, 1)
     return next_backoff(schedule, made, random.random)
 
 
-# When the next automatic attempt is due, or that there is none (pure).
-
-#: A retry comes up to this much later than its schedule says, never earlier: receivers that failed
-#: together are not called again together.
+#: A retry is delayed by up to this share of its wait, so that endpoints that failed together are
+#: not called again together. It is not a secret.
 JITTER = 0.2
 
-#: What a fault of ours waits for is our own recovery, which takes moments or an operator.
-_FAULT_SECONDS = 1.0
-_FAULT_SECONDS_MAX = 900.0
+#: After an internal error Postrider has to recover, which takes moments or an operator.
+_INTERNAL_ERROR_SECONDS = 1.0
+_INTERNAL_ERROR_SECONDS_MAX = 900.0
 
 
 def backoff_schedule(
     operator_schedule: Sequence[float], max_retries: int, own_schedule: Sequence[float]
 ) -> tuple[float, ...]:
-    """The waits in seconds before each retry of a webhook config, one entry a retry.
+    """Return the waits in seconds before each retry of a webhook config.
 
-    Its own schedule is taken as it is; the operator's is cut or its last wait repeated to give
-    `max_retries` entries.
+    A schedule of the config is used unchanged. The operator's is cut, or its last wait is repeated,
+    to `max_retries` entries.
     """
     if own_schedule:
         return tuple(own_schedule)
@@ -88,16 +87,16 @@ def backoff_schedule(
 def next_backoff(
     schedule: Sequence[float], attempts_made: int, random: Callable[[], float]
 ) -> float | None:
-    """Seconds until the next attempt after `attempts_made` (≥ 1) attempts; None: give up."""
+    """Return the seconds until the next attempt after `attempts_made` ≥ 1, or None to give up."""
     if attempts_made > len(schedule):
         return None
     return schedule[attempts_made - 1] * (1 + JITTER * random())
 
 
-def fault_backoff(faults: int, retries: int, random: Callable[[], float]) -> float | None:
-    """Seconds until the next attempt after `faults` (≥ 1) that were broken by us; None: give up."""
-    if faults > retries:
+def internal_error_backoff(errors: int, retries: int, random: Callable[[], float]) -> float | None:
+    """Return the seconds until the next attempt after `errors` ≥ 1 internal errors, or None."""
+    if errors > retries:
         return None
-    # Their number has no bound that keeps a power of it small.
-    wait = min(_FAULT_SECONDS * 2.0 ** min(faults - 1, 20), _FAULT_SECONDS_MAX)
+    # The exponent is limited, because a float overflows after 1,023 doublings.
+    wait = min(_INTERNAL_ERROR_SECONDS * 2.0 ** min(errors - 1, 20), _INTERNAL_ERROR_SECONDS_MAX)
     return wait * (1 + JITTER * random())

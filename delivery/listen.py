@@ -1,7 +1,7 @@
-"""Stage: waits until there may be something to claim.
+"""Stage: waits until there may be deliveries to claim.
 
-A hint from the database is the quick way; the poll is the sure one. A listening connection that
-died is noticed by nothing but its end, so it is opened anew whenever it is gone.
+A notification of the database wakes the engine quickly, and the poll makes sure. A lost LISTEN
+connection is opened again.
 """
 
 import asyncio
@@ -14,20 +14,20 @@ from core.postgres.protocols import Pool
 from core.queue import CHANNEL
 
 _REOPEN_SECONDS = 1.0
-#: A wait of more polls than this is left to the polls: a timer for each retry would be kept for as
-#: long as a day, and what it gains is a tenth of the wait at most.
+#: A retry that is more polls away gets no timer. The poll delays it by a tenth of its wait at most,
+#: while timers would be kept for up to a day.
 _POLLS_MAX = 10
 
 log = structlog.get_logger()
 
 
 class Listener:
-    """Wakes the engine on a hint, on a retry of our own that falls due, or after the poll time."""
+    """Wakes the engine on a notification, on a retry that becomes due, or after the poll time."""
 
     def __init__(self, pool: Pool, poll_seconds: float):
         self._pool = pool
         self._poll_seconds = poll_seconds
-        self._hinted = asyncio.Event()
+        self._awake = asyncio.Event()
 
     async def run(self) -> None:
         """Hold a LISTEN connection until cancelled."""
@@ -45,35 +45,35 @@ class Listener:
         def on_close(_: object) -> None:
             closed.set()
 
-        def on_hint(*_: object) -> None:
-            self._hinted.set()
+        def on_notify(*_: object) -> None:
+            self._awake.set()
 
         connection.add_termination_listener(on_close)
         try:
-            await connection.add_listener(CHANNEL, on_hint)
+            await connection.add_listener(CHANNEL, on_notify)
             await closed.wait()
-            raise ConnectionResetError("the connection that listens for hints has ended")
+            raise ConnectionResetError("the LISTEN connection has ended")
         finally:
-            # Never given back for other use. At once and without a word to the server: a farewell
-            # that fails would hide that we are being cancelled.
+            # Not reused. It is closed without a goodbye, because an error of the goodbye would hide
+            # a cancellation.
             if not closed.is_set():
                 connection.remove_termination_listener(on_close)
                 connection.terminate()
 
-    def expect_retry(self, seconds: float) -> None:
-        """Wake up in time for a retry that this engine scheduled; a late one is for the poll."""
+    def wake_in(self, seconds: float) -> None:
+        """Wake the engine after `seconds`. Long waits are left to the poll."""
         if seconds > _POLLS_MAX * self._poll_seconds:
             return
-        asyncio.get_running_loop().call_later(seconds, self._hinted.set)
+        asyncio.get_running_loop().call_later(seconds, self._awake.set)
 
     def wake(self) -> None:
-        self._hinted.set()
+        self._awake.set()
 
     async def wait(self) -> None:
-        """Return when there may be work; at the latest after the poll time."""
+        """Return when there may be work, at the latest after the poll time."""
         try:
             async with asyncio.timeout(self._poll_seconds):
-                await self._hinted.wait()
+                await self._awake.wait()
         except TimeoutError:
             pass
-        self._hinted.clear()
+        self._awake.clear()

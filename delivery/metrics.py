@@ -1,4 +1,4 @@
-"""What one engine counts of itself, for whoever asks."""
+"""Counters and histograms of one engine. cli/metrics publishes them."""
 
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -7,15 +7,15 @@ from core.histogram import LONG, REQUEST, SHORT, Histogram
 from core.lifecycle import DeactivationReason, DeliveryState, Outcome
 from core.queue import LeasedDelivery, Settlement
 
-#: Claims and sweeps ask the database every second, so this is long.
-_QUIET_SECONDS_MAX = 10.0
-#: A delivery has 1 attempt, 4 by default, 21 at most; more only by faults of ours.
+#: An engine without a claim or sweep for this long is not ready. Both run every second.
+_READY_SECONDS = 10.0
+#: A delivery has at most 4 attempts by default, and 21 at most. Internal errors can add more.
 _ATTEMPTS = (1, 2, 3, 4, 6, 11, 21)
 _MICRO = 1e-6
 
 
 class EngineMetrics:
-    """Counts since the process began; nothing here is read by the engine itself."""
+    """Counts since the process started."""
 
     def __init__(self, merchants: int, clock: Callable[[], float] = monotonic):
         self._clock = clock
@@ -41,16 +41,16 @@ class EngineMetrics:
         self.settle = Histogram(SHORT)
 
     def database_reached(self) -> None:
-        """A claim or a sweep went through."""
+        """Note that a claim or a sweep succeeded."""
         self._reached_at = self._clock()
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has reached the queue lately."""
-        return self._clock() - self._reached_at <= _QUIET_SECONDS_MAX
+        """Whether the engine reached the queue within the last 10 s."""
+        return self._clock() - self._reached_at <= _READY_SECONDS
 
     def attempt_ended(self, delivery: LeasedDelivery, settlement: Settlement) -> None:
-        """An attempt has its result, whether or not that can be recorded."""
+        """Count an attempt, whether or not its result is recorded later."""
         result = settlement.result
         self.attempts[result.outcome] += 1
         self.whole.observe(result.duration_us * _MICRO)
@@ -65,7 +65,7 @@ class EngineMetrics:
             self.publish_to_first_attempt.observe(waited.total_seconds())
 
     def settled(self, settlement: Settlement) -> None:
-        """A result is on record. What it ended is finished, by this engine and by no other."""
+        """Count a recorded result. Leases make sure that one engine counts each delivery."""
         state = settlement.final_state
         if state is None:
             return

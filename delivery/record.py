@@ -1,8 +1,8 @@
-"""Stage: results into the database, as many at a time as have come in since the last write.
+"""Stage: writes results to the database, in batches of all that arrived since the last write.
 
-A result is kept until a settle took it or its lease was lost: a database that is away delays
-results and loses none. Both ends of an ambiguous commit are safe, since settles are fenced. What
-they change about breakers is written before them, so that no delivery slips in between.
+A result is kept until it is settled or its lease is lost, so an unavailable database delays results
+and loses none. A settle can be repeated after a lost response, because leases fence it. Changes of
+breakers are written first, so that no delivery is claimed in between.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from core.queue import BreakerChange, Settlement, SettleResult
 from delivery.metrics import EngineMetrics
 from delivery.settings import DeliverySettings
 
-#: Settlements in one statement; more wait for the next one.
+#: Settlements in one statement.
 _BATCH_MAX = 500
 _RETRY_SECONDS = 0.5
 
@@ -44,33 +44,34 @@ class Recorder:
         self._metrics = metrics
         self._on_settled = on_settled
         self._pending: list[Settlement] = []
-        # A settle met somebody's lock: look for what is held before each, until nothing is.
-        self._wary = False
+        # Another session locked rows that a settle needs. Until it releases them, each settle first
+        # searches for locked rows.
+        self._rows_are_locked = False
         self._changes: dict[UUID, BreakerChange] = {}
-        # The same of breakers, and of their configs.
-        self._wary_of_webhooks = False
+        # The same for the configs of breakers.
+        self._webhooks_are_locked = False
         self._arrived = asyncio.Event()
 
     @property
     def pending(self) -> int:
-        """Results that are not in the database yet."""
+        """The number of results that are not recorded yet."""
         return len(self._pending)
 
     def put(self, settlement: Settlement, change: BreakerChange | None = None) -> None:
-        """Take a result, and what it changes about the breaker of its config."""
+        """Add a result, and the change of its config's breaker."""
         self._pending.append(settlement)
         if change is not None:
             _merge(self._changes, change)
         self._arrived.set()
 
     async def run(self) -> None:
-        """Write until cancelled; what is pending then is still there for flush()."""
+        """Write until cancelled. Results that are pending then remain for flush()."""
         while True:
             await self._arrived.wait()
             await self.flush()
 
     async def flush(self) -> None:
-        """Write everything pending, waiting for the database as long as it takes."""
+        """Write all pending results, however long the database is unavailable."""
         while self._pending:
             await self._change_breakers()
             batch = self._pending[:_BATCH_MAX]
@@ -86,27 +87,31 @@ class Recorder:
         while True:
             try:
                 async with self._pool.acquire() as connection, connection.transaction():
-                    held = await queue.held(connection, batch) if self._wary else frozenset()
+                    held = (
+                        await queue.held(connection, batch)
+                        if self._rows_are_locked
+                        else frozenset()
+                    )
                     free = [s for s in batch if s.delivery_id not in held]
                     began = perf_counter()
                     settled = await queue.settle(
                         connection, free, self._settings.max_consecutive_failures
                     )
-                # With its commit, which is the dear part.
+                # Includes the commit, which takes most of the time.
                 self._metrics.settle.observe(perf_counter() - began)
-                self._wary = bool(held)
+                self._rows_are_locked = bool(held)
                 await self._postpone([s for s in batch if s.delivery_id in held], not free)
                 return [(free, settled)]
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
                 if met_new_part(error):
                     continue
-                if _concerns_everything(error):
+                if _is_database_failure(error):
                     log.warning("settle_retried", pending=len(self._pending), error=repr(error))
                     await asyncio.sleep(_RETRY_SECONDS)
-                elif isinstance(error, asyncpg.LockNotAvailableError) and not self._wary:
-                    self._wary = True
+                elif isinstance(error, asyncpg.LockNotAvailableError) and not self._rows_are_locked:
+                    self._rows_are_locked = True
                 elif len(batch) > 1:
-                    # One bad row must not take the others with it.
+                    # One bad row must not fail the others.
                     return [part for one in batch for part in await self._settle([one])]
                 else:
                     return self._set_aside(batch[0], error)
@@ -116,11 +121,11 @@ class Recorder:
             try:
                 await queue.promote(self._pool, settled.ended_chains)
             except RETRYABLE_ERRORS as error:
-                # The sweep will find them; only later.
+                # The sweep promotes them later.
                 log.warning("promote_failed", error=repr(error))
 
     async def _postpone(self, held: Sequence[Settlement], nothing_else: bool) -> None:
-        """Somebody holds the rows or the configs of these, perhaps for long; only they wait."""
+        """Keep deliveries whose rows or configs another session has locked. Only they wait."""
         if held:
             log.warning("settle_postponed", deliveries=len(held))
             self._pending += held
@@ -128,25 +133,25 @@ class Recorder:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _change_breakers(self) -> None:
-        """Write what is new of breakers; what somebody holds the config of waits for the next."""
+        """Write the changes of breakers, except those of locked configs."""
         postponed: dict[UUID, BreakerChange] = {}
         while self._changes:
-            # Others arrive while these are written.
+            # More changes arrive while these are written.
             changes, self._changes = self._changes, {}
             try:
                 held = await self._write_breakers(changes)
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
                 locked = isinstance(error, asyncpg.LockNotAvailableError)
-                if _concerns_everything(error) or (locked and not self._wary_of_webhooks):
+                if _is_database_failure(error) or (locked and not self._webhooks_are_locked):
                     log.warning("breakers_retried", error=repr(error))
                     for later in self._changes.values():
                         _merge(changes, later)
                     self._changes = changes
-                    self._wary_of_webhooks |= locked
+                    self._webhooks_are_locked |= locked
                     if not locked:
                         await asyncio.sleep(_RETRY_SECONDS)
                     continue
-                # The next attempts will say the same again.
+                # The next attempts lead to the same change.
                 log.warning("breakers_not_changed", error=repr(error))
             else:
                 for webhook_id in held:
@@ -154,8 +159,8 @@ class Recorder:
         self._changes = postponed
 
     async def _write_breakers(self, changes: Mapping[UUID, BreakerChange]) -> Collection[UUID]:
-        """Returns the configs for which that would have to wait: none, unless we are wary."""
-        if not self._wary_of_webhooks:
+        """Return the configs that are locked, which are searched for only after a lock timeout."""
+        if not self._webhooks_are_locked:
             await self._apply(self._pool, changes.values())
             return ()
         async with self._pool.acquire() as connection, connection.transaction():
@@ -163,7 +168,7 @@ class Recorder:
             await self._apply(
                 connection, [c for webhook_id, c in changes.items() if webhook_id not in held]
             )
-        self._wary_of_webhooks = bool(held)
+        self._webhooks_are_locked = bool(held)
         return held
 
     async def _apply(self, connection: Executor, changes: Collection[BreakerChange]) -> None:
@@ -214,10 +219,10 @@ class Recorder:
 
 
 def _merge(changes: dict[UUID, BreakerChange], change: BreakerChange) -> None:
-    """One change a config: what makes it wait longest."""
+    """Keep one change per config: the one with the longest pause."""
     before = changes.get(change.webhook_id, change)
     if (change.version or 0) != (before.version or 0):
-        # What an older version came to is not looked at any more.
+        # A change for an older version is ignored.
         changes[change.webhook_id] = max(before, change, key=lambda c: c.version or 0)
         return
     longer = before if before.trips and not change.trips else change
@@ -227,8 +232,8 @@ def _merge(changes: dict[UUID, BreakerChange], change: BreakerChange) -> None:
     )
 
 
-def _concerns_everything(error: BaseException) -> bool:
-    """Whether the database is to blame, and not one row of the batch."""
+def _is_database_failure(error: BaseException) -> bool:
+    """Return whether the database failed rather than one row of the batch."""
     return isinstance(error, RETRYABLE_ERRORS) and not isinstance(
         error, asyncpg.LockNotAvailableError
     )

@@ -1,7 +1,7 @@
-"""Stage: what is told of an attempt when it is over: its log line, and a span where traces are on.
+"""Stage: writes the log line and, with tracing on, the span of an attempt.
 
-The span belongs to a trace of the delivery, and links to the producer's, whose call ended before.
-Neither has a payload, a secret or a URL: paths and query strings of webhooks hold credentials.
+The span belongs to the trace of the delivery and links to the trace of the publish call. Line and
+span contain no payload, secret or URL, because paths and query strings may hold credentials.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class AttemptReports:
-    """The reports of one engine; spans where there is a `tracer`."""
+    """Creates the reports of one engine. Without a `tracer` there are no spans."""
 
     def __init__(
         self,
@@ -34,42 +34,42 @@ class AttemptReports:
         self._send_traceparent = send_traceparent
 
     def begin(self, delivery: LeasedDelivery) -> "AttemptReport":
-        """An attempt begins now."""
+        """Start the report when the attempt starts."""
         producer, span = None, None
         if self._tracer is not None or self._send_traceparent:
             producer = parse_trace_parent(delivery.trace_parent)
         if self._tracer is not None:
             trace_id = _trace_id(delivery)
             span = self._tracer.start("attempt", SpanKind.CLIENT, link=producer, trace_id=trace_id)
-        told = None
+        sent = None
         if self._send_traceparent:
-            told = span.trace_parent if span is not None else producer
-        return AttemptReport(delivery, self._sampling, span, told)
+            sent = span.trace_parent if span is not None else producer
+        return AttemptReport(delivery, self._sampling, span, sent)
 
 
 class AttemptReport:
-    """Of one attempt, from its beginning on; `told_trace_parent` is what its receiver is told."""
+    """The report of one attempt. `sent_trace_parent` is the header for the receiver, if any."""
 
-    __slots__ = ("_delivery", "_sampling", "_span", "told_trace_parent")
+    __slots__ = ("_delivery", "_sampling", "_span", "sent_trace_parent")
 
     def __init__(
         self,
         delivery: LeasedDelivery,
         sampling: SuccessSampling,
         span: Span | None,
-        told: TraceParent | None,
+        sent_trace_parent: TraceParent | None,
     ):
         self._delivery = delivery
         self._sampling = sampling
         self._span = span
-        self.told_trace_parent = told
+        self.sent_trace_parent = sent_trace_parent
 
     def end(self, settlement: Settlement, destination: Destination | None) -> None:
-        """Tell of it; no destination is one that does not pass any more."""
+        """Write the line and end the span. `destination` is None if the URL is not allowed."""
         if self._span is not None:
             _end(self._span, self._delivery, settlement, destination)
         drawn: Mapping[str, float] = {}
-        if self._went_well_at_once(settlement):
+        if self._is_plain_success(settlement):
             if not self._sampling.selects(self._delivery.id.int):
                 return
             drawn = self._sampling.log_fields
@@ -87,13 +87,13 @@ class AttemptReport:
             duration_ms=settlement.result.duration_us / 1000,
             state=_state(settlement),
             retry_seconds=settlement.next_attempt_in_seconds or None,
-            # It was found to be well-formed before it was stored.
+            # Validated before it was stored.
             trace_id=delivery.trace_parent[3:35] if delivery.trace_parent else None,
             delivery_trace_id=self._span.trace_parent.trace_id if self._span is not None else None,
             **drawn,
         )
 
-    def _went_well_at_once(self, settlement: Settlement) -> bool:
+    def _is_plain_success(self, settlement: Settlement) -> bool:
         return (
             settlement.final_state is DeliveryState.DELIVERED
             and self._delivery.attempt_count == 0
@@ -106,9 +106,10 @@ def _state(settlement: Settlement) -> str:
 
 
 def _trace_id(delivery: LeasedDelivery) -> int:
-    """One trace for all attempts of a delivery, whichever engines make them.
+    """Return the trace id of a delivery, the same in every engine.
 
-    Not the id itself, which begins with its time: sampling wants any bits of a trace id random.
+    It is a hash of the delivery id, because sampling needs random bits and an id starts with its
+    time.
     """
     return int.from_bytes(blake2b(delivery.id.bytes, digest_size=16).digest())
 
@@ -116,31 +117,30 @@ def _trace_id(delivery: LeasedDelivery) -> int:
 def _end(
     span: Span, delivery: LeasedDelivery, settlement: Settlement, destination: Destination | None
 ) -> None:
-    fault = (
-        None if settlement.result.outcome is Outcome.SUCCEEDED else settlement.result.outcome.value
-    )
+    result = settlement.result
+    error = None if result.outcome is Outcome.SUCCEEDED else result.outcome.value
     attributes: dict[str, str | int | float | None] = {
         "http.request.method": "POST",
-        "http.response.status_code": settlement.result.status_code,
+        "http.response.status_code": result.status_code,
         "server.address": destination.url.raw_host if destination else None,
         "server.port": destination.url.port if destination else None,
-        "error.type": fault,
+        "error.type": error,
         "postrider.webhook_id": format_id("wh", delivery.webhook_id),
         "postrider.merchant_id": delivery.merchant_id,
         "postrider.event_id": format_id("evt", delivery.event_id),
         "postrider.event_type": delivery.event_type,
         "postrider.delivery_id": format_id("dlv", delivery.id),
         "postrider.attempt": delivery.attempt_count + 1,
-        "postrider.outcome": settlement.result.outcome.value,
+        "postrider.outcome": result.outcome.value,
         "postrider.state": _state(settlement),
-        "postrider.dns_ms": _ms(settlement.result.dns_us),
-        "postrider.connect_ms": _ms(settlement.result.connect_us),
-        "postrider.tls_ms": _ms(settlement.result.tls_us),
-        "postrider.first_byte_ms": _ms(settlement.result.first_byte_us),
-        "postrider.duration_ms": _ms(settlement.result.duration_us),
+        "postrider.dns_ms": _ms(result.dns_us),
+        "postrider.connect_ms": _ms(result.connect_us),
+        "postrider.tls_ms": _ms(result.tls_us),
+        "postrider.first_byte_ms": _ms(result.first_byte_us),
+        "postrider.duration_ms": _ms(result.duration_us),
         "postrider.retry_seconds": settlement.next_attempt_in_seconds or None,
     }
-    span.end({name: value for name, value in attributes.items() if value is not None}, fault)
+    span.end({name: value for name, value in attributes.items() if value is not None}, error)
 
 
 def _ms(microseconds: int | None) -> float | None:

@@ -1,15 +1,15 @@
-"""Settings of the delivery engine alone."""
+"""Settings of the delivery engine."""
 
 from pydantic import Field, field_validator, model_validator
 
 from core.settings import Seconds, SecondsList, SettingsBlock, none_when_off
 
-#: Engine processes that one supervisor keeps.
+#: Engine processes of one supervisor.
 MAX_PROCESSES = 64
 
 
 class DeliverySettings(SettingsBlock):
-    """Deadlines, retries, leases and the bounds of what is in flight."""
+    """Deadlines, retries, leases and limits of open attempts."""
 
     delivery_timeout_seconds: float = Field(
         30.0, gt=0, le=30, description="total time of one attempt, from DNS to the status line"
@@ -27,69 +27,71 @@ class DeliverySettings(SettingsBlock):
         300,
         ge=0,
         le=10_000,
-        description="attempts after those that a fault of Postrider's own broke, such as a missing "
-        "encryption key, before a delivery has failed; they use up no other retries, and their "
-        "waits double from 1 s to 15 min: 300 are three days",
+        description="retries after internal errors, such as a missing encryption key, before a "
+        "delivery fails; they use up no other retries, and their waits double from 1 s to 15 min, "
+        "so that 300 take three days",
     )
     max_consecutive_failures: int = Field(
         10,
         ge=1,
-        description="failed deliveries in a row after which a webhook config goes inactive",
+        description="consecutive failed deliveries after which a webhook config becomes inactive",
     )
     breaker_failures: int = Field(
         10,
         ge=1,
-        description="failed attempts in a row, of whatever deliveries, after which a webhook "
-        "config is left alone for a while and its deliveries wait",
+        description="consecutive failed attempts of a webhook config, of any deliveries, after "
+        "which its breaker opens and its deliveries wait",
     )
     breaker_failing_seconds: Seconds = Field(
-        5.0, description="how long these failures must have gone on before that"
+        5.0, description="minimum duration of these failures before the breaker opens"
     )
     breaker_cooldown_seconds: Seconds = Field(
         5.0,
-        description="for how long it is left alone the first time; then one delivery is tried, and "
-        "each failure doubles the wait",
+        description="first time for which a breaker stays open; then one delivery is tried, and "
+        "each failure doubles the time",
     )
-    breaker_cooldown_max_seconds: Seconds = Field(300.0, description="longest of these waits")
+    breaker_cooldown_max_seconds: Seconds = Field(
+        300.0, description="longest time for which a breaker stays open"
+    )
     retry_after_max_seconds: Seconds = Field(
-        3600.0, description="longest wait that a receiver is granted by its Retry-After"
+        3600.0, description="longest Retry-After of a receiver that is honoured"
     )
     lease_seconds: Seconds = Field(
         75.0,
-        description="how long an engine owns a claimed delivery; at least twice the delivery "
-        "timeout, and what a crash costs before the delivery is sent again",
+        description="how long an engine owns a claimed delivery, and the delay of its deliveries "
+        "after a crash; at least twice the delivery timeout",
     )
     max_in_flight: int = Field(
-        500, ge=1, le=10_000, description="attempts one engine process has open at once"
+        500, ge=1, le=10_000, description="open attempts of one engine process"
     )
     max_in_flight_per_webhook: int = Field(
         32,
         ge=1,
-        description="of these, attempts to one webhook config that answers well; what exceeds it "
-        "waits, parked, in the config's own backlog",
+        description="open attempts to one webhook config that answers well; further deliveries "
+        "wait in the config's own backlog",
     )
     claim_batch: int = Field(
-        200, ge=1, le=1000, description="most deliveries claimed in one statement"
+        200, ge=1, le=1000, description="most deliveries that one statement claims"
     )
     poll_seconds: Seconds = Field(
-        1.0, le=1.0, description="longest wait between looks at the queue when no hint arrives"
+        1.0, le=1.0, description="longest wait between two claims without a notification"
     )
     delivery_drain_seconds: Seconds = Field(
         35.0,
-        description="how long attempts in flight may finish after SIGTERM, and at most how long "
-        "again the database is waited for to record them",
+        description="time for open attempts to finish after SIGTERM; recording their results may "
+        "take as long again",
     )
     delivery_processes: int = Field(
         1,
         ge=1,
         le=MAX_PROCESSES,
         description="engine processes that one `postrider delivery` keeps running, each with its "
-        "own places in flight and database connections; one uses at most one core",
+        "own slots and database connections; one uses at most one core",
     )
     delivery_metrics_address: str | None = Field(
         "127.0.0.1:9465",
-        description="host:port where Prometheus finds the metrics of the engines of one `postrider "
-        "delivery`, however many, and probes find /live and /ready; `off` for none",
+        description="host:port of the HTTP listener for /metrics, /live and /ready of all engines "
+        "of one `postrider delivery`; `off` for none",
     )
     metrics_merchants: int = Field(
         20,

@@ -1,4 +1,4 @@
-"""Stage: the headers of one attempt, signed now, over the event's bytes as they are."""
+"""Stage: builds and signs the headers of one attempt. The payload's bytes are sent unchanged."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -17,10 +17,10 @@ def sign(
     prefix: str = "",
     trace_parent: TraceParent | None = None,
 ) -> bytes:
-    """The header lines of one attempt; retries keep the id and get a new timestamp.
+    """Return the header lines of one attempt. A retry keeps the id and gets a new timestamp.
 
-    They follow the destination's own; only Content-Length is not among either. A `trace_parent` is
-    not signed.
+    They follow the headers of the destination. Content-Length is in neither. `trace_parent` is not
+    signed.
     """
     others = {
         "X-Webhook-Delivery": format_id("dlv", delivery.id),
@@ -51,7 +51,7 @@ def request_headers(
     body: bytes,
     others: Mapping[str, str] = MappingProxyType({}),
 ) -> bytes:
-    """What deliveries and pings have in common, and `others` after it."""
+    """Return the header lines that deliveries and pings share, followed by `others`."""
     return header_lines(
         {
             "Content-Type": content_type,

@@ -1,7 +1,6 @@
-"""The webhook configs as an engine needs them, decrypted and cached by version.
+"""The webhook configs that an engine needs, decrypted and cached by version.
 
-A claim names the version of each config at that moment, so a change is honoured by the next claim
-without any invalidation message.
+A claim returns the current version of each config, so the cache needs no invalidation messages.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,7 +25,7 @@ SELECT id, version, url, secret_ciphertext, secret_key_id, previous_secret_ciphe
 FROM webhook_configs WHERE id = ANY ($1)
 """
 
-_FORGET_EXPIRED_SECRETS = """
+_ERASE_EXPIRED_SECRETS = """
 UPDATE webhook_configs c
 SET previous_secret_ciphertext = NULL, previous_secret_key_id = NULL,
     previous_secret_expires_at = NULL, previous_public_key = NULL
@@ -37,10 +36,10 @@ FROM (
 WHERE c.id = expired.id
 """
 
-#: Configs kept in memory; past this the cache starts anew, which costs one query per claim.
+#: Cached configs. Above this number the cache is cleared, which costs one query per claim.
 _CACHE_SIZE = 50_000
 
-#: Longer than any wait that a call of ours stores; NaN is no less and no more.
+#: Longer than any wait that the API stores. Comparisons with NaN are false.
 _WAIT_SECONDS_MAX = 86_400.0
 
 log = structlog.get_logger()
@@ -48,36 +47,36 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """One version of a webhook config; `secret` is None when no key of ours reads it."""
+    """One version of a webhook config. `secret` is None if no configured key decrypts it."""
 
     id: UUID
     version: int
-    #: None when the stored URL does not pass: settings became stricter, or this release did, or
-    #: other hands than ours stored it.
+    #: None if the stored URL is not allowed: the settings or the rules became stricter, or it was
+    #: stored by hand.
     destination: Destination | None
-    #: Then, for the merchant, why.
+    #: The reason, for the merchant.
     url_refusal: str
     secret: str | None = field(repr=False)
-    #: The secret before, which signs beside it until then; it may be gone or past.
+    #: The secret before the rotation, which also signs until it expires.
     previous_secret: str | None = field(repr=False)
     previous_secret_expires_at: datetime | None
-    #: Under which id, timestamp and signature are sent, too; empty: under no other.
+    #: A second prefix for the id, timestamp and signature headers. Empty for none.
     header_prefix: str
     retry_schedule_seconds: Sequence[float]
-    #: None and 0: as the operator set it; a rate of 0: as fast as it can take.
+    #: None and 0 select the operator's setting. A rate of 0 means no limit.
     timeout_seconds: float | None
     rate_limit: float
     max_in_flight: int
 
     def signing_secrets(self, at: datetime) -> list[str]:
-        """What signs an attempt at that time of the database, the present secret first."""
+        """Return the secrets that sign at this time of the database, the current one first."""
         expires_at = self.previous_secret_expires_at
         overlaps = expires_at is not None and at < expires_at
         return [s for s in (self.secret, self.previous_secret if overlaps else None) if s]
 
 
 class WebhookCache:
-    """Loads what a batch of claimed deliveries needs in at most one query."""
+    """Loads the configs of a batch of claimed deliveries in at most one query."""
 
     def __init__(self, pool: Pool, keyring: KeyRing, url_policy: UrlPolicy):
         self._pool = pool
@@ -86,7 +85,7 @@ class WebhookCache:
         self._webhooks: dict[UUID, Webhook] = {}
 
     async def for_deliveries(self, deliveries: Collection[LeasedDelivery]) -> dict[UUID, Webhook]:
-        """The config of each delivery, at the version of the claim or newer."""
+        """Return the config of each delivery, at the version of the claim or newer."""
         missing = {d.webhook_id for d in deliveries if not self._is_cached(d)}
         if missing:
             if len(self._webhooks) > _CACHE_SIZE:
@@ -96,12 +95,12 @@ class WebhookCache:
         return {d.webhook_id: self._webhooks[d.webhook_id] for d in deliveries}
 
     def cached(self, webhook_id: UUID) -> Webhook | None:
-        """What was loaded of it last, if anything: good for estimates, not for sending."""
+        """Return the config that was loaded last, if any. It may be outdated."""
         return self._webhooks.get(webhook_id)
 
     def _webhook(self, row: Any) -> Webhook:
         previous = row["previous_secret_ciphertext"]
-        url, url_refusal = self._judged_url(row["url"])
+        url, url_refusal = self._checked_url(row["url"])
         return Webhook(
             id=row["id"],
             version=row["version"],
@@ -119,10 +118,10 @@ class WebhookCache:
             max_in_flight=row["max_in_flight"],
         )
 
-    def _judged_url(self, text: str) -> tuple[str | None, str]:
-        """What to call and an empty text, or None and why it is not called.
+    def _checked_url(self, text: str) -> tuple[str | None, str]:
+        """Return the URL to call, or None and the reason against it.
 
-        The rules are the process's for life, so judging a version once judges each of its attempts.
+        The rules do not change while the process runs, so each version is checked once.
         """
         try:
             return parse_webhook_url(text, self._url_policy).text, ""
@@ -132,7 +131,7 @@ class WebhookCache:
     def _is_cached(self, delivery: LeasedDelivery) -> bool:
         cached = self._webhooks.get(delivery.webhook_id)
         if cached is None or cached.secret is None:
-            # No key read it: by now the operator may have given us the one that does.
+            # No key decrypted the secret. The operator may have added the key since.
             return False
         return cached.version >= delivery.webhook_version
 
@@ -145,13 +144,13 @@ class WebhookCache:
 
 
 def _schedule(webhook_id: UUID, waits: Sequence[float]) -> Sequence[float]:
-    """The waits as they are; none, hence the operator's, where one could not be waited for."""
+    """Return the waits, or none to select the operator's schedule if one is not usable."""
     if all(0 <= wait <= _WAIT_SECONDS_MAX for wait in waits):
         return waits
     log.error("retry_schedule_unreadable", webhook_id=str(webhook_id))
     return ()
 
 
-async def forget_expired_secrets(pool: Pool) -> None:
-    """Erase retired secrets that sign no more: what is not needed is not kept, even encrypted."""
-    await pool.execute(_FORGET_EXPIRED_SECRETS)
+async def erase_expired_secrets(pool: Pool) -> None:
+    """Erase old secrets that no longer sign."""
+    await pool.execute(_ERASE_EXPIRED_SECRETS)

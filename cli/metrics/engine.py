@@ -66,16 +66,16 @@ def _engine(metrics: EngineMetrics) -> Iterable[Metric]:
 
 
 def _database(reading: Reading) -> Iterable[Metric]:
-    depth = reading.depth
+    queue = reading.queue
     yield families.QUEUE_DELIVERIES.of(
-        {(s.value,): count for s, count in depth.deliveries.items()} if depth else {}
+        {(s.value,): count for s, count in queue.deliveries.items()} if queue else {}
     )
-    yield families.QUEUE_OLDEST_DUE_AGE.one(depth.oldest_due_age_seconds if depth else None)
+    yield families.QUEUE_OLDEST_DUE_AGE.one(queue.oldest_due_age_seconds if queue else None)
     yield families.WEBHOOK_CONFIGS.of(
         {(status,): count for status, count in (reading.configs or {}).items()}
     )
     yield families.BREAKERS.of(
-        {("open",): depth.open_breakers, ("half_open",): depth.half_open_breakers} if depth else {}
+        {("open",): queue.open_breakers, ("half_open",): queue.half_open_breakers} if queue else {}
     )
     yield families.PARTITION_DAYS_AHEAD.one(reading.partition_days_ahead)
     retained_at = reading.retention_completed_at

@@ -1,6 +1,7 @@
-"""When a webhook config has failed enough to be left alone for a while (pure).
+"""Decides when the circuit breaker of a webhook config opens or closes. Pure.
 
-Each engine counts what it sees. What it concludes goes to the database, where it holds for all.
+Each engine counts the failures that it sees. The resulting change is written to the database, where
+it applies to all engines.
 """
 
 from collections.abc import Callable
@@ -10,53 +11,57 @@ from uuid import UUID
 
 from core.queue import BreakerChange, LeasedDelivery
 
-#: Failing configs remembered; past this the counts begin anew, and breakers open later.
-_MEMORY = 50_000
+#: Failing configs that are remembered. Above this number all counts restart.
+_CONFIGS_MAX = 50_000
 
 
 @dataclass(slots=True)
-class _Streak:
-    """Failed attempts in a row."""
-
+class _FailureStreak:
     failures: int
     since: float
 
 
 class Breaker:
-    """Counts the failed attempts of each config since one that found its receiver working."""
+    """Counts consecutive failed attempts of each config.
+
+    A breaker opens after `failures` of them if the first one is at least `seconds` ago.
+    """
 
     def __init__(self, failures: int, seconds: float, clock: Callable[[], float] = monotonic):
         self._failures = failures
         self._seconds = seconds
         self._clock = clock
-        self._streaks: dict[UUID, _Streak] = {}
+        self._streaks: dict[UUID, _FailureStreak] = {}
 
     def decide(
-        self, delivery: LeasedDelivery, works: bool | None, requested_pause_seconds: float
+        self,
+        delivery: LeasedDelivery,
+        endpoint_works: bool | None,
+        requested_pause_seconds: float,
     ) -> BreakerChange | None:
-        """What an attempt changes: so many failures in so much time open, a probe decides.
+        """Return the change that follows from an attempt, or None.
 
-        `works` is what it says of the receiver, None for nothing; `asked_seconds` for how long the
-        receiver wants to be left alone, 0 when it did not say.
+        `endpoint_works` is None if the outcome says nothing about the endpoint.
+        `requested_pause_seconds` is the receiver's Retry-After, or 0. A probe always decides.
         """
-        if works is None:
+        if endpoint_works is None:
             return None
-        if works:
+        if endpoint_works:
             self._streaks.pop(delivery.webhook_id, None)
             return _change(delivery) if delivery.is_probe else None
-        streak = self._lengthen(delivery.webhook_id)
-        lasts = self._clock() - streak.since
-        trips = delivery.is_probe or (streak.failures >= self._failures and lasts >= self._seconds)
+        streak = self._count_failure(delivery.webhook_id)
+        lasted = self._clock() - streak.since
+        trips = delivery.is_probe or (streak.failures >= self._failures and lasted >= self._seconds)
         if trips:
             del self._streaks[delivery.webhook_id]
         if not trips and not requested_pause_seconds:
             return None
         return _change(delivery, trips, requested_pause_seconds, streak.failures)
 
-    def _lengthen(self, webhook_id: UUID) -> _Streak:
-        if len(self._streaks) > _MEMORY:
+    def _count_failure(self, webhook_id: UUID) -> _FailureStreak:
+        if len(self._streaks) > _CONFIGS_MAX:
             self._streaks.clear()
-        streak = self._streaks.setdefault(webhook_id, _Streak(0, self._clock()))
+        streak = self._streaks.setdefault(webhook_id, _FailureStreak(0, self._clock()))
         streak.failures += 1
         return streak
 

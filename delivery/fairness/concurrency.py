@@ -1,10 +1,15 @@
-"""How many attempts each webhook config may have open in this engine (pure).
+"""Concurrency limits inside one engine: per webhook config, and in total. Pure but for one wait.
 
-A place is worth most where it comes back soon. So a config begins with a few, gets one more with
-every answer and half of them with every failure; and of the engine's places, those that have yet to
-prove themselves hold no more than half together, however many they are, and those that have failed
-last a quarter, so that a newcomer finds room among them. One that fails several times in a row
-is left alone for a moment each time, since a failure may come back at once and cost us most.
+Each config starts with a small limit. A success raises the limit by one and a failure halves it
+(AIMD), so endpoints that answer quickly get most of the engine's slots. Slots are shared like this:
+
+- Configs whose last attempt succeeded may use all slots except a reserve of one eighth. The reserve
+  serves other configs until the engine notices that a busy endpoint stopped answering.
+- Configs without history may hold half of the slots together.
+- Failing configs may hold a quarter of the slots together.
+
+After three consecutive failures a config pauses for 50 ms. The pause doubles up to 500 ms, so that
+a short outage costs few attempts and its end is noticed quickly.
 """
 
 import asyncio
@@ -14,215 +19,212 @@ from dataclasses import dataclass
 from time import monotonic
 from uuid import UUID
 
-#: What a config begins with; nobody who has fewer open is held up by those who have more.
-FEW = 4
-#: Attempts are open and none has ended for so long: nothing proves that any of them will.
-_SILENT_SECONDS = 2.0
-#: Failures in a row after which a config rests, longer with each, up to half a second: an outage
-#: costs its deliveries few of their attempts, and its end is still seen soon.
-_FAILURES_BEFORE_REST = 3
-_FIRST_REST_SECONDS = 0.05
-_LONGEST_REST_SECONDS = 0.5
-#: Configs remembered; past this, those without an open attempt begin anew.
-_MEMORY = 50_000
+#: Limit of a config without history. The reserve never pushes a config below this limit.
+INITIAL_LIMIT = 4
+#: A config is silent when none of its open attempts has ended for this long.
+_SILENT_AFTER_SECONDS = 2.0
+_FAILURES_BEFORE_PAUSE = 3
+_FIRST_PAUSE_SECONDS = 0.05
+_LONGEST_PAUSE_SECONDS = 0.5
+#: Configs that are remembered. Above this number, idle ones lose their history.
+_CONFIGS_MAX = 50_000
 
 
 @dataclass(slots=True)
-class _Standing:
-    """What one config has shown so far."""
-
+class _ConfigState:
     limit: int
-    open: int = 0
-    #: Whether the last attempt that ended found a receiver that works.
-    proven: bool = False
-    is_new: bool = True
-    #: When an attempt ended last, or the first of the open ones began.
-    heard_at: float = 0.0
-    #: In a row.
-    failures: int = 0
-    rests_until: float = 0.0
+    open_attempts: int = 0
+    last_succeeded: bool = False
+    has_history: bool = False
+    #: Monotonic time when an attempt last ended, or when the first open one started.
+    last_progress_at: float = 0.0
+    consecutive_failures: int = 0
+    paused_until: float = 0.0
 
 
 class ConcurrencyLimiter:
-    """Counts open attempts, and learns from how they end."""
+    """Counts open attempts per config and adapts each limit to the results.
 
-    def __init__(self, total: int, most: int, clock: Callable[[], float] = monotonic):
+    `total` is the number of slots of the engine, `maximum` the highest limit of a config.
+    """
+
+    def __init__(self, total: int, maximum: int, clock: Callable[[], float] = monotonic):
         self._total = total
-        #: The last eighth is for those with few open, so that one who falls silent, with many,
-        #: leaves the others room until it has been noticed.
         self.reserve = total // 8
-        self._most = most
+        self._maximum = maximum
         self._clock = clock
-        self._standings: dict[UUID, _Standing] = {}
-        self._busy: dict[UUID, _Standing] = {}
+        self._states: dict[UUID, _ConfigState] = {}
+        self._busy: dict[UUID, _ConfigState] = {}
         self._open = 0
-        # Places of unproven configs, as of the last survey and what began since.
-        self._doubtful = 0
+        # Open attempts of unproven configs, as of the last refresh() and since.
+        self._unproven_open = 0
 
-    def survey(self) -> None:
-        """Look who has fallen silent; to be called before places are given away."""
-        self._doubtful = sum(s.open for s in self._busy.values() if not self._is_proven(s))
+    def refresh(self) -> None:
+        """Recount the slots of unproven configs. Call it before a round of available()."""
+        self._unproven_open = sum(
+            state.open_attempts for state in self._busy.values() if not self._is_proven(state)
+        )
 
-    def free(self, webhook_id: UUID, own_cap: int) -> int:
-        """Attempts that may begin now, by the config's own cap (0: none) and what it has shown."""
-        standing = self._standings.get(webhook_id) or self._newcomer()
-        if standing.rests_until and standing.rests_until > self._clock():
+    def available(self, webhook_id: UUID, configured_limit: int) -> int:
+        """Return how many attempts may start now. A `configured_limit` of 0 means none is set."""
+        state = self._states.get(webhook_id) or self._new_state()
+        if state.paused_until and state.paused_until > self._clock():
             return 0
-        limit = min(standing.limit, self._most, own_cap or self._most)
-        if self._is_proven(standing):
+        limit = min(state.limit, self._maximum, configured_limit or self._maximum)
+        if self._is_proven(state):
             spare = self._total - self.reserve - self._open
-            limit = min(limit, max(FEW, standing.open + spare))
-            return max(limit - standing.open, 0)
-        newcomer = standing.is_new and not self._is_silent(standing)
-        share = max(self._total // (2 if newcomer else 4), 1)
-        limit = min(limit, FEW if self._doubtful < share // 2 else 1)
-        return max(min(limit - standing.open, share - self._doubtful), 0)
+            limit = min(limit, max(INITIAL_LIMIT, state.open_attempts + spare))
+            return max(limit - state.open_attempts, 0)
+        is_new = not state.has_history and not self._is_silent(state)
+        share = max(self._total // (2 if is_new else 4), 1)
+        limit = min(limit, INITIAL_LIMIT if self._unproven_open < share // 2 else 1)
+        return max(min(limit - state.open_attempts, share - self._unproven_open), 0)
 
-    def wanted(self, webhook_id: UUID, own_cap: int) -> int:
-        """How many deliveries it could have on their way; 0 until half of that are free.
+    def admission_size(self, webhook_id: UUID, configured_limit: int) -> int:
+        """Return how many deliveries may be ready or open after an admission.
 
-        One by one they would be let in by a statement each.
+        Returns 0 until half of that number is free, because each admission costs one statement.
         """
-        free = self.free(webhook_id, own_cap)
-        places = free + self.open(webhook_id)
-        return places if 2 * free >= places else 0
+        available = self.available(webhook_id, configured_limit)
+        slots = available + self.open_attempts(webhook_id)
+        return slots if 2 * available >= slots else 0
 
-    def open(self, webhook_id: UUID) -> int:
-        standing = self._standings.get(webhook_id)
-        return standing.open if standing else 0
+    def open_attempts(self, webhook_id: UUID) -> int:
+        state = self._states.get(webhook_id)
+        return state.open_attempts if state else 0
 
-    def begin(self, webhook_id: UUID) -> None:
-        if len(self._standings) > _MEMORY:
-            self._standings = dict(self._busy)
-        standing = self._standings.setdefault(webhook_id, self._newcomer())
-        if not standing.open:
-            standing.heard_at = self._clock()
-            self._busy[webhook_id] = standing
-        if not self._is_proven(standing):
-            self._doubtful += 1
-        standing.open += 1
+    def started(self, webhook_id: UUID) -> None:
+        """Count an attempt that starts."""
+        if len(self._states) > _CONFIGS_MAX:
+            self._states = dict(self._busy)
+        state = self._states.setdefault(webhook_id, self._new_state())
+        if not state.open_attempts:
+            state.last_progress_at = self._clock()
+            self._busy[webhook_id] = state
+        if not self._is_proven(state):
+            self._unproven_open += 1
+        state.open_attempts += 1
         self._open += 1
 
-    def end(self, webhook_id: UUID, works: bool | None) -> float:
-        """An attempt has ended; `works` is what it says of the receiver, None for nothing.
+    def finished(self, webhook_id: UUID, endpoint_works: bool | None) -> float:
+        """Record the end of an attempt, and return the pause in seconds that starts now, often 0.
 
-        Returns for how many seconds the config rests herewith, mostly 0.
+        `endpoint_works` is None if the outcome says nothing about the endpoint.
         """
-        standing = self._busy[webhook_id]
-        standing.open -= 1
-        now = standing.heard_at = self._clock()
+        state = self._busy[webhook_id]
+        state.open_attempts -= 1
+        now = state.last_progress_at = self._clock()
         self._open -= 1
-        if not standing.open:
+        if not state.open_attempts:
             del self._busy[webhook_id]
-        if works is None:
+        if endpoint_works is None:
             return 0.0
-        standing.is_new = False
-        standing.proven = works
-        if works:
-            standing.limit = min(standing.limit + 1, self._most)
-            standing.failures, standing.rests_until = 0, 0.0
+        state.has_history = True
+        state.last_succeeded = endpoint_works
+        if endpoint_works:
+            state.limit = min(state.limit + 1, self._maximum)
+            state.consecutive_failures, state.paused_until = 0, 0.0
             return 0.0
-        standing.limit = max(standing.limit // 2, 1)
-        standing.failures += 1
-        rest = _rest_seconds(standing.failures)
-        standing.rests_until = now + rest
-        return rest
+        state.limit = max(state.limit // 2, 1)
+        state.consecutive_failures += 1
+        pause = _pause_seconds(state.consecutive_failures)
+        state.paused_until = now + pause
+        return pause
 
-    def restart(self, webhook_id: UUID) -> None:
-        """Its breaker is half-open: one place, and from there on as its attempts end."""
-        standing = self._standings.setdefault(webhook_id, self._newcomer())
-        standing.limit = 1
-        standing.is_new = standing.proven = False
-        standing.failures, standing.rests_until = 0, 0.0
+    def reset_to_probe(self, webhook_id: UUID) -> None:
+        """Allow one attempt, because the breaker is half-open. Its result changes the limit."""
+        state = self._states.setdefault(webhook_id, self._new_state())
+        state.limit = 1
+        state.has_history = True
+        state.last_succeeded = False
+        state.consecutive_failures, state.paused_until = 0, 0.0
 
-    def _newcomer(self) -> _Standing:
-        return _Standing(limit=min(FEW, self._most))
+    def _new_state(self) -> _ConfigState:
+        return _ConfigState(limit=min(INITIAL_LIMIT, self._maximum))
 
-    def _is_proven(self, standing: _Standing) -> bool:
-        return standing.proven and not self._is_silent(standing)
+    def _is_proven(self, state: _ConfigState) -> bool:
+        return state.last_succeeded and not self._is_silent(state)
 
-    def _is_silent(self, standing: _Standing) -> bool:
-        return standing.open > 0 and self._clock() - standing.heard_at > _SILENT_SECONDS
+    def _is_silent(self, state: _ConfigState) -> bool:
+        silent_for = self._clock() - state.last_progress_at
+        return state.open_attempts > 0 and silent_for > _SILENT_AFTER_SECONDS
 
 
-def _rest_seconds(failures: int) -> float:
-    further = failures - _FAILURES_BEFORE_REST
-    if further < 0:
+def _pause_seconds(consecutive_failures: int) -> float:
+    doublings = consecutive_failures - _FAILURES_BEFORE_PAUSE
+    if doublings < 0:
         return 0.0
-    # Bounded before it is raised to a power: a streak may be long.
-    return min(_FIRST_REST_SECONDS * 2.0 ** min(further, 10), _LONGEST_REST_SECONDS)
+    # The exponent is limited, because a float overflows after 1,023 doublings.
+    return min(_FIRST_PAUSE_SECONDS * 2.0 ** min(doublings, 10), _LONGEST_PAUSE_SECONDS)
 
 
-# How many attempts an engine may still begin, and when it is worth asking for that many.
-
-#: How long to wait for more free places before a claim for few.
+#: How long a claim waits for more free slots.
 _GATHER_SECONDS = 0.01
-#: Results on their way into the database that do not hold back new attempts.
-_UNSETTLED_FREE = 500
+#: Results waiting for the database that do not reduce the budget. It is one settle's batch.
+_UNRECORDED_FREE = 500
 
 
 class InFlightBudget:
-    """Counts attempts that run, results that are not on record, and what claims have asked for.
+    """The attempts that an engine may still start.
 
-    `most` attempts in all, the last `reserve` of them for configs with few open; `batch` is the
-    most that one claim asks for.
+    It counts running attempts, results that are not recorded, and claims under way. `total` is the
+    number of slots, `reserve` those for configs with few open attempts, and `batch` the largest
+    claim.
     """
 
-    def __init__(self, most: int, reserve: int, batch: int):
-        self._most = most
+    def __init__(self, total: int, reserve: int, batch: int):
+        self._total = total
         self._reserve = reserve
-        # No claim takes more than half of all places, so that two of them share the engine.
-        self._batch = min(batch, (most + 1) // 2)
-        self._worthwhile = reserve + max(min(batch, most) // 4, 1)
-        self._running = self._unsettled = self._asked = 0
-        self._grew = asyncio.Event()
+        # A claim takes at most half of the slots, so that two claims can alternate.
+        self._batch = min(batch, (total + 1) // 2)
+        self._worthwhile = reserve + max(min(batch, total) // 4, 1)
+        self._running = self._unrecorded = self._claiming = 0
+        self._changed = asyncio.Event()
         self._closed = False
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Let claim_size() return at once from now on."""
         self._closed = True
-        self._grew.set()
+        self._changed.set()
 
-    def attempt_began(self) -> None:
+    def attempt_started(self) -> None:
         self._running += 1
 
     def attempt_ended(self) -> None:
-        """Its result is still to be settled()."""
+        """Count an attempt whose result is not recorded yet."""
         self._running -= 1
-        self._unsettled += 1
-        self._grew.set()
+        self._unrecorded += 1
+        self._changed.set()
 
-    def settled(self, count: int) -> None:
-        self._unsettled -= count
-        self._grew.set()
+    def results_recorded(self, count: int) -> None:
+        self._unrecorded -= count
+        self._changed.set()
 
     @contextmanager
-    def asking_for(self, count: int) -> Iterator[None]:
-        """While a claim for so many is under way, no other one asks for the same room."""
-        self._asked += count
+    def claiming(self, count: int) -> Iterator[None]:
+        """Reserve slots while a claim is under way, so that another claim does not ask for them."""
+        self._claiming += count
         try:
             yield
         finally:
-            self._asked -= count
+            self._claiming -= count
 
-    async def wait(self) -> int:
-        """How many to claim: at once when many may be, else what is free after a short wait.
+    async def claim_size(self) -> int:
+        """Return how many deliveries to claim, after waiting up to 10 ms for free slots.
 
-        Places become free one by one, and a claim costs nearly the same for one as for many. What
-        is kept for configs with few open is asked for only when nothing else gets free: most of
-        what a claim brings would have to be parked.
+        Slots become free one by one, and a claim of one costs almost as much as a claim of many.
+        The reserve is used only if no other slot is free, because most of the claimed deliveries
+        would have to be parked.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(_GATHER_SECONDS):
                 while self._free() < self._worthwhile and not self._closed:
-                    self._grew.clear()
-                    await self._grew.wait()
+                    self._changed.clear()
+                    await self._changed.wait()
         free = self._free()
-        spare = free - self._reserve
-        return min(spare if spare > 0 else free, self._batch)
+        unreserved = free - self._reserve
+        return min(unreserved if unreserved > 0 else free, self._batch)
 
     def _free(self) -> int:
-        """Results that wait for the database take places, too, but not before there are more of
-        them than one settle takes."""
-        waiting = max(self._unsettled - _UNSETTLED_FREE, 0)
-        return self._most - self._running - self._asked - waiting
+        waiting = max(self._unrecorded - _UNRECORDED_FREE, 0)
+        return self._total - self._running - self._claiming - waiting

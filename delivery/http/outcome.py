@@ -1,4 +1,8 @@
-"""What an HTTP status or an exception means: the one table from both to outcomes."""
+"""Classifies a response status or an exception as an outcome, and an outcome as a final state.
+
+The engine adds two outcomes without a request: REFUSED for a stored URL that is not allowed, and
+INTERNAL_ERROR for a secret that it cannot decrypt.
+"""
 
 import errno
 import http
@@ -17,9 +21,9 @@ _NOT_HTTP = "the answer is not valid HTTP/1.1"
 _WITHHELD = "1xx answers kept coming, and no final one"
 
 
-@cache  # of at most a thousand
+@cache  # at most a thousand entries
 def outcome_of_status(status: int) -> tuple[Outcome, str]:
-    """2xx alone is success; a redirect is named, since people expect it to be followed."""
+    """Only 2xx is success. The text names redirects, because people expect us to follow them."""
     try:
         phrase = f"{status} {http.HTTPStatus(status).phrase}"
     except ValueError:
@@ -34,7 +38,7 @@ def outcome_of_status(status: int) -> tuple[Outcome, str]:
 def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
     error: BaseException,
 ) -> tuple[Outcome, str] | None:
-    """The outcome of a request that brought no status line; None: a fault of ours, unforeseen."""
+    """Return the outcome of a request without a response. None means an internal error."""
     if refusal_of(error) is not None:
         return Outcome.REFUSED, "the host's address is not a public one; it is never called"
     match error:
@@ -67,7 +71,7 @@ def outcome_of_error(  # noqa: PLR0911 - a table, one row a return
 def final_state(
     outcome: Outcome, status: int | None, backoff: float | None
 ) -> DeliveryState | None:
-    """What an attempt makes of its delivery: a final state, or None for another attempt."""
+    """Return the final state of the delivery, or None for another attempt."""
     if outcome is Outcome.SUCCEEDED:
         return DeliveryState.DELIVERED
     if outcome is Outcome.REFUSED or status == http.HTTPStatus.GONE or backoff is None:
@@ -75,11 +79,10 @@ def final_state(
     return None
 
 
-def receiver_works(outcome: Outcome, status: int | None) -> bool | None:
-    """What an attempt says of its receiver: that it takes requests, or not; None: nothing.
+def endpoint_works(outcome: Outcome, status: int | None) -> bool | None:
+    """Return whether the endpoint takes requests, or None if the outcome says nothing about it.
 
-    Whoever answers takes requests, even if it likes none of them, unless the answer says that it
-    cannot cope.
+    Every response below 500 shows that it does, except 429 Too Many Requests.
     """
     if outcome in {Outcome.INTERNAL_ERROR, Outcome.REFUSED}:
         return None
@@ -89,7 +92,7 @@ def receiver_works(outcome: Outcome, status: int | None) -> bool | None:
 
 
 def _outcome_of_proxy(error: ProxyError) -> tuple[Outcome, str]:
-    """The proxy is ours, and so are its faults; what it says of the receiver is the receiver's."""
+    """Errors of the operator's proxy are internal. Its report on the receiver is the receiver's."""
     match error.status:
         case None | http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             return Outcome.INTERNAL_ERROR, str(error)

@@ -72,7 +72,7 @@ async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> N
     # What others have taken meanwhile is theirs.
     [other] = await queue.claim(pool, 10, LEASE_SECONDS)
 
-    assert await unanswered.give_back(pool) == 2
+    assert await unanswered.release(pool) == 2
     ready = await queue.claim(pool, 10, LEASE_SECONDS)
     assert (len(ready), other.id in {delivery.id for delivery in ready}) == (2, False)
 
@@ -86,22 +86,22 @@ async def test_what_somebody_holds_locked_is_given_back_later(pool: Any) -> None
     async with pool.acquire() as other, other.transaction():
         await other.execute("SELECT FROM delivery_queue WHERE id = $1 FOR UPDATE", held.id)
         async with asyncio.timeout(10):
-            assert await unanswered.give_back(pool) == 1
-    assert await unanswered.give_back(pool) == 1
+            assert await unanswered.release(pool) == 1
+    assert await unanswered.release(pool) == 1
 
 
 async def test_a_claim_that_is_carried_out_late_is_looked_for_a_while_and_not_for_ever(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("delivery.claim._LOOKS", 3)
+    monkeypatch.setattr("delivery.claim._SWEEPS", 3)
     await make_webhook_config(pool)
     await enqueue_events(pool, 1)
     lease_id, unanswered = new_id(), UnansweredClaims()
     unanswered.add(lease_id)
-    assert await unanswered.give_back(pool) == 0
+    assert await unanswered.release(pool) == 0
     for given_back in (1, 1, 0):
         await queue.claim(pool, 1, LEASE_SECONDS, lease_id)
-        assert await unanswered.give_back(pool) == given_back
+        assert await unanswered.release(pool) == given_back
 
 
 async def test_an_engine_sends_what_a_claim_without_an_answer_took_long_before_the_lease_ends(

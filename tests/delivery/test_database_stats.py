@@ -167,19 +167,19 @@ async def test_while_the_database_is_away_it_says_just_that(
 async def test_what_takes_too_long_is_left_out_and_the_database_is_up(
     pool: Any, engine_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database_stats, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(database_stats, "WAIT_SECONDS", 0.3)
     now = 0.0
     taking = DatabaseStats(engine_pool, lambda: now)
     async with pool.acquire() as other, other.transaction():
         await other.execute("LOCK TABLE delivery_queue IN ACCESS EXCLUSIVE MODE")
         reading = await taking.reading()
-        assert (reading.database_up, reading.depth) == (True, None)
+        assert (reading.database_up, reading.queue) == (True, None)
         # The same look goes on, and there is not a second one.
         assert (await taking.reading()) == reading
         assert await _sessions_waiting(pool) == 1
 
-    monkeypatch.setattr(database_stats, "PATIENCE_SECONDS", 10.0)
-    assert (await taking.reading()).depth is not None
+    monkeypatch.setattr(database_stats, "WAIT_SECONDS", 10.0)
+    assert (await taking.reading()).queue is not None
     await taking.close()
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delivery.decide import JITTER, backoff_schedule, fault_backoff, next_backoff
+from delivery.decide import JITTER, backoff_schedule, internal_error_backoff, next_backoff
 from delivery.settings import DeliverySettings
 
 WAITS = st.floats(min_value=0.001, max_value=86_400)
@@ -76,7 +76,7 @@ def test_two_receivers_that_failed_together_are_not_called_together() -> None:
 
 
 def test_faults_of_ours_wait_twice_as_long_each_time_up_to_a_quarter_of_an_hour() -> None:
-    waits = [fault_backoff(faults, 300, lambda: 0.0) for faults in range(1, 13)]
+    waits = [internal_error_backoff(faults, 300, lambda: 0.0) for faults in range(1, 13)]
     assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]
 
 
@@ -84,7 +84,7 @@ def test_faults_of_ours_wait_twice_as_long_each_time_up_to_a_quarter_of_an_hour(
 def test_faults_of_ours_end_a_delivery_after_so_many_retries(
     faults: int, retries: int, chance: float
 ) -> None:
-    wait = fault_backoff(faults, retries, lambda: chance)
+    wait = internal_error_backoff(faults, retries, lambda: chance)
     if faults > retries:
         assert wait is None
     else:
@@ -94,5 +94,8 @@ def test_faults_of_ours_end_a_delivery_after_so_many_retries(
 
 def test_by_default_a_fault_of_ours_is_waited_for_about_three_days() -> None:
     retries = DeliverySettings().max_fault_retries
-    waits = [fault_backoff(faults, retries, lambda: 0.0) or 0.0 for faults in range(1, retries + 1)]
+    waits = [
+        internal_error_backoff(faults, retries, lambda: 0.0) or 0.0
+        for faults in range(1, retries + 1)
+    ]
     assert 3 <= sum(waits) / 86_400 < 3.1

@@ -22,7 +22,7 @@ from core.lifecycle import DeliveryState
 from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings
 from delivery import engine
 from delivery.claim import claim
-from delivery.fairness.concurrency import FEW
+from delivery.fairness.concurrency import INITIAL_LIMIT
 from postrider.v1 import (
     admin_service_pb2,
     delivery_pb2,
@@ -724,7 +724,7 @@ async def test_nothing_is_lost_when_the_database_drops_every_session_of_the_engi
     receiver.default = doors = Doors()
     async with platform.engine(delivery_timeout_seconds=2, lease_seconds=4):
         published = await publish_many(platform, 50)
-        await doors.wait_for(FEW)
+        await doors.wait_for(INITIAL_LIMIT)
         await drop_sessions()
         doors.open()
         published += await publish_many(platform, 100)

@@ -16,7 +16,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from core.ids import parse_id
 from core.signing import standard_secret
-from delivery.webhooks import forget_expired_secrets
+from delivery.webhooks import erase_expired_secrets
 from postrider.v1 import delivery_pb2, delivery_service_pb2, event_pb2, event_service_pb2
 from postrider.v1 import webhook_config_service_pb2 as pb
 from postrider.v1.webhook_config_pb2 import SIGNATURE_SCHEME_ED25519, WebhookConfig
@@ -293,7 +293,7 @@ async def test_both_secrets_sign_until_the_overlap_ends_and_then_the_new_one_alo
     )
     assert second.headers["webhook-signature"].count("v1,") == 1
 
-    await forget_expired_secrets(pool)
+    await erase_expired_secrets(pool)
     assert await pool.fetchval("SELECT previous_secret_ciphertext FROM webhook_configs") is None
 
 

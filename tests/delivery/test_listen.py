@@ -11,7 +11,7 @@ NO_POOL: Any = None
 
 async def test_a_retry_that_is_soon_is_woken_up_for() -> None:
     listener = Listener(NO_POOL, poll_seconds=60)
-    listener.expect_retry(0.01)
+    listener.wake_in(0.01)
     async with asyncio.timeout(10):
         await listener.wait()
 
@@ -20,7 +20,7 @@ async def test_retries_that_are_late_cost_no_memory_until_then() -> None:
     listener = Listener(NO_POOL, poll_seconds=1)
     before = _timers()
     for _ in range(1000):
-        listener.expect_retry(3600)
+        listener.wake_in(3600)
     assert _timers() <= before
 
 

@@ -204,7 +204,7 @@ async def test_while_the_database_is_away_a_scrape_says_so_and_nothing_else_of_i
 
         with own_postgres.frozen():
             async with asyncio.timeout(
-                database_stats.FRESH_SECONDS + 2 * database_stats.PATIENCE_SECONDS
+                database_stats.FRESH_SECONDS + 2 * database_stats.WAIT_SECONDS
             ):
                 await once_the_database_is(of_engine, up=0)
     finally:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from cli.dev.postgres import EmbeddedPostgres
 from core.lifecycle import DeliveryState
-from delivery.fairness.concurrency import FEW
+from delivery.fairness.concurrency import INITIAL_LIMIT
 from postrider.v1 import event_pb2, event_service_pb2
 from tests.support.ledger import Counts, balance
 from tests.support.platform import Platform
@@ -304,24 +304,26 @@ async def test_an_engine_that_wakes_after_its_leases_ended_changes_nothing(
     secrets = await register(platform, receiver, "m_1")
     receiver.default = holding = Holding()
     sleeper = await processes.engine(**BRISK, max_retries=max_retries)
-    acknowledged = await publish(platform, ["m_1"], FEW)
-    await holding.wait_for(FEW)
+    acknowledged = await publish(platform, ["m_1"], INITIAL_LIMIT)
+    await holding.wait_for(INITIAL_LIMIT)
     sleeper.send(signal.SIGSTOP)
     other = await processes.engine()
-    await holding.wait_for(2 * FEW)
+    await holding.wait_for(2 * INITIAL_LIMIT)
     sleeper.send(signal.SIGCONT)
     # It finds its requests timed out, and must neither put that on record nor end the new leases.
-    await sleeper.wait_for("lease_lost", FEW)
-    assert await open_deliveries(pool) == {DeliveryState.LEASED: FEW}
+    await sleeper.wait_for("lease_lost", INITIAL_LIMIT)
+    assert await open_deliveries(pool) == {DeliveryState.LEASED: INITIAL_LIMIT}
     holding.release()
-    await other.wait_for("attempt", FEW)
+    await other.wait_for("attempt", INITIAL_LIMIT)
     await stop(sleeper, other)
 
     assert not await open_deliveries(pool)
-    assert await attempts(pool) == {"succeeded": FEW}
+    assert await attempts(pool) == {"succeeded": INITIAL_LIMIT}
     assert await pool.fetchval("SELECT consecutive_failures FROM webhook_configs") == 0
     counts = balance(acknowledged, receiver.webhooks, secrets)
-    assert counts == Counts(FEW, 2 * FEW, lost=0, duplicate=FEW, unexpected=0, invalid=0)
+    assert counts == Counts(
+        INITIAL_LIMIT, 2 * INITIAL_LIMIT, lost=0, duplicate=INITIAL_LIMIT, unexpected=0, invalid=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ async def test_a_busy_engine_asks_for_a_config_with_enough_that_is_ready_after_a
     await make_delivery(pool, webhook_id, state="parked")
     clock = Clock()
     admission = Admission(pool, clock)
-    admission.meet([webhook_id])
+    admission.backlogs_met([webhook_id])
     await admission.refill(lambda _: 4, busy=True)
     await pool.execute("DELETE FROM delivery_queue WHERE state = 'ready'")
 
@@ -45,7 +45,7 @@ async def test_an_engine_that_has_nothing_else_asks_at_once(pool: Any) -> None:
         await make_delivery(pool, webhook_id)
     await make_delivery(pool, webhook_id, state="parked")
     admission = Admission(pool, Clock())
-    admission.meet([webhook_id])
+    admission.backlogs_met([webhook_id])
     await admission.refill(lambda _: 4)
     await pool.execute("DELETE FROM delivery_queue WHERE state = 'ready'")
 
@@ -57,7 +57,7 @@ async def test_a_config_that_had_no_places_is_asked_for_as_soon_as_it_has(pool: 
     webhook_id = await make_webhook_config(pool)
     await make_delivery(pool, webhook_id, state="parked")
     admission = Admission(pool, Clock())
-    admission.meet([webhook_id])
+    admission.backlogs_met([webhook_id])
 
     await admission.refill(lambda _: 0)
     assert await queue_states(pool) == {"parked": 1}
@@ -70,7 +70,7 @@ async def test_what_was_let_in_is_claimed_before_its_config_is_asked_for_again(p
     for _ in range(3):
         await make_delivery(pool, webhook_id, state="parked")
     admission = Admission(pool, Clock())
-    admission.meet([webhook_id])
+    admission.backlogs_met([webhook_id])
 
     assert await admission.refill(lambda _: 1)
     await pool.execute("DELETE FROM delivery_queue WHERE state = 'ready'")
@@ -86,8 +86,8 @@ async def beside_another(pool: Any, parked: int, clock: Clock) -> tuple[Admissio
     for _ in range(parked):
         await make_delivery(pool, flooded, state="parked")
     admission = Admission(pool, clock)
-    admission.meet([flooded])
-    admission.give_way_to([await lease_one(pool, other)])
+    admission.backlogs_met([flooded])
+    admission.claimed([await lease_one(pool, other)])
     return admission, flooded
 
 
@@ -97,10 +97,10 @@ async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any)
 
     assert await admission.refill(lambda _: 32)
     assert await queue_states(pool) == {"leased": 1, "parked": 32, "ready": 8}
-    assert not admission.concerns([flooded])
+    assert not admission.can_refill([flooded])
     assert not await admission.refill(lambda _: 32)
-    clock.now += admission.rest_seconds()
-    assert admission.concerns([flooded])
+    clock.now += admission.seconds_until_next()
+    assert admission.can_refill([flooded])
     assert await admission.refill(lambda _: 32)
     assert await queue_states(pool) == {"leased": 1, "parked": 24, "ready": 16}
 
@@ -112,8 +112,8 @@ async def test_many_backlogs_are_let_in_as_quickly_as_one(pool: Any) -> None:
         for _ in range(6):
             await make_delivery(pool, webhook_id, state="parked")
     admission = Admission(pool, Clock())
-    admission.meet(busy)
-    admission.give_way_to([await lease_one(pool, other)])
+    admission.backlogs_met(busy)
+    admission.claimed([await lease_one(pool, other)])
 
     assert await admission.refill(lambda _: 32)
     assert await queue_states(pool) == {"leased": 1, "ready": 30}
@@ -145,8 +145,8 @@ async def test_late_deliveries_retries_and_those_with_a_backlog_are_given_no_way
     delivery = await lease_one(pool, other)
     late = delivery.claimed_at - timedelta(seconds=2)
     admission = Admission(pool, Clock())
-    admission.meet([flooded])
-    admission.give_way_to(
+    admission.backlogs_met([flooded])
+    admission.claimed(
         [
             delivery._replace(due_since=late),
             delivery._replace(attempt_count=1),
@@ -163,4 +163,4 @@ async def test_what_a_config_has_no_places_for_does_not_count(pool: Any) -> None
 
     assert await admission.refill(lambda _: 1)
     assert await queue_states(pool) == {"leased": 1, "parked": 3, "ready": 1}
-    assert admission.rest_seconds() < 2 / 50
+    assert admission.seconds_until_next() < 2 / 50

@@ -4,7 +4,7 @@ from uuid import uuid4
 
 import pytest
 
-from delivery.fairness.rate_limit import RateHolds
+from delivery.fairness.rate_limit import RatePauses
 
 ONE, OTHER = uuid4(), uuid4()
 
@@ -17,36 +17,36 @@ class Clock:
         return self.now
 
 
-def test_a_config_is_held_until_its_wait_is_over_and_the_others_are_not() -> None:
+def test_a_config_is_paused_until_its_wait_is_over_and_the_others_are_not() -> None:
     clock = Clock()
-    holds = RateHolds(clock)
+    pauses = RatePauses(clock)
 
-    [seconds] = holds.hold([(ONE, 0.25)])
+    [seconds] = pauses.pause([(ONE, 0.25)])
 
     assert 0.25 <= seconds <= 0.35
-    assert holds.breaker_is_open(ONE)
-    assert not holds.breaker_is_open(OTHER)
+    assert pauses.is_paused(ONE)
+    assert not pauses.is_paused(OTHER)
     clock.now += 0.24
-    assert holds.breaker_is_open(ONE)
+    assert pauses.is_paused(ONE)
     clock.now = 100.03 + seconds
-    assert not holds.breaker_is_open(ONE)
+    assert not pauses.is_paused(ONE)
 
 
 def test_holds_of_many_configs_end_together_so_that_asking_is_bounded() -> None:
-    holds = RateHolds(Clock())
-    ends = holds.hold([(uuid4(), n / 1000) for n in range(1000)])
+    pauses = RatePauses(Clock())
+    ends = pauses.pause([(uuid4(), n / 1000) for n in range(1000)])
     assert len(ends) <= 11
 
 
-def test_nobody_is_held_for_long_since_a_limit_may_be_raised() -> None:
-    [seconds] = RateHolds(Clock()).hold([(ONE, 1000.0)])
+def test_nobody_is_paused_for_long_since_a_limit_may_be_raised() -> None:
+    [seconds] = RatePauses(Clock()).pause([(ONE, 1000.0)])
     assert seconds <= 1.1
 
 
 def test_even_a_wait_of_nothing_is_no_busy_loop() -> None:
     clock = Clock()
     for _ in range(50):
-        [seconds] = RateHolds(clock).hold([(ONE, 0.0)])
+        [seconds] = RatePauses(clock).pause([(ONE, 0.0)])
         assert seconds > 0
         clock.now += seconds
     assert clock.now == pytest.approx(100.03 + 5, abs=0.2)
@@ -54,9 +54,9 @@ def test_even_a_wait_of_nothing_is_no_busy_loop() -> None:
 
 def test_a_later_hold_of_another_config_ends_no_hold() -> None:
     clock = Clock()
-    holds = RateHolds(clock)
-    holds.hold([(ONE, 0.9)])
+    pauses = RatePauses(clock)
+    pauses.pause([(ONE, 0.9)])
     clock.now += 0.5
-    holds.hold([(OTHER, 0.1)])
-    assert holds.breaker_is_open(ONE)
-    assert holds.breaker_is_open(OTHER)
+    pauses.pause([(OTHER, 0.1)])
+    assert pauses.is_paused(ONE)
+    assert pauses.is_paused(OTHER)

@@ -16,10 +16,10 @@ from core.addresses import AddressClass
 from core.lifecycle import DeliveryState, Outcome
 from delivery.http.guard import AddressRefused
 from delivery.http.outcome import (
+    endpoint_works,
     final_state,
     outcome_of_error,
     outcome_of_status,
-    receiver_works,
 )
 
 KEY: Any = Mock(host="10.1.2.3", port=443, ssl=True)
@@ -202,4 +202,4 @@ def test_410_is_not_tried_again() -> None:
 def test_what_an_attempt_says_of_its_receiver(
     outcome: Outcome, status: int | None, works: bool | None
 ) -> None:
-    assert receiver_works(outcome, status) is works
+    assert endpoint_works(outcome, status) is works

@@ -24,7 +24,7 @@ from core.settings import EgressSettings
 from core.signing import new_secret
 from core.urls import UrlPolicy
 from delivery.http.connector import Dialler, open_dialler
-from delivery.http.outcome import receiver_works
+from delivery.http.outcome import endpoint_works
 from delivery.http.request import Destination
 from delivery.ping import ping
 from delivery.send import send
@@ -233,7 +233,7 @@ async def test_a_proxy_that_is_away_is_our_fault_and_not_the_merchants(
         async with opening(f"http://127.0.0.1:{taken.getsockname()[1]}") as dialler:
             result = await post(dialler)
     assert told(result) == (Outcome.INTERNAL_ERROR, "the egress proxy cannot be reached")
-    assert receiver_works(result.outcome, result.status_code) is None
+    assert endpoint_works(result.outcome, result.status_code) is None
 
 
 async def test_time_that_ran_out_on_the_way_to_the_proxy_is_our_fault_as_well(
