@@ -35,11 +35,11 @@ from server.auth.tokens import TokenVerifier
 from server.database import DatabaseWatch, open_sessions
 from server.deliveries.service import DeliveryService
 from server.deliveries.tail import Tail
-from server.event_types.cache import EventTypes
+from server.event_types.store import EventTypes
 from server.events.ingest import Ingest
-from server.events.notify import Notifier
 from server.events.service import EventService
 from server.metrics import ServerMetrics
+from server.notify import Notifier
 from server.rpc.audit_refusals import RefusalAudit
 from server.rpc.report import RpcReports
 from server.settings import AuthSettings, ServerSettings, TlsSettings

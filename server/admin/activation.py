@@ -1,8 +1,6 @@
-"""Deactivates and reactivates webhook configs of any merchant, at an operator's word."""
+"""Deactivates and reactivates webhook configs of any merchant for an operator."""
 
-from uuid import UUID
-
-from sqlalchemy import func, select
+from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core import queue
@@ -12,12 +10,13 @@ from core.lifecycle import DeactivationReason
 from core.models import WebhookConfig
 from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change
+from server.webhooks.store import load
 
 _REASON_MAX = 500
 
 
 def check_reason(reason: str) -> None:
-    """InvalidArgument unless it is something a person can read in a list."""
+    """Raise InvalidArgument unless the reason is printable text of bounded length."""
     if not (0 < len(reason) <= _REASON_MAX and reason.isprintable() and reason.strip()):
         raise InvalidArgument.of(
             "reason",
@@ -26,25 +25,25 @@ def check_reason(reason: str) -> None:
         )
 
 
-async def deactivate(sessions: Sessions, webhook_id: UUID, reason: str) -> WebhookConfig | None:
-    """Stop a config and park what it has ready; None when there is none."""
+async def deactivate(sessions: Sessions, text: str, reason: str) -> WebhookConfig:
+    """Deactivate a config and park its ready deliveries. Raises NotFound."""
     async with sessions.begin() as session:
-        row = await _load(session, webhook_id)
-        if row is None or row.deactivation_reason == DeactivationReason.ADMIN:
+        row = await load(session, text, lock=True)
+        if row.deactivation_reason == DeactivationReason.ADMIN:
             return row
         changed = {"deactivation_reason"} | ({"active"} if row.active else set())
         row.active = False
         row.deactivation_reason = DeactivationReason.ADMIN
         await _finish(session, row, "DeactivateWebhookConfig", changed, reason)
-        await queue.park_webhooks(await driver_connection(session), [webhook_id])
+        await queue.park_webhooks(await driver_connection(session), [row.id])
     return row
 
 
-async def reactivate(sessions: Sessions, webhook_id: UUID) -> WebhookConfig | None:
-    """Let a config receive again, with a failure count of 0; None when there is none."""
+async def reactivate(sessions: Sessions, text: str) -> WebhookConfig:
+    """Activate a config and reset its failure count and its breaker. Raises NotFound."""
     async with sessions.begin() as session:
-        row = await _load(session, webhook_id)
-        if row is None or row.active:
+        row = await load(session, text, lock=True)
+        if row.active:
             return row
         row.active = True
         row.deactivation_reason = None
@@ -53,15 +52,6 @@ async def reactivate(sessions: Sessions, webhook_id: UUID) -> WebhookConfig | No
         row.breaker_trips = 0
         changed = {"active", "consecutive_failures", "deactivation_reason"}
         await _finish(session, row, "ReactivateWebhookConfig", changed, "")
-    return row
-
-
-async def _load(session: AsyncSession, webhook_id: UUID) -> WebhookConfig | None:
-    row: WebhookConfig | None = await session.scalar(
-        select(WebhookConfig)
-        .where(WebhookConfig.id == webhook_id, WebhookConfig.deleted_at.is_(None))
-        .with_for_update()
-    )
     return row
 
 

@@ -4,10 +4,10 @@ from datetime import datetime
 
 from core.errors import InvalidArgument
 from core.ids import format_id
-from core.lifecycle import Outcome
+from core.lifecycle import DeactivationReason, Outcome
 from core.models import AuditEntry
 from core.queue import FailedFilter, Finding
-from postrider.v1 import admin_service_pb2, delivery_pb2
+from postrider.v1 import admin_service_pb2, delivery_pb2, webhook_config_pb2
 from server.admin.queue_status import Standing
 from server.rpc.ids import check_merchant_id, optional_id_of
 from server.rpc.times import duration_of, seconds_of, time_range, timestamp
@@ -27,6 +27,23 @@ def audit_entry_message(row: AuditEntry) -> admin_service_pb2.AuditEntry:
         caller_address=row.caller_address,
         user_agent=row.user_agent,
     )
+
+
+def deactivation_reason_filter(
+    value: webhook_config_pb2.DeactivationReason.ValueType,
+) -> DeactivationReason | None:
+    """Return the reason to filter by, or None for all. Raises InvalidArgument."""
+    if value == webhook_config_pb2.DEACTIVATION_REASON_UNSPECIFIED:
+        return None
+    try:
+        name = webhook_config_pb2.DeactivationReason.Name(value)
+    except ValueError:
+        raise InvalidArgument.of(
+            "deactivation_reason",
+            "is not a reason that this server knows",
+            reason="DEACTIVATION_REASON_UNKNOWN",
+        ) from None
+    return DeactivationReason(name.removeprefix("DEACTIVATION_REASON_").lower())
 
 
 def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:

@@ -15,6 +15,7 @@ from server.admin import activation
 from server.admin.audit_log import AuditFilter, list_audit_entries
 from server.admin.convert import (
     audit_entry_message,
+    deactivation_reason_filter,
     failed_filter,
     invariant_budget,
     invariant_check_message,
@@ -25,15 +26,14 @@ from server.admin.queue_status import queue_status
 from server.admin.redelivery import count_failed, parse_place, place_text, redeliver_failed
 from server.auth.principal import Scope
 from server.database import Sessions
-from server.event_types.cache import EventTypes
-from server.event_types.convert import event_type_draft, event_type_message
-from server.event_types.register import EventTypeRegister
-from server.events.notify import Notifier
+from server.event_types.rules import event_type_draft, event_type_message
+from server.event_types.store import EventTypeRegister, EventTypes
+from server.notify import Notifier
 from server.rpc.authenticate import principal
-from server.rpc.ids import check_merchant_id, id_of, not_found, optional_id_of
+from server.rpc.ids import check_merchant_id, optional_id_of
 from server.rpc.pagination import page_size, page_token, parse_page_token
 from server.rpc.times import time_filter, time_range
-from server.webhooks.convert import deactivation_reason_filter, webhook_config_message
+from server.webhooks.rules import webhook_config_message
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 pb = admin_service_pb2
@@ -52,21 +52,16 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         self, request: pb.ReactivateWebhookConfigRequest, context: Context
     ) -> pb.ReactivateWebhookConfigResponse:
         _require_admin()
-        row = await activation.reactivate(self._sessions, id_of("wh", request.id))
-        if row is None:
-            raise not_found("wh", request.id)
-        self._notifier.give()
+        row = await activation.reactivate(self._sessions, request.id)
+        self._notifier.notify()
         return pb.ReactivateWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def DeactivateWebhookConfig(
         self, request: pb.DeactivateWebhookConfigRequest, context: Context
     ) -> pb.DeactivateWebhookConfigResponse:
         _require_admin()
-        webhook_id = id_of("wh", request.id)
         activation.check_reason(request.reason)
-        row = await activation.deactivate(self._sessions, webhook_id, request.reason)
-        if row is None:
-            raise not_found("wh", request.id)
+        row = await activation.deactivate(self._sessions, request.id, request.reason)
         return pb.DeactivateWebhookConfigResponse(webhook_config=webhook_config_message(row))
 
     async def ListAllWebhookConfigs(
@@ -119,7 +114,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         if request.dry_run:
             page = await count_failed(self._pool, wanted, after)
         else:
-            page = await redeliver_failed(self._sessions, wanted, after, self._notifier.give)
+            page = await redeliver_failed(self._sessions, wanted, after, self._notifier.notify)
         return pb.RedeliverDeliveriesResponse(
             redelivered=page.redelivered,
             already_redelivered=page.already_redelivered,

@@ -34,9 +34,9 @@ from server.deliveries.store import (
 )
 from server.deliveries.tail import Tail, Watcher, newest_position, take_snapshot
 from server.deliveries.watch import ResumeTokens, Watch
-from server.event_types.convert import event_type_filter
-from server.events.notify import Notifier
+from server.event_types.rules import event_type_filter
 from server.metrics import ServerMetrics
+from server.notify import Notifier
 from server.rpc.audit import record_change
 from server.rpc.authenticate import principal
 from server.rpc.ids import id_of, not_found, optional_id_of
@@ -130,7 +130,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             )
         # To its end even when the caller hangs up: else nobody knows whether it will be sent.
         made = await asyncio.shield(asyncio.create_task(self._redeliver(merchant_id, row.id)))
-        self._notifier.give()
+        self._notifier.notify()
         return pb.RedeliverDeliveryResponse(delivery=delivery_message(made, ()))
 
     async def WatchDeliveries(

@@ -1,1 +1,1 @@
-"""The known event types and their payload schemas. Start at cache."""
+"""The registered event types and their payload schemas. Start at store."""

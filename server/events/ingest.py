@@ -22,11 +22,11 @@ from core.postgres.planner import equal
 from core.postgres.pool import met_new_part
 from core.postgres.protocols import Pool
 from core.queue import BURST_EVENTS, Accepted, NewEvent
-from server.event_types.cache import EventTypes
+from server.event_types.store import EventTypes
 from server.events.group_commit import GroupCommit
-from server.events.notify import Notifier
 from server.events.rules import DEFAULT_CONTENT_TYPE, EventDraft, EventRules
 from server.metrics import ServerMetrics
+from server.notify import Notifier
 
 #: Events of one call that are not put in front of others' single ones; fewer are enough where one
 #: merchant has as many in this second.
@@ -152,7 +152,7 @@ class Ingest:
         self._metrics.commit_events.observe(len(events))
         accepted_at, delivery_counts = accepted
         if any(delivery_counts):
-            self._notifier.give()
+            self._notifier.notify()
         repeated = [
             event for event, count in zip(events, delivery_counts, strict=True) if count is None
         ]

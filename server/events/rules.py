@@ -9,7 +9,8 @@ from typing import NamedTuple
 import orjson
 
 from core.errors import FieldViolation
-from server.event_types.cache import EventTypes, unknown_event_type
+from server.event_types.rules import unknown_event_type
+from server.event_types.store import EventTypes
 from server.rpc.ids import is_merchant_id, wrong_merchant_id
 
 #: Of idempotency and of ordering.

@@ -20,7 +20,7 @@ from core.postgres.protocols import Pool
 from postrider.v1 import event_pb2, event_service_pb2, event_service_pb2_grpc
 from server.auth.principal import Principal, Scope
 from server.auth.rate_limits import StreamSlots
-from server.event_types.convert import event_type_filter
+from server.event_types.rules import event_type_filter
 from server.events.convert import event_draft, event_message, fill_event
 from server.events.ingest import Ingest, PublishedEvent
 from server.events.ordered_commits import OrderedCommits, Turns

@@ -1,12 +1,11 @@
-"""The changes of webhook configs: each is one transaction with its audit entry.
+"""Reads and changes webhook configs. Each change is one transaction with its audit entry.
 
-A merchant's config is found by its id and its merchant together, so another merchant's id is an
-unknown one. No transaction here waits for a receiver.
+Merchants' calls select by id and merchant together, so another merchant's id is unknown. No
+transaction is open while a receiver is called.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import timedelta
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, select
@@ -23,15 +22,21 @@ from core.signing import SignatureScheme, new_secret, public_key
 from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change
 from server.rpc.ids import id_of, not_found
-from server.webhooks.convert import etag_of
-from server.webhooks.rules import UPDATABLE_FIELDS, WebhookDraft, check_prefix
+from server.webhooks.rules import FIELDS, check_prefix, etag_of
 
-#: Columns whose name says their unit, which their field's does not.
-_UNIT = "_seconds"
+#: Why a merchant cannot resume a config that it did not pause.
+_CANNOT_RESUME = {
+    DeactivationReason.ADMIN: "the platform's operators deactivated this webhook config: ask them "
+    "for the reason and to reactivate it",
+    DeactivationReason.FAILURES: "this webhook config went inactive after consecutive failed "
+    "deliveries: fix the receiver, then ask the platform's operators to reactivate it",
+    DeactivationReason.GONE: "this webhook config went inactive because its URL answered 410 Gone: "
+    "set another URL, then ask the platform's operators to reactivate it",
+}
 
 
-class WebhookChanges:
-    """Creates, updates, rotates and deletes, always for one merchant."""
+class WebhookStore:
+    """Webhook configs of one merchant per call."""
 
     def __init__(
         self, sessions: Sessions, pool: Pool, keyring: KeyRing, max_webhooks_per_merchant: int
@@ -41,33 +46,46 @@ class WebhookChanges:
         self._keyring = keyring
         self._max_webhooks = max_webhooks_per_merchant
 
-    async def require_room(self, merchant_id: str) -> None:
-        """QuotaExceeded when the merchant has all the configs it may have."""
+    async def get(self, merchant_id: str, text: str) -> WebhookConfig:
+        """Return the config with the id `text`. Raises NotFound."""
         async with self._sessions() as session:
-            await self._require_room(session, merchant_id)
+            return await load(session, text, merchant_id)
+
+    async def list(
+        self, merchant_id: str, after: UUID | None, limit: int
+    ) -> Sequence[WebhookConfig]:
+        """Return at most `limit` configs in the order of their ids."""
+        query = select(WebhookConfig).where(
+            WebhookConfig.merchant_id == merchant_id, WebhookConfig.deleted_at.is_(None)
+        )
+        if after is not None:
+            query = query.where(WebhookConfig.id > after)
+        async with self._sessions() as session:
+            return (await session.scalars(query.order_by(WebhookConfig.id).limit(limit))).all()
+
+    async def check_count(self, merchant_id: str) -> None:
+        """Raise QuotaExceeded if the merchant has reached its limit of configs."""
+        async with self._sessions() as session:
+            await self._check_count(session, merchant_id)
 
     async def insert(
-        self, webhook_id: UUID, merchant_id: str, url: str, draft: WebhookDraft, secret: str
+        self, webhook_id: UUID, merchant_id: str, draft: WebhookConfig, secret: str
     ) -> WebhookConfig:
-        key_id, ciphertext = self._keyring.encrypt(secret, webhook_id)
+        """Complete and store the draft. Raises QuotaExceeded."""
+        row = draft
+        row.id = webhook_id
+        row.merchant_id = merchant_id
+        row.secret_key_id, row.secret_ciphertext = self._keyring.encrypt(secret, webhook_id)
+        row.public_key = public_key(secret)
+        row.deactivation_reason = None if draft.active else DeactivationReason.PAUSED
         async with self._sessions.begin() as session:
-            # One create of a merchant at a time from here on, in any process: the count holds.
+            # Serialises the creates of a merchant across processes, so that the count holds.
             await session.execute(
                 select(func.pg_advisory_xact_lock(func.hashtextextended(merchant_id, 0)))
             )
-            await self._require_room(session, merchant_id)
-            row = WebhookConfig(
-                id=webhook_id,
-                merchant_id=merchant_id,
-                secret_ciphertext=ciphertext,
-                secret_key_id=key_id,
-                public_key=public_key(secret),
-                active=draft.active,
-                deactivation_reason=None if draft.active else DeactivationReason.PAUSED,
-                **_values(url, draft, UPDATABLE_FIELDS),
-            )
+            await self._check_count(session, merchant_id)
             session.add(row)
-            _record(session, "CreateWebhookConfig", row, UPDATABLE_FIELDS)
+            _record(session, "CreateWebhookConfig", row, FIELDS)
             await session.flush()
             await session.refresh(row)
         return row
@@ -76,36 +94,43 @@ class WebhookChanges:
         self,
         merchant_id: str,
         text: str,
-        url: str,
-        draft: WebhookDraft,
+        draft: WebhookConfig,
         *,
         fields: Collection[str],
         etag: str,
     ) -> WebhookConfig:
+        """Copy the named fields of the draft to the config.
+
+        Raises NotFound, Aborted, InvalidArgument, or FailedPrecondition if the merchant may not
+        resume the config.
+        """
         async with self._sessions.begin() as session:
-            row = await load(session, merchant_id, text, lock=True)
+            row = await load(session, text, merchant_id, lock=True)
             check_etag(row, etag)
+            changed = [
+                field
+                for name, field in FIELDS.items()
+                if name in fields and getattr(row, field.column) != getattr(draft, field.column)
+            ]
+            names = [field.name for field in changed]
+            if "active" in names:
+                _check_resumable(row)
+                row.deactivation_reason = None if draft.active else DeactivationReason.PAUSED
+                names.append("deactivation_reason")
+            for field in changed:
+                setattr(row, field.column, getattr(draft, field.column))
             if not {"headers", "header_prefix"}.isdisjoint(fields):
-                # Of two updates at once, the second meets here what the first made of the other.
-                check_prefix(
-                    draft.header_prefix if "header_prefix" in fields else row.header_prefix,
-                    draft.headers if "headers" in fields else row.headers,
-                )
-            changed = _changes(row, url, draft, fields)
-            for column, value in changed.items():
-                setattr(row, column, value)
+                # A concurrent update may have changed the other one of the two.
+                check_prefix(row)
             if not changed:
                 return row
-            if "url" in changed or changed.get("active"):
-                # What was held against it may be over: it was pinged, or somebody says so.
+            if "url" in names or ("active" in names and row.active):
+                # The breaker's failures belong to the old URL, or the merchant has fixed the cause.
                 row.breaker_open_until = None
                 row.breaker_trips = 0
-            row.version += 1
-            row.updated_at = func.now()
-            names = [column.removesuffix(_UNIT) for column in changed]
-            _record(session, "UpdateWebhookConfig", row, names)
+            _changed(session, "UpdateWebhookConfig", row, names)
             await session.flush()
-            if changed.get("active") is False:
+            if "active" in names and not row.active:
                 await queue.park_webhooks(await driver_connection(session), [row.id])
             await session.refresh(row)
         return row
@@ -117,14 +142,13 @@ class WebhookChanges:
         scheme: SignatureScheme | None,
         overlap_seconds: float,
     ) -> tuple[WebhookConfig, str]:
-        """Make a new secret the one that signs, None: by the scheme before, and return it, too.
+        """Replace the secret and return the new one. None keeps the signature scheme.
 
-        The one before signs beside it for the overlap.
-
-        A secret that was retired earlier signs no more: of two overlaps the latest counts.
+        The previous secret signs as well during the overlap. A secret that was retired before it
+        stops signing at once.
         """
         async with self._sessions.begin() as session:
-            row = await load(session, merchant_id, text, lock=True)
+            row = await load(session, text, merchant_id, lock=True)
             if overlap_seconds > 0:
                 row.previous_secret_ciphertext = row.secret_ciphertext
                 row.previous_secret_key_id = row.secret_key_id
@@ -132,36 +156,33 @@ class WebhookChanges:
                 row.previous_public_key = row.public_key
             else:
                 _forget_previous_secret(row)
-            present = SignatureScheme.ED25519 if row.public_key else SignatureScheme.HMAC_SHA256
-            secret = new_secret(scheme or present)
+            current = SignatureScheme.ED25519 if row.public_key else SignatureScheme.HMAC_SHA256
+            secret = new_secret(scheme or current)
             row.secret_key_id, row.secret_ciphertext = self._keyring.encrypt(secret, row.id)
             row.public_key = public_key(secret)
-            row.version += 1
-            row.updated_at = func.now()
-            changed = ["secret"] if scheme in {None, present} else ["secret", "signature_scheme"]
-            _record(session, "RotateSecret", row, changed)
+            names = ["secret"] if scheme in {None, current} else ["secret", "signature_scheme"]
+            _changed(session, "RotateSecret", row, names)
             await session.flush()
             await session.refresh(row)
         return row, secret
 
-    async def found_working(self, webhook_id: UUID) -> None:
-        """A ping came through: what its breaker holds back may go out."""
+    async def close_breaker(self, webhook_id: UUID) -> None:
+        """Close the config's breaker after a successful ping."""
         async with self._sessions.begin() as session:
             await queue.close_breakers(await driver_connection(session), [webhook_id])
 
     async def delete(self, merchant_id: str, text: str) -> int:
-        """Returns how many deliveries were cancelled; from its commit on none is sent."""
+        """Delete the config and return the number of cancelled deliveries. None is sent after."""
         async with self._sessions.begin() as session:
-            row = await load(session, merchant_id, text, lock=True)
+            row = await load(session, text, merchant_id, lock=True)
             row.deleted_at = func.now()
             row.version += 1
-            # Nothing will be signed for it again.
             row.secret_ciphertext = b""
             _forget_previous_secret(row)
             _record(session, "DeleteWebhookConfig", row)
         return await queue.cancel_webhook(self._pool, row.id)
 
-    async def _require_room(self, session: AsyncSession, merchant_id: str) -> None:
+    async def _check_count(self, session: AsyncSession, merchant_id: str) -> None:
         count = await session.scalar(
             select(func.count())
             .select_from(WebhookConfig)
@@ -169,7 +190,7 @@ class WebhookChanges:
         )
         if (count or 0) >= self._max_webhooks:
             raise QuotaExceeded(
-                f"this merchant has {count} webhook configs, the most there can be: delete one, or "
+                f"this merchant has {count} webhook configs, which is the limit: delete one, or "
                 "add event types to an existing one",
                 reason="WEBHOOK_CONFIG_LIMIT",
                 subject=f"merchant:{merchant_id}",
@@ -177,14 +198,14 @@ class WebhookChanges:
 
 
 async def load(
-    session: AsyncSession, merchant_id: str, text: str, *, lock: bool = False
+    session: AsyncSession, text: str, merchant_id: str | None = None, *, lock: bool = False
 ) -> WebhookConfig:
-    """The merchant's config with this id; NotFound for every other id."""
+    """Return the config with the id `text`, of this merchant unless None. Raises NotFound."""
     query = select(WebhookConfig).where(
-        WebhookConfig.id == id_of("wh", text),
-        WebhookConfig.merchant_id == merchant_id,
-        WebhookConfig.deleted_at.is_(None),
+        WebhookConfig.id == id_of("wh", text), WebhookConfig.deleted_at.is_(None)
     )
+    if merchant_id is not None:
+        query = query.where(WebhookConfig.merchant_id == merchant_id)
     row = await session.scalar(query.with_for_update() if lock else query)
     if row is None:
         raise not_found("wh", text)
@@ -192,13 +213,29 @@ async def load(
 
 
 def check_etag(row: WebhookConfig, etag: str) -> None:
-    """Aborted when the caller read another version; an empty etag asks for no check."""
+    """Raise Aborted if the etag is of another version. An empty etag skips the check."""
     if etag and etag != etag_of(row):
         raise Aborted(
             "the webhook config has changed since it was read: get it again and repeat the change "
             "with its new etag",
             reason="ETAG_MISMATCH",
         )
+
+
+def _check_resumable(row: WebhookConfig) -> None:
+    if row.deactivation_reason in _CANNOT_RESUME:
+        raise FailedPrecondition(
+            _CANNOT_RESUME[DeactivationReason(row.deactivation_reason)],
+            reason="WEBHOOK_CONFIG_DEACTIVATED",
+        )
+
+
+def _changed(
+    session: AsyncSession, action: str, row: WebhookConfig, fields: Collection[str]
+) -> None:
+    row.version += 1
+    row.updated_at = func.now()
+    _record(session, action, row, fields)
 
 
 def _record(
@@ -218,49 +255,3 @@ def _forget_previous_secret(row: WebhookConfig) -> None:
     row.previous_secret_key_id = None
     row.previous_secret_expires_at = None
     row.previous_public_key = None
-
-
-def _values(url: str, draft: WebhookDraft, fields: Collection[str]) -> dict[str, Any]:
-    """Column values of the named fields, but `active`, which has rules of its own."""
-    values = {
-        "url": url,
-        "events": list(draft.events),
-        "description": draft.description,
-        "retry_schedule_seconds": list(draft.retry_schedule_seconds),
-        "headers": dict(draft.headers),
-        "timeout_seconds": draft.timeout_seconds,
-        "rate_limit": draft.rate_limit,
-        "max_in_flight": draft.max_in_flight,
-        "ordered": draft.ordered,
-        "header_prefix": draft.header_prefix,
-    }
-    return {name: value for name, value in values.items() if name.removesuffix(_UNIT) in fields}
-
-
-def _changes(
-    row: WebhookConfig, url: str, draft: WebhookDraft, fields: Collection[str]
-) -> dict[str, Any]:
-    """New column values, only where they differ; FailedPrecondition where the merchant may not."""
-    wanted = _values(url, draft, fields)
-    if "active" in fields and draft.active != row.active:
-        if row.deactivation_reason == DeactivationReason.ADMIN:
-            raise FailedPrecondition(
-                "the platform's operators deactivated this webhook config; ask them why, and to "
-                "reactivate it",
-                reason="WEBHOOK_CONFIG_DEACTIVATED",
-            )
-        if row.deactivation_reason == DeactivationReason.FAILURES:
-            raise FailedPrecondition(
-                "this webhook config went inactive after consecutive failed deliveries; mend the "
-                "receiver, then ask the platform's operators to reactivate it",
-                reason="WEBHOOK_CONFIG_DEACTIVATED",
-            )
-        if row.deactivation_reason == DeactivationReason.GONE:
-            raise FailedPrecondition(
-                "this webhook config went inactive because its URL answered 410 Gone; give it "
-                "another URL, then ask the platform's operators to reactivate it",
-                reason="WEBHOOK_CONFIG_DEACTIVATED",
-            )
-        wanted["active"] = draft.active
-        wanted["deactivation_reason"] = None if draft.active else DeactivationReason.PAUSED
-    return {column: value for column, value in wanted.items() if getattr(row, column) != value}

@@ -26,7 +26,7 @@ from postrider.v1 import (
 )
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
-from server.events.notify import Notifier
+from server.notify import Notifier
 from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, bearer, running_platform
 from tests.support.receiver import Receiver
@@ -253,7 +253,7 @@ async def test_a_hint_under_way_ends_while_it_is_frozen(own_postgres: OwnPostgre
     hinting = asyncio.create_task(notifier.run())
     try:
         with own_postgres.frozen():
-            notifier.give()
+            notifier.notify()
             async with asyncio.timeout(10):
                 while not pool.statements:  # noqa: ASYNC110 - a count is all there is
                     await asyncio.sleep(0)

@@ -9,11 +9,11 @@ from core.retention import partitions
 from delivery.metrics import EngineMetrics
 from delivery.record import Recorder
 from delivery.settings import DeliverySettings
-from server.event_types.cache import EventTypes
+from server.event_types.store import EventTypes
 from server.events.ingest import Ingest, PublishedEvent
-from server.events.notify import Notifier
 from server.events.rules import EventDraft
 from server.metrics import ServerMetrics
+from server.notify import Notifier
 from tests.support.factories import (
     EVENT_TYPE,
     lease_one,

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from core.ids import new_id
-from server.event_types.cache import EventTypes
+from server.event_types.store import EventTypes
 from server.events.ingest import FLOOD_EVENTS, Ingest, PublishedEvent
-from server.events.notify import Notifier
 from server.events.rules import EventDraft
 from server.metrics import ServerMetrics
+from server.notify import Notifier
 from tests.support.factories import EVENT_TYPE, promptly, until_blocked
 
 KEYS = ("k1", "k2")

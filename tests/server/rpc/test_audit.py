@@ -11,7 +11,7 @@ from postrider.v1 import admin_service_pb2, webhook_config_service_pb2
 from postrider.v1.delivery_service_pb2 import RedeliverDeliveryRequest
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
 from server.rpc.audit_refusals import CHANGES
-from server.webhooks.rules import UPDATABLE_FIELDS
+from server.webhooks.rules import FIELDS
 from tests.support.factories import fail_open_delivery
 from tests.support.platform import Metadata, Platform, bearer
 from tests.support.receiver import Receiver
@@ -110,7 +110,7 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
     # What erasing leaves of the others is for tests/server/admin/test_erasure.py.
     recorded = [*before, (await entries(pool))[-1]]
 
-    every = sorted(UPDATABLE_FIELDS)
+    every = sorted(FIELDS)
     reactivated = ["active", "consecutive_failures", "deactivation_reason"]
     assert [
         (e["actor"], e["merchant_id"], e["action"], e["resource"], e["changed_fields"])

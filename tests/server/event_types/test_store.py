@@ -6,7 +6,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from server.event_types.cache import MAX_AGE_SECONDS, EventTypes
+from server.event_types.store import MAX_AGE_SECONDS, EventTypes
 
 
 class Clock:
@@ -93,7 +93,7 @@ async def test_what_was_forgotten_while_it_was_read_is_read_again(pool: Any) -> 
     reading = asyncio.create_task(fault_of(types))
     await counting.answered.wait()
     await change(pool, """json_schema = '{"type": "string"}', enforce_schema = true""")
-    types.forget()
+    types.invalidate()
     counting.held.set()
     assert await reading is None
     assert await fault_of(types)
