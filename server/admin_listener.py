@@ -1,6 +1,6 @@
-"""The operator's listener: health, reflection and channelz, without tokens, so on loopback only.
+"""The operators' listener: health, reflection and channelz without tokens, so on loopback only.
 
-It serves nothing of the contract; reflection describes the contract for tools that ask there.
+It does not serve the API. Reflection describes the API for tools that connect here.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _CHANNELZ = "grpc.channelz.v1.Channelz"
 
 
 class AdminListener:
-    """Listens on WEBHOOK_ADMIN_ADDRESS; `port` is 0 when it does not."""
+    """Listens on WEBHOOK_ADMIN_ADDRESS. `port` is 0 if it does not listen."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class AdminListener:
         self.port = 0
 
     async def start(self) -> None:
-        """Listen, unless it is off; ConfigurationError when an address that was set is taken."""
+        """Listen, unless it is off. Raises ConfigurationError if a configured address is taken."""
         address = self._settings.admin_address
         if address is None:
             return
@@ -57,11 +57,11 @@ class AdminListener:
         log.info("admin_listening", address=address, port=self.port)
 
     async def stop(self) -> None:
-        """At once: probes and tools ask again."""
+        """Stop at once, because probes and tools retry."""
         await self._server.stop(0)
 
     def _refuse_or_do_without(self, address: str) -> None:
-        # By default a second server on a machine finds the first one here, and serves all the same.
+        # A second server on one machine finds the default address taken, and serves without it.
         if "admin_address" in self._settings.model_fields_set:
             raise ConfigurationError(
                 f"cannot listen on {address}: stop what uses it, set WEBHOOK_ADMIN_ADDRESS to "
@@ -70,12 +70,12 @@ class AdminListener:
         log.warning(
             "admin_listener_off",
             address=address,
-            message="the address is taken; set WEBHOOK_ADMIN_ADDRESS for a listener of its own",
+            message="the address is taken; set WEBHOOK_ADMIN_ADDRESS to another one",
         )
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach a gRPC listening address."""
+    """Return whether only this machine can reach a gRPC listening address."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = address.rpartition(":")[0].strip("[]")

@@ -1,4 +1,4 @@
-"""Builds the gRPC server: services and what each call goes through, limits, health, reflection."""
+"""Builds the gRPC server: services, dispatch, connection limits, health and reflection."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -45,32 +45,32 @@ _SERVICES = tuple(
 )
 SERVICE_NAMES = tuple(service.full_name for service in _SERVICES)
 
-# Probes of an orchestrator carry no token.
+# Probes of an orchestrator have no token.
 _HEALTH_METHODS = frozenset(
     {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/List"}
 )
-# Clients ask for v1 first, and fall back to v1alpha only when they are told that v1 is not there.
+# Clients try v1 first, and v1alpha only if v1 is unimplemented.
 _REFLECTION_METHODS = frozenset(
     f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
     for version in ("v1", "v1alpha")
 )
 
-#: Every method that is served, as /package.Service/Method, and whether it is a stream.
+#: Every served method as /package.Service/Method, and whether it is a stream.
 METHODS = {
     f"/{service.full_name}/{method.name}": method.client_streaming or method.server_streaming
     for service in (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"])
     for method in service.methods
 } | dict.fromkeys(_REFLECTION_METHODS, True)
 
-#: Says only that the process lives, for a probe that restarts it: no restart mends the database.
+#: A health service for liveness probes. It ignores the database, which a restart does not fix.
 LIVENESS = "liveness"
 
 
 class _Services:
-    """Stands for the server where generated code adds a service: collects their methods by name.
+    """Collects the generic handlers that generated code adds to a server.
 
-    Generated code also registers each method. For registered ones grpc.aio waits one by one, and
-    every call pays for a wait on them all.
+    Generated code also registers each method. grpc.aio waits for registered methods one by one, so
+    every call would pay for all of them.
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,11 @@ class _Services:
         self.handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """Leave it at the generic ones."""
+        """Ignore registered methods."""
 
 
 class App:
-    """The server and its health; `port` is known after start(), `mtls_port` where there is one."""
+    """The server and its health. `port` is known after start(), and `mtls_port` if there is one."""
 
     def __init__(
         self,
@@ -137,11 +137,11 @@ class App:
 
     @property
     def admin_port(self) -> int:
-        """Port of the operator's listener, 0 when it is off."""
+        """Port of the operators' listener, or 0 if it is off."""
         return self._admin.port
 
     async def start(self) -> None:
-        """Listen and serve; ConfigurationError when the address cannot be had."""
+        """Listen and serve. Raises ConfigurationError if an address is not available."""
         self.port, *others = [
             self._listen(address, credentials)
             for address, credentials in listeners(self._settings.listen_address, self._tls)
@@ -164,50 +164,48 @@ class App:
             ) from None
 
     async def set_serving(self, serving: bool) -> None:
-        """What the probes hear of every service, until stop() has the last word."""
+        """Set the health of every service. stop() overrides it."""
         status = health_pb2.HealthCheckResponse
         for name in ("", *SERVICE_NAMES):
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self) -> None:
-        """Tell the probes first, then let running calls finish."""
+        """Report NOT_SERVING, then let running calls finish."""
         await self._health.enter_graceful_shutdown()
         self._events.drain()
         await self._server.stop(self._settings.server_drain_seconds)
         await self._admin.stop()
 
 
-# What one connection may cost the main listener, as options of gRPC.
-#
-# Connections are closed after a while, so that clients find new servers, and streams cannot live
-# for
-# ever: what was not acknowledged on one is sent again. Pings are answered, but not in a flood.
-
 type Option = tuple[str, int]
 
 
 def channel_options(settings: ServerSettings) -> list[Option]:
-    """Options of `grpc.aio.server` for the main listener."""
+    """Return the limits of one connection to the main listener, as options of grpc.aio.server.
+
+    Connections are closed after a while, so that clients find new servers. Batches that a stream
+    had not acknowledged are sent again. Pings are limited.
+    """
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
-        # gRPC spreads the age by a tenth, so that connections do not all come back at once.
+        # gRPC varies the age by a tenth, so that clients do not all reconnect at once.
         ("grpc.max_connection_age_ms", _ms(settings.max_connection_age_seconds)),
         ("grpc.max_connection_age_grace_ms", _ms(settings.max_connection_grace_seconds)),
         ("grpc.max_connection_idle_ms", _ms(settings.max_connection_idle_seconds)),
-        # Finds peers that vanished without a word, whose streams would else be held for hours.
+        # Detects vanished peers, whose streams would otherwise stay open for hours.
         ("grpc.keepalive_time_ms", _ms(settings.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", _ms(settings.keepalive_timeout_seconds)),
-        # The longer of the two counts, and this one is a minute by default.
+        # The longer one of the two applies, and the default of this one is a minute.
         ("grpc.http2.ping_timeout_ms", _ms(settings.keepalive_timeout_seconds)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _ms(settings.min_ping_interval_seconds)),
         ("grpc.http2.max_ping_strikes", settings.max_ping_strikes),
-        # Without it a client that keeps an idle connection may ping once in two hours only.
+        # Without it, a client with an idle connection may ping once in two hours.
         ("grpc.keepalive_permit_without_calls", 1),
-        # Two servers on one port would share its calls without anybody noticing.
+        # Otherwise two servers on one port would silently share the calls.
         ("grpc.so_reuseport", 0),
-        # A token in the metadata may have 4 KiB; the default refuses at random above 8.
+        # A token may have 4 KiB, and the default refuses metadata above 8 KiB at random.
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.absolute_max_metadata_size", 32 * 1024),
         ("grpc.enable_channelz", int(settings.admin_address is not None)),
@@ -218,21 +216,19 @@ def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-# grpc.health.v1 with all of its methods: the library's servicer leaves List to others.
-
-# Its types do not know the messages of List.
+# The type stubs lack the messages of List.
 pb: Any = health_pb2
 
 
 class Health(health_aio.HealthServicer):
-    """The health of the services named, of which "" is the server as a whole."""
+    """grpc.health.v1 with List, which the library lacks. The name "" is the whole server."""
 
     def __init__(self, names: Sequence[str]):
         super().__init__()
         self._names = names
 
     async def List(self, _request: Any, context: Any) -> Any:  # noqa: N802 - as gRPC names it
-        """The health of every service at once."""
+        """Return the health of all services."""
         response = pb.HealthListResponse()
         for name in self._names:
             asked = pb.HealthCheckRequest(service=name)

@@ -1,4 +1,4 @@
-"""Settings of the gRPC process alone."""
+"""Settings of the gRPC server."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +19,13 @@ class ServerSettings(SettingsBlock):
     )
     admin_address: str | None = Field(
         "127.0.0.1:50052",
-        description="host:port where operators' tools find health, reflection and channelz without "
-        "a token, so keep it on loopback; `off` for none",
+        description="host:port of the operators' listener for health, reflection and channelz; it "
+        "needs no token, so keep it on loopback; `off` for none",
     )
     server_metrics_address: str | None = Field(
         "127.0.0.1:9464",
-        description="host:port where Prometheus finds the metrics of a server, by HTTP and without "
-        "a token: [::]:9464 for all interfaces; `off` for none",
+        description="host:port of the HTTP listener for metrics, without a token; [::]:9464 for "
+        "all interfaces; `off` for none",
     )
     reflection: bool = Field(
         False, description="serve gRPC reflection without a token, for grpcurl in development"
@@ -34,45 +34,42 @@ class ServerSettings(SettingsBlock):
         262_144, ge=1, le=1_048_576, description="largest payload of one event, in bytes"
     )
     max_webhooks_per_merchant: int = Field(
-        10, ge=1, le=1000, description="webhook configs one merchant may have at a time"
+        10, ge=1, le=1000, description="most webhook configs of one merchant"
     )
     merchant_call_rate: float = Field(
         100.0,
         ge=0,
-        description="calls a second that the tokens of one merchant may make of one server process "
-        "in the long run, a stream counting as one; 0 for no limit",
+        description="sustained calls per second of one merchant to one server process; a stream "
+        "counts as one call; 0 for no limit",
     )
     merchant_call_burst: int = Field(
-        500, ge=1, description="such calls at once, after a time without"
+        500, ge=1, description="burst of calls of one merchant above that rate"
     )
     service_call_rate: float = Field(
         5000.0,
         ge=0,
-        description="the same for each caller that is not of a merchant; 0 for no limit",
+        description="the same rate for each caller without a merchant; 0 for no limit",
     )
     service_call_burst: int = Field(
-        10_000, ge=1, description="such calls at once, after a time without"
+        10_000, ge=1, description="burst of calls of such a caller above that rate"
     )
     registration_rate: float = Field(
         1.0,
         ge=0,
-        description="creates, updates and pings of webhook configs a second that one merchant may "
-        "make of one server process in the long run; 0 for no limit",
+        description="sustained creates, updates and pings of webhook configs per second of one "
+        "merchant to one server process; 0 for no limit",
     )
-    registration_burst: int = Field(
-        60, ge=1, description="such calls at once, after a time without"
-    )
+    registration_burst: int = Field(60, ge=1, description="burst of these calls above that rate")
     max_pings_per_merchant: int = Field(
-        10, ge=1, description="receivers that one server process pings at once for one merchant"
+        10, ge=1, description="concurrent pings of one merchant in one server process"
     )
     max_streams_per_merchant: int = Field(
         50,
         ge=1,
-        description="watches and event streams that one server process keeps open for the tokens "
-        "of one merchant",
+        description="open watches and event streams of one merchant in one server process",
     )
     max_concurrent_rpcs: int = Field(
-        1000, ge=1, description="RPCs served at once; one more is refused with RESOURCE_EXHAUSTED"
+        1000, ge=1, description="concurrent RPCs; further ones are refused with RESOURCE_EXHAUSTED"
     )
     max_message_bytes: int = Field(
         16_777_216,
@@ -83,52 +80,53 @@ class ServerSettings(SettingsBlock):
     max_streams_per_connection: int = Field(
         500,
         ge=1,
-        description="RPCs one connection may have open; further ones wait at the client, or in a "
-        "burst are refused with UNAVAILABLE before they begin",
+        description="open RPCs of one connection; further ones wait in the client, or are refused "
+        "with UNAVAILABLE in a burst",
     )
     max_connection_age_seconds: Seconds = Field(
         1800.0,
-        description="age at which a connection is asked to close, so that clients find new servers",
+        description="age at which a connection is closed, so that clients find new servers",
     )
     max_connection_grace_seconds: Seconds = Field(
-        60.0, description="how long RPCs on a connection that became too old may go on"
+        60.0, description="time for RPCs on such a connection to finish"
     )
     max_connection_idle_seconds: Seconds = Field(
-        600.0, description="after which a connection without RPCs is closed"
+        600.0, description="time after which a connection without RPCs is closed"
     )
     keepalive_seconds: Seconds = Field(
-        60.0, description="silence after which a peer is asked whether it is still there"
+        60.0, description="silence after which the server sends a keepalive ping"
     )
     keepalive_timeout_seconds: Seconds = Field(
-        20.0, description="how long it may take to answer before its connection is closed"
+        20.0, description="time to answer a keepalive ping before the connection is closed"
     )
     min_ping_interval_seconds: Seconds = Field(
-        20.0, description="shortest time between the HTTP/2 pings of a client that sends nothing"
+        20.0, description="shortest allowed time between HTTP/2 pings of an idle client"
     )
     max_ping_strikes: int = Field(
-        2, ge=1, description="pings too many before such a client is cut off (ENHANCE_YOUR_CALM)"
+        2,
+        ge=1,
+        description="pings above the allowed rate before the connection is closed "
+        "(ENHANCE_YOUR_CALM)",
     )
     health_interval_seconds: Seconds = Field(
-        2.0, description="time between the looks at the database that the health service reports"
+        2.0, description="time between two checks of the database for the health service"
     )
-    ping_timeout_seconds: Seconds = Field(
-        10.0, description="how long a receiver may take to answer the ping at registration"
-    )
+    ping_timeout_seconds: Seconds = Field(10.0, description="timeout of the ping at registration")
     watch_keep_alive_seconds: Seconds = Field(
-        15.0, description="how often WatchDeliveries gives a sign of life when there is no news"
+        15.0, description="time between keepalive messages of a WatchDeliveries stream"
     )
     watch_backlog: int = Field(
-        5000, ge=1, description="attempts one watch may leave unread before it is ended"
+        5000, ge=1, description="unread attempts after which a watch is ended"
     )
     server_drain_seconds: Seconds = Field(
-        15.0, description="how long running RPCs may finish after SIGTERM"
+        15.0, description="time for running RPCs to finish after SIGTERM"
     )
 
     _off = field_validator("admin_address", "server_metrics_address")(none_when_off)
 
 
 class AuthSettings(SettingsBlock):
-    """Whose tokens are accepted."""
+    """The issuer whose tokens are accepted."""
 
     jwt_issuer: str = Field(min_length=1, description="the `iss` every token must carry, exactly")
     jwt_audience: str = Field("postrider", description="the `aud` every token must name")
@@ -161,29 +159,29 @@ CertificateScopes = Annotated[
 
 
 class TlsSettings(SettingsBlock):
-    """TLS of the gRPC listener, and the callers that their certificates make known."""
+    """TLS of the gRPC listener, and callers that certificates identify."""
 
     tls_certificate_file: Path | None = Field(
         None,
-        description="PEM file with the listener's certificate and its chain; none: plain text, for "
-        "loopback and meshes. A changed file counts from the next connection on",
+        description="PEM file with the listener's certificate and its chain; unset for plain text, "
+        "for loopback and meshes; a changed file applies to new connections",
     )
     tls_private_key_file: Path | None = Field(
         None, description="PEM file with the private key of that certificate"
     )
     tls_client_ca_file: Path | None = Field(
         None,
-        description="PEM file with the authorities whose certificates clients must show (mTLS)",
+        description="PEM file with the CAs of client certificates, which are then required (mTLS)",
     )
     mtls_listen_address: str | None = Field(
         None,
-        description="host:port of a second listener that alone requires clients' certificates, so "
-        "that WEBHOOK_LISTEN_ADDRESS takes callers without",
+        description="host:port of a second listener that requires client certificates, so that "
+        "WEBHOOK_LISTEN_ADDRESS accepts callers without one",
     )
     certificate_scopes: CertificateScopes = Field(
         (),
-        description="comma-separated `identity=scope scope` pairs: services that may call without "
-        "a token, by the URI (SPIFFE) or DNS name in the certificate they show (mTLS)",
+        description="comma-separated `identity=scope scope` pairs of services that call without a "
+        "token; an identity is a URI (SPIFFE) or DNS name of the client certificate (mTLS)",
     )
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
-"""Turns a client's certificate into a Principal, for internal services that have no tokens.
+"""Turns a client certificate into a Principal, for internal services without tokens.
 
-gRPC has verified the certificate against the client authorities by then; who is who is said by a
-setting. Names of the subject (CN) count for nothing: only URIs (SPIFFE) and DNS names do, exactly.
+gRPC has already verified the certificate against the client CAs. A setting maps identities to
+scopes. Only URIs (SPIFFE) and DNS names of the certificate count, and they must match exactly; the
+common name (CN) is ignored.
 """
 
 import time
@@ -13,14 +14,14 @@ from server.auth.principal import Principal, Scope, canonical_identity
 from server.auth.tokens import token_refused
 
 MAX_REMEMBERED_CERTIFICATES = 1000
-#: Before the identity, where a token would have its `sub`: in logs, audit entries and limits.
+#: Precedes the identity in the subject, which logs, audit entries and limits use.
 SUBJECT_PREFIX = "certificate:"
 
 type AuthContext = Mapping[str, Iterable[bytes]]
 
 
 class CertificateCallers:
-    """Who a certificate stands for; `clock` is Unix time in seconds."""
+    """Maps certificates to callers. `clock` is Unix time in seconds."""
 
     def __init__(
         self,
@@ -32,7 +33,7 @@ class CertificateCallers:
         self._remembered: dict[bytes, Principal] = {}
 
     def identify(self, peer: AuthContext) -> Principal:
-        """Unauthenticated for a peer without a certificate, or with one that is nobody's."""
+        """Return the caller. Raises Unauthenticated without a certificate or a known identity."""
         certificate = next(iter(peer.get("x509_pem_cert", ())), None)
         if certificate is None:
             raise token_refused()
@@ -42,7 +43,7 @@ class CertificateCallers:
             if len(self._remembered) >= MAX_REMEMBERED_CERTIFICATES:
                 del self._remembered[next(iter(self._remembered))]
             self._remembered[certificate] = caller
-        # It was valid at the handshake, and connections live on.
+        # A connection may outlive its certificate.
         if caller.expires_at <= self._clock():
             raise token_refused()
         return caller
@@ -52,7 +53,7 @@ class CertificateCallers:
             scopes = self._scopes.get(identity)
             if scopes is not None:
                 expires_at = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
-                # No merchant_id: it acts for the platform, within its scopes.
+                # Without a merchant_id it acts for the platform, within its scopes.
                 return Principal(
                     SUBJECT_PREFIX + identity, None, frozenset(scopes), int(expires_at.timestamp())
                 )
@@ -60,6 +61,6 @@ class CertificateCallers:
 
 
 def _identities(peer: AuthContext) -> list[str]:
-    """In the order in which they count: URIs, then DNS names, each as in the certificate."""
+    """Return URIs and then DNS names, in the order of the certificate."""
     names = [*peer.get("peer_uri", ()), *peer.get("peer_dns", ())]
     return [canonical_identity(name.decode("ascii", errors="replace")) for name in names]

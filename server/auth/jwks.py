@@ -1,7 +1,7 @@
 """The issuer's public keys, from a PEM file or from its key set (JWKS) over HTTPS.
 
-A key alone decides the one algorithm it verifies. Nothing a token says, its `kid` included, leads
-to anything but a look into a dictionary and, at most every 30 seconds, a fetch of the fixed URL.
+Each key determines its one algorithm. A token, its `kid` included, can cause only a dictionary
+look-up and, at most every 30 seconds, a fetch of the fixed URL.
 """
 
 import asyncio
@@ -30,9 +30,9 @@ FETCH_INTERVAL_SECONDS = 30.0
 FETCH_TIMEOUT_SECONDS = 10.0
 REFRESH_AFTER_SECONDS = 300.0
 STALE_AFTER_SECONDS = 86_400.0
-# Calls that a slow issuer may hold up because of keys it may not even have.
+# Calls that may wait at once for an unknown `kid`.
 WAITING_MAX = 100
-# Every key of a file is tried for every token, so their number is what a forged token costs us.
+# Every key of a file is tried for every token, so this limits the cost of a forged token.
 MAX_PEM_KEYS = 8
 
 _PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----.+?-----END \1-----", re.DOTALL)
@@ -48,7 +48,7 @@ class VerificationKey:
 
     @classmethod
     def of(cls, key: object) -> "VerificationKey":
-        """Raises ValueError for everything but RSA from 2048 bits on, EC P-256 and Ed25519."""
+        """Raises ValueError unless the key is RSA of 2048 bits or more, EC P-256 or Ed25519."""
         match key:
             case RSAPublicKey() if key.key_size >= 2048:
                 return cls("RS256", key)
@@ -60,14 +60,14 @@ class VerificationKey:
 
 
 class KeySource(Protocol):
-    """Where the verifier finds the keys a token may have been signed with."""
+    """Provides the keys that may have signed a token."""
 
     async def keys_for(self, kid: str | None) -> tuple[VerificationKey, ...]:
-        """The candidates for this `kid`, none if unknown; Unavailable if keys cannot be had."""
+        """Return the candidates for this `kid`. Raises Unavailable if there are no keys at all."""
 
 
 class PemKeys:
-    """The keys of a PEM file, as it is. PEM knows no `kid`, so each key is a candidate."""
+    """The keys of a PEM file. PEM has no `kid`, so each key is a candidate."""
 
     def __init__(self, path: Path):
         def parse(text: str) -> tuple[VerificationKey, ...]:
@@ -101,14 +101,14 @@ def _key_from_pem(path: Path, label: bytes, block: bytes) -> VerificationKey:
         raise _unusable_file(path, f"holds an unusable key: {error}") from error
 
 
-def _unusable_file(path: Path, fault: str) -> ConfigurationError:
-    return ConfigurationError(f"WEBHOOK_JWT_PUBLIC_KEY_FILE: {path} {fault}")
+def _unusable_file(path: Path, problem: str) -> ConfigurationError:
+    return ConfigurationError(f"WEBHOOK_JWT_PUBLIC_KEY_FILE: {path} {problem}")
 
 
 class JwksKeys:
-    """A key set that is fetched ahead of need and outlives an issuer's outage of a day.
+    """A key set that is refreshed in advance, and stays valid for a day of an issuer's outage.
 
-    `fetch` gets the body of the URL: it follows no redirect and bounds the size it reads.
+    `fetch` returns the body of the URL. It follows no redirect and limits the size.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class JwksKeys:
         self._keys: dict[str | None, VerificationKey] = {}
         self._loaded_at = float("-inf")
         self._fetched_at = float("-inf")
-        self._flight: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None
         self._waiting = 0
 
     async def keys_for(self, kid: str | None) -> tuple[VerificationKey, ...]:
@@ -132,7 +132,7 @@ class JwksKeys:
             await self._refresh()
             self._require_keys()
         elif self.age_seconds > REFRESH_AFTER_SECONDS:
-            self._take_off()
+            self._start_fetch()
         if kid not in self._keys and self._waiting < WAITING_MAX:
             self._waiting += 1
             try:
@@ -144,38 +144,38 @@ class JwksKeys:
 
     @property
     def age_seconds(self) -> float:
-        """Since the key set was last fetched well; infinity before that."""
+        """Seconds since the last successful fetch, or infinity."""
         return self._clock() - self._loaded_at
 
     def _require_keys(self) -> None:
         if self.age_seconds > STALE_AFTER_SECONDS:
             wait = self._fetched_at + FETCH_INTERVAL_SECONDS - self._clock()
             raise Unavailable(
-                "tokens cannot be verified at present: the issuer's keys are away; try again",
+                "tokens cannot be verified, because the issuer's keys are unavailable: try again",
                 reason="KEYS_UNAVAILABLE",
                 retry_after_seconds=max(1.0, wait),
             )
 
     async def _refresh(self) -> None:
-        flight = self._take_off()
-        if flight is not None:
-            # Not a plain await: the caller that gives up must not take the others' fetch with it.
-            await asyncio.wait([flight])
+        fetching = self._start_fetch()
+        if fetching is not None:
+            # asyncio.wait() does not cancel the shared fetch if this caller is cancelled.
+            await asyncio.wait([fetching])
 
-    def _take_off(self) -> asyncio.Task[None] | None:
-        """The fetch under way, or a new one unless the last began less than 30 seconds ago."""
+    def _start_fetch(self) -> asyncio.Task[None] | None:
+        """Return the current fetch, or start one if the last began at least 30 seconds ago."""
         due = self._clock() - self._fetched_at >= FETCH_INTERVAL_SECONDS
-        if (self._flight is None or self._flight.done()) and due:
+        if (self._fetching is None or self._fetching.done()) and due:
             self._fetched_at = self._clock()
-            self._flight = asyncio.create_task(self._load(), name="jwks-fetch")
-        return self._flight
+            self._fetching = asyncio.create_task(self._load(), name="jwks-fetch")
+        return self._fetching
 
     async def _load(self) -> None:
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
                 document = await self._fetch(self._url)
             keys = keys_from_jwks(document)
-        # Whatever is wrong out there, the old keys stay.
+        # The old keys stay after any error of the issuer.
         except Exception as error:
             _log.warning("jwks_fetch_failed", url=self._url, error=repr(error))
             return
@@ -204,9 +204,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def keys_from_jwks(document: bytes) -> dict[str | None, VerificationKey]:
-    """The usable keys by `kid`; the only key of a set also answers a token that names none.
+    """Return the usable keys by `kid`. The only key of a set also has the `kid` None.
 
-    ValueError when there is none, and others for what is no key set.
+    Raises ValueError without a usable key, and other errors for a malformed set.
     """
     keys: dict[str | None, VerificationKey] = {}
     usable: list[VerificationKey] = []
@@ -228,10 +228,10 @@ def _key_from_jwk(jwk: Any) -> VerificationKey | None:
     try:
         if jwk.get("use", "sig") != "sig" or "verify" not in jwk.get("key_ops", ["verify"]):
             return None
-        # Without its `alg` PyJWK reads the key as its type says, and nothing else.
+        # Without `alg`, PyJWK reads the key by its type.
         material = {name: value for name, value in jwk.items() if name != "alg"}
         key = VerificationKey.of(PyJWK(material).key)
-    # One odd key in the issuer's document must not cost us the others.
+    # One unusable key must not affect the others.
     except Exception:
         return None
     return key if jwk.get("alg", key.algorithm) == key.algorithm else None

@@ -1,6 +1,7 @@
-"""Who is calling, as its verified token says, and what it may do.
+"""The verified caller of a call, with its merchant and scopes.
 
-A `Principal` exists only after a token has been verified; nothing in a request can change it.
+The checks of scopes and merchants are here. A `Principal` exists only after its token or
+certificate was verified, and no request can change it.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from core.errors import PermissionDenied
 
 
 class Scope(StrEnum):
-    """What a token may be good for; the words of its `scope` claim. None includes another."""
+    """The words of a token's `scope` claim. No scope includes another."""
 
     MANAGE = "webhooks:manage"
     PUBLISH = "events:publish"
@@ -19,7 +20,7 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """One verified caller. `expires_at` is the token's `exp`, for calls that outlive it."""
+    """A verified caller. `expires_at` is the token's `exp`, which ends long streams."""
 
     subject: str
     merchant_id: str | None
@@ -27,7 +28,7 @@ class Principal:
     expires_at: int
 
     def require(self, scope: Scope) -> None:
-        """Refuse the call unless the token carries this scope."""
+        """Raise PermissionDenied unless the token has this scope."""
         if scope not in self.scopes:
             raise PermissionDenied(
                 f"this call needs a token with the scope {scope}",
@@ -36,18 +37,29 @@ class Principal:
             )
 
     def merchant(self) -> str:
-        """The merchant this token speaks for; a call about one merchant's data asks here first."""
+        """Return the merchant of the token. Calls on one merchant's data use it in every query."""
         if self.merchant_id is None:
             raise PermissionDenied(
                 "this call needs a token with a merchant_id claim", reason="MERCHANT_MISSING"
             )
         return self.merchant_id
 
+    def require_merchant(self, merchant_id: str) -> None:
+        """Raise PermissionDenied if the token belongs to another merchant.
+
+        A token without a merchant acts for the platform, and may name any merchant.
+        """
+        if self.merchant_id not in (None, merchant_id):
+            raise PermissionDenied(
+                "this token publishes only for the merchant of its merchant_id claim",
+                reason="MERCHANT_MISMATCH",
+            )
+
 
 def parse_certificate_scopes(text: str) -> tuple[tuple[str, frozenset[Scope]], ...]:
-    """`identity=scope scope` pairs between commas: what certificates are good for.
+    """Parse comma-separated `identity=scope scope` pairs: the scopes of client certificates.
 
-    Raises ValueError, which says what is wrong. An identity is a URI (SPIFFE) or a DNS name.
+    An identity is a URI (SPIFFE) or a DNS name. Raises ValueError with the problem.
     """
     return tuple(_certificate_scopes(part.strip()) for part in text.split(",") if part.strip())
 
@@ -63,5 +75,5 @@ def _certificate_scopes(text: str) -> tuple[str, frozenset[Scope]]:
 
 
 def canonical_identity(identity: str) -> str:
-    """How a name of a certificate is compared: DNS names have no case, URIs do."""
+    """Return the form in which identities are compared: only URIs are case-sensitive."""
     return identity if "://" in identity else identity.lower()

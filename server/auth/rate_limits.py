@@ -1,8 +1,7 @@
-"""How much one caller may ask of this server process: calls in a time, pings and streams at once.
+"""Limits of one caller in this server process: calls per second, and concurrent pings and streams.
 
-A token that names a merchant counts for the merchant, whoever holds it; any other caller counts for
-itself. What is kept is in memory and bounded, and holds for one process: n servers let n times as
-much through.
+All tokens of a merchant share its limits. Other callers are counted by their subject. The counts
+are in memory and bounded. They apply to one process, so n servers allow n times as much.
 """
 
 from abc import ABC, abstractmethod
@@ -15,8 +14,8 @@ from core.errors import QuotaExceeded
 from server.auth.principal import Principal
 from server.settings import ServerSettings
 
-#: Calls that make us dial an address of the caller's choice.
-DIALLING = frozenset(
+#: Methods that connect to an address that the caller chooses.
+CONNECTING = frozenset(
     f"/postrider.v1.WebhookConfigService/{name}WebhookConfig"
     for name in ("Create", "Update", "Ping")
 )
@@ -24,10 +23,10 @@ MAX_REMEMBERED_CALLERS = 10_000
 
 
 class Rate:
-    """Token buckets by key, each of `burst` and refilled at `per_second`; 0 is no limit.
+    """Token buckets by key, of size `burst` and refilled at `per_second`. 0 means no limit.
 
-    A bucket is one number, the time at which it is full again (GCRA). One that is full is as good
-    as none, so forgetting the key that has not been used for longest forgives next to nothing.
+    A bucket is one number, the time at which it is full again (GCRA). The least recently used key
+    is dropped first. Its bucket is probably full, so dropping it changes almost nothing.
     """
 
     def __init__(self, per_second: float, burst: int, clock: Callable[[], float] = monotonic):
@@ -37,14 +36,14 @@ class Rate:
         self._full_at: dict[str, float] = {}
 
     def spend(self, key: str) -> float:
-        """Take one; 0 when it was there, else the seconds until it will be, and nothing taken."""
+        """Take a token and return 0, or return the seconds until there is one."""
         if not self._interval:
             return 0.0
         now = self._clock()
-        # Taken out and put back, so that the first key is the one unused for longest.
+        # Removed and added again, so that the first key is the least recently used.
         full_at = max(self._full_at.pop(key, now), now)
         after = full_at + self._interval
-        # A fraction of a call too many is rounding.
+        # A millionth of a call is a rounding error.
         wait = after - now - self._depth
         if wait <= self._interval * 1e-6:
             full_at, wait = after, 0.0
@@ -55,15 +54,15 @@ class Rate:
 
 
 class CallerLimits:
-    """Lets a known caller's call in, or refuses it before its request is read."""
+    """Limits the call rate of known callers, before their requests are read."""
 
     def __init__(self, settings: ServerSettings, clock: Callable[[], float] = monotonic):
         self._merchants = Rate(settings.merchant_call_rate, settings.merchant_call_burst, clock)
         self._services = Rate(settings.service_call_rate, settings.service_call_burst, clock)
-        self._dialling = Rate(settings.registration_rate, settings.registration_burst, clock)
+        self._connecting = Rate(settings.registration_rate, settings.registration_burst, clock)
 
     def admit(self, caller: Principal, method: str) -> None:
-        """QuotaExceeded when it is one call too many; `method` is `/package.Service/Method`."""
+        """Raise QuotaExceeded above the limit. `method` is `/package.Service/Method`."""
         merchant_id = caller.merchant_id
         if merchant_id is None:
             wait = self._services.spend(caller.subject)
@@ -76,8 +75,8 @@ class CallerLimits:
                 subject=_subject(caller),
                 retry_after_seconds=wait,
             )
-        if method in DIALLING:
-            wait = self._dialling.spend(_subject(caller))
+        if method in CONNECTING:
+            wait = self._connecting.spend(_subject(caller))
             if wait:
                 raise QuotaExceeded(
                     f"too many webhook configs created, updated or pinged: wait {wait:.3f} s",
@@ -87,51 +86,50 @@ class CallerLimits:
                 )
 
 
-class ConcurrencyLimiter(ABC):
-    """How many of one kind one merchant may have under way at once."""
+class MerchantSlots(ABC):
+    """Limits the concurrent calls of one kind per merchant."""
 
-    def __init__(self, most: int):
-        self._most = most
-        self._taken: Counter[str] = Counter()
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._used: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, merchant_id: str) -> Iterator[None]:
-        """Holds a place; QuotaExceeded when all are taken."""
-        if self._taken[merchant_id] >= self._most:
+    def slot(self, merchant_id: str) -> Iterator[None]:
+        """Hold a slot. Raises QuotaExceeded if all are taken."""
+        if self._used[merchant_id] >= self._limit:
             raise self._refusal(merchant_id)
-        self._taken[merchant_id] += 1
+        self._used[merchant_id] += 1
         try:
             yield
         finally:
-            self._taken[merchant_id] -= 1
-            if not self._taken[merchant_id]:
-                del self._taken[merchant_id]
+            self._used[merchant_id] -= 1
+            if not self._used[merchant_id]:
+                del self._used[merchant_id]
 
     @abstractmethod
     def _refusal(self, merchant_id: str) -> QuotaExceeded: ...
 
 
-class PingSlots(ConcurrencyLimiter):
-    """Of receivers that one merchant has us wait for."""
+class PingSlots(MerchantSlots):
+    """Limits the concurrent pings of a merchant's receivers."""
 
     def _refusal(self, merchant_id: str) -> QuotaExceeded:
         return QuotaExceeded(
-            f"{self._most} pings of this merchant are under way, as many as there may be: wait "
-            "for one to end",
+            f"this merchant has {self._limit} pings in progress: wait until one ends",
             reason="PINGS_LIMIT",
             subject=f"merchant:{merchant_id}",
             retry_after_seconds=1.0,
         )
 
 
-class StreamSlots(ConcurrencyLimiter):
-    """Of calls that last as long as their caller likes, each of which is one that others lack."""
+class StreamSlots(MerchantSlots):
+    """Limits the open streams of a merchant, because each occupies a call of the server."""
 
     def _refusal(self, merchant_id: str) -> QuotaExceeded:
-        # Nobody knows when one ends, so no time to come back.
+        # No retry time, because a stream may stay open for long.
         return QuotaExceeded(
-            f"{self._most} watches and streams of this merchant are open, as many as there may be: "
-            "end one first; a watch without filters tells of everything",
+            f"this merchant has {self._limit} open watches and streams: end one first; "
+            "a watch without filters covers all deliveries",
             reason="STREAMS_LIMIT",
             subject=f"merchant:{merchant_id}",
         )

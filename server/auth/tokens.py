@@ -1,7 +1,7 @@
-"""Turns a bearer token into a Principal, or refuses it without saying why.
+"""Turns a bearer token into a Principal, or refuses it without a reason.
 
-Signature, times and claims are all checked here; what passed is remembered until it expires or
-its key is withdrawn. The algorithm comes from the key, never from the token.
+It checks the signature, times and claims. A verified token is remembered until it expires or its
+key is withdrawn. The key determines the algorithm; the token does not.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from server.rpc.ids import is_merchant_id
 
 MAX_TOKEN_BYTES = 4096
 MAX_REMEMBERED_TOKENS = 10_000
-#: A key that is withdrawn is good for so long, for who was known before.
+#: How long a remembered token stays valid after its key was withdrawn.
 RECALL_SECONDS = 1.0
 
 _MAX_SUBJECT_CHARACTERS = 255
 
 
 def token_refused() -> Unauthenticated:
-    """The one answer to every missing or bad token."""
+    """Return the error for every missing or bad token. It is always the same."""
     return Unauthenticated(
         "missing or invalid token: send `authorization: Bearer <JWT>` with a token of the "
         "configured issuer that is meant for this service and has not expired",
@@ -39,7 +39,7 @@ class _Verified:
     principal: Principal
     kid: str | None
     key: VerificationKey
-    #: When its key was last looked for, and there.
+    #: When the key was last found in the key set.
     checked_at: float
 
 
@@ -65,9 +65,9 @@ class TokenVerifier:
         self._remembered: dict[bytes, _Verified] = {}
 
     def recall(self, token: str) -> Principal | None:
-        """Whom a token stands for that was verified a moment ago; None when verify() must tell.
+        """Return the caller of a token that was verified within the last second, or None.
 
-        Raises as that does, as far as it can tell without waiting.
+        Raises Unauthenticated for a text that cannot be a token.
         """
         remembered = self._remembered.get(_digest(token))
         if remembered is None:
@@ -77,7 +77,7 @@ class TokenVerifier:
         return caller if is_fresh and not self._is_expired(caller.expires_at) else None
 
     async def verify(self, token: str) -> Principal:
-        """Raises Unauthenticated for every fault of the token, Unavailable if no key can be had."""
+        """Return the caller. Raises Unauthenticated for a bad token, Unavailable without keys."""
         digest = _digest(token)
         remembered = self._remembered.get(digest)
         if remembered is not None and await self._still_holds(remembered):
@@ -87,7 +87,7 @@ class TokenVerifier:
             verified = await self._verify(token)
         except jwt.PyJWTError:
             raise token_refused() from None
-        # Only good tokens get here, so the oldest may go: nobody can flush this without them.
+        # Only valid tokens get here, so an attacker cannot flush this cache.
         if len(self._remembered) >= MAX_REMEMBERED_TOKENS:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[digest] = verified
@@ -96,7 +96,7 @@ class TokenVerifier:
     async def _still_holds(self, verified: _Verified) -> bool:
         if self._is_expired(verified.principal.expires_at):
             return False
-        # Asking again and again also keeps the key set fresh while every token is a known one.
+        # This also refreshes the key set while all tokens are remembered.
         if verified.key not in await self._keys.keys_for(verified.kid):
             return False
         verified.checked_at = self._clock()
@@ -126,7 +126,7 @@ class TokenVerifier:
             options={
                 "require": ["exp", "iat", "aud", "iss", "sub"],
                 "enforce_minimum_key_length": True,
-                # PyJWT takes "1e3", true and 1.5 for times, and only the system's clock.
+                # PyJWT accepts "1e3", true and 1.5 as times, and uses the system clock.
                 "verify_exp": False,
                 "verify_iat": False,
                 "verify_nbf": False,
@@ -136,7 +136,7 @@ class TokenVerifier:
     def _check_times(self, claims: dict[str, Any]) -> None:
         issued_at, expires_at = claims["iat"], claims["exp"]
         not_before = claims.get("nbf", issued_at)
-        # bool is an int to isinstance; a float may be inf or nan, which compare as they please.
+        # isinstance() would accept bool. A float may be inf or nan.
         if not all(type(moment) is int for moment in (issued_at, expires_at, not_before)):
             raise jwt.InvalidTokenError("times")
         if max(issued_at, not_before) > self._clock() + self._leeway:
@@ -151,7 +151,7 @@ class TokenVerifier:
 
 
 def _digest(token: str) -> bytes:
-    """What a token is remembered by; Unauthenticated when it cannot be one."""
+    """Return the key of a remembered token. Raises Unauthenticated for an impossible token."""
     if len(token) > MAX_TOKEN_BYTES or not token.isascii():
         raise token_refused()
     return hashlib.sha256(token.encode("ascii")).digest()
@@ -159,7 +159,7 @@ def _digest(token: str) -> bytes:
 
 def _principal_of(claims: dict[str, Any]) -> Principal:
     subject = claims["sub"]
-    # Printable, since it goes into the audit log and PostgreSQL takes no NUL in text.
+    # Printable, because it is stored in the audit log, and PostgreSQL refuses NUL.
     if not (0 < len(subject) <= _MAX_SUBJECT_CHARACTERS and subject.isprintable()):
         raise jwt.InvalidTokenError("sub")
     return Principal(subject, _merchant_id_of(claims), _scopes_of(claims), claims["exp"])
@@ -175,7 +175,7 @@ def _merchant_id_of(claims: dict[str, Any]) -> str | None:
 
 
 def _scopes_of(claims: dict[str, Any]) -> frozenset[str]:
-    """The `scope` claim of RFC 8693, or the list some issuers put there or under `scp`."""
+    """Return the `scope` claim of RFC 8693, or the list that some issuers send, also as `scp`."""
     scope = claims.get("scope", claims.get("scp", ""))
     words = scope.split() if isinstance(scope, str) else scope
     if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):

@@ -69,7 +69,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         self._tail = tail
         self._metrics = metrics
         self._keyring = keyring
-        self._stream_places = stream_slots
+        self._stream_slots = stream_slots
         self._watch_keep_alive_seconds = watch_keep_alive_seconds
         self._watch_backlog = watch_backlog
 
@@ -153,7 +153,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             keep_alive_seconds=self._watch_keep_alive_seconds,
             expires_at=principal().expires_at,
         )
-        with self._stream_places.place(merchant_id):
+        with self._stream_slots.slot(merchant_id):
             self._metrics.watchers += 1
             try:
                 async with aclosing(watch.follow(start)) as told:

@@ -11,7 +11,6 @@ import grpc
 
 from core.errors import (
     InvalidArgument,
-    PermissionDenied,
     PostriderError,
     Unauthenticated,
     Unavailable,
@@ -45,7 +44,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
     def __init__(self, ingest: Ingest, pool: Pool, stream_slots: StreamSlots):
         self._ingest = ingest
         self._pool = pool
-        self._stream_places = stream_slots
+        self._stream_slots = stream_slots
         self._streams: set[OrderedCommits[pb.StreamEventsRequest, pb.StreamEventsResponse]] = set()
         self._draining = False
 
@@ -59,7 +58,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         self, request: pb.PublishEventRequest, context: Context
     ) -> pb.PublishEventResponse:
         caller = _publisher()
-        _require_own_merchant(caller, request.event)
+        caller.require_merchant(request.event.merchant_id)
         drafts = [event_draft(request.event)]
         [result] = await self._ingest.publish(drafts, "event", _trace_parent())
         if isinstance(result, PostriderError):
@@ -91,8 +90,8 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
             last = request.sequence
             return self._commit(request.sequence, _drafts(caller, request.events), turns)
 
-        places = self._stream_places
-        place = places.place(caller.merchant_id) if caller.merchant_id else nullcontext()
+        slots = self._stream_slots
+        place = slots.slot(caller.merchant_id) if caller.merchant_id else nullcontext()
         stream = OrderedCommits(commit, UNACKNOWLEDGED_BATCHES_MAX)
         expiry = asyncio.get_running_loop().call_later(
             caller.expires_at - time.time(), stream.end, _expired()
@@ -171,16 +170,8 @@ def _drafts(caller: Principal, events: Sequence[event_pb2.EventInput]) -> list[E
             reason="BATCH_SIZE",
         )
     for event in events:
-        _require_own_merchant(caller, event)
+        caller.require_merchant(event.merchant_id)
     return [event_draft(event) for event in events]
-
-
-def _require_own_merchant(caller: Principal, event: event_pb2.EventInput) -> None:
-    if caller.merchant_id is not None and event.merchant_id != caller.merchant_id:
-        raise PermissionDenied(
-            "this token publishes for the merchant of its merchant_id claim only",
-            reason="MERCHANT_MISMATCH",
-        )
 
 
 def _result(result: PublishedEvent | PostriderError) -> pb.PublishResult:

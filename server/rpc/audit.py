@@ -1,4 +1,4 @@
-"""The audit log: one entry for each change, written in the transaction that makes it."""
+"""Writes the audit log: one entry per change, in the transaction of the change."""
 
 from collections.abc import Iterable
 
@@ -19,9 +19,9 @@ def record_change(
     changed_fields: Iterable[str] = (),
     comment: str = "",
 ) -> None:
-    """Add the entry to the caller's transaction: neither is there without the other."""
+    """Add the entry to the transaction of the session."""
     call = current_call()
-    came_from = origin(call)
+    source = origin(call)
     session.add(
         AuditEntry(
             id=new_id(),
@@ -33,7 +33,7 @@ def record_change(
             changed_fields=sorted(changed_fields),
             comment=comment,
             request_id=call.request_id,
-            caller_address=came_from.address,
-            user_agent=came_from.user_agent,
+            caller_address=source.address,
+            user_agent=source.user_agent,
         )
     )

@@ -1,9 +1,9 @@
-"""Attempts that were refused to known callers, in the audit log beside the changes.
+"""Writes refused calls of known callers to the audit log.
 
-Recorded are refused changes, whatever the reason, and whatever else a caller had no permission for.
-An entry is written before the refusal is told, in a transaction of its own. A caller nobody knows
-writes nothing, and one that is refused again and again soon writes little: neither can fill the
-table. Every refusal is in the log line of its call.
+Refused changes are recorded, and all calls without permission. The entry is written in a separate
+transaction before the caller gets the refusal. Unknown callers write no entries, and the entries of
+each known caller are limited, so that no caller can fill the table. The log line of a call always
+has its refusal.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from server.auth.rate_limits import Rate
 from server.database import Sessions
 from server.rpc.call import RpcCall, origin, printable
 
-#: RPCs that change what a caller can see; what they refuse is an attempt at a change.
+#: RPCs that change data.
 CHANGES = frozenset(
     {
         "CreateEventType",
@@ -36,13 +36,13 @@ CHANGES = frozenset(
         "UpdateWebhookConfig",
     }
 )
-#: Of one caller: so many at once, and then so many a second.
+#: Entries of one caller: the burst, and the rate after it.
 BURST = 60
 PER_SECOND = 0.1
-#: How long a refusal is held back for its entry.
+#: How long a refusal waits for its entry.
 WRITE_SECONDS = 2.0
 
-#: Where a request names what it is about; the first that is there counts.
+#: Paths of the resource in a request. The first one that is set counts.
 _RESOURCES = (
     ("id",),
     ("webhook_config", "id"),
@@ -56,7 +56,7 @@ log = structlog.get_logger()
 
 
 class RefusalAudit:
-    """Writes the entries; `clock` is in seconds and only runs forward."""
+    """Writes the entries. `clock` is monotonic, in seconds."""
 
     def __init__(self, sessions: Sessions, clock: Callable[[], float] = monotonic):
         self._sessions = sessions
@@ -64,10 +64,10 @@ class RefusalAudit:
         self._writing: set[asyncio.Task[None]] = set()
 
     async def record(self, error: PostriderError, call: RpcCall, request: object) -> None:
-        """Record the refusal of a call, if it is one to record; never raises for a lost entry."""
+        """Record the refusal of a call, if it belongs in the log. A lost entry raises no error."""
         caller = call.caller
         action = call.method.rpartition("/")[2]
-        if caller is None or not _is_on_record(error, action):
+        if caller is None or not _is_recorded(error, action):
             return
         if self._rate.spend(f"{caller.subject} {caller.merchant_id}"):
             return
@@ -75,8 +75,7 @@ class RefusalAudit:
         writing = asyncio.create_task(self._write(entry), name="audit-refusal")
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
-        # Not a plain await: a caller that hangs up now must not take the entry with it, and one
-        # that stays is not to wait for a database that is slow. The write goes on in either case.
+        # The write continues if the caller cancels the call, and if the database is slow.
         await asyncio.wait({writing}, timeout=WRITE_SECONDS)
 
     async def _write(self, entry: AuditEntry) -> None:
@@ -86,14 +85,14 @@ class RefusalAudit:
         try:
             async with self._sessions.begin() as session:
                 session.add(entry)
-        # Whatever keeps it from being written, the caller is still to hear of the refusal.
+        # The caller must get the refusal in any case.
         except Exception as fault:
             log.error("audit_refusal_lost", error=repr(fault), **fields)
 
 
-def _is_on_record(error: PostriderError, action: str) -> bool:
+def _is_recorded(error: PostriderError, action: str) -> bool:
     if isinstance(error, Unavailable | ConfigurationError):
-        # Ours, and not an answer to what was asked.
+        # Not an answer to the request.
         return False
     return isinstance(error, PermissionDenied) or action in CHANGES
 
@@ -101,7 +100,7 @@ def _is_on_record(error: PostriderError, action: str) -> bool:
 def _entry(
     call: RpcCall, caller: Principal, action: str, error: PostriderError, request: object
 ) -> AuditEntry:
-    came_from = origin(call)
+    source = origin(call)
     return AuditEntry(
         id=new_id(),
         actor=caller.subject,
@@ -111,8 +110,8 @@ def _entry(
         result=error.reason,
         changed_fields=[],
         request_id=call.request_id,
-        caller_address=came_from.address,
-        user_agent=came_from.user_agent,
+        caller_address=source.address,
+        user_agent=source.user_agent,
     )
 
 

@@ -1,11 +1,11 @@
-"""No call reaches its handler without a known caller, except of the methods named public.
+"""Authenticates calls: no call reaches its handler without a known caller, except public methods.
 
-A token says who calls. Only a call without any `authorization` may be known by the certificate of
-its connection: a bad token is refused whatever certificate stands behind it.
+A bearer token identifies the caller. The certificate of the connection counts only for a call
+without `authorization`, so a bad token is refused with any certificate.
 
-It decides before the request is read: a refused call costs us its headers only, and a method that
-does not exist looks like any other until the caller is known. Refusals are raised by the handler
-it returns, so that what wraps handlers turns them into statuses.
+The decision is made before the request is read. So a refused call costs only its headers, and an
+unknown caller cannot find out which methods exist. The returned handler raises the refusal, so that
+the dispatcher turns it into a status.
 """
 
 import inspect
@@ -25,7 +25,7 @@ type Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 def principal() -> Principal:
-    """The caller of the present call; a public method has none, which is an Unauthenticated."""
+    """Return the caller of the current call. Raises Unauthenticated in a public method."""
     caller = current_call().caller
     if caller is None:
         raise token_refused()
@@ -35,8 +35,7 @@ def principal() -> Principal:
 class Authentication:
     """Verifies `authorization: Bearer <JWT>`; public methods are `/package.Service/Method`.
 
-    `certificates` is None where nobody may call without a token. A caller that is known is then
-    asked for no more than its limits allow.
+    `certificates` is None if every call needs a token. Known callers are subject to `limits`.
     """
 
     def __init__(
@@ -50,25 +49,25 @@ class Authentication:
         self._limits = limits
         self._certificates = certificates
         self._public_methods = public_methods
-        # As many as there are methods, and one for all that there are not.
-        self._identifying: dict[Handler | None, Handler] = {}
+        # One per method, and one for unknown methods.
+        self._wrapped: dict[Handler | None, Handler] = {}
 
     def guard(self, call: RpcCall, handler: Handler | None) -> Handler | None:
-        """What may answer this call: its handler, or one that first asks who calls, or refuses.
+        """Return the handler, one that authenticates first, or one that refuses.
 
-        Nothing here waits. Whom a token stands for is mostly known, and so the call costs no more.
+        Nothing here waits. Most tokens were verified before, so that their calls cost no more.
         """
         if call.method in self._public_methods:
             return handler
         try:
             if not call.authorization and self._certificates is not None:
-                return self._identified(handler)
+                return self._authenticating(handler)
             call.token = _bearer_token(call.authorization)
             caller = self._verifier.recall(call.token)
             if caller is None:
-                return self._identified(handler)
+                return self._authenticating(handler)
             self._admit(call, caller)
-        # Not only our own errors: what escapes from here, gRPC sends to the client as it is.
+        # All errors, because gRPC would send the text of others to the client.
         except Exception as error:
             call.refusal = error
             return _REFUSING
@@ -78,16 +77,17 @@ class Authentication:
         call.caller = caller
         self._limits.admit(caller, call.method)
 
-    def _identified(self, handler: Handler | None) -> Handler:
-        identifying = self._identifying.get(handler)
-        if identifying is None:
-            identifying = self._identifying[handler] = self._identifies(handler)
-        return identifying
+    def _authenticating(self, handler: Handler | None) -> Handler:
+        wrapped = self._wrapped.get(handler)
+        if wrapped is None:
+            wrapped = self._wrapped[handler] = self._identifies(handler)
+        return wrapped
 
     def _identifies(self, handler: Handler | None) -> Handler:
-        """Certificates are known, and waiting is possible, in a handler only.
+        """Return a handler that authenticates and then calls `handler`.
 
-        One of streams, which reads when it likes.
+        Only a handler can wait and see the certificate. It is a stream handler, because that one
+        decides when to read the request.
         """
 
         async def behaviour(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
@@ -115,13 +115,12 @@ class Authentication:
 async def _responses(
     handler: Any, requests: AsyncIterator[Any], context: Any
 ) -> AsyncIterator[Any]:
-    """What a handler of any kind answers, as a stream; on the wire they are all the same."""
+    """Yield the responses of a handler of any kind. On the wire all kinds are the same."""
     request: Any = requests
     if not handler.request_streaming:
         request = await context.read()
         if request is grpc.aio.EOF:
-            # Of a call that is over already, such as one with a message that gRPC refused as too
-            # large, or of a caller that sends none: the caller's doing, and no fault of ours.
+            # The caller sent no message, or gRPC refused it as too large.
             raise InvalidArgument.of("request", "is missing", reason="REQUEST_MALFORMED")
         current_call().message = request
     if not handler.response_streaming:
@@ -137,7 +136,7 @@ async def _responses(
 
 
 def _bearer_token(values: Sequence[str | bytes]) -> str:
-    # Of two tokens one would be checked and the other perhaps logged or believed elsewhere.
+    # With two tokens, another component might use the one that is not checked here.
     if len(values) != 1 or not isinstance(values[0], str):
         raise token_refused()
     scheme, _, token = values[0].partition(" ")
@@ -148,9 +147,9 @@ def _bearer_token(values: Sequence[str | bytes]) -> str:
 
 async def _refuse(_requests: object, _context: object) -> AsyncIterator[bytes]:
     raise current_call().refusal or token_refused()
-    # Makes it an async generator, which is what wrappers expect of a stream handler.
+    # Makes this an async generator, as the dispatcher expects.
     yield b""  # type: ignore[unreachable]
 
 
-#: Stands in for handlers of all four kinds: this one is called before any message is read.
+#: Replaces handlers of all four kinds. It runs before any message is read.
 _REFUSING: Handler = grpc.stream_stream_rpc_method_handler(_refuse)

@@ -1,8 +1,7 @@
-"""The call under way, and what is known of it so far.
+"""The current call: its method, id, caller and trace.
 
-gRPC asks for the handler of a call, and runs it, in one task that only this call has. What is kept
-here is therefore seen by the handler, by what wraps it and by all that they call, and by no other
-call. Of what a caller sends along, only what we read is kept.
+gRPC looks up the handler of a call and runs it in one task per call. So a context variable holds
+the call for the handler and its wrappers. Metadata that Postrider does not read is not kept.
 """
 
 import re
@@ -22,7 +21,7 @@ _TEXT_MAX = 256
 
 
 class RpcCall:
-    """One call; what is None is not known, or not yet."""
+    """One call. A value is None until it is known."""
 
     __slots__ = (
         "authorization",
@@ -42,7 +41,7 @@ class RpcCall:
         self.began = perf_counter()
         #: As /package.Service/Method.
         self.method = method
-        #: What was given under that name, each time.
+        #: All values of that metadata key.
         self.authorization: tuple[str | bytes, ...] = ()
         request_ids: tuple[str | bytes, ...] = ()
         trace_parents: tuple[str | bytes, ...] = ()
@@ -54,45 +53,45 @@ class RpcCall:
             elif key == TRACEPARENT_KEY:
                 trace_parents += (value,)
         self.request_id = request_id_of(request_ids)
-        #: Our span in it, or the caller's where we have none.
+        #: The server's span, or the caller's without one.
         self.trace_parent: TraceParent | None = sole_trace_parent(trace_parents)
         self.span: Span | None = None
         #: Not yet verified.
         self.token: str | None = None
         self.caller: Principal | None = None
-        #: Why its handler will not be run.
+        #: The reason why the handler does not run.
         self.refusal: Exception | None = None
-        #: gRPC's, once its handler runs.
+        #: The context of gRPC, once the handler runs.
         self.context: Any = None
-        #: Its request, where a wrapper no longer has it.
+        #: The request, if a wrapper no longer has it.
         self.message: object = None
 
 
-_present: ContextVar[RpcCall] = ContextVar("present_call")
+_current: ContextVar[RpcCall] = ContextVar("current_call")
 
 
 def begin_call(method: str, metadata: Iterable[tuple[str, str | bytes]]) -> RpcCall:
-    """From here on this is the present call, until its task ends."""
+    """Make this the current call until its task ends."""
     call = RpcCall(method, metadata)
-    _present.set(call)
+    _current.set(call)
     return call
 
 
 def current_call() -> RpcCall:
-    """LookupError outside of calls."""
-    return _present.get()
+    """Return the current call. Raises LookupError outside of calls."""
+    return _current.get()
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Host and port that connected to us, and what its library calls itself."""
+    """The address of the peer, and the user agent of its library."""
 
     address: str
     user_agent: str
 
 
 def origin(call: RpcCall) -> Origin:
-    """Of a call whose handler runs; behind a gateway the address is the gateway's."""
+    """Return the origin of a call whose handler runs. Behind a gateway it is the gateway."""
     metadata = call.context.invocation_metadata() or ()
     agent = next((value for key, value in metadata if key == "user-agent"), "")
     return Origin(
@@ -103,21 +102,21 @@ def origin(call: RpcCall) -> Origin:
 
 
 def printable(text: str) -> str:
-    """Text of a caller's choice as one bounded line, which PostgreSQL takes and no log mistakes."""
+    """Return a caller's text as one limited line of printable characters."""
     shown = text[:_TEXT_MAX]
     return shown if shown.isprintable() else ascii(shown)[1:-1][:_TEXT_MAX]
-
-
-# The id of a call: in its log line, its audit entry, and the errors its caller sees.
 
 
 _WELL_FORMED = re.compile(r"[A-Za-z0-9_-]{8,64}")
 
 
 def request_id_of(given: Sequence[str | bytes]) -> str:
-    """The caller's own: the first that is well-formed, else one that is made."""
+    """Return the caller's first well-formed id, or a new one.
+
+    It is in the log line, the audit entry and the errors of the call.
+    """
     for value in given:
         if isinstance(value, str) and _WELL_FORMED.fullmatch(value):
             return value
-    # It tells calls apart, and is no secret.
+    # It is not a secret.
     return f"{getrandbits(64):016x}"

@@ -1,6 +1,6 @@
-"""What every call goes through: a request id, one report, its caller, and errors as statuses.
+"""Dispatches calls: each gets a request id, a caller, one report, and its errors as statuses.
 
-Nothing an exception says reaches a caller unless core/errors.py made it to be said.
+A caller sees the text of an exception only if the exception is one of core/errors.py.
 """
 
 import asyncio
@@ -29,9 +29,9 @@ log = structlog.get_logger()
 
 
 class Calls(grpc.GenericRpcHandler):
-    """Finds the handler of a call among those of `services`, and what it takes to reach it.
+    """Finds the handler of a call among `services` and wraps it.
 
-    Not an interceptor: gRPC awaits those, one after the other, and nothing here has to wait.
+    It is not an interceptor, because gRPC awaits each of those and nothing here has to wait.
     """
 
     def __init__(
@@ -45,22 +45,21 @@ class Calls(grpc.GenericRpcHandler):
         self._authentication = authentication
         self._refusals = refusals
         self._reports = reports
-        # As many as there are methods; again as many that ask who calls; and that of all refusals.
-        self._answering: dict[Handler, Handler] = {}
+        # One per method, one per method that authenticates first, and one that refuses.
+        self._wrapped: dict[Handler, Handler] = {}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         call = begin_call(handler_call_details.method, handler_call_details.invocation_metadata)
         self._reports.begin(call)
         handler = self._authentication.guard(call, self._find(handler_call_details))
         if handler is None:
-            # gRPC says so to the caller by itself.
+            # gRPC answers the caller.
             self._reports.end(call, "UNIMPLEMENTED")
             return None
-        answering = self._answering.get(handler)
-        if answering is None:
-            answering = _answering(handler, self._refusals, self._reports)
-            self._answering[handler] = answering
-        return answering
+        wrapped = self._wrapped.get(handler)
+        if wrapped is None:
+            wrapped = self._wrapped[handler] = _wrap(handler, self._refusals, self._reports)
+        return wrapped
 
     def _find(self, details: grpc.HandlerCallDetails) -> Handler | None:
         for service in self._services:
@@ -69,11 +68,11 @@ class Calls(grpc.GenericRpcHandler):
         return None
 
 
-def _answering(handler: Handler, refusals: RefusalAudit, reports: RpcReports) -> Handler:
-    """The same handler, with a report and every error as a status."""
-    read = _readable(handler.request_deserializer)
-    # The messages of a stream are read while the handler runs. That of any other call gRPC reads
-    # before, where nobody could answer for one that is none: so it comes as bytes.
+def _wrap(handler: Handler, refusals: RefusalAudit, reports: RpcReports) -> Handler:
+    """Return the same handler with a report, and with every error as a status."""
+    read = _checked_deserializer(handler.request_deserializer)
+    # gRPC reads the single message of a call before the handler runs, so a malformed one could not
+    # be answered. It is passed as bytes and deserialized in the handler.
     codecs = {
         "request_deserializer": read if handler.request_streaming else None,
         "response_serializer": handler.response_serializer,
@@ -91,8 +90,8 @@ def _answering(handler: Handler, refusals: RefusalAudit, reports: RpcReports) ->
     return grpc.unary_unary_rpc_method_handler(answer, **codecs)
 
 
-def _readable(deserializer: Read | None) -> Read | None:
-    """The same deserializer; bytes that are no such message are the caller's fault."""
+def _checked_deserializer(deserializer: Read | None) -> Read | None:
+    """Return the deserializer, with InvalidArgument for malformed bytes."""
     if deserializer is None:
         return None
 
@@ -102,7 +101,7 @@ def _readable(deserializer: Read | None) -> Read | None:
         except DecodeError:
             raise InvalidArgument.of(
                 "request",
-                "its bytes are not the message of this call, or a text in it is not UTF-8",
+                "is malformed: send the protobuf message of this call, with texts in UTF-8",
                 reason="REQUEST_MALFORMED",
             ) from None
 
@@ -164,7 +163,7 @@ async def _abort(
     request: object,
 ) -> None:
     if isinstance(error, grpc.aio.AbortError):
-        # A handler of a library (health, reflection) has already answered.
+        # A handler of a library, such as health or reflection, has already answered.
         reports.end(call, call.context.code().name, peer=call.context.peer())
         raise error
     domain_error = to_domain_error(error)

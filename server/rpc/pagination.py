@@ -1,4 +1,4 @@
-"""Page sizes and opaque page tokens (AIP-158): where the next page begins, and of which list."""
+"""Page sizes and opaque page tokens (AIP-158), which hold a position and a hash of the list."""
 
 import base64
 import hashlib
@@ -8,12 +8,12 @@ from google.protobuf.message import Message
 
 from core.errors import InvalidArgument
 
-#: Clients that were not told otherwise refuse what is larger than 4 MiB.
+#: gRPC clients refuse messages above 4 MiB by default.
 _PAGE_BYTES_MAX = 3 * 1024 * 1024
 
 
 def page_size(requested: int, *, default: int, maximum: int) -> int:
-    """The size to use; larger requests get the maximum, negative ones are an error."""
+    """Return the size to use. Larger requests get the maximum; negative ones raise an error."""
     if requested < 0:
         raise InvalidArgument.of(
             "page_size", f"must be 0 (meaning {default}) to {maximum}", reason="PAGE_SIZE_INVALID"
@@ -22,7 +22,7 @@ def page_size(requested: int, *, default: int, maximum: int) -> int:
 
 
 def fitting[M: Message](messages: Sequence[M]) -> Sequence[M]:
-    """As many of the first as a page has room for in bytes; one in any case."""
+    """Return the first messages that fit into one page, at least one."""
     size = 0
     for index, message in enumerate(messages):
         size += message.ByteSize()
@@ -32,15 +32,16 @@ def fitting[M: Message](messages: Sequence[M]) -> Sequence[M]:
 
 
 def page_token(position: str, *list_identity: object) -> str:
-    """A token that continues after `position` of the list that `list_identity` tells apart."""
+    """Return a token that continues after `position` in the list with this identity."""
     content = _fingerprint(list_identity) + position.encode()
     return base64.urlsafe_b64encode(content).decode().rstrip("=")
 
 
 def parse_page_token[T](token: str, parse: Callable[[str], T], *list_identity: object) -> T | None:
-    """The position in a token, None for the first page; a token of another list is refused.
+    """Return the position in a token, or None for the first page.
 
-    A token is not signed, so `parse` must raise ValueError for whatever is no position.
+    Raises InvalidArgument for a token of another list. A token is not signed, so `parse` must raise
+    ValueError for every text that is not a position.
     """
     if not token:
         return None
@@ -52,7 +53,7 @@ def parse_page_token[T](token: str, parse: Callable[[str], T], *list_identity: o
         pass
     raise InvalidArgument.of(
         "page_token",
-        "is not a token of this list: leave it empty to begin anew, with the same filters",
+        "is not a token of this list: leave it empty to start again, with the same filters",
         reason="PAGE_TOKEN_INVALID",
     )
 

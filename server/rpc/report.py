@@ -1,4 +1,4 @@
-"""What is told of an RPC when it is over: a line, its count, and a span where traces are on."""
+"""Reports each finished RPC: a log line, metrics and, with tracing on, a span."""
 
 from collections.abc import Mapping
 from time import perf_counter
@@ -12,19 +12,19 @@ from core.tracing import Span, SpanKind, Tracer
 from server.metrics import ServerMetrics
 from server.rpc.call import RpcCall
 
-#: Our faults, not the caller's (the conventions of OpenTelemetry for spans of a server).
-_FAULTS = frozenset(
+#: Codes that mark a server span as failed, by the conventions of OpenTelemetry.
+_SERVER_ERRORS = frozenset(
     {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 )
 
-#: Probes and reflection are calls, too, and nobody's trace.
-_OURS = "/postrider."
+#: Probes and reflection get no spans.
+_TRACED_PREFIX = "/postrider."
 
 log = structlog.get_logger()
 
 
 class RpcReports:
-    """Those of one server."""
+    """The reports of one server."""
 
     def __init__(
         self,
@@ -37,26 +37,26 @@ class RpcReports:
         self._tracer = tracer
 
     def begin(self, call: RpcCall) -> None:
-        """It may have a span from here on."""
+        """Start the span of a call."""
         if self._tracer is None:
             return
-        if call.method.startswith(_OURS) and self._metrics.knows(call.method):
-            # No span has a name of a caller's choice.
+        if call.method.startswith(_TRACED_PREFIX) and self._metrics.knows(call.method):
+            # Only known methods, so that a caller cannot choose the name of a span.
             name = call.method.lstrip("/")
             call.span = self._tracer.start(name, SpanKind.SERVER, parent=call.trace_parent)
             call.trace_parent = call.span.trace_parent
 
     def end(self, call: RpcCall, code: str, *, reason: str | None = None, **fields: str) -> None:
-        """Tell of the call; `reason` is that of its error."""
+        """Write the report. `reason` is the reason of an error."""
         seconds = perf_counter() - call.began
         self._metrics.rpc_ended(call.method, code, seconds)
         if call.span is not None:
             _end(call.span, call, code, error=reason or code)
-        drawn: Mapping[str, float] = {}
+        sampling_fields: Mapping[str, float] = {}
         if code == "OK" and seconds < self._sampling.slow_seconds:
             if not self._sampling.selects(crc32(call.request_id.encode())):
                 return
-            drawn = self._sampling.log_fields
+            sampling_fields = self._sampling.log_fields
         caller = call.caller
         log.info(
             "rpc",
@@ -69,7 +69,7 @@ class RpcReports:
             subject=caller.subject if caller else None,
             merchant_id=caller.merchant_id if caller else None,
             **fields,
-            **drawn,
+            **sampling_fields,
         )
 
 
@@ -86,4 +86,4 @@ def _end(span: Span, call: RpcCall, code: str, *, error: str) -> None:
         attributes["postrider.merchant_id"] = call.caller.merchant_id
     if code != "OK":
         attributes["error.type"] = error
-    span.end(attributes, code if code in _FAULTS else None)
+    span.end(attributes, code if code in _SERVER_ERRORS else None)

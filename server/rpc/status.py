@@ -1,8 +1,8 @@
-"""The one map from what went wrong to a gRPC status.
+"""Maps each error to a gRPC status. There is no other place that does.
 
-The message is for people and stands alone, since command-line clients show the details badly;
-ErrorInfo.reason and the other details are for programs (google.rpc error model, AIP-193). What is
-not in the tree of core/errors.py becomes INTERNAL with a reference, and tells the caller nothing.
+The message is for people and is complete, because command-line clients hide the details.
+ErrorInfo.reason and the other details are for programs (google.rpc error model, AIP-193). An error
+outside core/errors.py becomes INTERNAL with a reference and no further text.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,8 @@ from core.postgres.pool import RETRYABLE_ERRORS
 
 DOMAIN = "postrider"
 
-# A status travels in metadata, the message twice; of more than 8 KiB a client sees none at all.
+# gRPC carries the status in metadata, with the message twice. Clients drop metadata above 8 KiB, so
+# both are truncated.
 _MESSAGE_BYTES_MAX = 1024
 _VIOLATIONS_BYTES_MAX = 2048
 
@@ -47,30 +48,30 @@ _CODES: dict[type[PostriderError], grpc.StatusCode] = {
     QuotaExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Aborted: grpc.StatusCode.ABORTED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
-    # Raised at start only; a caller must not learn of our settings.
+    # Raised only at start. Callers must not see settings.
     ConfigurationError: grpc.StatusCode.INTERNAL,
 }
 
 
 def to_domain_error(error: BaseException) -> PostriderError | None:
-    """The domain error an exception stands for; None when it is a bug."""
+    """Return the domain error for an exception, or None for a bug."""
     if isinstance(error, PostriderError):
         return error
     if isinstance(error, DBAPIError) and error.orig is not None:
-        # SQLAlchemy wraps asyncpg's error twice.
+        # SQLAlchemy wraps the error of asyncpg twice.
         error = error.orig.__cause__ or error.orig
     if isinstance(error, (*RETRYABLE_ERRORS, PoolTimeoutError)):
         return Unavailable(
-            # Whether anything changed is not ours to say: the connection may die after a commit.
-            "the database is not available: send the call again, and an event under the same "
-            "idempotency key",
+            # The commit may have succeeded before the connection failed.
+            "the database is not available: send the call again, and events with the same "
+            "idempotency keys",
             reason="DATABASE_UNAVAILABLE",
         )
     return None
 
 
 def to_status(error: PostriderError) -> status_pb2.Status:
-    """The google.rpc.Status of a domain error, with its typed details."""
+    """Return the google.rpc.Status of a domain error, with typed details."""
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     ]
@@ -90,7 +91,7 @@ def to_status(error: PostriderError) -> status_pb2.Status:
 
 
 def internal_status(reference: str) -> status_pb2.Status:
-    """What a caller learns of a bug: that it is one, and what to quote to us."""
+    """Return the status of a bug, with the reference to quote to the operators."""
     info = error_details_pb2.ErrorInfo(
         reason="INTERNAL", domain=DOMAIN, metadata={"reference": reference}
     )
@@ -100,13 +101,13 @@ def internal_status(reference: str) -> status_pb2.Status:
 
 def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
     delay = duration_pb2.Duration()
-    # Rounded up: a caller that comes back too early is refused again.
+    # Rounded up, because a call that is too early is refused again.
     delay.FromMilliseconds(ceil(seconds * 1000))
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
 def _bad_request(violations: Iterable[FieldViolation]) -> error_details_pb2.BadRequest:
-    """The violations, or as many of the first as fit."""
+    """Return the first violations that fit."""
     details = error_details_pb2.BadRequest()
     for v in violations:
         details.field_violations.add(field=v.field, description=v.description, reason=v.reason)

@@ -1,4 +1,4 @@
-"""Times and durations, and the times in filters."""
+"""Converts times and durations of protobuf, and checks times in filters."""
 
 from datetime import UTC, datetime
 
@@ -13,7 +13,7 @@ _BEFORE_ALL = datetime.min.replace(tzinfo=UTC)
 
 
 def time_range(request: Message) -> tuple[datetime | None, datetime | None]:
-    """start_time and end_time, each None when unset; refused when nothing can lie between them."""
+    """Return start_time and end_time, None if unset. Raises InvalidArgument for an empty range."""
     start_at = time_filter(request, "start_time")
     end_at = time_filter(request, "end_time")
     if start_at is not None and end_at is not None and start_at >= end_at:
@@ -24,7 +24,7 @@ def time_range(request: Message) -> tuple[datetime | None, datetime | None]:
 
 
 def time_filter(request: Message, field: str) -> datetime | None:
-    """The time in a filter; None when it is unset, InvalidArgument when no id can be of it."""
+    """Return the time in a filter, or None. Raises InvalidArgument before 1970."""
     if not request.HasField(field):
         return None
     try:
@@ -39,7 +39,7 @@ def time_filter(request: Message, field: str) -> datetime | None:
 
 
 def timestamp(moment: datetime | None) -> Timestamp | None:
-    """None, which leaves the field unset, for none."""
+    """Return a Timestamp, or None, which leaves the field unset."""
     if moment is None:
         return None
     message = Timestamp()
@@ -48,7 +48,7 @@ def timestamp(moment: datetime | None) -> Timestamp | None:
 
 
 def fill_time(message: Timestamp, moment: datetime) -> None:
-    """Set a field in its place; FromDatetime does the same ten times as slowly."""
+    """Set a Timestamp field. FromDatetime takes ten times as long."""
     since = moment - _EPOCH
     message.seconds = since.days * 86_400 + since.seconds
     message.nanos = since.microseconds * 1000
@@ -59,7 +59,7 @@ def seconds_of(duration: Duration) -> float:
 
 
 def duration_of(seconds: float) -> Duration:
-    """Of whole microseconds: the nearest."""
+    """Return a Duration, rounded to microseconds."""
     message = Duration()
     message.FromNanoseconds(round(seconds * 1_000_000) * 1000)
     return message

@@ -1,8 +1,8 @@
-"""TLS of the main listener: files that gRPC is given anew whenever they have changed.
+"""TLS of the main listener. Changed certificate files apply to new connections.
 
-gRPC asks at each new connection, from a thread of its own; connections that are open keep what they
-have. It takes TLS 1.2 and 1.3 only, by itself. Its Python half can require a client's certificate
-or not ask for one, nothing between: for callers of both kinds there is a second address.
+gRPC asks for the files at each new connection, from a separate thread. It supports only TLS 1.2 and
+1.3. gRPC for Python can require a client certificate or not ask for one, and has no mode between,
+so there is a second address for clients with certificates.
 """
 
 import threading
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What the files hold; `stamp` says which files it was read from."""
+    """The contents of the files, and the version of the files that were read."""
 
     file_version: tuple[object, ...]
     configuration: grpc.ServerCertificateConfiguration
@@ -34,18 +34,18 @@ class _Loaded:
 
 
 class CertificateFiles:
-    """A certificate with its key, and the authorities of clients where they must show theirs."""
+    """A certificate with its key, and the client CAs if client certificates are required."""
 
     def __init__(self, certificate: Path, private_key: Path, client_ca: Path | None):
         self._certificate = certificate
         self._private_key = private_key
         self._client_ca = client_ca
         self._loading = threading.Lock()
-        self._loaded = self._load(self._stamp())
+        self._loaded = self._load(self._file_versions())
         self._seen = self._loaded.file_version
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For one address to listen on; it is from then on kept up to date."""
+        """Return credentials for one address. They follow changes of the files."""
         return grpc.dynamic_ssl_server_credentials(
             self._loaded.configuration,
             self.changed,  # type: ignore[arg-type] # None is as documented, not as typed.
@@ -53,13 +53,13 @@ class CertificateFiles:
         )
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new configuration, None if there is none. A fault is logged once for each change."""
+        """Return the new configuration, or None. An error is logged once per change."""
         with self._loading:
             try:
-                found = self._stamp()
+                found = self._file_versions()
                 if found == self._seen:
                     return None
-                # Before the files are read: what changes meanwhile is seen the next time.
+                # Set before the files are read, so that a concurrent change is noticed next time.
                 self._seen = found
                 self._loaded = self._load(found)
             except ConfigurationError as error:
@@ -71,7 +71,7 @@ class CertificateFiles:
     def _expiry(self) -> str:
         return self._loaded.expires_at.isoformat()
 
-    def _stamp(self) -> tuple[object, ...]:
+    def _file_versions(self) -> tuple[object, ...]:
         paths = (self._certificate, self._private_key, self._client_ca)
         return tuple(file_version(path) for path in paths if path is not None)
 
@@ -100,7 +100,7 @@ class CertificateFiles:
             raise _unusable("TLS_CERTIFICATE_FILE", self._certificate, "must be for RSA or EC")
         try:
             private_key = load_pem_private_key(key, password=None)
-        # It raises TypeError when a password is needed, and others for what is no key.
+        # It raises TypeError if a password is needed, and other errors for malformed keys.
         except Exception as error:
             raise _unusable(
                 "TLS_PRIVATE_KEY_FILE",
@@ -114,7 +114,7 @@ class CertificateFiles:
                 f"is not the key of {self._certificate}; its own certificate must come first there",
             )
         if is_world_readable(self._private_key):
-            # The name of the file.
+            # Logs the name of the file only.
             log.warning(  # nosemgrep: secret-in-log
                 "secret_file_readable_by_all",
                 setting=f"WEBHOOK_TLS_PRIVATE_KEY_FILE: {self._private_key}",
@@ -124,7 +124,7 @@ class CertificateFiles:
 def listeners(
     address: str, settings: TlsSettings | None
 ) -> list[tuple[str, grpc.ServerCredentials | None]]:
-    """The addresses to listen on, each with its credentials; None for plain text."""
+    """Return the addresses to listen on with their credentials. None means plain text."""
     if settings is None:
         return [(address, None)]
     certificate, private_key = settings.tls_certificate_file, settings.tls_private_key_file
@@ -153,5 +153,5 @@ def _certificates(name: str, path: Path, content: bytes) -> list[x509.Certificat
         raise _unusable(name, path, "must hold certificates in PEM") from error
 
 
-def _unusable(name: str, path: Path, fault: str) -> ConfigurationError:
-    return ConfigurationError(f"WEBHOOK_{name}: {path} {fault}")
+def _unusable(name: str, path: Path, problem: str) -> ConfigurationError:
+    return ConfigurationError(f"WEBHOOK_{name}: {path} {problem}")

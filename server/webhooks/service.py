@@ -173,7 +173,7 @@ class WebhookConfigService(webhook_config_service_pb2_grpc.WebhookConfigServiceS
     async def _ping(
         self, merchant_id: str, webhook_id: UUID, secrets: Sequence[str], config: WebhookConfig
     ) -> AttemptResult:
-        with self._ping_slots.place(merchant_id):
+        with self._ping_slots.slot(merchant_id):
             return await self._pinger(
                 url=config.url,
                 webhook_id=webhook_id,

@@ -120,8 +120,8 @@ def jwks(issuer: FakeIssuer, clock: FakeClock) -> JwksKeys:
 
 async def land(jwks: JwksKeys) -> None:
     """Wait for the fetch under way."""
-    assert jwks._flight is not None
-    await jwks._flight
+    assert jwks._fetching is not None
+    await jwks._fetching
 
 
 # --- PEM ---------------------------------------------------------------------------------------

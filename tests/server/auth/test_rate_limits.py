@@ -7,7 +7,7 @@ import pytest
 from core.errors import QuotaExceeded
 from server.auth import rate_limits
 from server.auth.principal import Principal
-from server.auth.rate_limits import DIALLING, CallerLimits, PingSlots, Rate
+from server.auth.rate_limits import CONNECTING, CallerLimits, PingSlots, Rate
 from server.settings import ServerSettings
 from tests.support.rpcs import methods
 
@@ -124,8 +124,8 @@ def test_calls_that_make_us_dial_have_a_smaller_bucket(clock: Clock) -> None:
 
 def test_the_calls_that_dial_are_calls_of_the_contract() -> None:
     known = {f"/{m.containing_service.full_name}/{m.name}" for m in methods()}
-    assert known >= DIALLING
-    assert len(DIALLING) == 3
+    assert known >= CONNECTING
+    assert len(CONNECTING) == 3
 
 
 def test_a_refusal_names_the_caller_that_has_no_merchant(clock: Clock) -> None:
@@ -139,11 +139,11 @@ def test_a_refusal_names_the_caller_that_has_no_merchant(clock: Clock) -> None:
 
 def test_ping_places_are_counted_by_merchant_and_given_back() -> None:
     places = PingSlots(2)
-    with places.place("m_1"), places.place("m_1"), places.place("m_2"):
-        with pytest.raises(QuotaExceeded, match="2 pings") as refused, places.place("m_1"):
+    with places.slot("m_1"), places.slot("m_1"), places.slot("m_2"):
+        with pytest.raises(QuotaExceeded, match="2 pings") as refused, places.slot("m_1"):
             pass
         assert refused.value.reason == "PINGS_LIMIT"
         assert refused.value.retry_after_seconds == 1.0
-    with pytest.raises(RuntimeError), places.place("m_1"):
+    with pytest.raises(RuntimeError), places.slot("m_1"):
         raise RuntimeError
-    assert not places._taken
+    assert not places._used
