@@ -1,12 +1,11 @@
-"""Events: a draft of each that is published, a message for each that was."""
+"""Converts events between messages, drafts and rows."""
 
 from datetime import UTC, datetime
 
 from core.ids import format_id
 from postrider.v1 import event_pb2
-from server.events.ingest import PublishedEvent
 from server.events.rules import EventDraft
-from server.events.store import EventRow
+from server.events.store import EventRow, PublishedEvent
 from server.rpc.times import fill_time
 
 
@@ -45,10 +44,7 @@ def event_message(event: PublishedEvent | EventRow) -> event_pb2.Event:
 
 
 def fill_event(message: event_pb2.Event, event: PublishedEvent | EventRow) -> None:
-    """Set the fields of an empty message: in its place, which costs half of making it to be copied.
-
-    Every accepted event is answered so.
-    """
+    """Set the fields of an empty message. Creating and copying one would take twice as long."""
     message.id = format_id("evt", event.id)
     message.merchant_id = event.merchant_id
     message.type = event.type

@@ -1,164 +1,168 @@
-"""Joins the events of calls that come together: one statement and one commit for all of them.
+"""Joins the events of concurrent calls into one statement and one commit.
 
-A call that comes alone commits at once, and so do a few. Where calls come in crowds, the first of
-the next commit waits a little for the others, since a commit for one costs PostgreSQL and us nearly
-what one for twenty costs. It waits while this process is busy, which is while others are on their
-way: then waiting costs nothing. Once all have come, whoever waits longer waits for nobody.
+A single call commits at once. Under load, the first call of the next commit waits up to 12 ms for
+others, because a commit of one event costs almost as much as a commit of twenty. It waits only
+while the process is busy, because other calls are then on their way and waiting costs no time.
 
-What comes in floods has commits of its own, which give way: while others publish beside it, they
-are smaller, go one at a time, and take a part of the time only, the smaller the later our loop is.
+Floods have separate commits, which give way while others publish: they are smaller, run one at a
+time, and take a share of the time that adapts to event-loop lag (AIMD).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter, thread_time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from core.backpressure import AimdLevel, LoopLag
 from core.postgres.pool import CONNECTION_ERRORS, RETRYABLE_ERRORS
 from core.queue import NewEvent
 
-#: Events in one statement; a batch of a single call may be as large.
+#: Events in one statement. One call may have as many.
 _EVENTS_MAX = 1000
-#: Commits under way at once: one is written by PostgreSQL while we prepare the next.
+#: Concurrent commits: PostgreSQL writes one while the server prepares the next.
 _COMMITS_MAX = 2
-#: A commit that joins as many calls is one of a crowd, ...
-_CROWD = 4
-#: ... and the next call waits at most so long for its company; unless this many events wait, ...
-_COMPANY_SECONDS = 0.012
+#: After a commit of this many calls, the next call waits for others.
+_CALLS_TO_WAIT = 4
+#: The wait ends after this time, or when this many events wait.
+_GATHER_SECONDS = 0.012
 _EVENTS_ENOUGH = 100
-#: ... or the process was busy for a smaller part of as long a look.
-_LOOK_SECONDS = 0.001
+#: It also ends when the process was idle for more than 55 % of such an interval.
+_CHECK_SECONDS = 0.001
 _BUSY = 0.45
-#: Events in a commit that gives way: what others may have to wait for.
-_EVENTS_GIVING_WAY = 100
-#: What part of the time such commits take: as much as there is room for. But none pauses for long
-#: when a call has waited for so long already.
-_LEAST_SHARE, _MOST_SHARE = 0.05, 0.2
-_WAIT_SECONDS = 1.0
-#: Commits are in use for so long after a call.
-_IN_USE_SECONDS = 0.25
+#: Events in a commit that gives way.
+_FLOOD_EVENTS_MAX = 100
+#: Share of the time that such commits take. The pause ends when a call has waited this long.
+_SHARE_MIN, _SHARE_MAX = 0.05, 0.2
+_FLOOD_WAIT_SECONDS = 1.0
+#: Other commits count as active for this long after their last call.
+_ACTIVE_SECONDS = 0.25
 
-#: A result for each event, in their order.
-type Store[Result] = Callable[[Sequence[NewEvent]], Awaitable[Sequence[Result]]]
+
+class Writer[Result](Protocol):
+    """Commits events in one statement and returns a result for each, in order."""
+
+    async def commit(self, events: Sequence[NewEvent]) -> Sequence[Result]: ...
 
 
 class _Call[Result](NamedTuple):
     events: Sequence[NewEvent]
-    stored: asyncio.Future[Sequence[Result]]
-    at: float
+    results: asyncio.Future[Sequence[Result]]
+    submitted_at: float
 
 
 class GroupCommit[Result]:
-    """Calls `store` with the events of one or more calls, never of part of one."""
+    """Commits the events of one or more calls together. The events of a call are not split.
+
+    `gives_way_to` are the commits of others, which go first. `busy_time` returns the CPU seconds of
+    the event loop's thread.
+    """
 
     def __init__(
         self,
-        store: Store[Result],
+        writer: Writer[Result],
         gives_way_to: "Sequence[GroupCommit[Result]]" = (),
         busy_time: Callable[[], float] = thread_time,
     ):
-        """`busy_time` are the seconds that the thread of the loop has computed so far."""
-        self._store = store
+        self._writer = writer
         self._busy_time = busy_time
         self._gives_way_to = gives_way_to
         self._waiting: list[_Call[Result]] = []
         self._commits: set[asyncio.Task[None]] = set()
         self._committing = 0
-        #: Whether a commit that has yet to begin will take those who wait.
+        # Whether a commit that has not started takes the waiting calls.
         self._is_gathering = False
         self._called_at = float("-inf")
-        self._crowd = 0
-        self._share = AimdLevel(_LEAST_SHARE, _MOST_SHARE)
+        self._last_calls = 0
+        self._share = AimdLevel(_SHARE_MIN, _SHARE_MAX)
         self._loop_lag = LoopLag(self._share)
 
-    async def store(self, events: Sequence[NewEvent]) -> Sequence[Result]:
-        """What `store` says of these events, once they are committed.
+    async def submit(self, events: Sequence[NewEvent]) -> Sequence[Result]:
+        """Return the results of these events once they are committed.
 
-        A caller that is cancelled does not take its events out of the commit.
+        The events of a cancelled caller stay in the commit.
         """
         loop = asyncio.get_running_loop()
         self._called_at = loop.time()
         call = _Call(events, loop.create_future(), self._called_at)
         self._waiting.append(call)
-        is_room = self._committing < _COMMITS_MAX and not self._is_gathering
-        if is_room and not (self._committing and self._gives_way()):
+        has_slot = self._committing < _COMMITS_MAX and not self._is_gathering
+        if has_slot and not (self._committing and self._gives_way()):
             self._committing += 1
             self._is_gathering = True
             task = asyncio.create_task(self._commit_waiting())
             self._commits.add(task)
             task.add_done_callback(self._commits.discard)
-        return await call.stored
+        return await call.results
 
     def _gives_way(self) -> bool:
         now = asyncio.get_running_loop().time()
-        return any(now - other._called_at < _IN_USE_SECONDS for other in self._gives_way_to)
+        return any(now - other._called_at < _ACTIVE_SECONDS for other in self._gives_way_to)
 
     async def _commit_waiting(self) -> None:
         try:
-            await self._until_nobody_waits()
+            await self._commit_until_empty()
         finally:
-            # Here and not when the task is done: a call that comes in between would be left alone.
+            # Not when the task is done, because a call in between would not be committed.
             self._committing -= 1
 
-    async def _until_nobody_waits(self) -> None:
+    async def _commit_until_empty(self) -> None:
         while calls := await self._gather():
-            # The loop's own clock counts whole milliseconds.
-            began = perf_counter()
+            # The clock of the loop has a resolution of milliseconds.
+            started = perf_counter()
             try:
                 await self._commit(calls)
             except Exception as error:
                 if len(calls) > 1 and not isinstance(error, RETRYABLE_ERRORS):
-                    # One call's events must not be the others' error.
+                    # The events of one call must not fail the others.
                     for call in calls:
                         await self._commit_alone(call)
                 else:
                     if isinstance(error, CONNECTION_ERRORS):
-                        # Who waits would wait as long again to hear the same.
+                        # The waiting calls would get the same error after the same wait.
                         calls += self._waiting
                         self._waiting = []
                     for call in calls:
                         _fail(call, error)
             if self._gives_way():
                 self._loop_lag.measure()
-                took = perf_counter() - began
+                took = perf_counter() - started
                 await asyncio.sleep(pause_after(took, self._share.level, self._waited()))
             if self._is_gathering:
                 return
 
     async def _gather(self) -> list[_Call[Result]]:
-        """The calls of the next commit, when their company has come; none when nobody waits."""
+        """Return the calls of the next commit, or none if no call waits."""
         self._is_gathering = True
         try:
-            await self._await_company()
+            await self._wait_for_calls()
             return self._take()
         finally:
             self._is_gathering = False
 
-    async def _await_company(self) -> None:
-        if self._crowd < _CROWD or not self._waiting:
+    async def _wait_for_calls(self) -> None:
+        if self._last_calls < _CALLS_TO_WAIT or not self._waiting:
             return
-        while (left := _COMPANY_SECONDS - self._waited()) > 0 and not self._are_enough():
+        while (left := _GATHER_SECONDS - self._waited()) > 0 and not self._are_enough():
             began, busy = perf_counter(), self._busy_time()
-            await asyncio.sleep(min(_LOOK_SECONDS, left))
+            await asyncio.sleep(min(_CHECK_SECONDS, left))
             if self._busy_time() - busy < _BUSY * (perf_counter() - began):
                 return
 
     def _waited(self) -> float:
-        """For how long the first of those who wait has."""
+        """Return how long the first waiting call has waited."""
         now = asyncio.get_running_loop().time()
-        return now - self._waiting[0].at if self._waiting else 0.0
+        return now - self._waiting[0].submitted_at if self._waiting else 0.0
 
     def _are_enough(self) -> bool:
         return sum(len(call.events) for call in self._waiting) >= _EVENTS_ENOUGH
 
     async def _commit(self, calls: Sequence[_Call[Result]]) -> None:
-        results = await self._store([event for call in calls for event in call.events])
+        results = await self._writer.commit([event for call in calls for event in call.events])
         begin = 0
         for call in calls:
             end = begin + len(call.events)
-            if not call.stored.done():
-                call.stored.set_result(results[begin:end])
+            if not call.results.done():
+                call.results.set_result(results[begin:end])
             begin = end
 
     async def _commit_alone(self, call: _Call[Result]) -> None:
@@ -169,25 +173,27 @@ class GroupCommit[Result]:
 
     def _take(self) -> list[_Call[Result]]:
         count = size = 0
-        most = _EVENTS_GIVING_WAY if self._gives_way() else _EVENTS_MAX
+        limit = _FLOOD_EVENTS_MAX if self._gives_way() else _EVENTS_MAX
         for call in self._waiting:
             size += len(call.events)
-            if count and size > most:
+            if count and size > limit:
                 break
             count += 1
         calls, self._waiting = self._waiting[:count], self._waiting[count:]
         if calls:
-            # By halves: that few came in time does not mean that the others have gone.
-            self._crowd = max(count, self._crowd // 2)
+            # Halved, because one small commit does not end the load.
+            self._last_calls = max(count, self._last_calls // 2)
         return calls
 
 
 def pause_after(took: float, share: float, waited: float) -> float:
-    """How long to do nothing after a commit, so that commits take this share of the time; `waited`
-    is for how long the next call has."""
-    return max(min(took * (1 / share - 1), _WAIT_SECONDS - waited), took)
+    """Return the pause after a commit, so that commits take this share of the time.
+
+    `took` is the duration of the commit, and `waited` the time that the next call has waited.
+    """
+    return max(min(took * (1 / share - 1), _FLOOD_WAIT_SECONDS - waited), took)
 
 
 def _fail[Result](call: _Call[Result], error: Exception) -> None:
-    if not call.stored.done():
-        call.stored.set_exception(error)
+    if not call.results.done():
+        call.results.set_exception(error)

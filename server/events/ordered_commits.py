@@ -1,8 +1,7 @@
-"""Commits the batches of a stream at once and acknowledges them in the order they came.
+"""Commits the batches of a stream concurrently and acknowledges them in order.
 
-At most so many batches are taken and not acknowledged; before one of them is, nothing more is read,
-and the transport's flow control holds the sender back. Whatever ends a stream, what was taken
-before it is acknowledged first.
+The number of unacknowledged batches is limited. Above the limit no more are read, so that HTTP/2
+flow control slows the sender. When a stream ends, its accepted batches are acknowledged first.
 """
 
 import asyncio
@@ -12,7 +11,7 @@ from typing import Any
 
 
 class Turns:
-    """One at a time, in the order in which they ask; once one has failed, nobody any more."""
+    """Runs turns one at a time, in the order of requests, until one fails."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
@@ -20,7 +19,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self) -> AsyncGenerator[None]:
-        """Raises what an earlier turn failed with: what it left out must not be overtaken."""
+        """Run one turn. Raises the error of an earlier turn, because its batch must come first."""
         async with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -32,30 +31,30 @@ class Turns:
 
 
 class OrderedCommits[Batch, Ack]:
-    """One stream; `commit` checks a batch when it is called and stores it when it is awaited."""
+    """One stream. `commit` checks a batch when it is called, and stores it when awaited."""
 
     def __init__(
         self, commit: Callable[[Batch], Coroutine[Any, Any, Ack]], unacknowledged_max: int
     ):
         self._commit = commit
         self._budget = asyncio.Semaphore(unacknowledged_max)
-        # None: nothing comes after it.
-        self._taken: asyncio.Queue[asyncio.Task[Ack] | None] = asyncio.Queue()
+        # None ends the queue.
+        self._accepted: asyncio.Queue[asyncio.Task[Ack] | None] = asyncio.Queue()
         self._reading: asyncio.Task[None] | None = None
         self._ended = False
         self._error: Exception | None = None
 
     def end(self, error: Exception | None = None) -> None:
-        """Take no more; what was taken is acknowledged, then `error` is raised if there is one."""
+        """Read no more. After the last acknowledgement, `error` is raised if it is set."""
         if not self._ended:
             self._ended, self._error = True, error
-            self._taken.put_nowait(None)
+            self._accepted.put_nowait(None)
 
     async def acknowledge(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[Ack]:
-        """The acknowledgement of each batch, until the last one or the first that fails."""
+        """Yield the acknowledgement of each batch, until the last one or the first failure."""
         self._reading = asyncio.create_task(self._read(batches))
         try:
-            while (committing := await self._taken.get()) is not None:
+            while (committing := await self._accepted.get()) is not None:
                 yield await committing
                 self._budget.release()
         finally:
@@ -70,7 +69,7 @@ class OrderedCommits[Batch, Ack]:
             async for batch in batches:
                 if self._ended:
                     return
-                self._taken.put_nowait(asyncio.create_task(self._commit(batch)))
+                self._accepted.put_nowait(asyncio.create_task(self._commit(batch)))
                 if not await self._may_read():
                     return
         except Exception as error:
@@ -83,14 +82,14 @@ class OrderedCommits[Batch, Ack]:
         return not self._ended
 
     async def _abandon(self) -> None:
-        """Give up what is left after a failure. The read goes on until the call is over.
+        """Cancel the remaining batches after a failure.
 
-        gRPC's read must not be cancelled before its call, and ends by itself with it.
+        The read ends with the call, because gRPC does not allow to cancel it earlier.
         """
         self._budget.release()
-        left = []
-        while not self._taken.empty():
-            if (committing := self._taken.get_nowait()) is not None:
+        cancelled = []
+        while not self._accepted.empty():
+            if (committing := self._accepted.get_nowait()) is not None:
                 committing.cancel()
-                left.append(committing)
-        await asyncio.gather(*left, return_exceptions=True)
+                cancelled.append(committing)
+        await asyncio.gather(*cancelled, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""An event as its producer sends it, and the rules that its fields must keep."""
+"""Rules for the fields of a published event."""
 
 import re
 from collections.abc import Set
@@ -13,9 +13,9 @@ from server.event_types.rules import unknown_event_type
 from server.event_types.store import EventTypes
 from server.rpc.ids import is_merchant_id, wrong_merchant_id
 
-#: Of idempotency and of ordering.
+#: Idempotency keys and ordering keys.
 _KEY = re.compile(r"[ -~]{1,128}")
-# ASCII, since ignoring case alone takes ſ for s and the Kelvin sign for k.
+# ASCII, because IGNORECASE alone matches ſ as s and the Kelvin sign as k.
 _ANY_CASE = re.ASCII | re.IGNORECASE
 _CONTENT_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+(; ?charset=[a-z0-9-]+)?", _ANY_CASE)
 _JSON_TYPE = re.compile(r"application/(json|[a-z0-9.-]+\+json)\b", _ANY_CASE)
@@ -24,29 +24,29 @@ _NOT_BEFORE_MAX = timedelta(days=30)
 
 
 class EventDraft(NamedTuple):
-    """An event as a producer sent it, nothing of it checked; `payload` None when there was none."""
+    """An unchecked event. `payload` is None if the producer sent none."""
 
     merchant_id: str
     type: str
     content_type: str
     payload: bytes | None
     idempotency_key: str
-    #: `datetime.max` stands for a time that is none.
+    #: `datetime.max` stands for an invalid time.
     not_before: datetime | None = None
     ordering_key: str = ""
 
 
 class EventRules:
-    """The rules of one server: its largest payload, and the schemas that types enforce."""
+    """The rules of one server, with its payload limit and the schemas of event types."""
 
     def __init__(self, event_types: EventTypes, max_payload_bytes: int):
         self._event_types = event_types
         self._max_payload_bytes = max_payload_bytes
 
     def violations(self, draft: EventDraft, unknown_types: Set[str]) -> list[FieldViolation]:
-        """What is wrong with the draft, by its own fields; nothing when it is accepted.
+        """Return the violations of the draft, by field. Empty if it is accepted.
 
-        `unknown_types` are those of its call that may not be published.
+        `unknown_types` are the types of the call that are not registered.
         """
         found = []
         if not is_merchant_id(draft.merchant_id):
@@ -81,8 +81,8 @@ class EventRules:
             return [FieldViolation("payload", description, "PAYLOAD_MISSING")]
         if len(draft.payload) > self._max_payload_bytes:
             description = (
-                f"has {len(draft.payload)} bytes, at most {self._max_payload_bytes} are accepted: "
-                "send a smaller payload that says where the rest is"
+                f"has {len(draft.payload)} bytes, the limit is {self._max_payload_bytes}: send a "
+                "smaller payload with a link to the rest"
             )
             return [FieldViolation("payload", description, "PAYLOAD_TOO_LARGE")]
         document = None
@@ -90,26 +90,24 @@ class EventRules:
             try:
                 document = orjson.loads(draft.payload)
             except orjson.JSONDecodeError as error:
-                # The error tells rule and place, and nothing of the payload.
-                description = (
-                    f"is not JSON, which its content type {content_type} says it is: {error}"
-                )
+                # The error has the rule and the position, and no part of the payload.
+                description = f"is not valid JSON, but its content type is {content_type}: {error}"
                 return [FieldViolation("payload", description, "PAYLOAD_NOT_JSON")]
-        fault = None
+        problem = None
         if is_known and self._event_types.enforces_schema(draft.type):
-            # A schema says nothing of what is not JSON, so that does not pass it.
-            fault = f"it is {content_type}, not JSON"
+            # A payload that is not JSON cannot match a schema.
+            problem = f"it is {content_type}, not JSON"
             if is_json:
-                fault = self._event_types.payload_fault(draft.type, document)
-        if fault is None:
+                problem = self._event_types.payload_fault(draft.type, document)
+        if problem is None:
             return []
-        description = f"does not match the schema of {draft.type}: {fault}"
+        description = f"does not match the schema of {draft.type}: {problem}"
         return [FieldViolation("payload", description, "PAYLOAD_SCHEMA")]
 
 
 @lru_cache(maxsize=256)
 def _is_json(content_type: str) -> bool | None:
-    """Whether payloads of this type are JSON; None when it is no media type at all."""
+    """Return whether payloads of this type are JSON, or None for a malformed media type."""
     if not _CONTENT_TYPE.fullmatch(content_type):
         return None
     return _JSON_TYPE.match(content_type) is not None

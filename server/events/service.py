@@ -1,4 +1,4 @@
-"""EventService: thin over ingest and history; who may publish for whom is decided here."""
+"""EventService: publishes events through `ingest`, and reads them through `store`."""
 
 import asyncio
 import time
@@ -21,10 +21,10 @@ from server.auth.principal import Principal, Scope
 from server.auth.rate_limits import StreamSlots
 from server.event_types.rules import event_type_filter
 from server.events.convert import event_draft, event_message, fill_event
-from server.events.ingest import Ingest, PublishedEvent
+from server.events.ingest import Ingest
 from server.events.ordered_commits import OrderedCommits, Turns
 from server.events.rules import EventDraft
-from server.events.store import EventFilter, find_event, list_events
+from server.events.store import EventFilter, PublishResult, find_event, list_events
 from server.rpc.authenticate import principal
 from server.rpc.call import current_call
 from server.rpc.ids import check_merchant_id, id_of, not_found
@@ -39,7 +39,7 @@ UNACKNOWLEDGED_BATCHES_MAX = 16
 
 
 class EventService(event_service_pb2_grpc.EventServiceServicer):
-    """OK is answered only after the commit."""
+    """Responses are sent after the commit."""
 
     def __init__(self, ingest: Ingest, pool: Pool, stream_slots: StreamSlots):
         self._ingest = ingest
@@ -49,7 +49,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         self._draining = False
 
     def drain(self) -> None:
-        """End every stream as soon as what it has taken is acknowledged."""
+        """End every stream once its accepted batches are acknowledged."""
         self._draining = True
         for stream in self._streams:
             stream.end(_stopping())
@@ -128,7 +128,7 @@ class EventService(event_service_pb2_grpc.EventServiceServicer):
         identity = ("events", merchant_id, request.type, start, end)
         before = parse_page_token(request.page_token, UUID, *identity)
         if caller.merchant_id not in (None, merchant_id):
-            # As of a merchant that has none.
+            # The same response as for a merchant without events.
             return pb.ListEventsResponse()
         wanted = EventFilter(event_type, start, end, before)
         rows = await list_events(self._pool, merchant_id, wanted, size + 1)
@@ -157,7 +157,7 @@ def _publisher() -> Principal:
 
 
 def _trace_parent() -> str | None:
-    """What the present call leaves with the events it publishes."""
+    """Return the traceparent to store with the events of this call."""
     trace_parent = current_call().trace_parent
     return str(trace_parent) if trace_parent is not None else None
 
@@ -174,7 +174,7 @@ def _drafts(caller: Principal, events: Sequence[event_pb2.EventInput]) -> list[E
     return [event_draft(event) for event in events]
 
 
-def _result(result: PublishedEvent | PostriderError) -> pb.PublishResult:
+def _result(result: PublishResult) -> pb.PublishResult:
     if isinstance(result, PostriderError):
         return pb.PublishResult(
             status=pb.PUBLISH_STATUS_REJECTED, reason=result.reason, message=result.message
@@ -188,22 +188,21 @@ def _result(result: PublishedEvent | PostriderError) -> pb.PublishResult:
 def _not_ascending(sequence: int, last: int) -> InvalidArgument:
     return InvalidArgument.of(
         "sequence",
-        f"is {sequence} after {last}: give each batch of a stream a greater number than the one "
-        "before",
+        f"is {sequence} after {last}: number the batches of a stream in ascending order",
         reason="SEQUENCE_NOT_ASCENDING",
     )
 
 
 def _expired() -> Unauthenticated:
     return Unauthenticated(
-        "the token of this stream has expired: open another with a new token, and send again what "
-        "was not acknowledged",
+        "the token of this stream has expired: open a new stream with a new token, and send the "
+        "unacknowledged batches again",
         reason="TOKEN_EXPIRED",
     )
 
 
 def _stopping() -> Unavailable:
     return Unavailable(
-        "this server is stopping: open the stream again, and send again what was not acknowledged",
+        "this server is stopping: open the stream again, and send the unacknowledged batches again",
         reason="SERVER_STOPPING",
     )

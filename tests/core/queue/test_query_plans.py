@@ -50,7 +50,6 @@ from core.retention import move, partitions, prune
 from delivery import database_stats
 from server.admin import audit_log, erasure, queue_status
 from server.deliveries import store as delivery_store
-from server.events import ingest
 from server.events import store as event_store
 from tests.conftest import database_settings
 from tests.support.factories import STARTED_AT, make_event
@@ -821,7 +820,7 @@ _JUDGE = redelivery._JUDGE.format(of_merchant="", lock="", made="")
 #: Statements that were planned when there was next to nothing.
 _PLANNED_EARLY = {
     "enqueue": _ENQUEUE,
-    "previous": ingest._PREVIOUS,
+    "previous": event_store._PREVIOUS,
     "claim": _CLAIM,
     "held": _HELD,
     "spend": rate_limit._SPEND_RATE,

@@ -10,8 +10,9 @@ from delivery.metrics import EngineMetrics
 from delivery.record import Recorder
 from delivery.settings import DeliverySettings
 from server.event_types.store import EventTypes
-from server.events.ingest import Ingest, PublishedEvent
+from server.events.ingest import Ingest
 from server.events.rules import EventDraft
+from server.events.store import PublishedEvent
 from server.metrics import ServerMetrics
 from server.notify import Notifier
 from tests.support.factories import (

@@ -8,8 +8,10 @@ import pytest
 
 from core.ids import new_id
 from server.event_types.store import EventTypes
-from server.events.ingest import FLOOD_EVENTS, Ingest, PublishedEvent
+from server.events.ingest import Ingest
+from server.events.publish_rates import FLOOD_EVENTS
 from server.events.rules import EventDraft
+from server.events.store import PublishedEvent
 from server.metrics import ServerMetrics
 from server.notify import Notifier
 from tests.support.factories import EVENT_TYPE, promptly, until_blocked

@@ -25,7 +25,7 @@ class Database:
         self.open = asyncio.Event()
         self.open.set()
 
-    async def store(self, events: Sequence[NewEvent]) -> list[tuple[UUID, int]]:
+    async def commit(self, events: Sequence[NewEvent]) -> list[tuple[UUID, int]]:
         self.batches.append(list(events))
         self.asked.set()
         if any(event.payload == b"poison" for event in events):
@@ -44,16 +44,16 @@ def database() -> Database:
 async def test_lone_call_is_committed_at_once_and_alone(database: Database) -> None:
     single = event()
 
-    stored = await GroupCommit(database.store).store([single])
+    stored = await GroupCommit(database).submit([single])
 
     assert stored == [(single.id, 1)]
 
 
 async def test_each_call_hears_of_its_own_events_in_their_order(database: Database) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
     database.open.clear()
     batches = [[event() for _ in range(size)] for size in (1, 1, 3, 1, 2)]
-    calls = [asyncio.create_task(commits.store(batch)) for batch in batches]
+    calls = [asyncio.create_task(commits.submit(batch)) for batch in batches]
     await database.asked.wait()
     await asyncio.create_task(asyncio.sleep(0))
     database.open.set()
@@ -64,11 +64,11 @@ async def test_each_call_hears_of_its_own_events_in_their_order(database: Databa
 
 
 async def test_calls_that_arrive_during_a_commit_share_the_next(database: Database) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
     database.open.clear()
-    calls = [asyncio.create_task(commits.store([event()])) for _ in range(2)]
+    calls = [asyncio.create_task(commits.submit([event()])) for _ in range(2)]
     await database.asked.wait()
-    calls += [asyncio.create_task(commits.store([event()])) for _ in range(50)]
+    calls += [asyncio.create_task(commits.submit([event()])) for _ in range(50)]
     # Every task that was made before this one runs up to its first wait.
     await asyncio.create_task(asyncio.sleep(0))
     database.open.set()
@@ -79,22 +79,22 @@ async def test_calls_that_arrive_during_a_commit_share_the_next(database: Databa
 
 
 async def test_a_call_is_never_split_and_a_commit_is_bounded(database: Database) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
     calls = [[event() for _ in range(400)] for _ in range(7)]
 
-    await asyncio.gather(*(commits.store(call) for call in calls))
+    await asyncio.gather(*(commits.submit(call) for call in calls))
 
     assert all(len(batch) <= 1000 for batch in database.batches)
     assert sum(map(len, database.batches)) == 2800
 
 
 async def test_one_calls_fault_is_not_the_others(database: Database) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
 
     results = await asyncio.gather(
-        commits.store([event()]),
-        commits.store([event(b"poison")]),
-        commits.store([event()]),
+        commits.submit([event()]),
+        commits.submit([event(b"poison")]),
+        commits.submit([event()]),
         return_exceptions=True,
     )
 
@@ -104,10 +104,10 @@ async def test_one_calls_fault_is_not_the_others(database: Database) -> None:
 async def test_a_lost_database_is_every_callers_error_and_is_not_asked_again(
     database: Database,
 ) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
 
     results = await asyncio.gather(
-        commits.store([event(b"away")]), commits.store([event(b"away")]), return_exceptions=True
+        commits.submit([event(b"away")]), commits.submit([event(b"away")]), return_exceptions=True
     )
 
     assert all(isinstance(result, ConnectionResetError) for result in results)
@@ -115,11 +115,11 @@ async def test_a_lost_database_is_every_callers_error_and_is_not_asked_again(
 
 
 async def test_a_cancelled_caller_leaves_its_events_in_the_commit(database: Database) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
     database.open.clear()
     given_up, other = event(), event()
-    call = asyncio.create_task(commits.store([given_up]))
-    beside = asyncio.create_task(commits.store([other]))
+    call = asyncio.create_task(commits.submit([given_up]))
+    beside = asyncio.create_task(commits.submit([other]))
     await database.asked.wait()
     call.cancel()
     database.open.set()
@@ -133,11 +133,11 @@ async def test_a_cancelled_caller_leaves_its_events_in_the_commit(database: Data
 async def test_callers_that_come_together_again_and_again_share_their_commits(
     database: Database,
 ) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
 
     async def publish() -> None:
         for _ in range(20):
-            await commits.store([event()])
+            await commits.submit([event()])
 
     await asyncio.gather(*(publish() for _ in range(20)))
 
@@ -162,9 +162,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 async def test_a_caller_that_is_alone_or_nearly_never_waits_for_company(
     database: Database, waits: list[float], callers: int
 ) -> None:
-    commits = GroupCommit(database.store)
+    commits = GroupCommit(database)
     for _ in range(10):
-        await asyncio.gather(*(commits.store([event()]) for _ in range(callers)))
+        await asyncio.gather(*(commits.submit([event()]) for _ in range(callers)))
     assert len(database.batches) == 10
     assert waits == []
 
@@ -178,10 +178,10 @@ async def test_the_first_call_after_a_crowd_waits_for_the_others(
         await waited_enough.wait()
 
     monkeypatch.setattr("server.events.group_commit.asyncio.sleep", sleep)
-    commits = GroupCommit(database.store)
-    await asyncio.gather(*(commits.store([event()]) for _ in range(10)))
-    first = asyncio.create_task(commits.store([event()]))
-    others = [asyncio.create_task(commits.store([event()])) for _ in range(9)]
+    commits = GroupCommit(database)
+    await asyncio.gather(*(commits.submit([event()]) for _ in range(10)))
+    first = asyncio.create_task(commits.submit([event()]))
+    others = [asyncio.create_task(commits.submit([event()])) for _ in range(9)]
     # Cannot be ready before the ten of them have run.
     await asyncio.gather(*(asyncio.create_task(database.asked.wait()) for _ in range(2)))
     assert [len(batch) for batch in database.batches] == [10]
@@ -194,10 +194,10 @@ async def test_the_first_call_after_a_crowd_waits_for_the_others(
 async def test_a_caller_whose_crowd_has_gone_soon_waits_no_more(
     database: Database, waits: list[float]
 ) -> None:
-    commits = GroupCommit(database.store, busy_time=lambda: 0.0)
-    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
+    commits = GroupCommit(database, busy_time=lambda: 0.0)
+    await asyncio.gather(*(commits.submit([event()]) for _ in range(8)))
     for _ in range(10):
-        await commits.store([event()])
+        await commits.submit([event()])
     # 8, 4, and then no crowd any more.
     assert len(waits) == 2
     assert all(0 < seconds <= 0.002 for seconds in waits)
@@ -210,57 +210,55 @@ async def test_a_crowd_is_waited_for_while_the_process_is_busy_with_it(
     sleep = asyncio.sleep
 
     async def one_more_comes(_: float) -> None:
-        others.append(asyncio.create_task(commits.store([event()])))
+        others.append(asyncio.create_task(commits.submit([event()])))
         await sleep(0)
 
     monkeypatch.setattr("server.events.group_commit.asyncio.sleep", one_more_comes)
-    commits = GroupCommit(
-        database.store, busy_time=lambda: perf_counter() if len(others) < 3 else 0.0
-    )
-    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
+    commits = GroupCommit(database, busy_time=lambda: perf_counter() if len(others) < 3 else 0.0)
+    await asyncio.gather(*(commits.submit([event()]) for _ in range(8)))
 
-    await commits.store([event()])
+    await commits.submit([event()])
 
     await asyncio.gather(*others)
     assert [len(batch) for batch in database.batches] == [8, 4]
 
 
 async def test_a_crowd_is_not_waited_for_for_ever(database: Database) -> None:
-    commits = GroupCommit(database.store, busy_time=perf_counter)
-    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
+    commits = GroupCommit(database, busy_time=perf_counter)
+    await asyncio.gather(*(commits.submit([event()]) for _ in range(8)))
 
-    await commits.store([event()])
+    await commits.submit([event()])
 
     assert [len(batch) for batch in database.batches] == [8, 1]
 
 
 async def test_a_large_call_waits_for_nobody(database: Database, waits: list[float]) -> None:
-    commits = GroupCommit(database.store)
-    await asyncio.gather(*(commits.store([event()]) for _ in range(8)))
-    await commits.store([event() for _ in range(100)])
+    commits = GroupCommit(database)
+    await asyncio.gather(*(commits.submit([event()]) for _ in range(8)))
+    await commits.submit([event() for _ in range(100)])
     assert waits == []
 
 
 @pytest.fixture
 def in_use_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.events.group_commit._IN_USE_SECONDS", 60)
+    monkeypatch.setattr("server.events.group_commit._ACTIVE_SECONDS", 60)
 
 
 @pytest.mark.usefixtures("in_use_for_long")
 async def test_what_gives_way_does_so_while_others_are_in_use(
     database: Database, waits: list[float]
 ) -> None:
-    others = GroupCommit(database.store)
-    floods = GroupCommit(database.store, gives_way_to=[others])
+    others = GroupCommit(database)
+    floods = GroupCommit(database, gives_way_to=[others])
     calls = [[event() for _ in range(100)] for _ in range(9)]
 
-    await asyncio.gather(*(floods.store(call) for call in calls))
+    await asyncio.gather(*(floods.submit(call) for call in calls))
     assert max(map(len, database.batches)) > 200
     assert waits == []
 
     database.batches.clear()
-    await others.store([event()])
-    await asyncio.gather(*(floods.store(call) for call in calls))
+    await others.submit([event()])
+    await asyncio.gather(*(floods.submit(call) for call in calls))
     assert all(len(batch) <= 100 for batch in database.batches)
     # After each of its commits.
     assert len(waits) == len(database.batches) - 1
@@ -269,12 +267,12 @@ async def test_what_gives_way_does_so_while_others_are_in_use(
 
 @pytest.mark.usefixtures("in_use_for_long")
 async def test_what_gives_way_has_one_commit_at_a_time(database: Database) -> None:
-    others = GroupCommit(database.store)
-    floods = GroupCommit(database.store, gives_way_to=[others])
-    await others.store([event()])
+    others = GroupCommit(database)
+    floods = GroupCommit(database, gives_way_to=[others])
+    await others.submit([event()])
     database.batches.clear()
     database.open.clear()
-    calls = [asyncio.create_task(floods.store([event() for _ in range(150)])) for _ in range(3)]
+    calls = [asyncio.create_task(floods.submit([event() for _ in range(150)])) for _ in range(3)]
     await asyncio.gather(*(asyncio.create_task(database.asked.wait()) for _ in range(4)))
     assert len(database.batches) == 1
     database.open.set()

@@ -13,7 +13,7 @@ from grpc import StatusCode
 
 from postrider.v1 import event_service_pb2 as pb
 from postrider.v1.event_pb2 import EventInput
-from server.events.ingest import Ingest
+from server.events.store import EventWriter
 from tests.support.platform import Metadata, Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
@@ -129,14 +129,14 @@ async def test_a_key_that_outlives_its_event_still_stands_for_it(
 async def test_a_key_that_goes_while_it_is_looked_up_is_a_new_one(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = Ingest._published_before
+    genuine = EventWriter._find_previous
 
     async def once_it_is_gone(*arguments: Any) -> Any:
         await pool.execute("DELETE FROM idempotency_keys")
         return await genuine(*arguments)
 
     first = (await platform.publish(idempotency_key="k")).event
-    monkeypatch.setattr(Ingest, "_published_before", once_it_is_gone)
+    monkeypatch.setattr(EventWriter, "_find_previous", once_it_is_gone)
     batch = [event(idempotency_key=key) for key in ("k", "new")]
     answer = await platform.events.PublishEvents(
         pb.PublishEventsRequest(events=batch), metadata=platform.producer()

@@ -307,7 +307,7 @@ async def test_a_stream_ends_when_its_token_expires(platform: Platform, pool: An
     async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED") as error, asyncio.timeout(10):
         await acknowledged(call)
     assert time.time() - began < 5
-    assert "not acknowledged" in error.message
+    assert "unacknowledged" in error.message
     assert await count(pool) == 3
 
 

@@ -1,7 +1,7 @@
 """When a merchant's events are looked at more closely."""
 
 from core.queue import BURST_EVENTS
-from server.events.ingest import PublishRates
+from server.events.publish_rates import PublishRates
 
 
 class Clock:
@@ -13,20 +13,20 @@ class Clock:
 
 def test_each_merchants_events_of_a_second_are_counted() -> None:
     bursts = PublishRates(Clock())
-    bursts.notice(["m_0", "m_1", "m_0"])
-    bursts.notice(["m_0"])
-    assert bursts.most_of(["m_1"]) == 1
-    assert bursts.most_of(["m_1", "m_0", "m_2"]) == 3
-    assert bursts.most_of([]) == 0
+    bursts.count(["m_0", "m_1", "m_0"])
+    bursts.count(["m_0"])
+    assert bursts.highest(["m_1"]) == 1
+    assert bursts.highest(["m_1", "m_0", "m_2"]) == 3
+    assert bursts.highest([]) == 0
 
 
 def test_a_crowd_outlives_its_second_and_thins_out() -> None:
     clock = Clock()
     bursts = PublishRates(clock)
-    bursts.notice(["m_0"] * (4 * BURST_EVENTS) + ["m_1"] * BURST_EVENTS)
+    bursts.count(["m_0"] * (4 * BURST_EVENTS) + ["m_1"] * BURST_EVENTS)
     counts = []
     for _ in range(4):
         clock.now += 1
-        bursts.notice([])
-        counts.append((bursts.most_of(["m_0"]), bursts.most_of(["m_1"])))
+        bursts.count([])
+        counts.append((bursts.highest(["m_0"]), bursts.highest(["m_1"])))
     assert counts == [(2 * BURST_EVENTS, 0), (BURST_EVENTS, 0), (0, 0), (0, 0)]
