@@ -1,6 +1,10 @@
-"""Deactivates and reactivates webhook configs of any merchant for an operator."""
+"""Deactivates, reactivates and lists webhook configs of all merchants, for operators."""
 
-from sqlalchemy import func
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core import queue
@@ -53,6 +57,33 @@ async def reactivate(sessions: Sessions, text: str) -> WebhookConfig:
         changed = {"active", "consecutive_failures", "deactivation_reason"}
         await _finish(session, row, "ReactivateWebhookConfig", changed, "")
     return row
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookConfigFilter:
+    """The configs to list. Empty or None does not filter. `before` is the last id of a page."""
+
+    merchant_id: str
+    inactive_only: bool
+    deactivation: DeactivationReason | None
+    before: UUID | None
+
+
+async def list_webhook_configs(
+    sessions: Sessions, wanted: WebhookConfigFilter, limit: int
+) -> Sequence[WebhookConfig]:
+    """Return at most `limit` configs of all merchants, newest first."""
+    query = select(WebhookConfig).where(WebhookConfig.deleted_at.is_(None))
+    if wanted.merchant_id:
+        query = query.where(WebhookConfig.merchant_id == wanted.merchant_id)
+    if wanted.inactive_only or wanted.deactivation:
+        query = query.where(~WebhookConfig.active)
+    if wanted.deactivation:
+        query = query.where(WebhookConfig.deactivation_reason == wanted.deactivation)
+    if wanted.before is not None:
+        query = query.where(WebhookConfig.id < wanted.before)
+    async with sessions() as session:
+        return (await session.scalars(query.order_by(WebhookConfig.id.desc()).limit(limit))).all()
 
 
 async def _finish(

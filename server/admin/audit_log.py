@@ -1,4 +1,4 @@
-"""Reads the audit log, newest first, in the order of one of its indexes."""
+"""Reads the audit log, newest first, in the order of an index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from core.ids import first_id_at
 from core.models import AuditEntry
 from server.database import Sessions
 
-#: Ids begin with a server's time and `created_at` is the database's: how far they may be apart.
-_CLOCKS_APART = timedelta(days=1)
+#: Upper bound between the server's clock (in an id) and the database's clock (`created_at`).
+_CLOCK_SKEW_MAX = timedelta(days=1)
 _TEXT_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """What to list; empty or None does not filter. `before` is where the page before ended."""
+    """The entries to list. Empty or None does not filter. `before` is the last id of a page."""
 
     actor: str
     resource: str
@@ -32,7 +32,7 @@ class AuditFilter:
 async def list_audit_entries(
     sessions: Sessions, wanted: AuditFilter, limit: int
 ) -> Sequence[AuditEntry]:
-    """At most `limit` entries, newest first; InvalidArgument for a filter nothing can match."""
+    """Return at most `limit` entries, newest first. Raises InvalidArgument for a bad filter."""
     async with sessions() as session:
         return (await session.scalars(_page(wanted, limit))).all()
 
@@ -47,12 +47,12 @@ def _page(wanted: AuditFilter, limit: int) -> Select[Any]:
             )
         if text:
             query = query.where(column == text)
-    # The ids bound what is read, the times decide.
+    # The ids limit the rows that are read. The times are exact.
     if wanted.start is not None:
-        first = first_id_at(wanted.start, -_CLOCKS_APART)
+        first = first_id_at(wanted.start, -_CLOCK_SKEW_MAX)
         query = query.where(AuditEntry.id >= first, AuditEntry.created_at >= wanted.start)
     if wanted.end is not None:
-        last = first_id_at(wanted.end, _CLOCKS_APART)
+        last = first_id_at(wanted.end, _CLOCK_SKEW_MAX)
         query = query.where(AuditEntry.id < last, AuditEntry.created_at < wanted.end)
     if wanted.before is not None:
         query = query.where(AuditEntry.id < wanted.before)

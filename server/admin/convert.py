@@ -1,4 +1,4 @@
-"""What only AdminService speaks of: the audit log, the queue, invariants, redelivering in bulk."""
+"""Converts audit entries, queue status, invariants and redelivery filters of AdminService."""
 
 from datetime import datetime
 
@@ -8,7 +8,7 @@ from core.lifecycle import DeactivationReason, Outcome
 from core.models import AuditEntry
 from core.queue import FailedFilter, Finding
 from postrider.v1 import admin_service_pb2, delivery_pb2, webhook_config_pb2
-from server.admin.queue_status import Standing
+from server.admin.queue_status import QueueStatus
 from server.rpc.ids import check_merchant_id, optional_id_of
 from server.rpc.times import duration_of, seconds_of, time_range, timestamp
 
@@ -46,23 +46,23 @@ def deactivation_reason_filter(
     return DeactivationReason(name.removeprefix("DEACTIVATION_REASON_").lower())
 
 
-def queue_status_message(standing: Standing) -> admin_service_pb2.QueueStatus:
+def queue_status_message(status: QueueStatus) -> admin_service_pb2.QueueStatus:
     return admin_service_pb2.QueueStatus(
-        webhook_id=format_id("wh", standing.webhook_id) if standing.webhook_id else "",
-        merchant_id=standing.merchant_id or "",
-        ready=standing.ready,
-        parked=standing.parked,
-        leased=standing.leased,
-        blocked=standing.blocked,
-        oldest_due_age=duration_of(standing.oldest_due_age_seconds),
-        breaker_open_until=timestamp(standing.breaker_open_until)
-        if standing.breaker_open_until
+        webhook_id=format_id("wh", status.webhook_id) if status.webhook_id else "",
+        merchant_id=status.merchant_id or "",
+        ready=status.ready,
+        parked=status.parked,
+        leased=status.leased,
+        blocked=status.blocked,
+        oldest_due_age=duration_of(status.oldest_due_age_seconds),
+        breaker_open_until=timestamp(status.breaker_open_until)
+        if status.breaker_open_until
         else None,
     )
 
 
 def invariant_budget(request: admin_service_pb2.CheckInvariantsRequest) -> float:
-    """Seconds to go on looking; InvalidArgument for more or less than a call may take."""
+    """Return the time limit in seconds. Raises InvalidArgument outside 1 s to 60 s."""
     if not request.HasField("budget"):
         return 10.0
     seconds = seconds_of(request.budget)
@@ -85,12 +85,12 @@ def invariant_check_message(finding: Finding) -> admin_service_pb2.InvariantChec
 def failed_filter(
     request: admin_service_pb2.RedeliverDeliveriesRequest, now: datetime
 ) -> FailedFilter:
-    """Which failed deliveries to send again; the range of times has both ends, and has passed."""
+    """Return the failed deliveries to send again. The time range must be closed and past."""
     start_at, end_at = time_range(request)
     if start_at is None or end_at is None:
         raise InvalidArgument.of(
             "start_time" if start_at is None else "end_time",
-            "is required; send both ends of a time that has passed",
+            "is required: send both ends of a time range that has passed",
             reason="TIME_RANGE_OPEN",
         )
     if end_at > now:
@@ -115,5 +115,7 @@ def _outcome(value: delivery_pb2.Outcome.ValueType) -> Outcome:
         return Outcome(delivery_pb2.Outcome.Name(value).removeprefix("OUTCOME_").lower())
     except ValueError:
         raise InvalidArgument.of(
-            "outcomes", "holds an outcome this server does not know", reason="OUTCOME_UNKNOWN"
+            "outcomes",
+            "contains an outcome that this server does not know",
+            reason="OUTCOME_UNKNOWN",
         ) from None

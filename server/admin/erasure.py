@@ -1,30 +1,29 @@
-"""Erases a merchant: first what lets anything be sent, then what was said, in bounded chunks.
+"""Erases a merchant's data in chunks: configs and open deliveries first, then contents.
 
-Every step finds by itself what is left of it, so an erasure that broke off is ended by a second.
-The ids, types, times and outcomes of events and deliveries stay: that something was delivered, not
-what. Of the audit log stays what was done when, and not by whom of the merchant's people. An erased
-event has no content type, which no other event lacks. What is accepted after an erasure began is a
-new beginning, and stays.
+An interrupted erasure is completed by a second call. Ids, types, times and outcomes of events and
+deliveries stay. The audit log keeps the actions and their times, without the people of the
+merchant. An erased event is marked by an empty content type. Events that are accepted after the
+erasure started stay.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 
 from core import queue
 from core.ids import format_id
 from core.models import WebhookConfig
 from core.postgres.planner import equal, hidden
 from core.postgres.protocols import Pool
-from server.database import Sessions
+from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change
 
-#: Rows of one statement: tens of milliseconds, so that nobody waits long for what it locks.
+#: Rows of one statement. It takes tens of milliseconds, so locks are held briefly.
 _CHUNK = 500
 _FIRST = UUID(int=0)
-#: What only a caller of the scope webhooks:admin, who has no merchant, can do to a merchant.
+#: Actions that only operators can do to a merchant.
 _OPERATORS_ACTIONS = (
     "DeactivateWebhookConfig",
     "EraseMerchant",
@@ -32,22 +31,22 @@ _OPERATORS_ACTIONS = (
     "RedeliverDeliveries",
 )
 
-# Of configs that were deleted before, too; their rows stay, so that the history keeps its ids.
-_ERASE_CONFIGS = text("""
+# Includes deleted configs. Their rows stay, because the history refers to their ids.
+_ERASE_CONFIGS = """
 UPDATE webhook_configs
 SET url = 'https://erased.invalid/', description = '', headers = '{}', secret_ciphertext = '',
     previous_secret_ciphertext = NULL, previous_secret_key_id = NULL,
     previous_secret_expires_at = NULL, public_key = NULL, previous_public_key = NULL,
     header_prefix = '', deleted_at = coalesce(deleted_at, now()),
     version = version + 1, updated_at = now()
-WHERE id = ANY (:ids) AND (deleted_at IS NULL OR url <> 'https://erased.invalid/')
-""")
+WHERE id = ANY ($1) AND (deleted_at IS NULL OR url <> 'https://erased.invalid/')
+"""
 
-_ERASE_COMMENTS = text("""
-UPDATE audit_entries SET comment = '' WHERE resource = ANY (:resources) AND comment <> ''
-""")
+_ERASE_COMMENTS = """
+UPDATE audit_entries SET comment = '' WHERE resource = ANY ($1) AND comment <> ''
+"""
 
-# No time to find keys by: among all merchants' there may be few of this one.
+# hidden(), because an index by time would read the keys of all merchants.
 _ERASE_KEYS = f"""
 WITH chunk AS MATERIALIZED (
     SELECT merchant_id, key FROM idempotency_keys
@@ -69,9 +68,8 @@ SELECT count(*) FILTER (WHERE whole) AS erased, (array_agg(id ORDER BY id DESC))
 FROM chunk
 """  # noqa: S608 - of constants
 
-# That it was one of the merchant's people stays, and what was done to which id with what result;
-# who that was goes, from where and with what, and what a refused request named without its being
-# an id. What operators did to the merchant is theirs: of that the reasons go, as of configs below.
+# Entries keep the action, the resource id and the result. Actor, origin and free text are erased.
+# Entries of operators keep their actor and lose the comment.
 _ERASE_ENTRIES = f"""
 WITH chunk AS (
     SELECT id, actor = 'erased' OR (result = 'OK' AND action = ANY ($5)) AS done
@@ -89,7 +87,7 @@ WITH chunk AS (
 SELECT 0 AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id FROM chunk
 """  # noqa: S608 - of constants
 
-# What a receiver answered, and where it was, is as personal as what it was sent.
+# The responses and addresses of receivers are as personal as the payloads.
 _ERASE_ATTEMPTS = f"""
 WITH chunk AS (
     SELECT id FROM finished_deliveries
@@ -104,14 +102,14 @@ SELECT 0 AS erased, (array_agg(id ORDER BY id DESC))[1] AS last_id FROM chunk
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """What this erasure found and erased; what an earlier one did is not counted again."""
+    """The numbers that this erasure erased, without those of an earlier one."""
 
     webhook_configs: int
     events: int
 
 
 async def erase_merchant(sessions: Sessions, pool: Pool, merchant_id: str) -> Erased:
-    """Nothing is sent for the merchant once this returns, but what is on the wire already."""
+    """Erase a merchant. After it returns, only requests that are already open can still arrive."""
     configs, began_at = await _erase_configs(sessions, merchant_id)
     for webhook_id in configs:
         await queue.cancel_webhook(pool, webhook_id)
@@ -126,23 +124,24 @@ async def erase_merchant(sessions: Sessions, pool: Pool, merchant_id: str) -> Er
 async def _erase_configs(
     sessions: Sessions, merchant_id: str
 ) -> tuple[dict[UUID, datetime | None], datetime]:
-    """All configs there ever were, with when they had been deleted before; and the time it is."""
+    """Erase all configs. Returns their ids with earlier deletion times, and the current time."""
     async with sessions.begin() as session:
-        # The lock that creates take: none slips in behind us.
+        # The lock that CreateWebhookConfig takes, so that no config is added.
         await session.execute(
             select(func.pg_advisory_xact_lock(func.hashtextextended(merchant_id, 0)))
         )
         rows = await session.execute(
             select(WebhookConfig.id, WebhookConfig.deleted_at)
             .where(WebhookConfig.merchant_id == merchant_id)
-            # In the order in which engines lock them.
+            # The order in which engines lock configs.
             .order_by(WebhookConfig.id)
             .with_for_update()
         )
         configs: dict[UUID, datetime | None] = {row.id: row.deleted_at for row in rows}
-        await session.execute(_ERASE_CONFIGS, {"ids": list(configs)})
+        connection = await driver_connection(session)
+        await connection.execute(_ERASE_CONFIGS, list(configs))
         resources = [format_id("wh", webhook_id) for webhook_id in configs]
-        await session.execute(_ERASE_COMMENTS, {"resources": resources})
+        await connection.execute(_ERASE_COMMENTS, resources)
         record_change(
             session, action="EraseMerchant", resource=merchant_id, merchant_id=merchant_id
         )

@@ -1,7 +1,7 @@
-"""Counts open deliveries, exactly, in one statement and hence of one moment.
+"""Counts open deliveries exactly, in one statement and so at one moment.
 
-Backlogs and what is blocked, which is what grows, are counted by their indexes alone; the rest is
-as large as what engines have yet to look at. A million rows take about half a second.
+Parked and blocked deliveries, which can be many, are counted by index-only scans. A million rows
+take about half a second.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import text
-
 from core.errors import InvalidArgument
-from server.database import Sessions
+from core.postgres.protocols import Executor
 
 _TOP_DEFAULT = 20
 _TOP_MAX = 100
@@ -35,7 +33,7 @@ WITH parked AS (
         coalesce(leased, 0) AS leased, coalesce(blocked, 0) AS blocked, oldest_due_at
     FROM parked FULL JOIN others USING (webhook_id) FULL JOIN blocked USING (webhook_id)
 ), top AS (
-    SELECT * FROM open ORDER BY ready + parked + leased + blocked DESC, webhook_id LIMIT :top
+    SELECT * FROM open ORDER BY ready + parked + leased + blocked DESC, webhook_id LIMIT $1
 )
 SELECT NULL::uuid AS webhook_id, NULL AS merchant_id, coalesce(sum(ready), 0)::bigint AS ready,
     coalesce(sum(parked), 0)::bigint AS parked, coalesce(sum(leased), 0)::bigint AS leased,
@@ -51,12 +49,12 @@ UNION ALL (
 )
 """
 _OF_ALL = _STATUS.format(of_webhook="")
-_OF_ONE = _STATUS.format(of_webhook=" AND webhook_id = :webhook_id")
+_OF_ONE = _STATUS.format(of_webhook=" AND webhook_id = $2")
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How a part of the queue stands; `webhook_id` is None for all of it together."""
+class QueueStatus:
+    """Open deliveries of one config, or of all configs if `webhook_id` is None."""
 
     webhook_id: UUID | None
     merchant_id: str | None
@@ -69,18 +67,17 @@ class Standing:
 
 
 async def queue_status(
-    sessions: Sessions, webhook_id: UUID | None, top: int
-) -> tuple[Standing, Sequence[Standing]]:
-    """All together, and the configs with the most open deliveries; or both for one config."""
+    database: Executor, webhook_id: UUID | None, top: int
+) -> tuple[QueueStatus, Sequence[QueueStatus]]:
+    """Return the total and the configs with the most open deliveries, or both for one config."""
     if top < 0:
         raise InvalidArgument.of(
             "top", f"must be 0 (meaning {_TOP_DEFAULT}) to {_TOP_MAX}", reason="TOP_INVALID"
         )
-    arguments: dict[str, object] = {"top": min(top or _TOP_DEFAULT, _TOP_MAX)}
-    if webhook_id is not None:
-        arguments["webhook_id"] = webhook_id
-    statement = text(_OF_ALL if webhook_id is None else _OF_ONE)
-    async with sessions() as session:
-        rows = (await session.execute(statement, arguments)).mappings().all()
-    total, *webhooks = (Standing(**row) for row in rows)
+    limit = min(top or _TOP_DEFAULT, _TOP_MAX)
+    if webhook_id is None:
+        rows = await database.fetch(_OF_ALL, limit)
+    else:
+        rows = await database.fetch(_OF_ONE, limit, webhook_id)
+    total, *webhooks = (QueueStatus(**row) for row in rows)
     return total, webhooks

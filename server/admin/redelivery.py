@@ -1,12 +1,12 @@
-"""Sends again what failed of many merchants, in pages of a transaction each.
+"""Redelivers failed deliveries of many merchants, in pages of one transaction each.
 
-Every page finds by itself what is left of it, so a call that broke off is repeated as it was.
+A page skips the deliveries that an interrupted call has redelivered, so the call can be repeated.
 """
 
 from collections.abc import Callable
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import select
 
 from core import queue
 from core.ids import format_id
@@ -16,24 +16,24 @@ from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change
 from server.rpc.ids import is_merchant_id
 
-#: Deliveries looked at in one transaction, and transactions of one call: tenths of a second in all.
+#: Deliveries read per transaction, and transactions per call: tenths of a second in all.
 _PAGE = 500
 _PAGES = 10
 
-# The space keeps it apart from the locks of merchants.
-_ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(hashtextextended('redeliver failed', 0))")
+# Merchant ids contain no space, so this lock is none of theirs.
+_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('redeliver failed', 0))"
 
 
 async def redeliver_failed(
-    sessions: Sessions, wanted: FailedFilter, after: Place, made: Callable[[], None]
+    sessions: Sessions, wanted: FailedFilter, after: Place, notify: Callable[[], None]
 ) -> RedeliveredPage:
-    """What came of the next pages together; `made` is called after each that made a delivery."""
+    """Redeliver the next pages and return their totals. Calls `notify` after each commit."""
     pages: list[RedeliveredPage] = []
     end: Place | None = after
     while end is not None and len(pages) < _PAGES:
         page = await _redeliver_page(sessions, wanted, end)
         if page.redelivered:
-            made()
+            notify()
         pages.append(page)
         end = page.end
     return RedeliveredPage(
@@ -45,16 +45,16 @@ async def redeliver_failed(
 
 
 async def count_failed(pool: Pool, wanted: FailedFilter, after: Place) -> RedeliveredPage:
-    """What would come of it."""
+    """Return the numbers without redelivering."""
     return await queue.redeliver_failed(pool, wanted, after, _PAGE * _PAGES, dry_run=True)
 
 
-def place_text(place: Place) -> str:
+def position_text(place: Place) -> str:
     return f"{place.merchant_id}/{place.delivery_id.hex}"
 
 
-def parse_place(position: str) -> Place:
-    """ValueError when it is none."""
+def parse_position(position: str) -> Place:
+    """Raises ValueError for a malformed position."""
     merchant_id, _, digits = position.partition("/")
     if not is_merchant_id(merchant_id):
         raise ValueError(position)
@@ -65,10 +65,12 @@ async def _redeliver_page(
     sessions: Sessions, wanted: FailedFilter, after: Place
 ) -> RedeliveredPage:
     async with sessions.begin() as session:
-        # Of two at once the second has to see what the first has made.
+        # Concurrent calls run one after the other, so that each sees the other's redeliveries.
         await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
-        await session.execute(_ONE_AT_A_TIME)
+        # A statement of the session starts its transaction.
+        await session.execute(select(1))
         connection = await driver_connection(session)
+        await connection.execute(_LOCK)
         page = await queue.redeliver_failed(connection, wanted, after, _PAGE)
         if page.redelivered:
             resource = format_id("wh", wanted.webhook_id) if wanted.webhook_id else ""

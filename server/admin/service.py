@@ -1,14 +1,12 @@
-"""AdminService: what operators see and change, across merchants; a module for each duty."""
+"""AdminService: the calls of operators, across merchants. Each duty has its module."""
 
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import grpc
-from sqlalchemy import select
 
 from core import queue
-from core.models import WebhookConfig
 from core.postgres.protocols import Pool
 from postrider.v1 import admin_service_pb2, admin_service_pb2_grpc
 from server.admin import activation
@@ -23,7 +21,7 @@ from server.admin.convert import (
 )
 from server.admin.erasure import erase_merchant
 from server.admin.queue_status import queue_status
-from server.admin.redelivery import count_failed, parse_place, place_text, redeliver_failed
+from server.admin.redelivery import count_failed, parse_position, position_text, redeliver_failed
 from server.auth.principal import Scope
 from server.database import Sessions
 from server.event_types.rules import event_type_draft, event_type_message
@@ -40,7 +38,7 @@ pb = admin_service_pb2
 
 
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
-    """Every method needs the scope `webhooks:admin` and no merchant."""
+    """Every method needs the scope `webhooks:admin`, and no merchant."""
 
     def __init__(self, sessions: Sessions, pool: Pool, notifier: Notifier, event_types: EventTypes):
         self._sessions = sessions
@@ -76,20 +74,15 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             request.deactivation_reason,
         )
         before = parse_page_token(request.page_token, UUID, *identity)
-        query = select(WebhookConfig).where(WebhookConfig.deleted_at.is_(None))
         if request.merchant_id:
             check_merchant_id(request.merchant_id)
-            query = query.where(WebhookConfig.merchant_id == request.merchant_id)
-        reason = deactivation_reason_filter(request.deactivation_reason)
-        if request.inactive_only or reason:
-            query = query.where(~WebhookConfig.active)
-        if reason:
-            query = query.where(WebhookConfig.deactivation_reason == reason)
-        if before is not None:
-            query = query.where(WebhookConfig.id < before)
-        async with self._sessions() as session:
-            found = await session.scalars(query.order_by(WebhookConfig.id.desc()).limit(size + 1))
-            rows = found.all()
+        wanted = activation.WebhookConfigFilter(
+            request.merchant_id,
+            request.inactive_only,
+            deactivation_reason_filter(request.deactivation_reason),
+            before,
+        )
+        rows = await activation.list_webhook_configs(self._sessions, wanted, size + 1)
         page = rows[:size]
         return pb.ListAllWebhookConfigsResponse(
             webhook_configs=[webhook_config_message(row) for row in page],
@@ -109,7 +102,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             tuple(request.outcomes),
             request.dry_run,
         )
-        after = parse_page_token(request.page_token, parse_place, *identity) or queue.BEGINNING
+        after = parse_page_token(request.page_token, parse_position, *identity) or queue.BEGINNING
         wanted = failed_filter(request, datetime.now(UTC))
         if request.dry_run:
             page = await count_failed(self._pool, wanted, after)
@@ -119,7 +112,7 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
             redelivered=page.redelivered,
             already_redelivered=page.already_redelivered,
             skipped=page.skipped,
-            next_page_token=page_token(place_text(page.end), *identity) if page.end else "",
+            next_page_token=page_token(position_text(page.end), *identity) if page.end else "",
         )
 
     async def CreateEventType(
@@ -142,10 +135,10 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.GetQueueStatusResponse:
         _require_admin()
         webhook_id = optional_id_of("wh", request.webhook_id, "webhook_id")
-        total, webhooks = await queue_status(self._sessions, webhook_id, request.top)
+        total, webhooks = await queue_status(self._pool, webhook_id, request.top)
         return pb.GetQueueStatusResponse(
             total=queue_status_message(total),
-            webhooks=[queue_status_message(standing) for standing in webhooks],
+            webhooks=[queue_status_message(status) for status in webhooks],
         )
 
     async def CheckInvariants(

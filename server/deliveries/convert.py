@@ -1,4 +1,4 @@
-"""Deliveries and their attempts."""
+"""Converts deliveries and attempts to messages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from uuid import UUID
@@ -9,12 +9,14 @@ from core.errors import InvalidArgument
 from core.ids import format_id
 from core.lifecycle import DeliveryState
 from postrider.v1 import delivery_pb2, delivery_service_pb2
-from server.deliveries.store import AttemptRow, DeliveryRow
+from server.deliveries.store import DeliveryRow, RecordedAttempt
 from server.deliveries.tail import Recorded
 from server.rpc.times import duration_of, timestamp
 
 
-def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delivery_pb2.Delivery:
+def delivery_message(
+    row: DeliveryRow, attempts: Iterable[RecordedAttempt]
+) -> delivery_pb2.Delivery:
     waits = row.state in (DeliveryState.READY, DeliveryState.LEASED)
     return delivery_pb2.Delivery(
         id=format_id("dlv", row.id),
@@ -26,14 +28,14 @@ def delivery_message(row: DeliveryRow, attempts: Iterable[AttemptRow]) -> delive
         next_attempt_time=timestamp(row.due_at) if waits else None,
         create_time=timestamp(row.created_at),
         finish_time=timestamp(row.finished_at),
-        # They are read after the delivery: what was recorded between the two is no part of it.
+        # Attempts are read after the delivery, so later ones are left out.
         attempts=[_attempt_message(a) for a in attempts if a.number <= row.attempt_count],
         redelivery_of=format_id("dlv", row.redelivery_of) if row.redelivery_of else "",
     )
 
 
 def delivery_messages(
-    rows: Sequence[DeliveryRow], attempts: Mapping[UUID, Sequence[AttemptRow]]
+    rows: Sequence[DeliveryRow], attempts: Mapping[UUID, Sequence[RecordedAttempt]]
 ) -> list[delivery_pb2.Delivery]:
     return [delivery_message(row, attempts.get(row.id, ())) for row in rows]
 
@@ -47,20 +49,21 @@ def watch_message(
     )
 
 
-def _attempt_message(row: AttemptRow) -> delivery_pb2.Attempt:
+def _attempt_message(attempt: RecordedAttempt) -> delivery_pb2.Attempt:
+    result = attempt.result
     return delivery_pb2.Attempt(
-        number=row.number,
-        outcome=delivery_pb2.Outcome.Value(f"OUTCOME_{row.outcome.upper()}"),
-        status_code=row.status_code or 0,
-        detail=row.detail,
-        start_time=timestamp(row.started_at),
-        duration=duration_of(row.duration_us / 1e6),
-        dns_duration=_phase(row.dns_us),
-        connect_duration=_phase(row.connect_us),
-        tls_duration=_phase(row.tls_us),
-        first_byte_duration=_phase(row.first_byte_us),
-        remote_address=row.remote_address or "",
-        response_excerpt=row.response_excerpt,
+        number=attempt.number,
+        outcome=delivery_pb2.Outcome.Value(f"OUTCOME_{result.outcome.upper()}"),
+        status_code=result.status_code or 0,
+        detail=result.detail,
+        start_time=timestamp(attempt.started_at),
+        duration=duration_of(result.duration_us / 1e6),
+        dns_duration=_phase(result.dns_us),
+        connect_duration=_phase(result.connect_us),
+        tls_duration=_phase(result.tls_us),
+        first_byte_duration=_phase(result.first_byte_us),
+        remote_address=result.remote_address or "",
+        response_excerpt=result.response_excerpt,
     )
 
 
@@ -71,13 +74,13 @@ def _phase(microseconds: int | None) -> Duration | None:
 def delivery_state_filter(
     state: delivery_pb2.DeliveryState.ValueType,
 ) -> DeliveryState | None:
-    """The state to filter by; None for all."""
+    """Return the state to filter by, or None for all."""
     if state == delivery_pb2.DELIVERY_STATE_UNSPECIFIED:
         return None
     try:
         name = delivery_pb2.DeliveryState.Name(state)
     except ValueError:
         raise InvalidArgument.of(
-            "state", "is not a delivery state this server knows", reason="STATE_UNKNOWN"
+            "state", "is not a delivery state that this server knows", reason="STATE_UNKNOWN"
         ) from None
     return DeliveryState(name.removeprefix("DELIVERY_STATE_").lower())

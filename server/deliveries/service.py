@@ -1,4 +1,4 @@
-"""DeliveryService: a merchant's deliveries and their attempts; its one change is to repeat one."""
+"""DeliveryService: lists, shows, watches and redelivers a merchant's deliveries."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -48,7 +48,7 @@ pb = delivery_service_pb2
 
 
 class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
-    """Every statement carries the merchant; a foreign id is an unknown id."""
+    """Every query names the merchant, so another merchant's id is an unknown id."""
 
     def __init__(
         self,
@@ -124,11 +124,11 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         row = await self._find(merchant_id, request.id)
         if row.state in OPEN_STATES:
             raise FailedPrecondition(
-                f"this delivery is {row.state} and will be attempted without a redelivery; wait "
+                f"this delivery is {row.state} and will be attempted without a redelivery: wait "
                 "until it is finished",
                 reason="DELIVERY_OPEN",
             )
-        # To its end even when the caller hangs up: else nobody knows whether it will be sent.
+        # Completed even if the caller cancels, because it would not know whether it is sent.
         made = await asyncio.shield(asyncio.create_task(self._redeliver(merchant_id, row.id)))
         self._notifier.notify()
         return pb.RedeliverDeliveryResponse(delivery=delivery_message(made, ()))
@@ -156,8 +156,8 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
         with self._stream_slots.slot(merchant_id):
             self._metrics.watchers += 1
             try:
-                async with aclosing(watch.follow(start)) as told:
-                    async for news in told:
+                async with aclosing(watch.follow(start)) as items:
+                    async for news in items:
                         yield watch_message(news.recorded, tokens.seal(news.position))
             finally:
                 self._metrics.watchers -= 1
@@ -183,7 +183,7 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             if row is None:
                 raise FailedPrecondition(
                     "this delivery cannot be repeated: its webhook config is deleted, or its event "
-                    "is no longer stored; publish the event anew",
+                    "is no longer stored: publish the event again",
                     reason="REDELIVERY_IMPOSSIBLE",
                 )
         return row

@@ -1,21 +1,22 @@
-"""Reads deliveries, open and finished, as one list; always of one merchant."""
+"""Reads deliveries, open and finished, as one list. Every query names the merchant."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, Self
 from uuid import UUID
 
 from core.ids import first_id_at
-from core.lifecycle import OPEN_STATES, DeliveryState
+from core.lifecycle import ATTEMPT_COLUMNS, OPEN_STATES, AttemptResult, DeliveryState
 from core.postgres.planner import equal, hidden
-from core.postgres.protocols import Executor, Pool
+from core.postgres.protocols import Executor
 
 _NEWEST = UUID(int=(1 << 128) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRow:
-    """A delivery: from the queue, with `due_at`, or from the history, with `finished_at`."""
+    """A delivery: an open one has `due_at`, a finished one `finished_at`."""
 
     id: UUID
     state: str
@@ -30,29 +31,27 @@ class DeliveryRow:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptRow:
-    """One attempt on record."""
+class RecordedAttempt:
+    """One recorded attempt."""
 
     delivery_id: UUID
     number: int
-    outcome: str
-    status_code: int | None
-    detail: str
     started_at: datetime
-    duration_us: int
-    dns_us: int | None
-    connect_us: int | None
-    tls_us: int | None
-    first_byte_us: int | None
-    remote_address: str | None
-    response_excerpt: str
+    result: AttemptResult
+
+    @classmethod
+    def of(cls, row: Any) -> Self:
+        """Read a row with all columns of `attempts`."""
+        columns = {name: row[name] for name in ATTEMPT_COLUMNS}
+        return cls(row["delivery_id"], row["number"], row["started_at"], AttemptResult(**columns))
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryFilter:
-    """What to list; None does not filter. `before` is the id where the page before ended.
+    """The deliveries to list. None does not filter. `before` is the last id of the previous page.
 
-    The times are of the deliveries' ids, to the millisecond: `start_at` is included, `end_at` not.
+    The times apply to the deliveries' ids, in milliseconds. `start_at` is inclusive and `end_at`
+    exclusive.
     """
 
     webhook_id: UUID | None = None
@@ -66,17 +65,16 @@ class DeliveryFilter:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the queue, with the statement of a page of it, which one index has in its order."""
+    """A part of the queue that one index serves in the order of the list."""
 
     states: frozenset[DeliveryState]
     page: str
-    #: That an id is `than` an `argument`.
-    id_is: str
+    #: A condition that compares the id with a parameter.
+    id_condition: str
 
 
-# Newest first, a page from each of the places a delivery can be in; the pages merge to one.
-# Ordered by the config as well: by the id alone all of the queue could be read, until a page was
-# found.
+# A page is merged from a page of each part, newest first. The order includes the config, because an
+# order by id alone could read the whole queue until it finds a page.
 _OF_CONFIGS = f"""(
     SELECT q.id, q.state, q.webhook_id, q.event_id, q.event_type, q.attempt_count, q.created_at,
         q.due_at, NULL::timestamptz AS finished_at, q.redelivery_of
@@ -87,7 +85,7 @@ _OF_CONFIGS = f"""(
     ) q
     WHERE c.merchant_id = $1 AND c.deleted_at IS NULL{{of_webhook}}
 )"""  # noqa: S608 - of constants
-# In the words of its index, which no other statement has.
+# greatest() is the expression of a partial index that only this statement uses.
 _OF_EVENT = f"""(
     SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
         d.due_at, NULL::timestamptz AS finished_at, d.redelivery_of
@@ -100,18 +98,20 @@ _PARKED, _BLOCKED = (
     _Part(
         frozenset({state}),
         _OF_CONFIGS.replace("PART", f"d.state = '{state.value}'"),
-        "(d.webhook_id, d.id) {than} (c.id, ${argument})",
+        "(d.webhook_id, d.id) {operator} (c.id, ${argument})",
     )
     for state in (DeliveryState.PARKED, DeliveryState.BLOCKED)
 )
-# By no index of ids: of a config there is little of these.
-_UNDER_WAY = _Part(
+# Without an index by id, because a config has few of these.
+_READY_OR_LEASED = _Part(
     OPEN_STATES - _PARKED.states - _BLOCKED.states,
     _OF_CONFIGS.replace("PART", "d.state <> 'parked' AND d.due_at < 'infinity'"),
-    hidden("d.id") + " {than} ${argument}",
+    hidden("d.id") + " {operator} ${argument}",
 )
-# Whole backlogs would be read for it otherwise.
-_WAITING_OF_EVENT = _Part(_PARKED.states | _BLOCKED.states, _OF_EVENT, _UNDER_WAY.id_is)
+# Otherwise whole backlogs would be read.
+_WAITING_OF_EVENT = _Part(
+    _PARKED.states | _BLOCKED.states, _OF_EVENT, _READY_OR_LEASED.id_condition
+)
 _FINISHED = """(
     SELECT d.id, d.state, d.webhook_id, d.event_id, d.event_type, d.attempt_count, d.created_at,
         NULL::timestamptz AS due_at, d.finished_at, d.redelivery_of
@@ -130,22 +130,23 @@ SELECT id, state, webhook_id, event_id, event_type, attempt_count, created_at,
 FROM finished_deliveries WHERE id = $2 AND merchant_id = $1
 """
 
-_ATTEMPTS = """
-SELECT delivery_id, number, outcome, status_code, detail, started_at, duration_us, dns_us,
-    connect_us, tls_us, first_byte_us, remote_address, response_excerpt
+_ATTEMPTS = f"""
+SELECT delivery_id, number, started_at, {", ".join(ATTEMPT_COLUMNS)}
 FROM attempts WHERE delivery_id = ANY ($1) ORDER BY delivery_id, number
-"""
+"""  # noqa: S608 - of constants
 
 
-async def find_delivery(pool: Executor, merchant_id: str, delivery_id: UUID) -> DeliveryRow | None:
-    """One delivery of a merchant, wherever it stands."""
-    row = await pool.fetchrow(_ONE, merchant_id, delivery_id)
+async def find_delivery(
+    database: Executor, merchant_id: str, delivery_id: UUID
+) -> DeliveryRow | None:
+    """Return a delivery of the merchant, open or finished, or None."""
+    row = await database.fetchrow(_ONE, merchant_id, delivery_id)
     return DeliveryRow(**row) if row else None
 
 
-async def has_webhook(pool: Pool, merchant_id: str, webhook_id: UUID) -> bool:
-    """Whether a webhook config is the merchant's, or was before it was deleted."""
-    found: bool = await pool.fetchval(
+async def has_webhook(database: Executor, merchant_id: str, webhook_id: UUID) -> bool:
+    """Return whether a webhook config is or was the merchant's."""
+    found: bool = await database.fetchval(
         "SELECT EXISTS (SELECT 1 FROM webhook_configs WHERE id = $2 AND merchant_id = $1)",
         merchant_id,
         webhook_id,
@@ -154,15 +155,14 @@ async def has_webhook(pool: Pool, merchant_id: str, webhook_id: UUID) -> bool:
 
 
 async def list_deliveries(
-    pool: Pool, merchant_id: str, wanted: DeliveryFilter, limit: int
+    database: Executor, merchant_id: str, wanted: DeliveryFilter, limit: int
 ) -> list[DeliveryRow]:
-    """At most `limit` deliveries of a merchant, newest first."""
+    """Return at most `limit` deliveries of a merchant, newest first."""
     statement, arguments = _page(merchant_id, wanted, limit)
-    return [DeliveryRow(**row) for row in await pool.fetch(statement, *arguments)]
+    return [DeliveryRow(**row) for row in await database.fetch(statement, *arguments)]
 
 
 def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, list[object]]:
-    """The statement of a page, with its arguments."""
     bounds = [_NEWEST, wanted.before, first_id_at(wanted.end_at) if wanted.end_at else None]
     arguments: list[object] = [merchant_id, min(bound for bound in bounds if bound), limit]
     of_webhook = of_event = filters = ""
@@ -185,25 +185,27 @@ def _page(merchant_id: str, wanted: DeliveryFilter, limit: int) -> tuple[str, li
         branches = _open_branches(wanted.state, of_webhook, of_event, filters, start)
     if wanted.state is None or wanted.state not in OPEN_STATES:
         branches.append(_finished_branch(wanted.state, of_webhook, of_event, filters, start))
-    # As a subquery: a single branch would have two ORDER BY.
+    # A subquery, because a single branch would have two ORDER BY.
     whole = " UNION ALL ".join(branches)
-    statement = f"SELECT * FROM ({whole}) d ORDER BY id DESC LIMIT $3"  # noqa: S608 - of our own parts
+    statement = f"SELECT * FROM ({whole}) d ORDER BY id DESC LIMIT $3"  # noqa: S608 - of constants
     return statement, arguments
 
 
 def _open_branches(
     state: DeliveryState | None, of_webhook: str, of_event: str, filters: str, start: int | None
 ) -> list[str]:
-    """Of the parts of the queue, those that may have deliveries of this state."""
+    """Return the parts of the queue that may have deliveries of this state."""
     branches = []
-    for part in (_WAITING_OF_EVENT, _UNDER_WAY) if of_event else (_PARKED, _BLOCKED, _UNDER_WAY):
+    for part in (
+        (_WAITING_OF_EVENT, _READY_OR_LEASED) if of_event else (_PARKED, _BLOCKED, _READY_OR_LEASED)
+    ):
         if state is not None and state not in part.states:
             continue
-        more = f"{filters} AND {part.id_is.format(than='<', argument=2)}"
+        more = f"{filters} AND {part.id_condition.format(operator='<', argument=2)}"
         if start is not None:
-            more += f" AND {part.id_is.format(than='>=', argument=start)}"
+            more += f" AND {part.id_condition.format(operator='>=', argument=start)}"
         if state is not None and len(part.states) > 1:
-            # No reason to read the index of all that are due, or leased.
+            # hidden(), because the indexes of due and leased rows would read too many.
             more += f" AND {hidden('d.state')} = '{state.value}'"
         of_config = f" AND c.id = {of_webhook}" if of_webhook else ""
         branches.append(part.page.format(filters=more, of_webhook=of_config))
@@ -213,8 +215,10 @@ def _open_branches(
 def _finished_branch(
     state: DeliveryState | None, of_webhook: str, of_event: str, filters: str, start: int | None
 ) -> str:
-    """By the index of the event, else of the config, else of the merchant: who has most of what
-    there is would be read to the end otherwise, for the few of a config or an event.
+    """Use the index of the event, else of the config, else of the merchant.
+
+    With the index of the merchant alone, a large merchant would be read to the end for the few
+    deliveries of one config or event.
     """
     merchant, order = "d.merchant_id", ""
     if of_event:
@@ -224,19 +228,21 @@ def _finished_branch(
         order = "d.webhook_id DESC, "
         filters += f" AND {equal('d.webhook_id', f'{of_webhook}::uuid')}"
     elif of_webhook:
-        # Of what went wrong, or of a time, there is little by the other indexes as well.
+        # Failed deliveries, and those of a time range, are few in the other indexes too.
         filters += f" AND d.webhook_id = {of_webhook}"
     if state is not None:
-        # Not an argument: only of a constant does the planner know whether a partial index has it.
+        # A constant, because the planner cannot match a parameter with a partial index.
         filters += f" AND d.state = '{state.value}'"
     if start is not None:
         filters += f" AND d.id >= ${start}"
     return _FINISHED.format(merchant=merchant, filters=filters, order=order)
 
 
-async def attempts_of(pool: Pool, delivery_ids: Sequence[UUID]) -> dict[UUID, list[AttemptRow]]:
-    """The attempts of these deliveries, oldest first."""
-    attempts: dict[UUID, list[AttemptRow]] = {}
-    for row in await pool.fetch(_ATTEMPTS, delivery_ids):
-        attempts.setdefault(row["delivery_id"], []).append(AttemptRow(**row))
+async def attempts_of(
+    database: Executor, delivery_ids: Sequence[UUID]
+) -> dict[UUID, list[RecordedAttempt]]:
+    """Return the attempts of these deliveries, oldest first."""
+    attempts: dict[UUID, list[RecordedAttempt]] = {}
+    for row in await database.fetch(_ATTEMPTS, delivery_ids):
+        attempts.setdefault(row["delivery_id"], []).append(RecordedAttempt.of(row))
     return attempts

@@ -1,12 +1,12 @@
-"""A live tail of recorded attempts: one reader a process, and only while somebody watches.
+"""A live tail of recorded attempts. One reader per process serves all watches.
 
-Attempts are read in the order of the transactions that recorded them, and only below the oldest
-transaction that still runs: one that began early and commits late is waited for, never skipped. So
-a position (transaction, delivery, attempt) has everything before it behind it, for any process.
+Attempts are read in the order of the transactions that recorded them, up to the oldest running
+transaction. So a transaction that commits late is waited for, and a position (transaction,
+delivery, attempt) has all earlier attempts before it, in every process.
 
-A position is always that of an attempt, never just of a moment: numbers of transactions that left
-nothing behind are given out again after a crash, those of a commit never. Only a database that was
-set back (restored, or failed over to a standby that lagged) can be behind a position, and says so.
+A position is always that of an attempt. PostgreSQL reuses the numbers of transactions without
+changes after a crash, and never those of a commit. Only a database that was set back (restored, or
+failed over to a standby with a lag) can be behind a position, and then the watch gets an error.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import structlog
 from core.errors import InvalidArgument, PostriderError, QuotaExceeded, Unavailable
 from core.postgres.pool import RETRYABLE_ERRORS
 from core.postgres.protocols import Executor
-from server.deliveries.store import AttemptRow, DeliveryRow
+from server.deliveries.store import DeliveryRow, RecordedAttempt
 
 _POLL_SECONDS = 0.2
 #: Attempts of all merchants in one read.
@@ -28,7 +28,7 @@ BATCH = 1000
 
 _SNAPSHOT = "SELECT pg_current_snapshot()::text"
 
-# Ordered by what the index has, the transaction; its attempts are then sorted by themselves.
+# Ordered by the index on transactions. The attempts of one transaction are sorted afterwards.
 _NEWEST = """
 SELECT recorded_xid, delivery_id, number FROM attempts
 WHERE recorded_xid = (
@@ -78,7 +78,6 @@ ORDER BY b.recorded_xid, b.delivery_id, b.number
 """
 
 _DELIVERY_COLUMNS = tuple(field.name for field in fields(DeliveryRow))
-_ATTEMPT_COLUMNS = tuple(field.name for field in fields(AttemptRow))
 
 _NO_ID = UUID(int=0)
 
@@ -87,7 +86,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
-    """A place among the attempts; everything up to it has been read."""
+    """A position among the attempts. All attempts up to it were read."""
 
     xid: int
     delivery_id: UUID = _NO_ID
@@ -96,7 +95,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Which transactions had ended at a moment."""
+    """The transactions that had ended at a moment."""
 
     xmin: int
     xmax: int
@@ -113,17 +112,17 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """An attempt that was recorded, and its delivery as it stands."""
+    """A recorded attempt with the current state of its delivery."""
 
     position: Position
     merchant_id: str
     delivery: DeliveryRow
-    attempt: AttemptRow
+    attempt: RecordedAttempt
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a read brought of some merchants, where it ended, and whether there may be more."""
+    """The attempts of one read, its end, and whether the batch is full."""
 
     recorded: Sequence[Recorded]
     end: Position
@@ -135,7 +134,7 @@ async def take_snapshot(pool: Executor) -> Snapshot:
 
 
 async def newest_position(pool: Executor) -> Position:
-    """Of the newest attempt that is certain; what a later snapshot lacks comes after it."""
+    """Return the position of the newest attempt below the oldest running transaction."""
     row = await pool.fetchrow(_NEWEST)
     return Position(*row) if row else Position(0)
 
@@ -143,9 +142,9 @@ async def newest_position(pool: Executor) -> Position:
 async def read_recorded(
     pool: Executor, after: Position, merchant_ids: Sequence[str], limit: int = BATCH
 ) -> Batch:
-    """The next attempts after a position, of at most `limit` of all merchants'.
+    """Return the next attempts of these merchants, after reading at most `limit` of all merchants.
 
-    InvalidArgument when the database does not reach as far as the position.
+    Raises InvalidArgument if the database was set back behind the position.
     """
     rows = await pool.fetch(
         _READ, after.xid, after.delivery_id, after.number, limit, list(merchant_ids)
@@ -165,12 +164,12 @@ def _recorded(row: Any) -> Recorded:
         Position(row["recorded_xid"], row["delivery_id"], row["number"]),
         row["merchant_id"],
         DeliveryRow(**{name: row[name] for name in _DELIVERY_COLUMNS}),
-        AttemptRow(**{name: row[name] for name in _ATTEMPT_COLUMNS}),
+        RecordedAttempt.of(row),
     )
 
 
 class Watcher:
-    """What one call still has to be told: bounded, so that a slow one costs itself only."""
+    """The pending attempts of one watch. The number is limited, so that a slow watch ends."""
 
     def __init__(
         self, merchant_id: str, webhook_id: UUID | None, event_type: str | None, backlog: int
@@ -180,7 +179,7 @@ class Watcher:
         self._event_type = event_type
         self._backlog = backlog
         self.pending: list[Recorded] = []
-        #: Whether the tail puts here what it reads.
+        #: Whether the tail adds its attempts here.
         self.joined = False
         self.ended: PostriderError | None = None
         self.news = asyncio.Event()
@@ -211,17 +210,16 @@ class Watcher:
 
 
 class Tail:
-    """Reads for all watchers of this process at once."""
+    """Reads for all watchers of this process."""
 
     def __init__(self, pool: Executor):
         self._pool = pool
-        #: One page at a time is read for watches that catch up, in turn, however many there are:
-        #: what they missed can wait, and everybody's calls use the same database.
+        #: Held while a watch that catches up reads a page, because all calls use the same database.
         self.catching_up = asyncio.Lock()
         self._watchers: set[Watcher] = set()
         self._watched = asyncio.Event()
         self._stopped = False
-        #: Up to here every watcher that joined has been told; None while nobody watches.
+        #: Every joined watcher has the attempts up to here. None without watchers.
         self.position: Position | None = None
 
     def add(self, watcher: Watcher) -> None:
@@ -234,13 +232,13 @@ class Tail:
         self._watchers.discard(watcher)
 
     def stop(self) -> None:
-        """End every watch, also those to come: this process is going away."""
+        """End every watch, including later ones, because the process stops."""
         self._stopped = True
         for watcher in self._watchers:
             watcher.end(_stopping())
 
     async def run(self) -> None:
-        """Read until cancelled. While the database is away there is nothing to tell."""
+        """Read until cancelled. While the database is unavailable there are no attempts."""
         while True:
             await self._watched.wait()
             try:
@@ -256,7 +254,7 @@ class Tail:
             return
         if self.position is None:
             self.position = await newest_position(self._pool)
-        # Whoever comes while we read waits for the next round: their merchant is not asked for.
+        # A watcher that is added during the read joins in the next round.
         watchers = list(self._watchers)
         for watcher in watchers:
             watcher.join()
@@ -281,16 +279,16 @@ class Tail:
 def _set_back() -> InvalidArgument:
     return InvalidArgument.of(
         "resume_token",
-        "is of later than all that the database holds, which was set back to an earlier state: "
-        "leave it empty, and list the deliveries of the time between",
+        "is newer than the database, which was set back to an earlier state: leave it empty, and "
+        "list the deliveries of the time in between",
         reason="RESUME_TOKEN_INVALID",
     )
 
 
 def _too_slow(merchant_id: str, backlog: int) -> QuotaExceeded:
     return QuotaExceeded(
-        f"more than {backlog} attempts wait to be read: read faster or narrow the filters, and go "
-        "on with the last resume_token",
+        f"more than {backlog} attempts are unread: read faster or narrow the filters, and continue "
+        "with the last resume_token",
         reason="WATCH_TOO_SLOW",
         subject=f"merchant:{merchant_id}",
     )

@@ -1,7 +1,7 @@
-"""One watch: first what was recorded since its resume token, then the live tail, without a gap.
+"""One watch: the attempts since its resume token, and then the live tail without a gap.
 
-It ends with its token's time, when it reads too slowly, and when the server stops; a caller goes on
-with the last resume token it read.
+It ends when its bearer token expires, when it reads too slowly, and when the server stops. The
+caller continues with the last resume token.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from server.deliveries.tail import Position, Recorded, Snapshot, Tail, Watcher, 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """An attempt, or None for a sign of life; the watch goes on after `position`."""
+    """An attempt, or None as a keepalive. The watch continues after `position`."""
 
     position: Position
     recorded: Recorded | None
 
 
 class Watch:
-    """Follows for one watcher from a position on."""
+    """Yields the attempts of one watcher from a position on."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Watch:
         self._pool = pool
         self._tail = tail
         self._watcher = watcher
-        # What had been recorded when a watch without a resume token began is not news.
+        # A watch without a resume token skips the attempts that this snapshot contains.
         self._since = since
         self._keep_alive_seconds = keep_alive_seconds
         self._expires_at = expires_at
@@ -51,7 +51,7 @@ class Watch:
         self._position = Position(0)
 
     async def follow(self, start: Position) -> AsyncGenerator[News]:
-        """Everything recorded after `start`; at first, and when it is quiet, a sign of life."""
+        """Yield all attempts after `start`, and keepalives at first and in quiet times."""
         self._position = start
         yield News(start, None)
         async for news in self._catch_up():
@@ -59,7 +59,7 @@ class Watch:
         self._tail.add(self._watcher)
         try:
             await self._wait_to_join()
-            # What was recorded between our last read and the tail's next.
+            # The attempts between the last read here and the next read of the tail.
             async for news in self._catch_up():
                 yield news
             async for news in self._live():
@@ -68,8 +68,8 @@ class Watch:
             self._tail.remove(self._watcher)
 
     async def _catch_up(self) -> AsyncGenerator[News]:
-        """By our own reading, to the newest there is; of what others did there may be much."""
-        full, told_at = True, monotonic()
+        """Read up to the newest attempt. Most of the read attempts may be other merchants'."""
+        full, yielded_at = True, monotonic()
         while full:
             self._check()
             async with self._tail.catching_up:
@@ -78,10 +78,10 @@ class Watch:
             for recorded in batch.recorded:
                 if self._watcher.wants(recorded) and self._is_new(recorded):
                     yield News(recorded.position, recorded)
-                    told_at = monotonic()
-            if full and monotonic() - told_at >= self._keep_alive_seconds:
+                    yielded_at = monotonic()
+            if full and monotonic() - yielded_at >= self._keep_alive_seconds:
                 yield News(self._position, None)
-                told_at = monotonic()
+                yielded_at = monotonic()
 
     def _is_new(self, recorded: Recorded) -> bool:
         return self._since is None or not self._since.has(recorded.position.xid)
@@ -91,7 +91,7 @@ class Watch:
             self._check()
             pending, self._watcher.pending = self._watcher.pending, []
             for recorded in pending:
-                # What our own reading has told is not told again.
+                # Skip attempts that _catch_up() has yielded.
                 if recorded.position > self._position and self._is_new(recorded):
                     yield News(recorded.position, recorded)
                     self._check()
@@ -110,7 +110,7 @@ class Watch:
             await self._wait()
 
     async def _wait(self) -> bool:
-        """Whether there was news within the time, and before the token expires."""
+        """Return whether an attempt arrived within the keepalive time and the token's time."""
         remaining = self._expires_at - self._clock()
         try:
             async with asyncio.timeout(max(min(self._keep_alive_seconds, remaining), 0)):
@@ -124,25 +124,24 @@ class Watch:
             raise self._watcher.ended
         if self._clock() >= self._expires_at:
             raise Unauthenticated(
-                "the token of this watch has expired: watch again with a new one and the last "
+                "the token of this watch has expired: watch again with a new token and the last "
                 "resume_token",
                 reason="TOKEN_EXPIRED",
             )
 
 
-# Resume tokens of watches: sealed, so that a position cannot be made up, and good for an hour.
-
+#: Lifetime of a resume token.
 GOOD_FOR_SECONDS = 3600
 
 
 class ResumeTokens:
-    """Seals positions of one watch; `watch` is its merchant and its filters."""
+    """Encrypts positions of one watch, so that they cannot be forged. `watch` is its identity."""
 
     def __init__(self, keyring: KeyRing, *watch: object, clock: Callable[[], float] = time):
         self._keyring = keyring
         self._clock = clock
         digest = hashlib.sha256(repr(("watch", watch)).encode()).digest()
-        # In the place of a webhook config's id: what is sealed for one use opens for no other.
+        # Replaces the webhook config's id, so that a token opens only for this watch.
         self._bound_to = UUID(bytes=digest[:16])
 
     def seal(self, position: Position) -> str:
@@ -151,19 +150,19 @@ class ResumeTokens:
         return f"{key_id}.{base64.urlsafe_b64encode(record).decode()}"
 
     def open(self, token: str) -> Position:
-        """The position; InvalidArgument when it was not sealed for this watch within the hour."""
+        """Return the position. Raises InvalidArgument for another watch or after an hour."""
         key_id, _, encoded = token.partition(".")
         try:
             record = base64.b64decode(encoded, altchars=b"-_", validate=True)
             text = self._keyring.decrypt(key_id, record, self._bound_to)
         except (ValueError, UndecryptableSecret):
             raise _refused(
-                "is not one of this watch: leave it empty, or keep the filters"
+                "belongs to another watch: leave it empty, or use the same filters"
             ) from None
         sealed_at, xid, delivery_id, number = text.split(" ")
         if self._clock() - int(sealed_at) > GOOD_FOR_SECONDS:
             raise _refused(
-                "is older than an hour: leave it empty, and list the deliveries of the time between"
+                "is older than an hour: leave it empty, and list the deliveries since then"
             )
         return Position(int(xid), UUID(delivery_id), int(number))
 

@@ -664,7 +664,7 @@ async def test_a_page_of_deliveries_reads_what_it_shows_of_each_part(crowded: An
 
 
 async def test_a_backlog_is_counted_by_its_index_alone(crowded: Any) -> None:
-    statement = queue_status._STATUS.format(of_webhook="").replace(":top", "$1")
+    statement = queue_status._OF_ALL
     # That the index holds all that is asked for; whether it pays on so small a table depends on how
     # much of it the last vacuum could mark as visible to all.
     await crowded.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
