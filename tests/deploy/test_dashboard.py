@@ -1,4 +1,4 @@
-"""The dashboard and the alerts, asked of a real Prometheus that scrapes real processes."""
+"""Queries of the dashboard and the alerts, run on a real Prometheus that scrapes real processes."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
+import yaml
 
 from tests.support.monitored_stack import (
     ENGINES,
@@ -26,15 +27,20 @@ from tests.support.receiver import Receiver
 
 DASHBOARD = orjson.loads((ROOT / "deploy/grafana/postrider.json").read_bytes())
 RULES = (ROOT / "deploy/prometheus/alerts.yml").read_text()
-#: What Grafana puts there; a rate goes over four scrapes.
+#: Grafana's variables. A rate covers four scrapes.
 VARIABLES = {"$__rate_interval": "4s", "$__range": "1m", "$merchant": ".*"}
-#: What does not happen in this test: retention runs by the day, and nothing is wrong with calls.
+#: Series without data here: retention runs once a day, and no call fails.
 MAY_BE_EMPTY = {
     "postrider_retention_last_run_timestamp_seconds",
     'postrider_rpcs_total{code=~"INTERNAL|UNKNOWN|UNAVAILABLE",method!~"Health/.+"}',
 }
 
-pytestmark = [pytest.mark.slow, needs_prometheus]
+#: Files that name metrics.
+NAMING = (
+    "deploy/grafana/postrider.json",
+    "deploy/prometheus/alerts.yml",
+    "docs/operate/runbook.md",
+)
 
 
 def queries() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,7 +55,7 @@ def queries() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 async def has_data(prometheus: Prometheus, target: dict[str, Any], since: float) -> bool:
-    """Whether a query shows any figure, asked in the way the panel asks it."""
+    """Whether a query returns a number, as an instant or range query like its panel."""
     if target["instant"]:
         values = [series["value"] for series in await prometheus.instant(target["expr"])]
     else:
@@ -59,6 +65,31 @@ async def has_data(prometheus: Prometheus, target: dict[str, Any], since: float)
     return any(math.isfinite(float(value)) for _, value in values)
 
 
+@pytest.mark.parametrize("file", NAMING)
+def test_named_metrics_are_documented(file: str) -> None:
+    name = re.compile(r"\bpostrider_[a-z_]+\b")
+    documented = set(name.findall((ROOT / "docs/operate/metrics.md").read_text()))
+    named = set(name.findall((ROOT / file).read_text()))
+
+    assert named
+    histograms = {metric: re.sub(r"_(bucket|count|sum)$", "", metric) for metric in named}
+    assert [it for it in named if not {it, histograms[it]} & documented] == []
+
+
+def test_grafana_loads_the_dashboard_and_its_source() -> None:
+    folder = ROOT / "deploy/grafana/provisioning"
+    [source] = yaml.safe_load((folder / "datasources/prometheus.yaml").read_text())["datasources"]
+    [provider] = yaml.safe_load((folder / "dashboards/postrider.yaml").read_text())["providers"]
+    scraping = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+
+    assert source["type"] == "prometheus"
+    assert source["jsonData"]["timeInterval"] == scraping["global"]["scrape_interval"]
+    assert provider["type"] == "file"
+    assert provider["options"]["path"].startswith("/")
+
+
+@pytest.mark.slow
+@needs_prometheus
 async def test_every_query_of_dashboard_and_alerts_is_answered(
     database_url: str, ca_file: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
@@ -68,7 +99,7 @@ async def test_every_query_of_dashboard_and_alerts_is_answered(
         async with traffic(scene.platform):
             await receiver.wait_for(100)
             await stopped_is_inactive(scene)
-            # As many as a rate goes over, the one under way, and one for what is read every 5 s.
+            # A rate needs four scrapes, and some series are read every 5 s.
             await prometheus.scrapes.further(12)
             empty = {
                 (title, target["expr"])
@@ -76,14 +107,14 @@ async def test_every_query_of_dashboard_and_alerts_is_answered(
                 if not await has_data(prometheus, target, since)
             }
         assert {
-            what for what in empty if not any(name in what[1] for name in MAY_BE_EMPTY)
+            panel for panel in empty if not any(name in panel[1] for name in MAY_BE_EMPTY)
         } == set()
-        await the_dashboard_tells_what_happened(scene)
-        await the_rules_know_what_there_is(prometheus)
-        await the_alerts_notice_what_goes(scene)
+        await assert_dashboard_shows_the_traffic(scene)
+        await assert_rules_evaluate(prometheus)
+        await assert_stopped_engines_raise_alerts(scene)
 
 
-async def the_dashboard_tells_what_happened(scene: Observed) -> None:
+async def assert_dashboard_shows_the_traffic(scene: Observed) -> None:
     figures = {
         (title, target["legendFormat"]): {
             tuple(sorted(series["metric"].items())): float(series["value"][1])
@@ -109,8 +140,8 @@ async def the_dashboard_tells_what_happened(scene: Observed) -> None:
     assert {WELL, FLAKY} <= set(await merchants)
 
 
-async def the_rules_know_what_there_is(prometheus: Prometheus) -> None:
-    """Each evaluates, and what each selects is there."""
+async def assert_rules_evaluate(prometheus: Prometheus) -> None:
+    """Each rule evaluates, and each of its selectors matches a series."""
     groups = (await prometheus.get("rules"))["groups"]
     assert [rule for group in groups for rule in group["rules"] if rule["health"] != "ok"] == []
     selectors = set(
@@ -123,8 +154,8 @@ async def the_rules_know_what_there_is(prometheus: Prometheus) -> None:
     assert missing <= MAY_BE_EMPTY
 
 
-async def the_alerts_notice_what_goes(scene: Observed) -> None:
-    """By the series that are there, and that end with their process; not yet for long enough."""
+async def assert_stopped_engines_raise_alerts(scene: Observed) -> None:
+    """The alerts become pending. Firing would take minutes."""
     gone = {"PostriderNoEngine", "PostriderProcessDown"}
     assert not gone & await active_alerts(scene.prometheus)
 
@@ -136,5 +167,5 @@ async def the_alerts_notice_what_goes(scene: Observed) -> None:
 
 
 async def active_alerts(prometheus: Prometheus) -> set[str]:
-    """Those that fire, or wait for their time to be over."""
+    """Firing and pending alerts."""
     return {alert["labels"]["alertname"] for alert in (await prometheus.get("alerts"))["alerts"]}

@@ -207,9 +207,7 @@ async def test_an_unknown_path_or_method_is_a_typed_404(
         assert_conforms(answer.body, "Error")
 
 
-async def test_admin_and_other_services_are_not_reachable_by_native_grpc_either(
-    platform: Platform, gateway: Gateway
-) -> None:
+async def test_native_grpc_reaches_no_admin_service(platform: Platform, gateway: Gateway) -> None:
     headers = {**dict(platform.operator()), "content-type": "application/grpc", "te": "trailers"}
 
     for path in ("postrider.v1.AdminService/ListAllWebhookConfigs", "grpc.health.v1.Health/Check"):
@@ -265,7 +263,7 @@ async def test_headers_and_bodies_beyond_the_limits_are_refused(
     assert (header.status, header.reason) == (431, "REQUEST_TOO_LARGE")
 
 
-async def test_a_malformed_header_of_one_caller_spoils_nobody_elses_calls(
+async def test_malformed_header_does_not_break_other_callers(
     platform: Platform, gateway: Gateway
 ) -> None:
     """All share Envoy's connection to the server; who sends the header needs no token."""

@@ -30,7 +30,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("lock", ["requirements-production.lock", "tools/image/requirements.lock"])
-def test_a_lock_for_the_image_has_the_versions_that_the_tests_ran_with(lock: str) -> None:
+def test_image_locks_have_the_tested_versions(lock: str) -> None:
     everything, some = pinned(ROOT / "requirements.lock"), pinned(ROOT / lock)
     if lock.startswith("tools"):
         # Whoever sets up a checkout may have any.
@@ -39,7 +39,7 @@ def test_a_lock_for_the_image_has_the_versions_that_the_tests_ran_with(lock: str
     assert all(hashes for _, hashes in some.values())
 
 
-def test_the_production_lock_has_what_is_needed_and_no_tool_or_embedded_database() -> None:
+def test_production_lock_has_no_tools_and_no_postgresql() -> None:
     production = set(pinned(ROOT / "requirements-production.lock"))
     assert names(PYPROJECT["project"]["dependencies"]) <= production
     unwanted = names(PYPROJECT["project"]["optional-dependencies"]["embedded"])
@@ -47,7 +47,7 @@ def test_the_production_lock_has_what_is_needed_and_no_tool_or_embedded_database
     assert production & unwanted == set()
 
 
-def test_the_image_is_of_this_release_and_of_the_python_that_is_tested() -> None:
+def test_image_has_this_release_and_the_tested_python() -> None:
     [label] = of("LABEL")
     assert f'image.version="{PYPROJECT["project"]["version"]}"' in label
     [base] = {value.split()[0] for value in of("FROM")}
@@ -67,7 +67,7 @@ def test_what_runs_is_a_process_and_no_shell_and_nobody() -> None:
     assert check.endswith('CMD ["postrider", "health"]')
 
 
-def test_it_listens_where_others_reach_it_but_for_the_listener_without_tokens() -> None:
+def test_only_the_admin_listener_stays_on_loopback() -> None:
     given = dict(pair.split("=", 1) for value in of("ENV") for pair in shlex.split(value))
     addresses = {name: value for name, value in given.items() if name.startswith("WEBHOOK_")}
     assert unknown(addresses) == []

@@ -121,7 +121,7 @@ def test_probes_and_policies_know_the_ports() -> None:
     assert delivery["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "metrics"}
 
 
-def test_the_canary_is_given_its_options_and_the_time_they_ask_for() -> None:
+def test_canary_job_outlasts_its_own_deadlines() -> None:
     cron = named("CronJob", "postrider-canary")["spec"]
     job = cron["jobTemplate"]["spec"]
     template = job["template"]
@@ -157,7 +157,7 @@ def test_budgets_services_and_scalers_are_of_pods_that_there_are() -> None:
             assert "replicas" not in named(target["kind"], target["name"])["spec"]
 
 
-def test_engines_are_scaled_by_metrics_that_there_are_and_that_are_adapted() -> None:
+def test_scaler_metrics_exist_and_are_adapted() -> None:
     asked = {
         metric[kind]["metric"]["name"]
         for metric in named("HorizontalPodAutoscaler", "postrider-delivery")["spec"]["metrics"]
@@ -179,7 +179,7 @@ def test_jobs_of_prometheus_have_the_names_that_its_alerts_know() -> None:
     assert {job["job_name"] for job in scraped["scrape_configs"]} == set(label["values"])
 
 
-def test_nothing_but_the_public_internet_is_left_open_to_deliveries() -> None:
+def test_egress_reaches_only_the_public_internet() -> None:
     [rule] = named("NetworkPolicy", "postrider-internet")["spec"]["egress"]
     blocks = [it["ipBlock"] for it in rule["to"]]
     refused = [network for network, kind in network_table() if kind is not AddressClass.PUBLIC]

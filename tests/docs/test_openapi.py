@@ -59,7 +59,7 @@ def test_every_placeholder_of_a_path_is_a_required_parameter() -> None:
         assert declared == re.findall(r"\{(\w+)\}", path), (verb, path)
 
 
-def test_json_forms_of_protobuf_types_are_accepted_and_others_are_not() -> None:
+def test_document_accepts_only_protobuf_json() -> None:
     event = {"merchantId": "m_1", "type": "payment.succeeded", "payloadText": "{}"}
     config = {"active": True, "headers": {"x-a": "1"}, "retrySchedule": ["1s", "2.500s"]}
 
