@@ -17,7 +17,7 @@ from benchmarks.statements import executed_by
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_the_page_and_its_plots_are_those_of_the_stored_figures(tmp_path: Path) -> None:
+def test_page_and_plots_match_stored_figures(tmp_path: Path) -> None:
     fresh = tmp_path / "performance.md"
     shutil.copy(plot.PAGE, fresh)
     for path in plot.RESULTS.glob("*.json"):
@@ -30,7 +30,7 @@ def test_the_page_and_its_plots_are_those_of_the_stored_figures(tmp_path: Path) 
         assert f"(performance/{name})" in fresh.read_text()
 
 
-def test_every_promise_has_its_figure_in_what_was_measured() -> None:
+def test_every_promise_has_a_measured_figure() -> None:
     for promise in PROMISES:
         figures = json.loads((plot.RESULTS / f"{promise.benchmark}.json").read_text())
         assert isinstance(figures[promise.figure], int | float)
@@ -38,13 +38,13 @@ def test_every_promise_has_its_figure_in_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(("value", "kept"), [(1.49, "yes"), (1.5, "yes"), (1.51, "**no**")])
-def test_a_promise_that_is_not_kept_is_said_so(value: float, kept: str) -> None:
+def test_table_marks_broken_promise(value: float, kept: str) -> None:
     figures = json.loads((plot.RESULTS / "backlog.json").read_text()) | {"claim_ratio": value}
     [line] = [row for row in plot.table({"backlog": figures}).splitlines() if "claim with" in row]
     assert line.split(" | ")[1:4] == ["≤ 1.5", f"{value:g}", kept]
 
 
-def test_bars_are_as_long_as_their_figures() -> None:
+def test_bar_widths_are_proportional() -> None:
     rows = [Row("a", {"x": 100.0, "y": 300.0}, promise=600), Row("b", {"x": 200.0})]
     drawing = ElementTree.fromstring(chart("<Title>", "ms", rows))  # noqa: S314 - our own
     bars = [rect for rect in drawing.iter(f"{SVG}rect") if rect.get("height") == "18"]
@@ -54,7 +54,7 @@ def test_bars_are_as_long_as_their_figures() -> None:
     assert {"<Title>", "400", "200", "x", "y"} <= set(texts)
 
 
-def test_a_ledger_is_read_while_it_is_written(tmp_path: Path) -> None:
+def test_ledger_is_readable_while_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     reader = Ledger.create(path, 3)
     writer = Ledger(path)
@@ -66,7 +66,7 @@ def test_a_ledger_is_read_while_it_is_written(tmp_path: Path) -> None:
     assert [receipt.latency_ms for receipt in reader.since()] == [500.0, 250.0]
 
 
-def test_percentiles_are_values_that_occurred() -> None:
+def test_percentile_is_an_observed_value() -> None:
     values = [float(n) for n in range(100, 0, -1)]
     assert percentile(values, 0.5) == 51
     assert percentile(values, 0.99) == 100
@@ -75,14 +75,14 @@ def test_percentiles_are_values_that_occurred() -> None:
         percentile([], 0.5)
 
 
-def test_a_stamped_payload_is_json_of_the_usual_size_and_gives_back_its_stamp() -> None:
+def test_stamped_payload_is_json_of_usual_size() -> None:
     payload = stamped(1795400000.123456, 42)
     assert len(payload) == len(PAYLOAD)
     assert json.loads(payload)["sequence"] == "0000000042"
     assert stamp_of(payload) == (1795400000.123456, 42)
 
 
-def test_statements_are_counted_by_application_and_further_lines_are_not() -> None:
+def test_statements_are_counted_by_application() -> None:
     log = (
         b"executed by postrider-delivery: LOG:  execute __asyncpg_stmt_1__: \n"
         b"\tWITH due AS (\n"

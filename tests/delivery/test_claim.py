@@ -22,9 +22,7 @@ def clock(*moments: float) -> Callable[[], float]:
     return iter(moments).__next__
 
 
-async def test_what_the_database_leased_long_ago_is_given_back(
-    pool: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_claim_answered_late_is_released(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     await make_webhook_config(pool)
     await enqueue_events(pool, 3)
     monkeypatch.setattr("delivery.claim.monotonic", clock(0, LEASE_SECONDS / 2 + 1))
@@ -35,7 +33,7 @@ async def test_what_the_database_leased_long_ago_is_given_back(
     assert len(await queue.claim(pool, 10, LEASE_SECONDS)) == 3
 
 
-async def test_what_took_less_than_half_a_lease_is_attempted(
+async def test_claim_within_half_a_lease_is_kept(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await make_webhook_config(pool)
@@ -63,7 +61,7 @@ class AnswersLost:
         raise ConnectionResetError
 
 
-async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> None:
+async def test_unanswered_claim_is_released(pool: Any) -> None:
     await make_webhook_config(pool)
     await enqueue_events(pool, 3)
     unanswered = UnansweredClaims()
@@ -77,7 +75,7 @@ async def test_what_a_claim_without_an_answer_took_is_given_back(pool: Any) -> N
     assert (len(ready), other.id in {delivery.id for delivery in ready}) == (2, False)
 
 
-async def test_what_somebody_holds_locked_is_given_back_later(pool: Any) -> None:
+async def test_locked_delivery_is_released_by_a_later_sweep(pool: Any) -> None:
     await make_webhook_config(pool)
     await enqueue_events(pool, 2)
     lease_id, unanswered = new_id(), UnansweredClaims()
@@ -90,7 +88,7 @@ async def test_what_somebody_holds_locked_is_given_back_later(pool: Any) -> None
     assert await unanswered.release(pool) == 1
 
 
-async def test_a_claim_that_is_carried_out_late_is_looked_for_a_while_and_not_for_ever(
+async def test_late_claim_is_searched_for_a_limited_time(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("delivery.claim._SWEEPS", 3)
@@ -104,7 +102,7 @@ async def test_a_claim_that_is_carried_out_late_is_looked_for_a_while_and_not_fo
         assert await unanswered.release(pool) == given_back
 
 
-async def test_an_engine_sends_what_a_claim_without_an_answer_took_long_before_the_lease_ends(
+async def test_unanswered_claim_is_sent_before_lease_ends(
     platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine = queue.claim

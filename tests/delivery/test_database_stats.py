@@ -29,7 +29,7 @@ async def engine_pool(database_url: str) -> AsyncIterator[Any]:
         yield pool
 
 
-async def test_open_deliveries_are_counted_by_state(pool: Any) -> None:
+async def test_stats_count_open_deliveries_by_state(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for state, count in (("ready", 1), ("parked", 2), ("leased", 3)):
         for _ in range(count):
@@ -49,7 +49,7 @@ async def test_open_deliveries_are_counted_by_state(pool: Any) -> None:
     }
 
 
-async def test_many_are_estimated_by_the_index_of_their_state(
+async def test_stats_estimate_large_queues_from_index(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats, "COUNTED_MAX", 10)
@@ -66,7 +66,7 @@ async def test_many_are_estimated_by_the_index_of_their_state(
     assert 1500 <= grown <= 2500
 
 
-async def test_statistics_from_before_a_flood_do_not_make_it_read_all_of_it(pool: Any) -> None:
+async def test_stats_plan_reads_state_index_with_stale_statistics(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     await pool.execute("VACUUM ANALYZE delivery_queue")
     async with pool.acquire() as connection, connection.transaction():
@@ -91,7 +91,7 @@ async def test_statistics_from_before_a_flood_do_not_make_it_read_all_of_it(pool
         ("parked", {"due_in": -90.0}, 0),
     ],
 )
-async def test_the_oldest_due_is_what_waits_for_nothing_but_an_engine(
+async def test_oldest_due_counts_only_claimable_deliveries(
     pool: Any, state: str, times: dict[str, float], age: float
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -103,7 +103,7 @@ async def test_the_oldest_due_is_what_waits_for_nothing_but_an_engine(
     assert age <= found <= age + 5 if age else found == 0
 
 
-async def test_breakers_of_configs_that_have_a_backlog(pool: Any) -> None:
+async def test_stats_count_breakers_of_configs_with_backlog(pool: Any) -> None:
     now = await pool.fetchval("SELECT now()")
     later, earlier = now + timedelta(minutes=5), now - timedelta(minutes=5)
     for open_until, parked in ((later, 2), (later, 1), (earlier, 1), (None, 1), (later, 0)):
@@ -117,7 +117,7 @@ async def test_breakers_of_configs_that_have_a_backlog(pool: Any) -> None:
     assert (found.open_breakers, found.half_open_breakers) == (2, 1)
 
 
-async def test_webhook_configs_are_counted_by_status(pool: Any, engine_pool: Any) -> None:
+async def test_stats_count_configs_by_status(pool: Any, engine_pool: Any) -> None:
     for _ in range(2):
         await make_webhook_config(pool)
     for reason in ("paused", "failures", "failures", "admin", "gone"):
@@ -133,7 +133,7 @@ async def test_webhook_configs_are_counted_by_status(pool: Any, engine_pool: Any
     assert abs(reading.clock_skew_seconds) < 5
 
 
-async def test_it_asks_seldom_however_often_it_is_asked(engine_pool: Any) -> None:
+async def test_reading_is_cached_for_five_seconds(engine_pool: Any) -> None:
     now = 0.0
     taking = DatabaseStats(engine_pool, lambda: now)
     await asyncio.gather(*(taking.reading() for _ in range(10)))
@@ -147,7 +147,7 @@ async def test_it_asks_seldom_however_often_it_is_asked(engine_pool: Any) -> Non
     assert engine_pool.statements == 2 * sent
 
 
-async def test_while_the_database_is_away_it_says_just_that(
+async def test_reading_without_database_reports_it_down(
     postgres: EmbeddedPostgres, engine_pool: Any, logged: list[Any]
 ) -> None:
     name = await engine_pool.fetchval("SELECT current_database()")
@@ -164,7 +164,7 @@ async def test_while_the_database_is_away_it_says_just_that(
     assert [entry["event"] for entry in logged] == ["census_failed"]
 
 
-async def test_what_takes_too_long_is_left_out_and_the_database_is_up(
+async def test_slow_stats_are_left_out_of_the_reading(
     pool: Any, engine_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_stats, "WAIT_SECONDS", 0.3)
@@ -191,7 +191,7 @@ async def _sessions_waiting(pool: Any) -> int:
     return count
 
 
-async def test_retention_is_told_once_it_has_run(database_url: str, engine_pool: Any) -> None:
+async def test_reading_reports_retention_after_its_run(database_url: str, engine_pool: Any) -> None:
     now = 0.0
     taking = DatabaseStats(engine_pool, lambda: now)
     before = await taking.reading()

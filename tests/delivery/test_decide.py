@@ -25,7 +25,7 @@ SCHEDULES = st.lists(WAITS, min_size=1, max_size=20)
         ((1.0,), 0, (2.0,), (2.0,)),
     ],
 )
-def test_the_schedule_has_an_entry_for_each_retry(
+def test_schedule_has_one_entry_per_retry(
     operator: tuple[float, ...],
     max_retries: int,
     own: tuple[float, ...],
@@ -35,9 +35,7 @@ def test_the_schedule_has_an_entry_for_each_retry(
 
 
 @given(SCHEDULES, st.integers(0, 20))
-def test_the_operators_schedule_gives_exactly_max_retries_waits(
-    operator: list[float], max_retries: int
-) -> None:
+def test_operator_schedule_has_max_retries_entries(operator: list[float], max_retries: int) -> None:
     schedule = backoff_schedule(operator, max_retries, ())
     assert len(schedule) == max_retries
     assert list(schedule[: len(operator)]) == operator[:max_retries]
@@ -47,7 +45,7 @@ def test_the_operators_schedule_gives_exactly_max_retries_waits(
 @pytest.mark.parametrize(
     ("attempts_made", "expected"), [(1, 1.0), (2, 10.0), (3, 60.0), (4, None), (5, None)]
 )
-def test_the_wait_after_each_attempt_is_its_entry_until_there_is_none(
+def test_backoff_follows_the_schedule_to_its_end(
     attempts_made: int, expected: float | None
 ) -> None:
     assert next_backoff((1.0, 10.0, 60.0), attempts_made, lambda: 0.0) == expected
@@ -58,7 +56,7 @@ def test_without_retries_the_first_attempt_is_the_last() -> None:
 
 
 @given(SCHEDULES, st.integers(1, 20), st.floats(0, 1, exclude_max=True))
-def test_jitter_never_hastens_and_delays_by_a_fifth_at_most(
+def test_jitter_adds_at_most_a_fifth(
     schedule: list[float], attempts_made: int, chance: float
 ) -> None:
     wait = next_backoff(schedule, attempts_made, lambda: chance)
@@ -70,18 +68,18 @@ def test_jitter_never_hastens_and_delays_by_a_fifth_at_most(
         assert planned <= wait <= planned * (1 + JITTER)
 
 
-def test_two_receivers_that_failed_together_are_not_called_together() -> None:
+def test_jitter_spreads_retries() -> None:
     chances = iter((0.0, 0.5, 0.9))
     assert len({next_backoff((10.0,), 1, lambda: next(chances)) for _ in range(3)}) == 3
 
 
-def test_faults_of_ours_wait_twice_as_long_each_time_up_to_a_quarter_of_an_hour() -> None:
+def test_internal_error_backoff_doubles_up_to_15_minutes() -> None:
     waits = [internal_error_backoff(faults, 300, lambda: 0.0) for faults in range(1, 13)]
     assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]
 
 
 @given(st.integers(1, 10_000), st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
-def test_faults_of_ours_end_a_delivery_after_so_many_retries(
+def test_internal_errors_end_delivery_after_max_retries(
     faults: int, retries: int, chance: float
 ) -> None:
     wait = internal_error_backoff(faults, retries, lambda: chance)
@@ -92,7 +90,7 @@ def test_faults_of_ours_end_a_delivery_after_so_many_retries(
         assert 1 <= wait <= 900 * (1 + JITTER)
 
 
-def test_by_default_a_fault_of_ours_is_waited_for_about_three_days() -> None:
+def test_internal_errors_are_retried_for_three_days() -> None:
     retries = DeliverySettings().max_fault_retries
     waits = [
         internal_error_backoff(faults, retries, lambda: 0.0) or 0.0

@@ -157,9 +157,7 @@ def ids(receiver: Receiver) -> list[str]:
 # Retries.
 
 
-async def test_a_retry_repeats_the_id_with_a_new_timestamp_and_all_attempts_are_on_record(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_retry_repeats_id_with_new_timestamp(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url)
     receiver.script.extend([500, 302])
     # Timestamps are whole seconds, so one wait is longer than that.
@@ -186,9 +184,7 @@ async def test_a_retry_repeats_the_id_with_a_new_timestamp_and_all_attempts_are_
     assert stamps == [int(a.start_time.seconds) for a in delivery.attempts]
 
 
-async def test_short_retries_do_not_wait_for_the_poll(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_retry_does_not_wait_for_poll(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url)
     receiver.default = 500
     async with platform.engine(max_retries=5, retry_schedule_seconds=(0.02,)):
@@ -199,7 +195,7 @@ async def test_short_retries_do_not_wait_for_the_poll(
         assert monotonic() - began < 2.5
 
 
-async def test_a_delivery_fails_once_its_retries_are_spent(
+async def test_delivery_fails_after_last_retry(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -224,7 +220,7 @@ async def test_a_delivery_fails_once_its_retries_are_spent(
     assert (await config_of(platform, created.webhook_config.id)).consecutive_failures == 0
 
 
-async def test_a_config_has_its_own_retry_schedule(
+async def test_config_retry_schedule_overrides_default(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -238,7 +234,7 @@ async def test_a_config_has_its_own_retry_schedule(
     assert len(receiver.webhooks) == 3
 
 
-async def test_a_refused_address_is_not_tried_again(
+async def test_refused_address_is_not_retried(
     platform: Platform, receiver: Receiver, ca_file: Path, log: Log
 ) -> None:
     await platform.register(receiver.url)
@@ -264,7 +260,7 @@ async def test_a_refused_address_is_not_tried_again(
         ("https://hooks.shop.com:70000/", "the port is not one we call"),
     ],
 )
-async def test_a_stored_url_that_passes_no_more_is_refused_for_good(
+async def test_stored_url_outside_the_rules_fails_as_refused(
     platform: Platform, receiver: Receiver, pool: Any, log: Log, stored: tuple[str, str]
 ) -> None:
     url, detail = stored
@@ -282,9 +278,7 @@ async def test_a_stored_url_that_passes_no_more_is_refused_for_good(
     assert (attempt.remote_address, attempt.status_code) == ("", 0)
 
 
-async def test_a_timeout_is_on_record_as_one_and_retried(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_timeout_is_recorded_and_retried(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url)
     receiver.script.append(Doors())
     async with platform.engine(delivery_timeout_seconds=0.3, retry_schedule_seconds=(0.02,)):
@@ -298,7 +292,7 @@ async def test_a_timeout_is_on_record_as_one_and_retried(
     assert delivery.attempts[0].duration.ToMilliseconds() >= 300
 
 
-async def test_a_change_of_url_is_honoured_by_the_next_attempt(
+async def test_retry_uses_changed_url(
     platform: Platform, receiver: Receiver, start_receiver: Start
 ) -> None:
     created = await platform.register(receiver.url)
@@ -316,9 +310,7 @@ async def test_a_change_of_url_is_honoured_by_the_next_attempt(
 # A time for delivery.
 
 
-async def test_an_event_is_not_sent_before_its_time_and_then_without_being_asked_for(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_event_is_sent_at_its_not_before_time(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url)
     not_before = datetime.now(UTC) + timedelta(seconds=2)
     async with platform.engine():
@@ -331,7 +323,7 @@ async def test_an_event_is_not_sent_before_its_time_and_then_without_being_asked
     assert delivery.attempts[0].start_time.ToDatetime(UTC) < not_before + timedelta(seconds=2)
 
 
-async def test_what_was_parked_keeps_its_time_for_delivery(
+async def test_parked_delivery_keeps_its_not_before_time(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url, active=False)
@@ -348,7 +340,7 @@ async def test_what_was_parked_keeps_its_time_for_delivery(
 # Configs that go inactive, and come back.
 
 
-async def test_a_config_that_keeps_failing_goes_inactive_and_reactivated_gets_the_rest(
+async def test_failing_config_goes_inactive_until_reactivated(
     platform: Platform, receiver: Receiver, pool: Any, log: Log
 ) -> None:
     created = await platform.register(receiver.url)
@@ -383,7 +375,7 @@ async def test_a_config_that_keeps_failing_goes_inactive_and_reactivated_gets_th
     assert (await config_of(platform, webhook_id)).consecutive_failures == 0
 
 
-async def test_only_failures_in_a_row_count(
+async def test_success_resets_consecutive_failures(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -397,7 +389,7 @@ async def test_only_failures_in_a_row_count(
     assert (config.active, config.consecutive_failures) == (True, 1)
 
 
-async def test_a_failed_delivery_counts_once_however_many_attempts_it_had(
+async def test_failed_delivery_counts_as_one_failure(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url)
@@ -411,7 +403,7 @@ async def test_a_failed_delivery_counts_once_however_many_attempts_it_had(
     assert (config.active, config.consecutive_failures) == (True, 1)
 
 
-async def test_a_failure_of_a_paused_config_does_not_claim_to_deactivate_it(
+async def test_failure_of_paused_config_logs_no_deactivation(
     platform: Platform, receiver: Receiver, log: Log
 ) -> None:
     created = await platform.register(receiver.url)
@@ -426,7 +418,7 @@ async def test_a_failure_of_a_paused_config_does_not_claim_to_deactivate_it(
 
 
 @pytest.mark.parametrize("way", ["paused", "deleted"])
-async def test_a_config_that_is_paused_or_deleted_stops_receiving(
+async def test_paused_or_deleted_config_receives_nothing_more(
     platform: Platform, receiver: Receiver, pool: Any, way: str
 ) -> None:
     created = await platform.register(receiver.url)
@@ -468,7 +460,7 @@ async def test_a_config_that_is_paused_or_deleted_stops_receiving(
         ("deleted_at = now(), version = version + 1", {DeliveryState.CANCELLED: 3}),
     ],
 )
-async def test_what_became_ready_while_its_config_went_away_is_claimed_and_not_sent(
+async def test_ready_delivery_of_stopped_config_is_not_sent(
     platform: Platform, receiver: Receiver, pool: Any, change: str, expected: dict[str, int]
 ) -> None:
     created = await platform.register(receiver.url)
@@ -490,7 +482,7 @@ async def test_what_became_ready_while_its_config_went_away_is_claimed_and_not_s
 # Fairness.
 
 
-async def test_a_silent_receiver_holds_its_own_places_only_and_everything_arrives_in_the_end(
+async def test_silent_receiver_uses_only_its_own_slots(
     platform: Platform, receiver: Receiver, start_receiver: Start, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -510,7 +502,7 @@ async def test_a_silent_receiver_holds_its_own_places_only_and_everything_arrive
     assert not await queue_states(pool)
 
 
-async def test_a_backlog_is_let_in_as_fast_as_it_drains_and_not_by_the_sweep_alone(
+async def test_backlog_is_admitted_as_fast_as_it_drains(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url, active=False)
@@ -524,7 +516,7 @@ async def test_a_backlog_is_let_in_as_fast_as_it_drains_and_not_by_the_sweep_alo
     assert ids(receiver) == sorted(published)
 
 
-async def test_no_more_than_max_in_flight_are_sent_at_once(
+async def test_open_requests_stay_below_max_in_flight(
     platform: Platform, receiver: Receiver
 ) -> None:
     doors = Doors()
@@ -546,7 +538,7 @@ async def test_no_more_than_max_in_flight_are_sent_at_once(
     assert len(set(ids(receiver))) == 30
 
 
-async def test_two_claims_at_a_time_do_not_begin_more_than_max_in_flight(
+async def test_parallel_claims_stay_below_max_in_flight(
     platform: Platform, receiver: Receiver
 ) -> None:
     merchants = [f"m_{number}" for number in range(12)]
@@ -568,7 +560,7 @@ async def test_two_claims_at_a_time_do_not_begin_more_than_max_in_flight(
             assert doors.most == 8
 
 
-async def test_while_claims_come_back_full_two_of_them_are_under_way(
+async def test_full_claims_run_two_at_a_time(
     platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = under_way = most = 0
@@ -601,7 +593,7 @@ async def test_while_claims_come_back_full_two_of_them_are_under_way(
 # What is told.
 
 
-async def test_each_attempt_is_one_line_that_tells_all_but_payload_and_secret(
+async def test_attempt_log_line_has_no_payload_and_no_secret(
     platform: Platform, receiver: Receiver, log: Log
 ) -> None:
     created = await platform.register(receiver.url)
@@ -637,7 +629,7 @@ async def test_each_attempt_is_one_line_that_tells_all_but_payload_and_secret(
         ),
     ],
 )
-async def test_an_unreadable_secret_is_our_fault_alone(
+async def test_unreadable_secret_is_internal_error(
     platform: Platform, receiver: Receiver, pool: Any, log: Log, ciphertext: bytes
 ) -> None:
     created = await platform.register(receiver.url)
@@ -660,7 +652,7 @@ async def test_an_unreadable_secret_is_our_fault_alone(
     assert (config.active, config.consecutive_failures) == (True, 0)
 
 
-async def test_an_unreadable_secret_is_read_once_its_key_is_in_the_file(
+async def test_unreadable_secret_is_read_after_key_reload(
     platform: Platform, receiver: Receiver, pool: Any, log: Log, tmp_path: Path
 ) -> None:
     file = tmp_path / "encryption-keys"
@@ -694,9 +686,7 @@ async def test_an_unreadable_secret_is_read_once_its_key_is_in_the_file(
     assert delivered == delivery_pb2.OUTCOME_SUCCEEDED
 
 
-async def test_an_event_is_sent_on_the_hint_long_before_the_poll(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_notify_wakes_engine_before_poll(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url)
     async with platform.engine(poll_seconds=1.0):
         began = monotonic()
@@ -710,7 +700,7 @@ async def test_an_event_is_sent_on_the_hint_long_before_the_poll(
 # Trouble with the database.
 
 
-async def test_nothing_is_lost_when_the_database_drops_every_session_of_the_engine(
+async def test_dropped_database_sessions_lose_nothing(
     platform: Platform, receiver: Receiver, pool: Any, log: Log
 ) -> None:
     async def drop_sessions() -> None:
@@ -754,7 +744,7 @@ def bound_statements(platform: Platform, seconds: float) -> None:
     )
 
 
-async def test_a_result_waits_for_a_row_that_somebody_holds_locked(
+async def test_settle_waits_for_locked_row(
     platform: Platform, receiver: Receiver, pool: Any, log: Log
 ) -> None:
     await platform.register(receiver.url)
@@ -774,7 +764,7 @@ async def test_a_result_waits_for_a_row_that_somebody_holds_locked(
     assert len(receiver.webhooks) == 2
 
 
-async def test_however_many_rows_somebody_holds_the_others_wait_for_one_lock_at_most(
+async def test_many_locked_rows_delay_others_by_one_lock_wait(
     platform: Platform, receiver: Receiver, pool: Any, log: Log
 ) -> None:
     await platform.register(receiver.url)
@@ -833,7 +823,7 @@ class Leaving:
         return self._task
 
 
-async def test_stopping_waits_for_answers_under_way_and_claims_nothing_more(
+async def test_stop_waits_for_open_requests_and_claims_no_more(
     platform: Platform, receiver: Receiver, pool: Any, log: Log
 ) -> None:
     await platform.register(receiver.url)
@@ -857,7 +847,7 @@ async def test_stopping_waits_for_answers_under_way_and_claims_nothing_more(
     assert ids(receiver) == sorted(published)
 
 
-async def test_what_is_unfinished_after_the_drain_time_is_released_at_once(
+async def test_stop_releases_unfinished_after_drain_time(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -880,7 +870,7 @@ async def test_what_is_unfinished_after_the_drain_time_is_released_at_once(
     assert Counter(ids(receiver)) == dict.fromkeys(published, 2)
 
 
-async def test_an_engine_that_has_nothing_to_do_stops_at_once(platform: Platform) -> None:
+async def test_idle_engine_stops_at_once(platform: Platform) -> None:
     engine = Leaving(platform.engine(poll_seconds=1.0))
     await engine.entered()
     began = monotonic()

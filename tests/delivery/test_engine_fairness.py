@@ -104,7 +104,7 @@ async def hold(pool: Any, webhook_id: str, seconds: float) -> None:
 # Dead neighbours.
 
 
-async def test_many_silent_receivers_hold_half_of_the_places_and_nobody_else_up(
+async def test_silent_receivers_hold_at_most_half_of_the_slots(
     platform: Platform, receiver: Receiver, start_receiver: Any, pool: Any
 ) -> None:
     healthy = [f"healthy_{n}" for n in range(4)]
@@ -135,7 +135,7 @@ async def test_many_silent_receivers_hold_half_of_the_places_and_nobody_else_up(
             assert states["parked"] == 120 - 24
 
 
-async def test_a_receiver_that_times_out_ends_with_one_place(
+async def test_receiver_that_times_out_ends_with_one_slot(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -158,7 +158,7 @@ async def test_a_receiver_that_times_out_ends_with_one_place(
     assert min(waits[4:]) >= 0.3
 
 
-async def test_a_receiver_that_fails_at_once_is_given_a_rest_after_each_failure(
+async def test_fast_failures_pause_the_config(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -183,7 +183,7 @@ async def test_a_receiver_that_fails_at_once_is_given_a_rest_after_each_failure(
 # The breaker.
 
 
-async def test_a_breaker_opens_spends_nothing_probes_and_lets_everything_out_in_the_end(
+async def test_breaker_opens_probes_and_closes(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
     created = await platform.register(receiver.url)
@@ -232,7 +232,7 @@ def _drained(pool: Any) -> Any:
     return drained
 
 
-async def test_while_a_breaker_is_open_nothing_is_sent_and_new_events_are_parked_at_once(
+async def test_open_breaker_parks_new_events(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -257,7 +257,7 @@ def _all_parked(pool: Any, count: int) -> Any:
     return parked
 
 
-async def test_half_open_one_delivery_at_a_time_is_let_in_by_all_engines_together(
+async def test_half_open_breaker_admits_one_probe_over_all_engines(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -278,7 +278,7 @@ async def test_half_open_one_delivery_at_a_time_is_let_in_by_all_engines_togethe
     assert receiver.webhooks[0].message_id in published
 
 
-async def test_a_dead_endpoint_still_goes_inactive_by_its_probes(
+async def test_failed_probes_deactivate_config(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -299,7 +299,7 @@ async def test_a_dead_endpoint_still_goes_inactive_by_its_probes(
     assert 8 <= len(receiver.webhooks) <= 12
 
 
-async def test_an_operator_a_new_url_and_a_ping_close_a_breaker(
+async def test_ping_new_url_and_reactivation_close_breaker(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -356,7 +356,7 @@ async def test_an_operator_a_new_url_and_a_ping_close_a_breaker(
 
 
 @pytest.mark.parametrize("status", [410, 503])
-async def test_what_the_old_url_says_after_a_move_does_not_stop_the_new_one(
+async def test_response_of_old_url_does_not_stop_new_url(
     platform: Platform, receiver: Receiver, start_receiver: Any, pool: Any, status: int
 ) -> None:
     asked, moved = asyncio.Event(), asyncio.Event()
@@ -393,7 +393,7 @@ async def test_what_the_old_url_says_after_a_move_does_not_stop_the_new_one(
     assert tuple(config) == (True, 0)
 
 
-async def test_410_deactivates_at_once_and_an_operator_brings_it_back(
+async def test_410_deactivates_config_at_once(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
     created = await platform.register(receiver.url)
@@ -420,7 +420,7 @@ async def test_410_deactivates_at_once_and_an_operator_brings_it_back(
     assert len(published) == 3
 
 
-async def test_retry_after_holds_the_delivery_and_its_config_within_bounds(
+async def test_retry_after_pauses_config_up_to_maximum(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -446,7 +446,7 @@ async def test_retry_after_holds_the_delivery_and_its_config_within_bounds(
     assert 80 < due_in <= 100
 
 
-async def test_retry_after_never_shortens_the_backoff_and_ends_by_itself(
+async def test_retry_after_never_shortens_backoff(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -468,7 +468,7 @@ async def test_retry_after_never_shortens_the_backoff_and_ends_by_itself(
 # Floods.
 
 
-async def test_a_flood_is_parked_by_its_fan_out_and_other_merchants_are_not(
+async def test_flood_is_parked_at_publish(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -482,7 +482,7 @@ async def test_a_flood_is_parked_by_its_fan_out_and_other_merchants_are_not(
     assert len({request.message_id for request in received}) == 901
 
 
-async def test_a_crowd_that_is_due_at_one_moment_is_parked_at_once_and_not_claim_by_claim(
+async def test_burst_due_at_one_moment_is_parked_by_few_claims(
     platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await platform.register(receiver.url)
@@ -512,7 +512,7 @@ async def test_a_crowd_that_is_due_at_one_moment_is_parked_at_once_and_not_claim
         assert sum(map(bool, claims)) <= 5
 
 
-async def test_single_events_that_come_fast_are_a_flood_as_well(
+async def test_fast_single_events_are_parked_as_flood(
     platform: Platform, pool: Any, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url)
@@ -524,7 +524,7 @@ async def test_single_events_that_come_fast_are_a_flood_as_well(
     assert states["ready"] <= 110
 
 
-async def test_beside_a_backlog_even_one_event_and_a_redelivery_are_parked(
+async def test_event_and_redelivery_queue_behind_backlog(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -545,7 +545,7 @@ async def test_beside_a_backlog_even_one_event_and_a_redelivery_are_parked(
         await receiver.wait_for(4)
 
 
-async def test_what_dead_engines_left_parked_behind_a_closed_breaker_is_swept_in(
+async def test_sweep_admits_backlog_left_by_dead_engine(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)

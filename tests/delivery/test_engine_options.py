@@ -123,7 +123,7 @@ def verifies(secret: str, received: Received) -> bool:
 # Headers.
 
 
-async def test_custom_headers_are_sent_with_pings_and_webhooks_and_change_with_an_update(
+async def test_custom_headers_are_sent_and_follow_updates(
     platform: Platform, receiver: Receiver
 ) -> None:
     headers = {"Authorization": "Bearer swordfish", "X-Tenant": "a b"}
@@ -149,9 +149,7 @@ async def test_custom_headers_are_sent_with_pings_and_webhooks_and_change_with_a
 # Timeout.
 
 
-async def test_a_configs_own_timeout_ends_its_attempts(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_config_timeout_ends_attempt(platform: Platform, receiver: Receiver) -> None:
     await platform.register(
         receiver.url, timeout=Duration(seconds=1), retry_schedule=[Duration(seconds=1)]
     )
@@ -167,7 +165,7 @@ async def test_a_configs_own_timeout_ends_its_attempts(
     assert 1000 <= delivery.attempts[0].duration.ToMilliseconds() < 5000
 
 
-async def test_no_timeout_outlives_the_lease_of_its_delivery(
+async def test_timeout_is_capped_by_half_of_the_lease(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(
@@ -187,7 +185,7 @@ async def test_no_timeout_outlives_the_lease_of_its_delivery(
 
 
 @pytest.mark.parametrize("caps", [(2, 32, 2), (1000, 3, 3), (0, 4, 4)])
-async def test_no_more_requests_are_open_than_the_smaller_of_both_caps(
+async def test_smaller_in_flight_limit_applies(
     platform: Platform, receiver: Receiver, pool: Any, caps: tuple[int, int, int]
 ) -> None:
     own, operators, most = caps
@@ -206,7 +204,7 @@ async def test_no_more_requests_are_open_than_the_smaller_of_both_caps(
 
 
 @pytest.mark.parametrize("engines", [1, 2])
-async def test_a_rate_holds_for_all_engines_together_and_everything_arrives(
+async def test_rate_limit_holds_for_all_engines_together(
     platform: Platform, receiver: Receiver, engines: int
 ) -> None:
     await platform.register(receiver.url, rate_limit=20.0)
@@ -226,7 +224,7 @@ async def test_a_rate_holds_for_all_engines_together_and_everything_arrives(
     assert len({request.message_id for request in receiver.webhooks}) == 70
 
 
-async def test_what_exceeds_a_rate_is_parked_and_comes_once_the_limit_is_lifted(
+async def test_excess_over_rate_limit_is_parked_until_lifted(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url, rate_limit=0.001)
@@ -240,7 +238,7 @@ async def test_what_exceeds_a_rate_is_parked_and_comes_once_the_limit_is_lifted(
     assert len(receiver.webhooks) == 5
 
 
-async def test_a_limited_config_holds_nobody_else_up(
+async def test_rate_limited_config_does_not_delay_others(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url, rate_limit=0.001)
@@ -252,7 +250,7 @@ async def test_a_limited_config_holds_nobody_else_up(
     assert paths == {"/hook": 1, "/hook/free": 50}
 
 
-async def test_retries_count_towards_the_rate(
+async def test_retries_count_towards_rate_limit(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url, rate_limit=0.001)
@@ -267,7 +265,7 @@ async def test_retries_count_towards_the_rate(
 # Two secrets.
 
 
-async def test_both_secrets_sign_until_the_overlap_ends_and_then_the_new_one_alone(
+async def test_both_secrets_sign_until_overlap_ends(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -297,7 +295,7 @@ async def test_both_secrets_sign_until_the_overlap_ends_and_then_the_new_one_alo
     assert await pool.fetchval("SELECT previous_secret_ciphertext FROM webhook_configs") is None
 
 
-async def test_without_an_overlap_the_old_secret_signs_no_more(
+async def test_rotation_without_overlap_drops_old_secret(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url)
@@ -311,7 +309,7 @@ async def test_without_an_overlap_the_old_secret_signs_no_more(
     assert [verifies(created.secret, second), verifies(rotated.secret, second)] == [False, True]
 
 
-async def test_of_three_secrets_the_newest_two_sign(platform: Platform, receiver: Receiver) -> None:
+async def test_only_the_newest_two_secrets_sign(platform: Platform, receiver: Receiver) -> None:
     created = await platform.register(receiver.url)
     rotations = [await rotate(platform, created.webhook_config.id, 3600) for _ in range(2)]
     async with platform.engine():
@@ -321,7 +319,7 @@ async def test_of_three_secrets_the_newest_two_sign(platform: Platform, receiver
     assert [verifies(secret, received) for secret in secrets] == [False, True, True]
 
 
-async def test_a_merchant_of_another_sender_keeps_its_headers_and_its_library(
+async def test_header_prefix_works_with_svix_library(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url, header_prefix="svix")
@@ -337,7 +335,7 @@ async def test_a_merchant_of_another_sender_keeps_its_headers_and_its_library(
         assert verifies(created.secret, request)
 
 
-async def test_while_a_config_changes_to_a_key_pair_both_sign_and_then_the_pair_alone(
+async def test_rotation_to_ed25519_signs_with_both_during_overlap(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url)
@@ -361,7 +359,7 @@ async def test_while_a_config_changes_to_a_key_pair_both_sign_and_then_the_pair_
         verify_webhook(created.secret, second.headers, second.body)
 
 
-async def test_stored_headers_that_could_break_out_harm_only_their_own_webhooks(
+async def test_stored_header_injection_fails_only_its_own_config(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -385,7 +383,7 @@ async def test_stored_headers_that_could_break_out_harm_only_their_own_webhooks(
 
 
 @pytest.mark.parametrize(("seconds", "dialled"), [(1e-6, [True, True]), (300.0, [True, False])])
-async def test_connections_are_used_again_up_to_the_age_that_the_operator_set(
+async def test_connection_is_reused_up_to_its_maximum_age(
     platform: Platform, receiver: Receiver, pool: Any, seconds: float, dialled: list[bool]
 ) -> None:
     egress = platform.settings.egress.model_copy(update={"receiver_connection_seconds": seconds})

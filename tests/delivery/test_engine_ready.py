@@ -3,7 +3,7 @@
 from delivery.metrics import EngineMetrics
 
 
-def test_an_engine_is_ready_once_it_has_reached_the_queue_and_while_it_does() -> None:
+def test_engine_is_ready_while_it_reaches_the_database() -> None:
     times = iter([100.0, 100.0, 100.0, 110.0, 110.1])
     # Made, asked, reached, asked and asked.
     metrics = EngineMetrics(20, times.__next__)

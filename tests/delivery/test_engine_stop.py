@@ -37,7 +37,7 @@ def _stopped(own_postgres: OwnPostgres) -> Any:
 
 
 @pytest.mark.parametrize("away", [_stopped, OwnPostgres.frozen])
-async def test_it_ends_in_time_and_leaves_what_it_could_not_record_to_the_leases(
+async def test_stop_without_database_leaves_results_to_leases(
     own_postgres: OwnPostgres,
     on_own: Platform,
     receiver: Receiver,
@@ -69,7 +69,7 @@ async def test_it_ends_in_time_and_leaves_what_it_could_not_record_to_the_leases
 
 
 @pytest.mark.parametrize("answered", [True, False])
-async def test_statements_that_nobody_answers_do_not_lengthen_the_drain(
+async def test_unanswered_statements_do_not_lengthen_drain(
     own_postgres: OwnPostgres,
     *,
     receiver: Receiver,

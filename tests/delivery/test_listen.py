@@ -9,14 +9,14 @@ from delivery.listen import Listener
 NO_POOL: Any = None
 
 
-async def test_a_retry_that_is_soon_is_woken_up_for() -> None:
+async def test_wake_in_ends_wait_early() -> None:
     listener = Listener(NO_POOL, poll_seconds=60)
     listener.wake_in(0.01)
     async with asyncio.timeout(10):
         await listener.wait()
 
 
-async def test_retries_that_are_late_cost_no_memory_until_then() -> None:
+async def test_late_wakeups_create_no_timers() -> None:
     listener = Listener(NO_POOL, poll_seconds=1)
     before = _timers()
     for _ in range(1000):

@@ -42,7 +42,7 @@ async def said_once_nothing_is_open(pool: Any, logged: list[Any]) -> Scrape:
     return await scrape(port_in(logged))
 
 
-async def test_what_fails_is_counted_by_outcome_and_what_gives_up_as_failed(
+async def test_metrics_count_failures_by_outcome(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
     receiver.default = 500
@@ -72,7 +72,7 @@ async def test_what_fails_is_counted_by_outcome_and_what_gives_up_as_failed(
     assert said.sum("postrider_in_flight") == 0
 
 
-async def test_breakers_and_410_are_counted(
+async def test_metrics_count_breaker_changes_and_410(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
     receiver.script.extend([500, 500, 200, 410])
@@ -94,7 +94,7 @@ async def test_breakers_and_410_are_counted(
     assert said.sum("postrider_webhook_deactivations_total", reason="gone") == 1
 
 
-async def test_time_is_counted_from_when_a_delivery_was_owed(
+async def test_latency_metrics_start_when_delivery_is_due(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
     """By the database's clock: the delivery is accepted, and only then is there an engine."""
@@ -120,7 +120,7 @@ async def test_time_is_counted_from_when_a_delivery_was_owed(
         assert said.sum(buckets, le="120.0") == 2
 
 
-async def test_statements_and_connections_are_those_of_the_pool(
+async def test_pool_metrics_count_statements_and_connections(
     platform: Platform, logged: list[Any]
 ) -> None:
     async with platform.engine(delivery_metrics_address=ANYWHERE, poll_seconds=0.05):
@@ -137,9 +137,7 @@ async def test_statements_and_connections_are_those_of_the_pool(
     assert 1 <= said.sum("postrider_database_pool_connections") <= size
 
 
-async def test_openmetrics_is_spoken_to_who_asks_for_it(
-    platform: Platform, logged: list[Any]
-) -> None:
+async def test_openmetrics_is_served_on_request(platform: Platform, logged: list[Any]) -> None:
     async with platform.engine(delivery_metrics_address=ANYWHERE):
         accept = {"Accept": "application/openmetrics-text;version=1.0.0"}
         async with (
@@ -152,7 +150,7 @@ async def test_openmetrics_is_spoken_to_who_asks_for_it(
     assert text.endswith("# EOF\n")
 
 
-async def test_an_address_that_was_set_and_is_taken_is_an_error_that_names_the_setting(
+async def test_configured_metrics_address_in_use_is_an_error(
     platform: Platform, logged: list[Any]
 ) -> None:
     async with platform.engine(delivery_metrics_address=ANYWHERE):
@@ -162,7 +160,7 @@ async def test_an_address_that_was_set_and_is_taken_is_an_error_that_names_the_s
                 pass
 
 
-async def test_a_default_address_that_is_taken_costs_the_metrics_and_nothing_else(
+async def test_default_metrics_address_in_use_is_a_warning(
     platform: Platform, logged: list[Any]
 ) -> None:
     async with platform.engine(delivery_metrics_address=ANYWHERE):
@@ -176,7 +174,7 @@ async def test_a_default_address_that_is_taken_costs_the_metrics_and_nothing_els
 
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:http", "[::1]:99999"])
-async def test_what_is_no_address_is_an_error_that_names_the_setting(address: str) -> None:
+async def test_invalid_metrics_address_is_an_error(address: str) -> None:
     place = Place.of(DeliverySettings(delivery_metrics_address=address), "delivery_metrics_address")
 
     with pytest.raises(ConfigurationError, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):

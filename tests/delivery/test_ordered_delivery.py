@@ -108,7 +108,7 @@ async def until_finished(pool: Any, count: int) -> Counter[str]:
     return Counter(row["state"] for row in rows)
 
 
-async def test_each_key_is_in_order_and_alone_however_many_engines_and_failures(
+async def test_each_key_is_delivered_in_order_and_alone(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url, ordered=True)
@@ -142,7 +142,7 @@ async def test_each_key_is_in_order_and_alone_however_many_engines_and_failures(
         assert ledger.delivered[key] == sorted(set(ledger.delivered[key]))
 
 
-async def test_a_failing_first_holds_its_own_key_up_and_no_other_until_it_is_spent(
+async def test_failing_delivery_blocks_only_its_own_key(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url, ordered=True)
@@ -163,7 +163,7 @@ async def test_a_failing_first_holds_its_own_key_up_and_no_other_until_it_is_spe
 
 
 @pytest.mark.parametrize("limits", [{"rate_limit": 40.0}, {"max_in_flight": 1}])
-async def test_what_is_parked_for_a_limit_stays_in_order(
+async def test_parked_deliveries_stay_in_order(
     platform: Platform, receiver: Receiver, pool: Any, limits: dict[str, Any]
 ) -> None:
     await platform.register(receiver.url, ordered=True, **limits)
@@ -178,7 +178,7 @@ async def test_what_is_parked_for_a_limit_stays_in_order(
     assert ledger.delivered == {key: list(range(12)) for key in keys}
 
 
-async def test_a_key_does_not_wait_for_the_poll(platform: Platform, receiver: Receiver) -> None:
+async def test_next_of_key_does_not_wait_for_poll(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url, ordered=True)
     receiver.default = ledger = Ledger()
     async with platform.engine(), asyncio.timeout(5):
@@ -188,7 +188,7 @@ async def test_a_key_does_not_wait_for_the_poll(platform: Platform, receiver: Re
     assert ledger.delivered["k"] == list(range(30))
 
 
-async def test_a_chain_that_an_engine_left_goes_on_with_the_sweep(
+async def test_sweep_continues_chain_left_by_engine(
     platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, pool: Any
 ) -> None:
     await platform.register(receiver.url, ordered=True)
@@ -210,7 +210,7 @@ async def test_a_chain_that_an_engine_left_goes_on_with_the_sweep(
     assert ledger.delivered["k"] == [0, 1, 2]
 
 
-async def test_a_config_that_went_inactive_goes_on_in_order_when_it_is_reactivated(
+async def test_reactivated_config_continues_in_order(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url, ordered=True)
@@ -227,9 +227,7 @@ async def test_a_config_that_went_inactive_goes_on_in_order_when_it_is_reactivat
     assert ledger.delivered["k"] == list(range(9))
 
 
-async def test_the_order_of_a_stream_is_the_order_of_delivery(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_stream_order_is_delivery_order(platform: Platform, receiver: Receiver) -> None:
     await platform.register(receiver.url, ordered=True)
     receiver.default = ledger = Ledger()
 
@@ -253,7 +251,7 @@ async def test_the_order_of_a_stream_is_the_order_of_delivery(
     assert ledger.delivered == {key: list(range(84)) for key in ("a", "b", "c")}
 
 
-async def test_a_deleted_config_leaves_nothing_behind(
+async def test_deleted_config_cancels_its_chain(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url, ordered=True)

@@ -29,7 +29,7 @@ async def is_open(pool: Any, webhook_id: UUID) -> bool:
     )
 
 
-async def test_keeps_a_breaker_change_that_came_while_another_was_written(pool: Any) -> None:
+async def test_recorder_keeps_breaker_change_put_during_flush(pool: Any) -> None:
     held, other = await make_webhook_config(pool), await make_webhook_config(pool)
     first, second = await lease_one(pool, held), await lease_one(pool, other)
     recorder = Recorder(pool, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None)
@@ -49,9 +49,7 @@ async def test_keeps_a_breaker_change_that_came_while_another_was_written(pool: 
     assert await is_open(pool, other)
 
 
-async def test_a_config_that_somebody_holds_holds_up_no_breaker_of_others_and_no_settle(
-    pool: Any, database_url: str
-) -> None:
+async def test_locked_config_does_not_delay_other_breakers(pool: Any, database_url: str) -> None:
     held, *others = [await make_webhook_config(pool) for _ in range(4)]
     waits = {"lock_timeout": "2000"}
     async with asyncpg.create_pool(database_url, min_size=1, server_settings=waits) as bounded:

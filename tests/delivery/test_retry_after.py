@@ -30,7 +30,9 @@ NOW = 784_111_777.0
         ("120", "Sun, 06 Nov 1994 09:49:37 GMT", 120),
     ],
 )
-def test_seconds_and_dates_are_understood(value: str, date: str | None, seconds: float) -> None:
+def test_retry_after_accepts_seconds_and_dates(
+    value: str, date: str | None, seconds: float
+) -> None:
     assert parse_retry_after(value, date, NOW) == seconds
 
 
@@ -48,18 +50,18 @@ def test_seconds_and_dates_are_understood(value: str, date: str | None, seconds:
         "1994-11-06T08:50:37Z",
     ],
 )
-def test_anything_else_asks_for_nothing(value: str) -> None:
+def test_retry_after_ignores_other_values(value: str) -> None:
     assert parse_retry_after(value, None, NOW) is None
 
 
 @given(st.text(), st.none() | st.text())
-def test_no_text_is_too_odd(value: str, date: str | None) -> None:
+def test_retry_after_accepts_any_text_without_error(value: str, date: str | None) -> None:
     seconds = parse_retry_after(value, date, NOW)
     assert seconds is None or 0 <= seconds < 10**12
 
 
 @given(st.datetimes(datetime(1970, 1, 1), datetime(9999, 12, 31), timezones=st.just(UTC)))  # noqa: DTZ001
-def test_every_date_is_understood(moment: datetime) -> None:
+def test_retry_after_accepts_every_http_date(moment: datetime) -> None:
     whole = moment.replace(microsecond=0)
     seconds = parse_retry_after(format_datetime(whole, usegmt=True), None, NOW)
     wanted = whole.timestamp() - NOW

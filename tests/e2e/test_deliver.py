@@ -7,7 +7,7 @@ from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 
 
-async def test_published_event_arrives_signed_and_is_on_record(
+async def test_published_event_arrives_signed_and_recorded(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url)

@@ -48,7 +48,7 @@ def report(database_url: str, tmp_path: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_no_trick_reaches_an_inner_address(report: Any) -> None:
+def test_no_request_reaches_an_inner_address(report: Any) -> None:
     assert report["connects"] == []
     assert report["alive"] == len(INNER_ADDRESSES) * len(PORTS)
 

@@ -73,7 +73,7 @@ def assert_promtool_likes(said: Scrape) -> None:
     assert set(checked.stderr.splitlines()) <= {MEANT}, checked.stdout
 
 
-async def test_a_server_and_two_engines_say_what_happened(
+async def test_metrics_of_server_and_two_engines_add_up(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     await register(platform, receiver, "m_1", "m_2")
@@ -127,7 +127,7 @@ async def test_a_server_and_two_engines_say_what_happened(
 
 
 @pytest.mark.slow
-async def test_an_engine_that_died_begins_anew_and_one_that_is_frozen_is_down(
+async def test_metrics_of_killed_and_frozen_engines(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     await register(platform, receiver, "m_1")
@@ -171,7 +171,7 @@ async def once_all_are_up(port: int) -> Scrape:
 
 
 @pytest.mark.slow
-async def test_while_the_database_is_away_a_scrape_says_so_and_nothing_else_of_it(
+async def test_scrape_without_database_reports_it_down(
     ca_file: Path, own_postgres: OwnPostgres, platform: Platform
 ) -> None:
     assert own_postgres.server is not None

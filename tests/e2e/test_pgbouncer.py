@@ -83,7 +83,7 @@ async def url_of_the_role(own_postgres: OwnPostgres) -> AsyncIterator[EmbeddedPo
     await connection.close()
 
 
-async def test_in_session_mode_everything_works(
+async def test_session_mode_delivers(
     url_of_the_role: EmbeddedPostgres, receiver: Receiver, ca_file: Path, tmp_path: Path
 ) -> None:
     key = ensure_development_key(tmp_path / "keys")
@@ -107,7 +107,7 @@ async def test_in_session_mode_everything_works(
         assert engine.named("listen_reopened") == []
 
 
-async def test_in_transaction_mode_a_process_says_which_mode_to_use(
+async def test_transaction_mode_is_refused_with_a_hint(
     url_of_the_role: EmbeddedPostgres, ca_file: Path, tmp_path: Path
 ) -> None:
     key = ensure_development_key(tmp_path / "keys")
@@ -119,7 +119,7 @@ async def test_in_transaction_mode_a_process_says_which_mode_to_use(
     assert "use its session mode" in engine.lines[-1]
 
 
-async def test_without_the_settings_of_the_role_the_check_says_so(
+async def test_check_names_missing_role_settings(
     own_postgres: OwnPostgres,
 ) -> None:
     assert own_postgres.server is not None

@@ -46,7 +46,7 @@ async def processes(
 
 
 @pytest.mark.slow
-async def test_the_previous_release_works_on_the_newest_schema(
+async def test_previous_release_works_on_newest_schema(
     processes: Processes, platform: Platform, receiver: Receiver
 ) -> None:
     _, address = await processes.server()

@@ -131,7 +131,7 @@ async def stop(*engines: Any) -> None:
     assert [await engine.exit_code() for engine in engines] == [0] * len(engines)
 
 
-async def test_after_kill_9_of_the_only_engine_nothing_is_lost_and_duplicates_are_bounded(
+async def test_killed_engine_loses_nothing_and_bounds_duplicates(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     merchants = ["m_1", "m_2", "m_3", "m_4"]
@@ -216,7 +216,7 @@ class Publisher:
         return True
 
 
-async def test_after_kill_9_of_the_server_a_client_that_repeats_itself_publishes_once(
+async def test_killed_server_and_repeated_calls_publish_once(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     secrets = await register(platform, receiver, "m_1")
@@ -240,7 +240,7 @@ async def test_after_kill_9_of_the_server_a_client_that_repeats_itself_publishes
     assert await pool.fetchval("SELECT count(*) FROM events") == 800
 
 
-async def test_sigterm_of_an_engine_under_load_duplicates_and_fails_nothing(
+async def test_sigterm_under_load_duplicates_and_fails_nothing(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     merchants = [f"m_{number}" for number in range(8)]
@@ -268,7 +268,7 @@ async def test_sigterm_of_an_engine_under_load_duplicates_and_fails_nothing(
     assert not await open_deliveries(pool)
 
 
-async def test_two_servers_and_two_engines_share_the_work(
+async def test_two_servers_and_two_engines_share_work(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     merchants = [f"m_{number}" for number in range(8)]
@@ -298,7 +298,7 @@ async def test_two_servers_and_two_engines_share_the_work(
 
 
 @pytest.mark.parametrize("max_retries", [0, 3])
-async def test_an_engine_that_wakes_after_its_leases_ended_changes_nothing(
+async def test_engine_thawed_after_its_leases_changes_nothing(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any, max_retries: int
 ) -> None:
     secrets = await register(platform, receiver, "m_1")
@@ -342,14 +342,14 @@ async def test_an_engine_that_wakes_after_its_leases_ended_changes_nothing(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_a_process_that_cannot_start_says_why_in_one_line(
+async def test_failed_start_prints_one_line(
     processes: Processes, command: str, settings: dict[str, Any], told: str
 ) -> None:
     await assert_refuses_to_start(processes, command, settings, told)
 
 
 @pytest.mark.parametrize("command", ["server", "delivery"])
-async def test_a_process_on_an_unmigrated_database_names_the_command_to_run(
+async def test_start_on_unmigrated_database_names_migrate(
     processes: Processes, postgres: EmbeddedPostgres, command: str
 ) -> None:
     settings: dict[str, Any] = {"database_url": postgres.url("postgres")}

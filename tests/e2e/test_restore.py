@@ -25,7 +25,7 @@ async def restored_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     await connection.close()
 
 
-async def test_a_restored_dump_goes_on_where_it_was_taken(
+async def test_restored_dump_continues_deliveries(
     platform: Platform,
     receiver: Receiver,
     restored_url: str,

@@ -83,7 +83,7 @@ class Answers:
         return answer
 
 
-async def test_no_secret_and_no_payload_is_anywhere_in_clear(
+async def test_no_secret_or_payload_appears_in_clear(
     platform: Platform, processes: Processes, receiver: Receiver, pool: Any, keyring: KeyRing
 ) -> None:
     server, address = await processes.server(log_level="debug")

@@ -18,7 +18,7 @@ type StartScene = Callable[..., AbstractAsyncContextManager[Scene]]
 
 
 @pytest.mark.parametrize("how", ["fast", pytest.param("immediate", marks=pytest.mark.slow)])
-async def test_a_restart_of_postgresql(
+async def test_postgresql_restart(
     scene: Scene, conclude: Conclude, own_postgres: OwnPostgres, how: str
 ) -> None:
     await scene.engine()
@@ -40,7 +40,7 @@ async def test_a_restart_of_postgresql(
 
 
 @pytest.mark.slow
-async def test_a_connection_cut_just_after_its_commit(
+async def test_connection_cut_after_commit(
     start_scene: StartScene, conclude: Conclude, database_url: str
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -64,7 +64,7 @@ async def test_a_connection_cut_just_after_its_commit(
 
 
 @pytest.mark.slow
-async def test_a_database_that_is_frozen_for_30_seconds(
+async def test_database_frozen_for_30_seconds(
     scene: Scene, conclude: Conclude, own_postgres: OwnPostgres
 ) -> None:
     # Nothing may wait for the end of a lease, which is longer than anybody here has patience.
@@ -81,9 +81,7 @@ async def test_a_database_that_is_frozen_for_30_seconds(
 
 
 @pytest.mark.slow
-async def test_a_session_that_holds_rows_for_60_seconds(
-    scene: Scene, conclude: Conclude, pool: Any
-) -> None:
+async def test_rows_locked_for_60_seconds(scene: Scene, conclude: Conclude, pool: Any) -> None:
     """Somebody's transaction has locked a webhook config and some deliveries, and is idle."""
     for _ in range(2):
         # So that a wait for a lock is to a lease what it is in production.

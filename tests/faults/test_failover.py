@@ -56,9 +56,7 @@ def database_url(pair: Pair) -> str:
     return pair.url
 
 
-async def test_the_primary_is_killed_and_the_standby_promoted(
-    scene: Scene, pair: Pair, conclude: Conclude
-) -> None:
+async def test_killed_primary_fails_over(scene: Scene, pair: Pair, conclude: Conclude) -> None:
     async with under_load(scene, 300) as load:
         in_flight = await lose_primary(scene, pair)
         seconds = await load.fresh_arrives()
@@ -68,7 +66,7 @@ async def test_the_primary_is_killed_and_the_standby_promoted(
     assert all(process.lives for process in scene.processes.started)
 
 
-async def test_a_commit_that_gave_up_waiting_for_the_standby_is_not_acknowledged(
+async def test_commit_without_standby_is_not_acknowledged(
     start_scene: StartScene, pair: Pair, conclude: Conclude
 ) -> None:
     """What was published is there for its repetition to find, but only on the primary."""
@@ -86,7 +84,7 @@ async def test_a_commit_that_gave_up_waiting_for_the_standby_is_not_acknowledged
         await conclude(scene, f"failover from a primary alone, back in {seconds:.1f} s", in_flight)
 
 
-async def test_a_planned_switchover_and_back(scene: Scene, pair: Pair, conclude: Conclude) -> None:
+async def test_planned_switchover_and_back(scene: Scene, pair: Pair, conclude: Conclude) -> None:
     in_flight, longest = 0, 0.0
     async with under_load(scene, 200) as load:
         for _ in range(2):
@@ -102,7 +100,7 @@ async def test_a_planned_switchover_and_back(scene: Scene, pair: Pair, conclude:
     assert all(process.lives for process in scene.processes.started)
 
 
-async def test_the_old_primary_comes_back_and_nothing_is_written_to_it(
+async def test_returned_old_primary_gets_no_writes(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
     async with under_load(scene, 200) as load:
@@ -124,7 +122,7 @@ async def test_the_old_primary_comes_back_and_nothing_is_written_to_it(
     await conclude(scene, "old primary back after a failover", in_flight)
 
 
-async def test_without_its_standby_nothing_is_accepted_until_an_operator_says_so(
+async def test_lost_standby_blocks_publishing_until_operator_acts(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
     async with under_load(scene, 100) as load:
@@ -143,7 +141,7 @@ async def test_without_its_standby_nothing_is_accepted_until_an_operator_says_so
     assert seconds <= BACK_SECONDS
 
 
-async def test_a_primary_that_hangs_is_left_for_the_one_that_is_promoted(
+async def test_frozen_primary_is_left_for_promoted_standby(
     scene: Scene, pair: Pair, conclude: Conclude
 ) -> None:
     """Its connections stay, and say nothing: as with a disk that does not answer."""

@@ -15,7 +15,7 @@ PLACES = 500
 
 
 @pytest.mark.slow
-async def test_fewer_descriptors_than_places(scene: Scene, conclude: Conclude) -> None:
+async def test_fewer_descriptors_than_slots(scene: Scene, conclude: Conclude) -> None:
     # Every place wants a connection of its own.
     engine = await scene.engine(
         under=LIMITED, **PATIENT, max_in_flight=PLACES, max_in_flight_per_webhook=PLACES
@@ -32,7 +32,7 @@ async def test_fewer_descriptors_than_places(scene: Scene, conclude: Conclude) -
 
 
 @pytest.mark.slow
-async def test_more_receivers_in_a_row_than_descriptors(
+async def test_more_receivers_than_descriptors(
     scene: Scene, conclude: Conclude, authority: trustme.CA
 ) -> None:
     async def ok(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -133,7 +133,7 @@ async def outcomes(pool: Any, merchant_id: str) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.slow
-async def test_hostile_receivers_beside_good_ones(
+async def test_hostile_receivers_do_not_harm_others(
     scene: Scene, conclude: Conclude, authority: trustme.CA, pool: Any
 ) -> None:
     # Its breakers would keep what the worst of them are sent from ever being given up here.

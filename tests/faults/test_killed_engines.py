@@ -11,7 +11,7 @@ from tests.support.fault_scene import PATIENT, Conclude, Scene
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_kill_9_of_one_of_two_engines_at_random_moments(
+async def test_one_of_two_engines_killed_at_random(
     scene: Scene, conclude: Conclude, seed: int
 ) -> None:
     moments = random.Random(seed)  # noqa: S311 - the same ones every time
@@ -31,9 +31,7 @@ async def test_kill_9_of_one_of_two_engines_at_random_moments(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_kill_9_of_all_engines_at_random_moments(
-    scene: Scene, conclude: Conclude, seed: int
-) -> None:
+async def test_all_engines_killed_at_random(scene: Scene, conclude: Conclude, seed: int) -> None:
     moments = random.Random(seed)  # noqa: S311 - the same ones every time
     in_flight = 0
     async with scene.load.running() as load:
@@ -47,9 +45,7 @@ async def test_kill_9_of_all_engines_at_random_moments(
 
 
 @pytest.mark.slow
-async def test_an_engine_frozen_past_its_leases_under_load(
-    scene: Scene, conclude: Conclude
-) -> None:
+async def test_engine_frozen_past_its_leases(scene: Scene, conclude: Conclude) -> None:
     sleeper = await scene.engine()
     async with scene.load.running() as load:
         await load.arrived_more(200)
@@ -70,7 +66,7 @@ async def test_an_engine_frozen_past_its_leases_under_load(
 
 
 @pytest.mark.slow
-async def test_a_rolling_restart_duplicates_and_fails_nothing(
+async def test_rolling_restart_duplicates_and_fails_nothing(
     scene: Scene, conclude: Conclude
 ) -> None:
     engines = [await scene.engine(**PATIENT), await scene.engine(**PATIENT)]

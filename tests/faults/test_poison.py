@@ -60,7 +60,7 @@ async def outcomes(pool: Any) -> dict[str, tuple[int, set[tuple[str, str]]]]:
 
 
 @pytest.mark.slow
-async def test_a_poison_row_harms_nothing_but_itself(
+async def test_poison_row_fails_only_its_own_deliveries(
     scene: Scene, conclude: Conclude, pool: Any
 ) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:

@@ -98,7 +98,7 @@ async def asking_for_a_password(own_postgres: OwnPostgres) -> AsyncIterator[Any]
     await admin.close()
 
 
-async def test_everything_secret_is_changed_while_deliveries_go_on(
+async def test_all_secrets_rotate_under_load(
     start_scene: Callable[..., AbstractAsyncContextManager[Scene]],
     conclude: Conclude,
     database_url: str,

@@ -19,7 +19,7 @@ class Clock:
         return self.now
 
 
-async def test_a_busy_engine_asks_for_a_config_with_enough_that_is_ready_after_a_while(
+async def test_busy_engine_delays_refill_of_config_with_ready(
     pool: Any,
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -39,7 +39,7 @@ async def test_a_busy_engine_asks_for_a_config_with_enough_that_is_ready_after_a
     assert await queue_states(pool) == {"ready": 1}
 
 
-async def test_an_engine_that_has_nothing_else_asks_at_once(pool: Any) -> None:
+async def test_idle_engine_refills_at_once(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(4):
         await make_delivery(pool, webhook_id)
@@ -53,7 +53,7 @@ async def test_an_engine_that_has_nothing_else_asks_at_once(pool: Any) -> None:
     assert await queue_states(pool) == {"ready": 1}
 
 
-async def test_a_config_that_had_no_places_is_asked_for_as_soon_as_it_has(pool: Any) -> None:
+async def test_refill_happens_when_slots_become_free(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     await make_delivery(pool, webhook_id, state="parked")
     admission = Admission(pool, Clock())
@@ -65,7 +65,7 @@ async def test_a_config_that_had_no_places_is_asked_for_as_soon_as_it_has(pool: 
     assert await queue_states(pool) == {"ready": 1}
 
 
-async def test_what_was_let_in_is_claimed_before_its_config_is_asked_for_again(pool: Any) -> None:
+async def test_refill_waits_until_admitted_are_claimed(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(3):
         await make_delivery(pool, webhook_id, state="parked")
@@ -91,7 +91,7 @@ async def beside_another(pool: Any, parked: int, clock: Clock) -> tuple[Admissio
     return admission, flooded
 
 
-async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any) -> None:
+async def test_backlog_beside_prompt_deliveries_is_admitted_in_chunks(pool: Any) -> None:
     clock = Clock()
     admission, flooded = await beside_another(pool, 40, clock)
 
@@ -105,7 +105,7 @@ async def test_beside_prompt_deliveries_a_backlog_is_let_in_by_and_by(pool: Any)
     assert await queue_states(pool) == {"leased": 1, "parked": 24, "ready": 16}
 
 
-async def test_many_backlogs_are_let_in_as_quickly_as_one(pool: Any) -> None:
+async def test_many_backlogs_are_admitted_as_fast_as_one(pool: Any) -> None:
     other = await make_webhook_config(pool)
     busy = [await make_webhook_config(pool) for _ in range(5)]
     for webhook_id in busy:
@@ -119,7 +119,7 @@ async def test_many_backlogs_are_let_in_as_quickly_as_one(pool: Any) -> None:
     assert await queue_states(pool) == {"leased": 1, "ready": 30}
 
 
-async def test_when_the_others_have_gone_a_backlog_is_let_in_as_ever(pool: Any) -> None:
+async def test_backlog_rate_ends_with_prompt_deliveries(pool: Any) -> None:
     clock = Clock()
     admission, _ = await beside_another(pool, 40, clock)
     assert await admission.refill(lambda _: 32)
@@ -130,7 +130,7 @@ async def test_when_the_others_have_gone_a_backlog_is_let_in_as_ever(pool: Any) 
     assert await queue_states(pool) == {"leased": 1, "parked": 8, "ready": 32}
 
 
-async def test_a_sweep_lets_some_in_at_any_time(pool: Any) -> None:
+async def test_sweep_admits_a_chunk_at_any_time(pool: Any) -> None:
     admission, _ = await beside_another(pool, 20, Clock())
 
     for count in (8, 16):
@@ -138,7 +138,7 @@ async def test_a_sweep_lets_some_in_at_any_time(pool: Any) -> None:
         assert await queue_states(pool) == {"leased": 1, "parked": 20 - count, "ready": count}
 
 
-async def test_late_deliveries_retries_and_those_with_a_backlog_are_given_no_way(pool: Any) -> None:
+async def test_late_deliveries_and_retries_do_not_limit_backlog(pool: Any) -> None:
     flooded, other = await make_webhook_config(pool), await make_webhook_config(pool)
     for _ in range(40):
         await make_delivery(pool, flooded, state="parked")
@@ -158,7 +158,7 @@ async def test_late_deliveries_retries_and_those_with_a_backlog_are_given_no_way
     assert await queue_states(pool) == {"leased": 1, "parked": 8, "ready": 32}
 
 
-async def test_what_a_config_has_no_places_for_does_not_count(pool: Any) -> None:
+async def test_only_admitted_deliveries_count_towards_the_rate(pool: Any) -> None:
     admission, _ = await beside_another(pool, 4, Clock())
 
     assert await admission.refill(lambda _: 1)

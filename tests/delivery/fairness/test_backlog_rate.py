@@ -33,14 +33,14 @@ def let_in(allowance: BacklogRate, clock: Clock, seconds: float, others_a_second
     return total
 
 
-def test_beside_nobody_there_is_no_bound(clock: Clock) -> None:
+def test_backlog_alone_is_not_limited(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     assert allowance.chunk_size() is None
     allowance.admitted(1000)
     assert not allowance.seconds_until_next()
 
 
-def test_the_bound_ends_soon_after_the_last_of_the_others(clock: Clock) -> None:
+def test_limit_ends_soon_after_the_last_prompt_delivery(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     allowance.others_started(1)
     allowance.admitted(1000)
@@ -50,28 +50,28 @@ def test_the_bound_ends_soon_after_the_last_of_the_others(clock: Clock) -> None:
     assert not allowance.seconds_until_next()
 
 
-def test_a_late_loop_lets_in_the_least_and_some_for_each_of_the_others(clock: Clock) -> None:
+def test_lagging_loop_admits_minimum_plus_share_of_others(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     assert 50 <= let_in(allowance, clock, 2, others_a_second=4) / 2 <= 60
     assert 95 <= let_in(allowance, clock, 2, others_a_second=200) / 2 <= 110
     assert 500 <= let_in(allowance, clock, 2, others_a_second=2000) / 2 <= 650
 
 
-def test_a_punctual_loop_lets_in_more_and_more(clock: Clock) -> None:
+def test_punctual_loop_raises_the_rate(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     for _ in range(2000):
         allowance.aimd.observe(0.0)
     assert let_in(allowance, clock, 1, others_a_second=10) > 5000
 
 
-def test_what_was_not_used_is_not_saved_up(clock: Clock) -> None:
+def test_unused_rate_is_not_saved_up(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     allowance.others_started(100_000)
     clock.now += 0.4
     assert 4 <= let_in(allowance, clock, 0.09) <= 25
 
 
-def test_a_chunk_grows_with_the_rate(clock: Clock) -> None:
+def test_chunk_grows_with_the_rate(clock: Clock) -> None:
     allowance = BacklogRate(clock)
     allowance.others_started(1)
     assert allowance.chunk_size() == 8

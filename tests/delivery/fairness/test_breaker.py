@@ -44,7 +44,7 @@ def delivery(webhook_id: object = ONE, open_until: datetime | None = None) -> Le
 PROBE = delivery(open_until=NOW - timedelta(seconds=1))
 
 
-def test_many_failures_in_a_row_over_some_time_trip() -> None:
+def test_breaker_trips_after_failures_over_time() -> None:
     clock = Clock()
     breaker = Breaker(10, 5.0, clock)
     changes = []
@@ -56,7 +56,7 @@ def test_many_failures_in_a_row_over_some_time_trip() -> None:
     assert breaker.decide(delivery(), False, 0) is None
 
 
-def test_a_short_blip_trips_nothing_however_many_fail_in_it() -> None:
+def test_short_outage_does_not_trip_breaker() -> None:
     clock = Clock()
     breaker = Breaker(10, 5.0, clock)
     for _ in range(500):
@@ -67,7 +67,7 @@ def test_a_short_blip_trips_nothing_however_many_fail_in_it() -> None:
     assert breaker.decide(delivery(), False, 0) is None
 
 
-def test_the_retries_of_one_delivery_trip_nothing_however_long_they_take() -> None:
+def test_retries_of_one_delivery_do_not_trip_breaker() -> None:
     clock = Clock()
     breaker = Breaker(10, 5.0, clock)
     for wait in (1, 10, 60, 0):
@@ -76,14 +76,14 @@ def test_the_retries_of_one_delivery_trip_nothing_however_long_they_take() -> No
 
 
 @pytest.mark.parametrize("works", [True, None])
-def test_a_success_ends_the_row_and_what_says_nothing_does_not(works: bool | None) -> None:
+def test_only_success_resets_failures(works: bool | None) -> None:
     clock = Clock()
     breaker = Breaker(3, 0.0, clock)
     assert not any(breaker.decide(delivery(), result, 0) for result in (False, False, works))
     assert bool(breaker.decide(delivery(), False, 0)) is (works is None)
 
 
-def test_the_failures_of_others_do_not_count() -> None:
+def test_failures_count_per_config() -> None:
     breaker = Breaker(3, 0.0, Clock())
     results = [breaker.decide(delivery(w), False, 0) for w in (ONE, OTHER, ONE, OTHER, ONE)]
     assert [bool(change) for change in results] == [False] * 4 + [True]
@@ -99,11 +99,11 @@ def test_one_probe_decides() -> None:
     assert breaker.decide(PROBE, True, 0) == BreakerChange(ONE, seen, version=1)
 
 
-def test_what_began_before_it_opened_closes_nothing() -> None:
+def test_attempt_from_before_opening_does_not_close_breaker() -> None:
     assert Breaker(10, 5.0, Clock()).decide(delivery(), True, 0) is None
 
 
-def test_a_receiver_that_asks_for_time_gets_it_at_the_first_failure() -> None:
+def test_requested_pause_applies_at_first_failure() -> None:
     breaker = Breaker(10, 5.0, Clock())
     change = breaker.decide(delivery(), False, 30.0)
     assert change == BreakerChange(ONE, None, requested_pause_seconds=30.0, failures=1, version=1)

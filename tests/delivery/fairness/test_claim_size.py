@@ -17,13 +17,13 @@ async def steps() -> None:
         await asyncio.sleep(0)
 
 
-async def test_an_empty_engine_asks_for_a_batch_and_never_for_more_than_half() -> None:
+async def test_claim_size_is_one_batch_or_half_of_the_slots() -> None:
     assert await InFlightBudget(500, 62, 200).claim_size() == 200
     assert await InFlightBudget(200, 25, 200).claim_size() == 100
     assert await InFlightBudget(1, 0, 200).claim_size() == 1
 
 
-async def test_what_is_free_is_asked_for_after_a_short_wait_and_the_reserve_last() -> None:
+async def test_claim_size_uses_the_reserve_last() -> None:
     budget = filled(InFlightBudget(100, 12, 200), 80)
     assert await budget.claim_size() == 8
     filled(budget, 8)
@@ -32,7 +32,7 @@ async def test_what_is_free_is_asked_for_after_a_short_wait_and_the_reserve_last
     assert await budget.claim_size() == 0
 
 
-async def test_a_claim_waits_no_longer_than_until_it_is_worth_it() -> None:
+async def test_claim_size_waits_until_claim_is_worthwhile() -> None:
     budget = filled(InFlightBudget(100, 12, 200), 100)
     waiting = asyncio.create_task(budget.claim_size())
     await steps()
@@ -43,14 +43,14 @@ async def test_a_claim_waits_no_longer_than_until_it_is_worth_it() -> None:
     assert await waiting == 25
 
 
-async def test_what_one_claim_asks_for_is_not_asked_for_by_another() -> None:
+async def test_claim_under_way_reduces_the_next_claim() -> None:
     budget = InFlightBudget(100, 12, 200)
     with budget.claiming(50):
         assert await budget.claim_size() == 38
     assert await budget.claim_size() == 50
 
 
-async def test_results_take_places_only_from_the_five_hundredth_on() -> None:
+async def test_unrecorded_results_above_500_reduce_claim_size() -> None:
     budget = filled(InFlightBudget(1000, 0, 1000), 600)
     for _ in range(600):
         budget.attempt_ended()
@@ -62,7 +62,7 @@ async def test_results_take_places_only_from_the_five_hundredth_on() -> None:
     assert await budget.claim_size() == 200
 
 
-async def test_nobody_waits_for_an_engine_that_stops() -> None:
+async def test_closed_budget_ends_the_wait() -> None:
     budget = filled(InFlightBudget(100, 12, 200), 100)
     waiting = asyncio.create_task(budget.claim_size())
     await steps()

@@ -37,7 +37,7 @@ def prove(slots: ConcurrencyLimiter, webhook_id: UUID, rounds: int = 6) -> None:
         end_all(slots, webhook_id, endpoint_works=True)
 
 
-def test_a_healthy_config_has_all_its_places_within_a_few_round_trips() -> None:
+def test_limit_doubles_each_round_of_successes() -> None:
     slots = ConcurrencyLimiter(500, 32)
     opened = []
     for _ in range(5):
@@ -46,7 +46,7 @@ def test_a_healthy_config_has_all_its_places_within_a_few_round_trips() -> None:
     assert opened == [4, 8, 16, 32, 32]
 
 
-def test_each_failure_takes_half_down_to_one_and_each_success_gives_one_back() -> None:
+def test_failure_halves_limit_and_success_adds_one() -> None:
     slots = ConcurrencyLimiter(500, 32)
     prove(slots, ONE)
     opened = []
@@ -58,7 +58,7 @@ def test_each_failure_takes_half_down_to_one_and_each_success_gives_one_back() -
     assert opened == [16, 8, 4, 5, 2, 1, 1, 1, 2, 3]
 
 
-def test_what_says_nothing_of_the_receiver_changes_nothing() -> None:
+def test_outcome_none_keeps_limit() -> None:
     slots = ConcurrencyLimiter(500, 32)
     prove(slots, ONE)
     fill(slots, ONE)
@@ -66,7 +66,7 @@ def test_what_says_nothing_of_the_receiver_changes_nothing() -> None:
     assert available(slots, ONE) == 32
 
 
-def test_the_caps_of_the_config_and_of_the_operator_hold() -> None:
+def test_limit_respects_config_and_operator_maximum() -> None:
     slots = ConcurrencyLimiter(500, 10)
     prove(slots, ONE)
     assert available(slots, ONE) == available(slots, ONE, configured_limit=1000) == 10
@@ -74,7 +74,7 @@ def test_the_caps_of_the_config_and_of_the_operator_hold() -> None:
     assert available(ConcurrencyLimiter(500, 2), ONE) == 2
 
 
-def test_those_that_never_answered_hold_half_of_the_places_however_many_they_are() -> None:
+def test_configs_without_history_share_half_of_the_slots() -> None:
     slots = ConcurrencyLimiter(100, 32)
     held = [fill(slots, uuid4()) for _ in range(200)]
     assert sum(held) == 50
@@ -83,7 +83,7 @@ def test_those_that_never_answered_hold_half_of_the_places_however_many_they_are
     assert held[32] == 0
 
 
-def test_what_begins_after_a_survey_counts_at_once() -> None:
+def test_attempts_after_refresh_count_at_once() -> None:
     slots = ConcurrencyLimiter(100, 32)
     slots.refresh()
     for _ in range(200):
@@ -93,7 +93,7 @@ def test_what_begins_after_a_survey_counts_at_once() -> None:
     assert sum(slots.open_attempts(webhook_id) for webhook_id in slots._busy) == 50
 
 
-def test_those_that_failed_last_leave_a_quarter_to_newcomers() -> None:
+def test_failing_configs_share_a_quarter_of_the_slots() -> None:
     slots = ConcurrencyLimiter(100, 32)
     dead = [uuid4() for _ in range(100)]
     for webhook_id in dead:
@@ -104,7 +104,7 @@ def test_those_that_failed_last_leave_a_quarter_to_newcomers() -> None:
     assert available(slots, dead[-1]) == 0
 
 
-def test_a_proven_config_has_room_beside_them_and_is_held_up_by_none() -> None:
+def test_proven_config_keeps_its_slots_beside_silent_ones() -> None:
     slots = ConcurrencyLimiter(100, 32)
     prove(slots, ONE)
     for _ in range(200):
@@ -112,7 +112,7 @@ def test_a_proven_config_has_room_beside_them_and_is_held_up_by_none() -> None:
     assert fill(slots, ONE) == 32
 
 
-def test_a_config_that_falls_silent_counts_among_them_after_two_seconds() -> None:
+def test_config_is_silent_after_two_seconds() -> None:
     clock = Clock()
     slots = ConcurrencyLimiter(64, 32, clock)
     prove(slots, ONE)
@@ -128,7 +128,7 @@ def test_a_config_that_falls_silent_counts_among_them_after_two_seconds() -> Non
     assert available(slots, ONE) == 32
 
 
-def test_proven_configs_that_hang_all_at_once_leave_the_last_eighth_to_those_with_few() -> None:
+def test_reserve_stays_free_when_proven_configs_hang() -> None:
     clock = Clock()
     slots = ConcurrencyLimiter(64, 32, clock)
     hanging = [uuid4() for _ in range(8)]
@@ -143,7 +143,7 @@ def test_proven_configs_that_hang_all_at_once_leave_the_last_eighth_to_those_wit
     assert available(slots, hanging[0]) == 0
 
 
-def test_a_refill_is_worth_it_when_half_of_the_places_are_free() -> None:
+def test_admission_size_is_zero_until_half_is_free() -> None:
     slots = ConcurrencyLimiter(500, 8)
     prove(slots, ONE)
     wanted = []
@@ -159,7 +159,7 @@ def test_a_refill_is_worth_it_when_half_of_the_places_are_free() -> None:
     assert slots.admission_size(uuid4(), 0) == 0
 
 
-def test_a_half_open_config_has_one_place_and_grows_from_there() -> None:
+def test_probe_starts_with_one_slot_and_grows() -> None:
     slots = ConcurrencyLimiter(500, 32)
     prove(slots, ONE)
     slots.reset_to_probe(ONE)
@@ -170,7 +170,7 @@ def test_a_half_open_config_has_one_place_and_grows_from_there() -> None:
     assert opened == [1, 2, 4, 8]
 
 
-def test_who_fails_again_and_again_rests_longer_each_time_up_to_half_a_second() -> None:
+def test_pause_doubles_up_to_half_a_second() -> None:
     clock = Clock()
     slots = ConcurrencyLimiter(500, 32, clock)
     rests = []
@@ -185,7 +185,7 @@ def test_who_fails_again_and_again_rests_longer_each_time_up_to_half_a_second() 
     assert available(slots, OTHER) == INITIAL_LIMIT
 
 
-def test_an_answer_or_a_probe_ends_the_rest_and_what_says_nothing_does_not() -> None:
+def test_success_or_probe_ends_pause() -> None:
     clock = Clock()
     slots = ConcurrencyLimiter(500, 32, clock)
 
@@ -209,7 +209,7 @@ def test_an_answer_or_a_probe_ends_the_rest_and_what_says_nothing_does_not() -> 
     assert slots.finished(ONE, endpoint_works=False) == 0
 
 
-def test_what_is_remembered_is_bounded_and_open_attempts_stay_counted() -> None:
+def test_remembered_configs_are_bounded() -> None:
     slots = ConcurrencyLimiter(500, 32)
     prove(slots, ONE)
     slots.started(ONE)

@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
 
-def test_a_config_is_paused_until_its_wait_is_over_and_the_others_are_not() -> None:
+def test_pause_ends_after_its_wait() -> None:
     clock = Clock()
     pauses = RatePauses(clock)
 
@@ -32,18 +32,18 @@ def test_a_config_is_paused_until_its_wait_is_over_and_the_others_are_not() -> N
     assert not pauses.is_paused(ONE)
 
 
-def test_holds_of_many_configs_end_together_so_that_asking_is_bounded() -> None:
+def test_pauses_end_at_common_ticks() -> None:
     pauses = RatePauses(Clock())
     ends = pauses.pause([(uuid4(), n / 1000) for n in range(1000)])
     assert len(ends) <= 11
 
 
-def test_nobody_is_paused_for_long_since_a_limit_may_be_raised() -> None:
+def test_pause_is_at_most_one_second() -> None:
     [seconds] = RatePauses(Clock()).pause([(ONE, 1000.0)])
     assert seconds <= 1.1
 
 
-def test_even_a_wait_of_nothing_is_no_busy_loop() -> None:
+def test_zero_wait_is_not_a_busy_loop() -> None:
     clock = Clock()
     for _ in range(50):
         [seconds] = RatePauses(clock).pause([(ONE, 0.0)])
@@ -52,7 +52,7 @@ def test_even_a_wait_of_nothing_is_no_busy_loop() -> None:
     assert clock.now == pytest.approx(100.03 + 5, abs=0.2)
 
 
-def test_a_later_hold_of_another_config_ends_no_hold() -> None:
+def test_later_pause_keeps_earlier_pause() -> None:
     clock = Clock()
     pauses = RatePauses(clock)
     pauses.pause([(ONE, 0.9)])
