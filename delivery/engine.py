@@ -32,7 +32,7 @@ from delivery.fairness.breaker import Breaker
 from delivery.fairness.capacity import Capacity
 from delivery.fairness.concurrency import ConcurrencyLimiter, InFlightBudget
 from delivery.fairness.rate_limit import RateLimits
-from delivery.http.connector import Dialler
+from delivery.http.client import WebhookClient
 from delivery.http.outcome import endpoint_works
 from delivery.listen import Listener
 from delivery.maintain import keep_clean, promote_stranded, reclaim
@@ -61,7 +61,7 @@ class Engine:
         self,
         settings: DeliverySettings,
         pool: Pool,
-        dialler: Dialler,
+        client: WebhookClient,
         keyring: KeyRing,
         url_policy: UrlPolicy,
         *,
@@ -71,7 +71,7 @@ class Engine:
         self._settings = settings
         self._reports = reports
         self._pool = pool
-        self._dialler = dialler
+        self._client = client
         self._webhooks = WebhookCache(pool, keyring, url_policy)
         self._listener = Listener(pool, settings.poll_seconds)
         self._metrics = metrics
@@ -243,7 +243,7 @@ class Engine:
             if pause := self._slots.finished(webhook.id, works):
                 self._listener.wake_in(pause)
         settlement = decide(delivery, webhook, self._settings, started_at, result)
-        report.end(settlement, webhook.destination)
+        report.end(settlement, webhook.request_template)
         self._metrics.attempt_ended(delivery, settlement)
         pause = requested_pause_seconds(result, self._settings)
         self._recorder.put(settlement, self._breaker.decide(delivery, works, pause))
@@ -256,7 +256,7 @@ class Engine:
         trace_parent: TraceParent | None,
     ) -> AttemptResult:
         """Sign and send. An unusable URL or secret ends the attempt without a request."""
-        if webhook.destination is None:
+        if webhook.request_template is None:
             return AttemptResult(Outcome.REFUSED, None, webhook.url_refusal)
         # Chosen by the database's time at the claim, so that all engines sign with the same keys.
         secrets = webhook.signing_secrets(delivery.claimed_at)
@@ -269,7 +269,9 @@ class Engine:
         # Below half of the lease: if the lease expired during the request, another engine would
         # send the event again.
         timeout = min(timeout, self._settings.lease_seconds / 2)
-        return await send(self._dialler, webhook.destination, headers, delivery.payload, timeout)
+        return await send(
+            self._client, webhook.request_template, headers, delivery.payload, timeout
+        )
 
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
         delivery = self._attempts.pop(task)

@@ -1,4 +1,4 @@
-"""A signed ping through the same dialler, headers and deadline as every delivery."""
+"""Sends a signed ping with the same client, headers and checks as a delivery."""
 
 from collections.abc import Callable, Mapping, Sequence
 from time import time
@@ -9,14 +9,14 @@ import orjson
 from core.ids import format_id, new_id
 from core.lifecycle import AttemptResult, Outcome
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
-from delivery.http.connector import Dialler
-from delivery.http.request import Destination
+from delivery.http.client import WebhookClient
+from delivery.http.request import RequestTemplate
 from delivery.send import send
 from delivery.sign import request_headers
 
 
 async def ping(
-    dialler: Dialler,
+    client: WebhookClient,
     policy: UrlPolicy,
     timeout_seconds: float,
     *,
@@ -27,9 +27,9 @@ async def ping(
     header_prefix: str = "",
     clock: Callable[[], float] = time,
 ) -> AttemptResult:
-    """POST a `webhook.ping` and say what came back; nothing is stored.
+    """POST a `webhook.ping` and return the result. Nothing is stored.
 
-    A URL that passed once and passes no more is refused like one at an address we do not call.
+    A stored URL that is no longer allowed gets the outcome REFUSED.
     """
     try:
         canonical = parse_webhook_url(url, policy).text
@@ -45,4 +45,4 @@ async def ping(
         prefix=header_prefix,
         body=body,
     )
-    return await send(dialler, Destination(canonical, headers), signed, body, timeout_seconds)
+    return await send(client, RequestTemplate(canonical, headers), signed, body, timeout_seconds)

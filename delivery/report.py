@@ -14,7 +14,7 @@ from core.lifecycle import DeliveryState, Outcome
 from core.logs import SuccessSampling
 from core.queue import LeasedDelivery, Settlement
 from core.tracing import Span, SpanKind, TraceParent, Tracer, parse_trace_parent
-from delivery.http.request import Destination
+from delivery.http.request import RequestTemplate
 
 log = structlog.get_logger()
 
@@ -64,10 +64,10 @@ class AttemptReport:
         self._span = span
         self.sent_trace_parent = sent_trace_parent
 
-    def end(self, settlement: Settlement, destination: Destination | None) -> None:
+    def end(self, settlement: Settlement, request_template: RequestTemplate | None) -> None:
         """Write the line and end the span. `destination` is None if the URL is not allowed."""
         if self._span is not None:
-            _end(self._span, self._delivery, settlement, destination)
+            _end(self._span, self._delivery, settlement, request_template)
         drawn: Mapping[str, float] = {}
         if self._is_plain_success(settlement):
             if not self._sampling.selects(self._delivery.id.int):
@@ -115,15 +115,18 @@ def _trace_id(delivery: LeasedDelivery) -> int:
 
 
 def _end(
-    span: Span, delivery: LeasedDelivery, settlement: Settlement, destination: Destination | None
+    span: Span,
+    delivery: LeasedDelivery,
+    settlement: Settlement,
+    request_template: RequestTemplate | None,
 ) -> None:
     result = settlement.result
     error = None if result.outcome is Outcome.SUCCEEDED else result.outcome.value
     attributes: dict[str, str | int | float | None] = {
         "http.request.method": "POST",
         "http.response.status_code": result.status_code,
-        "server.address": destination.url.raw_host if destination else None,
-        "server.port": destination.url.port if destination else None,
+        "server.address": request_template.url.raw_host if request_template else None,
+        "server.port": request_template.url.port if request_template else None,
         "error.type": error,
         "postrider.webhook_id": format_id("wh", delivery.webhook_id),
         "postrider.merchant_id": delivery.merchant_id,

@@ -1,201 +1,98 @@
-"""The beginning of an answer's body as text that any log, terminal and database takes."""
+"""Stage: sends one request with a deadline. A failing receiver is a result, never an exception.
+
+One timer covers DNS, connect, TLS, a slow header and an endless row of 1xx responses. The status
+line decides the outcome, and the body afterwards changes nothing.
+"""
 
 import asyncio
 import codecs
 import re
 from datetime import UTC, datetime
 from time import perf_counter, time
-from typing import NamedTuple, cast
 
-import aiohttp
-from aiohttp.connector import Connection
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
 from core.lifecycle import AttemptResult, Outcome
-from delivery.http.connection import ReceiverConnection
-from delivery.http.connector import Dialler, Dialling
+from delivery.http.client import Response, WebhookClient
+from delivery.http.connector import RequestTrace
 from delivery.http.outcome import outcome_of_error, outcome_of_status
-from delivery.http.request import Destination
+from delivery.http.request import RequestTemplate
 
-#: Of the body, in bytes; escaped it may be four times as long.
+#: A body up to this size is read, so that the connection can be used again.
+_BODY_BYTES_MAX = 16 * 1024
+#: The body is read for at most this time, because the slot is needed and the outcome is known.
+_BODY_SECONDS_MAX = 1.0
+#: Bytes of the body that an attempt records. Escaped they may take four times as much.
 EXCERPT_BYTES = 1024
+#: Statuses whose Retry-After applies to this request.
+_BUSY_STATUSES = (429, 503)
+#: Ten digits are 300 years. Longer numbers are ignored.
+_RETRY_AFTER_DIGITS_MAX = 10
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-def excerpt(beginning: bytes) -> str:
-    """Its first bytes as valid UTF-8; control characters and what is not UTF-8 become \\xNN."""
-    if not beginning:
-        return ""
-    whole = len(beginning) <= EXCERPT_BYTES
-    # A character that the cut went through is left out, not shown as broken.
-    text, _ = codecs.utf_8_decode(beginning[:EXCERPT_BYTES], "backslashreplace", whole)
-    if text.isprintable():
-        return text
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
-
-
-# What a receiver asks for when it has had enough (pure): `Retry-After`, RFC 9110, 10.2.3.
-#
-# It is the receiver's text, so it may be anything; how much of the wish is granted is the
-# engine's to
-# decide.
-
-#: 10 digits are 300 years: whoever sends more means nothing by it.
-_DIGITS_MAX = 10
 _DATE_FORMATS = (
     "%a, %d %b %Y %H:%M:%S GMT",
-    # Two that are obsolete, and have to be understood (RFC 9110, 5.6.7).
+    # Two obsolete formats that recipients must accept (RFC 9110, 5.6.7).
     "%A, %d-%b-%y %H:%M:%S GMT",
     "%a %b %d %H:%M:%S %Y",
 )
 
 
-def parse_retry_after(value: str, date: str | None, now: float) -> float | None:
-    """Seconds from now, never negative; None when `value` is neither a number of them nor a date.
-
-    A date counts from `date`, the answer's own Date header, since the receiver's clock may be
-    wrong; without a good one, from `now` in Unix seconds.
-    """
-    if value.isascii() and value.isdigit():
-        return float(value) if len(value) <= _DIGITS_MAX else None
-    until = _parse_date(value)
-    if until is None:
-        return None
-    asked_at = None if date is None else _parse_date(date)
-    seconds = until - (now if asked_at is None else asked_at)
-    return seconds if seconds >= 0 else None
-
-
-def _parse_date(text: str) -> float | None:
-    """Unix seconds of an HTTP-date."""
-    for form in _DATE_FORMATS:
-        try:
-            return datetime.strptime(text, form).replace(tzinfo=UTC).timestamp()
-        except ValueError:
-            continue
-    return None
-
-
-# Stage: one bounded POST. A receiver that fails is a value here, never an exception.
-#
-# The total deadline is our own timer: it covers DNS, connect, TLS, a dripping header and an endless
-# row of 1xx answers alike. The status line decides; what the body does afterwards changes nothing.
-
-#: An answer's body up to this is read, so that the connection can be used again.
-_BODY_BYTES_MAX = 16 * 1024
-#: And it is waited for no longer than this: the verdict stands, and others need the place.
-_BODY_SECONDS_MAX = 1.0
-#: The statuses whose Retry-After is about this request, not about where else to go.
-_BUSY_STATUSES = (429, 503)
-
-
 async def send(
-    dialler: Dialler,
-    destination: Destination,
+    client: WebhookClient,
+    template: RequestTemplate,
     headers: bytes,
     body: bytes,
     timeout_seconds: float,
 ) -> AttemptResult:
-    """POST `body` under the destination's own header lines and `headers`.
+    """POST `body` with the header lines of the template and `headers`.
 
-    Raises only for faults of ours, as headers that cannot be sent, and CancelledError.
+    Raises only for internal errors, such as headers that cannot be sent, and CancelledError.
     """
-    began = perf_counter()
-    head = b"%b%bContent-Length: %d\r\n\r\n" % (destination.head, headers, len(body))
-    dialling = Dialling(destination)
-    answer: _Answer | None = None
-    answered = began
+    started = perf_counter()
+    head = b"%b%bContent-Length: %d\r\n\r\n" % (template.head, headers, len(body))
+    trace = RequestTrace(template)
+    response: Response | None = None
+    responded = started
     beginning = bytearray()
     now = asyncio.get_running_loop().time
     deadline = now() + timeout_seconds
     try:
         async with asyncio.timeout_at(deadline) as timer:
-            answer = await _ask(dialler, dialling, head, body)
-            answered = perf_counter()
-            if not answer.body.is_eof():
+            response = await client.post(trace, head, body)
+            responded = perf_counter()
+            if not response.body.is_eof():
                 timer.reschedule(min(deadline, now() + _BODY_SECONDS_MAX))
-            await _drain(answer.body, beginning)
+            await _drain(response.body, beginning)
     except Exception as error:
-        if answer is None:
-            late = isinstance(error, TimeoutError)
-            verdict = outcome_of_error((late and dialling.fault) or error)
-            if verdict is None:
+        if response is None:
+            timed_out = isinstance(error, TimeoutError)
+            outcome = outcome_of_error((timed_out and trace.timeout_error) or error)
+            if outcome is None:
                 raise
-            return _result(verdict, None, began, perf_counter(), dialling)
+            return _result(outcome, None, started, perf_counter(), trace)
     finally:
-        if answer is not None:
-            _let_go(answer)
-    verdict = outcome_of_status(answer.head.code)
+        if response is not None:
+            response.release()
     return _result(
-        verdict,
-        answer.head.code,
-        began,
-        answered,
-        dialling,
+        outcome_of_status(response.head.code),
+        response.head.code,
+        started,
+        responded,
+        trace,
         response_excerpt=excerpt(bytes(beginning)),
-        retry_after_seconds=_retry_after(answer.head),
+        retry_after_seconds=_retry_after(response.head),
     )
 
 
-class _Answer(NamedTuple):
-    connection: Connection
-    head: RawResponseMessage
-    body: StreamReader
-
-
-async def _ask(dialler: Dialler, dialling: Dialling, head: bytes, body: bytes) -> _Answer:
-    """Send, and once more when a pooled connection turned out to be closed.
-
-    That says nothing about the receiver's health. When a new connection ends without an answer,
-    the receiver may have acted on the request: then sending again is for the next attempt.
-    """
-    try:
-        return await _ask_once(dialler, dialling, head, body)
-    except aiohttp.ClientConnectorError:
-        raise
-    except aiohttp.ClientConnectionError:
-        if dialling.opened:
-            raise
-    return await _ask_once(dialler, dialling, head, body, anew=True)
-
-
-async def _ask_once(
-    dialler: Dialler, dialling: Dialling, head: bytes, body: bytes, *, anew: bool = False
-) -> _Answer:
-    connection = await dialler.dial(dialling, anew=anew)
-    protocol = cast(ReceiverConnection, connection.protocol)
-    try:
-        return _Answer(connection, *await protocol.post(head, body))
-    except BaseException:
-        _hang_up(connection)
-        raise
-
-
-def _let_go(answer: _Answer) -> None:
-    """Back to the pool when the answer is over, if aiohttp has no objection."""
-    if not answer.body.is_eof():
-        _hang_up(answer.connection)
-        return
-    cast(ReceiverConnection, answer.connection.protocol).rest()
-    answer.connection.release()
-
-
-def _hang_up(connection: Connection) -> None:
-    """At once: a close in good order would wait for a receiver that takes nothing any more."""
-    if connection.protocol is not None:
-        connection.protocol.abort()
-    connection.close()
-
-
 async def _drain(body: StreamReader, beginning: bytearray) -> None:
-    """Read the body, at most so much of it, and keep its beginning, also when reading fails."""
+    """Read the body up to a limit, and keep its beginning, also if reading fails."""
     size = 0
     while not body.at_eof():
         chunk = await body.readany()
         if size <= EXCERPT_BYTES:
-            # One byte more than is shown tells that it was cut.
+            # One more byte than the excerpt shows that the body was cut.
             beginning += chunk[: EXCERPT_BYTES + 1 - size]
         size += len(chunk)
         if size > _BODY_BYTES_MAX:
@@ -212,30 +109,70 @@ def _retry_after(head: RawResponseMessage) -> float | None:
 
 
 def _result(
-    verdict: tuple[Outcome, str],
+    outcome: tuple[Outcome, str],
     status: int | None,
-    began: float,
+    started: float,
     ended: float,
-    dialling: Dialling,
+    trace: RequestTrace,
     *,
     response_excerpt: str = "",
     retry_after_seconds: float | None = None,
 ) -> AttemptResult:
-    sent_at = dialling.connected_at
+    connected_at = trace.connected_at
     return AttemptResult(
-        outcome=verdict[0],
+        outcome=outcome[0],
         status_code=status,
-        detail=verdict[1],
-        duration_us=_microseconds(began, ended),
-        dns_us=dialling.dns_us,
-        connect_us=dialling.connect_us,
-        tls_us=dialling.tls_us,
-        first_byte_us=None if status is None or sent_at is None else _microseconds(sent_at, ended),
-        remote_address=dialling.remote_address,
+        detail=outcome[1],
+        duration_us=_microseconds(started, ended),
+        dns_us=trace.dns_us,
+        connect_us=trace.connect_us,
+        tls_us=trace.tls_us,
+        first_byte_us=None
+        if status is None or connected_at is None
+        else _microseconds(connected_at, ended),
+        remote_address=trace.remote_address,
         response_excerpt=response_excerpt,
         retry_after_seconds=retry_after_seconds,
     )
 
 
-def _microseconds(began: float, ended: float) -> int:
-    return int((ended - began) * 1_000_000)
+def _microseconds(started: float, ended: float) -> int:
+    return int((ended - started) * 1_000_000)
+
+
+def excerpt(beginning: bytes) -> str:
+    """Return the first bytes as text. Control characters and invalid UTF-8 become \\xNN."""
+    if not beginning:
+        return ""
+    whole = len(beginning) <= EXCERPT_BYTES
+    # A character that the limit cuts is left out.
+    text, _ = codecs.utf_8_decode(beginning[:EXCERPT_BYTES], "backslashreplace", whole)
+    if text.isprintable():
+        return text
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def parse_retry_after(value: str, date: str | None, now: float) -> float | None:
+    """Parse Retry-After (RFC 9110, 10.2.3): return seconds from now, or None if it is malformed.
+
+    A date is relative to `date`, the Date header of the response, because the receiver's clock may
+    be wrong. Without a valid one it is relative to `now`, in Unix seconds.
+    """
+    if value.isascii() and value.isdigit():
+        return float(value) if len(value) <= _RETRY_AFTER_DIGITS_MAX else None
+    until = _parse_date(value)
+    if until is None:
+        return None
+    sent_at = None if date is None else _parse_date(date)
+    seconds = until - (now if sent_at is None else sent_at)
+    return seconds if seconds >= 0 else None
+
+
+def _parse_date(text: str) -> float | None:
+    """Return the Unix seconds of an HTTP-date, or None."""
+    for form in _DATE_FORMATS:
+        try:
+            return datetime.strptime(text, form).replace(tzinfo=UTC).timestamp()
+        except ValueError:
+            continue
+    return None

@@ -16,7 +16,7 @@ from core.encryption import KeyRing, UndecryptableSecret
 from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery
 from core.urls import UrlPolicy, UrlRefused, parse_webhook_url
-from delivery.http.request import Destination
+from delivery.http.request import RequestTemplate
 
 _LOAD = """
 SELECT id, version, url, secret_ciphertext, secret_key_id, previous_secret_ciphertext,
@@ -53,7 +53,7 @@ class Webhook:
     version: int
     #: None if the stored URL is not allowed: the settings or the rules became stricter, or it was
     #: stored by hand.
-    destination: Destination | None
+    request_template: RequestTemplate | None
     #: The reason, for the merchant.
     url_refusal: str
     secret: str | None = field(repr=False)
@@ -104,7 +104,7 @@ class WebhookCache:
         return Webhook(
             id=row["id"],
             version=row["version"],
-            destination=Destination(url, orjson.loads(row["headers"])) if url else None,
+            request_template=RequestTemplate(url, orjson.loads(row["headers"])) if url else None,
             url_refusal=url_refusal,
             secret=self._decrypt(row["id"], row["secret_key_id"], row["secret_ciphertext"]),
             previous_secret=None

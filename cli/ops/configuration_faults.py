@@ -16,7 +16,7 @@ from core.postgres.pool import CONNECTION_ERRORS, close_soon, open_pool
 from core.postgres.protocols import Pool
 from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings, SettingsBlock
 from delivery.http.proxy import EgressProxy
-from delivery.http.tls import trusting_context
+from delivery.http.tls import client_tls_context
 from delivery.settings import DeliverySettings
 from server.auth.jwks import FETCH_TIMEOUT_SECONDS, JwksKeys, KeySource, PemKeys, keys_from_jwks
 from server.rpc.tls import listeners
@@ -65,7 +65,7 @@ def _unusable(blocks: Blocks) -> Iterator[str]:
     if encryption := blocks.get(EncryptionSettings):
         attempts.append(lambda: load_keyring(encryption))
     if egress := blocks.get(EgressSettings):
-        attempts.append(lambda: trusting_context(egress.ca_file))
+        attempts.append(lambda: client_tls_context(egress.ca_file))
         if (proxy := egress.secret("egress_proxy")).given:
             attempts.append(lambda: EgressProxy(proxy))
     if auth := blocks.get(AuthSettings):

@@ -35,7 +35,7 @@ from core.settings import (
 )
 from delivery.database_stats import DatabaseStats
 from delivery.engine import Engine
-from delivery.http.connector import open_dialler
+from delivery.http.client import open_client
 from delivery.metrics import EngineMetrics
 from delivery.report import AttemptReports
 from delivery.settings import DeliverySettings
@@ -80,8 +80,8 @@ async def deliver(
         in_flight = fitting_in_flight(
             settings.delivery.max_in_flight, settings.database.database_pool_size
         )
-        dialler = await stack.enter_async_context(
-            open_dialler(
+        client = await stack.enter_async_context(
+            open_client(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
@@ -97,7 +97,7 @@ async def deliver(
             tracer,
             send_traceparent=settings.traces.send_traceparent,
         )
-        engine = Engine(bounded, pool, dialler, keyring, policy, metrics=metrics, reports=reports)
+        engine = Engine(bounded, pool, client, keyring, policy, metrics=metrics, reports=reports)
         census = DatabaseStats(pool)
         stack.push_async_callback(census.close)
         publish = publish or partial(

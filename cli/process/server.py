@@ -25,7 +25,7 @@ from core.settings import (
     TraceSettings,
 )
 from core.tasks import cancel_and_wait
-from delivery.http.connector import open_dialler
+from delivery.http.client import open_client
 from delivery.ping import ping
 from server.admin.service import AdminService
 from server.app import METHODS, App
@@ -84,7 +84,7 @@ async def serve(
         sessions = open_sessions(settings.database, rest)
         stack.push_async_callback(close_soon, sessions.kw["bind"].dispose)
         receivers = await stack.enter_async_context(
-            open_dialler(
+            open_client(
                 policy=policy.addresses,
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,

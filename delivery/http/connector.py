@@ -1,8 +1,8 @@
-"""Everything aiohttp about dialling: pings and deliveries share the pool opened here.
+"""A connection pool that refuses forbidden addresses, built on aiohttp's TCPConnector.
 
-No socket is opened to an address that the policy refuses, however the address was come by: a name's
-answers are judged all or nothing, and every address, literals included, again as it is dialled.
-Through an operator's proxy (delivery/http/proxy.py) only literals are ours to judge.
+The guard checks all addresses of a name, and each address again when its socket is created, also
+one that is written in the URL. Behind an operator's proxy (delivery/http/proxy.py) the proxy
+resolves names, so only literal addresses are checked here.
 """
 
 import re
@@ -10,7 +10,6 @@ import socket
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any, ClassVar, cast
 
@@ -22,43 +21,39 @@ from aiohttp.connector import Connection
 from yarl import URL
 
 from core.addresses import AddressPolicy
-from core.file_secrets import Secret
-from delivery.http.connection import ReceiverConnection, Resting
+from delivery.http.connection import IdleConnections, ReceiverConnection
 from delivery.http.guard import AddressRefused, refusal_of, refuse_unless_allowed
 from delivery.http.proxy import EgressProxy, ProxyError, proxy_away
-from delivery.http.request import Destination
-from delivery.http.resolver import GuardedResolver, Names, NameServers
-from delivery.http.tls import trusting_context
-from delivery.http.tls_sessions import resume_sessions
+from delivery.http.request import RequestTemplate
 
-#: Deadlines are the sender's, over all phases at once.
+#: The sender sets one deadline for all phases.
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
-#: What some parser takes for an address: in IPv6, or a name that ends in a number.
+#: A text that some parser reads as an address: IPv6, or a name that ends in a number.
 _LITERAL = re.compile(r".*:.*|(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
-class Dialling:
-    """What dialling came to for one request; without `opened`, a pooled connection was used.
+class RequestTrace:
+    """The phases of one request. `opened` is False if it used a pooled connection.
 
-    aiohttp's connector takes it for the request that it connects for.
+    aiohttp's connector receives it in place of its own request object.
     """
 
-    destination: Destination
+    request_template: RequestTemplate
     opened: bool = False
     refusals: list[AddressRefused] = field(default_factory=list)
-    #: The look-up, TCP with TLS, and TLS alone; None for what was not begun.
+    #: Durations of the look-up, of TCP with TLS, and of TLS. None for a phase that did not start.
     dns_us: int | None = None
     connect_us: int | None = None
     tls_us: int | None = None
-    #: By perf_counter(), of the address that was dialled last.
-    tls_began_at: float | None = None
-    #: When there was a connection to send on, by perf_counter(); and what it leads to.
+    #: perf_counter() when TLS started with the last address.
+    tls_started_at: float | None = None
+    #: perf_counter() when the connection was ready.
     connected_at: float | None = None
-    #: Never one that was refused: that is nobody's business. Unknown behind a proxy.
+    #: The connected address. Never a refused one, and None behind a proxy.
     remote_address: str | None = None
-    #: While the proxy is being reached: what it means to run out of time then.
-    fault: ProxyError | None = None
+    #: Set while connecting to the proxy: the error of a timeout in that phase.
+    timeout_error: ProxyError | None = None
 
     proxy: ClassVar[None] = None
     ssl: ClassVar[bool] = True
@@ -66,61 +61,28 @@ class Dialling:
 
     @property
     def connection_key(self) -> ConnectionKey:
-        return self.destination.connection_key
+        return self.request_template.connection_key
 
     @property
     def url(self) -> URL:
-        return self.destination.url
+        return self.request_template.url
 
     @property
     def port(self) -> int | None:
-        return self.destination.url.port
+        return self.request_template.url.port
 
     def is_ssl(self) -> bool:
-        """Always: nothing else is ever spoken to a receiver."""
+        """Return True, because receivers are called with HTTPS only."""
         return True
 
 
-# Of the connection that is being made. Connecting races the addresses in tasks of their own, which
-# copy the context and so share what it holds.
-_dialling: ContextVar[Dialling] = ContextVar("dialling")
+# The trace of the connection being made. aiohttp connects to the addresses in concurrent tasks,
+# which copy the context and share the trace.
+_trace: ContextVar[RequestTrace] = ContextVar("dialling")
 
 
-def open_dialler(
-    *,
-    policy: AddressPolicy,
-    ca_file: Path | None,
-    idle_seconds: float = 15.0,
-    idle_max: int = 100,
-    age_seconds_max: float = 300.0,
-    proxy: Secret | None = None,
-    names: Names | None = None,
-) -> "Dialler":
-    """Open the one dialler of a process.
-
-    Raises ConfigurationError when no CA could be trusted, or `proxy` is not http://host:port.
-
-    A pooled connection is not judged again, so `idle_seconds` and `age_seconds_max` bound how long
-    one may outlive a change of DNS, and `idle_max` how many files all of them hold. `names` stands
-    in for the system's name servers.
-    """
-    egress_proxy = EgressProxy(proxy) if proxy is not None and proxy.given else None
-    tls = trusting_context(ca_file)
-    resume_sessions(tls, _tls_begins)
-    resolver = GuardedResolver(policy, names or NameServers())
-    return Dialler(
-        resolver,
-        policy,
-        age_seconds_max,
-        egress_proxy,
-        resting=Resting(idle_max),
-        ssl=tls,
-        keepalive_timeout=idle_seconds,
-    )
-
-
-class Dialler(aiohttp.TCPConnector):
-    """A pool of connections by origin that judges each address as it is dialled."""
+class GuardedConnector(aiohttp.TCPConnector):
+    """A pool of connections by origin that checks each address before its socket is created."""
 
     def __init__(
         self,
@@ -129,95 +91,94 @@ class Dialler(aiohttp.TCPConnector):
         age_seconds_max: float,
         proxy: EgressProxy | None = None,
         *,
-        resting: Resting,
+        idle_connections: IdleConnections,
         **options: Any,
     ):
         super().__init__(
             resolver=resolver,
             socket_factory=self._open_socket,
             use_dns_cache=False,
-            # The engine bounds what is in flight; waiting for a pool would be charged to merchants.
+            # The engine limits open attempts. A wait for the pool would count against the timeout.
             limit=0,
             **options,
         )
         self._factory = partial(  # type: ignore[assignment]
-            ReceiverConnection, loop=self._loop, among=resting
+            ReceiverConnection, loop=self._loop, idle=idle_connections
         )
         self._policy = policy
         self._age_seconds_max = age_seconds_max
         self._proxy = proxy
-        self._closes_with_us = resolver
+        self._closed_together = resolver
 
-    async def dial(self, dialling: Dialling, *, anew: bool = False) -> Connection:
-        """A connection to send one request on, and what it took in `dialling`.
+    async def open(self, trace: RequestTrace, *, new: bool = False) -> Connection:
+        """Return a connection for one request, and note its phases in `trace`.
 
-        With `anew` never a pooled one. Raises AddressRefused, ProxyError, and what aiohttp's
-        connector raises. The caller gives it back by release(), or by close() when an answer is
-        not over.
+        `new` excludes pooled connections. Raises AddressRefused, ProxyError and the errors of
+        aiohttp's connector.
         """
         while True:
-            connection = await self.connect(cast(aiohttp.ClientRequest, dialling), [], _NO_TIMEOUT)
+            connection = await self.connect(cast(aiohttp.ClientRequest, trace), [], _NO_TIMEOUT)
             protocol = cast(ReceiverConnection, connection.protocol)
-            stale = anew or monotonic() - protocol.made_at > self._age_seconds_max
-            if dialling.opened or not stale:
+            stale = new or monotonic() - protocol.made_at > self._age_seconds_max
+            if trace.opened or not stale:
                 break
             connection.close()
-        dialling.connected_at = perf_counter()
-        dialling.remote_address = protocol.remote_address
+        trace.connected_at = perf_counter()
+        trace.remote_address = protocol.remote_address
         return connection
 
-    async def __aenter__(self) -> "Dialler":
+    async def __aenter__(self) -> "GuardedConnector":
         return self
 
     async def close(self, *, abort_ssl: bool = False) -> None:
         await super().close(abort_ssl=abort_ssl)
-        await self._closes_with_us.close()
+        await self._closed_together.close()
 
     async def _create_connection(self, *request: Any, **options: Any) -> ResponseHandler:
-        """Take the time of a new connection, also of one that fails or is given up."""
+        """Connect, and measure the time, also of a connection that fails or is cancelled."""
         began = perf_counter()
-        dialling: Dialling = request[0]
-        token = _dialling.set(dialling)
+        trace: RequestTrace = request[0]
+        token = _trace.set(trace)
         try:
             if self._proxy is not None:
-                return await self._create_tunnelled(dialling, self._proxy)
+                return await self._create_tunnelled(trace, self._proxy)
             return await super()._create_connection(*request, **options)
         except Exception as error:
-            # With several addresses aiohappyeyeballs drops what is neither OSError nor
-            # RuntimeError: in its place come a bare IndexError or the error of another address.
-            if dialling.refusals and refusal_of(error) is None:
-                raise dialling.refusals[0] from error
+            # With several addresses, aiohappyeyeballs drops errors other than OSError and
+            # RuntimeError, and raises IndexError or the error of another address instead.
+            if trace.refusals and refusal_of(error) is None:
+                raise trace.refusals[0] from error
             raise
         finally:
-            _dialling.reset(token)
-            if dialling.opened:
+            _trace.reset(token)
+            if trace.opened:
                 ended = perf_counter()
-                dialling.connect_us = _microseconds(began, ended) - (dialling.dns_us or 0)
-                if dialling.tls_began_at is not None:
-                    dialling.tls_us = _microseconds(dialling.tls_began_at, ended)
+                trace.connect_us = _microseconds(began, ended) - (trace.dns_us or 0)
+                if trace.tls_started_at is not None:
+                    trace.tls_us = _microseconds(trace.tls_started_at, ended)
 
-    async def _create_tunnelled(self, dialling: Dialling, proxy: EgressProxy) -> ResponseHandler:
-        """As aiohttp makes a connection, on a socket that the proxy leads to the receiver."""
-        host = (dialling.url.raw_host or "").rstrip(".")
+    async def _create_tunnelled(self, trace: RequestTrace, proxy: EgressProxy) -> ResponseHandler:
+        """Connect through the proxy, in the way that aiohttp connects to an address."""
+        host = (trace.url.raw_host or "").rstrip(".")
         if _LITERAL.fullmatch(host):
             refuse_unless_allowed(self._policy, host)
-        dialling.opened = True
-        dialling.fault = proxy_away()
+        trace.opened = True
+        trace.timeout_error = proxy_away()
         tunnel = await proxy.reach()
-        dialling.fault = None
+        trace.timeout_error = None
         try:
             bracketed = f"[{host}]" if ":" in host else host
-            await proxy.open_tunnel(tunnel, f"{bracketed}:{dialling.port}")
+            await proxy.open_tunnel(tunnel, f"{bracketed}:{trace.port}")
         except BaseException:
             tunnel.close()
             raise
         _, protocol = await self._loop.create_connection(
             self._factory,
             sock=tunnel,
-            ssl=self._get_ssl_context(cast(aiohttp.ClientRequest, dialling)),
+            ssl=self._get_ssl_context(cast(aiohttp.ClientRequest, trace)),
             server_hostname=host,
         )
-        # That of the proxy.
+        # It is the proxy's address.
         cast(ReceiverConnection, protocol).remote_address = None
         return protocol
 
@@ -226,25 +187,25 @@ class Dialler(aiohttp.TCPConnector):
         try:
             return await super()._resolve_host(*host, **options)
         finally:
-            _dialling.get().dns_us = _microseconds(began, perf_counter())
+            _trace.get().dns_us = _microseconds(began, perf_counter())
 
     def _open_socket(self, addr_info: aiohttp.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, sockaddr = addr_info
-        dialling = _dialling.get()
+        trace = _trace.get()
         try:
             refuse_unless_allowed(self._policy, sockaddr[0])
         except AddressRefused as refusal:
-            dialling.refusals.append(refusal)
+            trace.refusals.append(refusal)
             raise
-        dialling.opened = True
-        dialling.tls_began_at = None
-        dialling.remote_address = str(sockaddr[0])
+        trace.opened = True
+        trace.tls_started_at = None
+        trace.remote_address = str(sockaddr[0])
         return socket.socket(family, kind, protocol)
 
 
-def _tls_begins() -> None:
-    """Called where the connection is made, or in a copy of its context."""
-    _dialling.get().tls_began_at = perf_counter()
+def note_tls_start() -> None:
+    """Note the start of TLS. Called in the context of the connection or in a copy of it."""
+    _trace.get().tls_started_at = perf_counter()
 
 
 def _microseconds(began: float, ended: float) -> int:

@@ -1,15 +1,15 @@
-"""Addresses that are never called: where the policy becomes an exception, and is found again."""
+"""Refuses addresses that the policy forbids, and finds that refusal in aiohttp's errors."""
 
 from ipaddress import ip_address
 
 from core.addresses import AddressClass, AddressPolicy
 
 
-class AddressRefused(Exception):  # noqa: N818 - named for what happened, as in core/errors.py
-    """The receiver is at an address that is not dialled. Trying again changes nothing.
+class AddressRefused(Exception):  # noqa: N818 - like the errors of core/errors.py
+    """The receiver's address is forbidden. A retry does not help.
 
-    Not an OSError: aiohttp takes those for network trouble, tries the next address and forgets why.
-    The address itself is left out, since this text may reach the merchant.
+    It is not an OSError, because aiohttp would try the next address and drop the reason. The text
+    omits the address, because merchants may see it.
     """
 
     def __init__(self, address_class: AddressClass):
@@ -18,7 +18,7 @@ class AddressRefused(Exception):  # noqa: N818 - named for what happened, as in 
 
 
 def refuse_unless_allowed(policy: AddressPolicy, text: str) -> None:
-    """Raise AddressRefused for an address that may not be dialled, or is not one at all."""
+    """Raise AddressRefused for a forbidden or malformed address."""
     try:
         refusal = policy.refusal(ip_address(text))
     except ValueError:
@@ -28,8 +28,8 @@ def refuse_unless_allowed(policy: AddressPolicy, text: str) -> None:
 
 
 def refusal_of(error: BaseException) -> AddressRefused | None:
-    """Find the refusal behind an error that surfaced from a request, if there is one."""
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, AddressRefused):
-        behind = behind.__cause__ or behind.__context__
-    return behind
+    """Return the refusal that caused an error, if any."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, AddressRefused):
+        cause = cause.__cause__ or cause.__context__
+    return cause

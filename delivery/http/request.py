@@ -1,4 +1,4 @@
-"""Where the requests of a webhook config go, and the bytes that are the same in each of them."""
+"""The parts of a request that are the same for all deliveries of a webhook config."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -9,17 +9,17 @@ from yarl import URL
 USER_AGENT = "Postrider/0.1"
 
 
-class Destination:
-    """A webhook config's URL and custom headers, prepared once for all its requests.
+class RequestTemplate:
+    """A webhook config's URL and custom headers, prepared once for all requests.
 
-    `headers` are names and values in printable ASCII, none of them one of ours. They may hold
-    credentials, so nothing here shows them.
+    `headers` are printable ASCII and contain none of Postrider's headers. They may hold
+    credentials, so they are never shown.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None):
         self.url = URL(url, encoded=True)
         self._headers = headers or {}
-        #: What aiohttp pools connections by: origin, and nothing that two merchants may differ in.
+        #: aiohttp pools connections by this key: the origin, so that merchants share connections.
         self.connection_key = ConnectionKey(
             host=self.url.raw_host or "",
             port=self.url.port,
@@ -33,33 +33,32 @@ class Destination:
 
     @cached_property
     def head(self) -> bytes:
-        """The request line and the first headers; ValueError when a value could break out.
+        """The request line and the first headers. Raises ValueError for a forbidden character.
 
-        Made at the first request and not before, so that such a config harms no other.
+        Built at the first request, so that a broken config affects no other config.
         """
         constant = {
             "Host": self.url.host_port_subcomponent or "",
             **self._headers,
             "User-Agent": USER_AGENT,
-            # An answer's body is read only to be thrown away: nothing to unpack, no bomb to go off.
+            # No compression, because the body is discarded and a bomb could be unpacked.
             "Accept-Encoding": "identity",
         }
         target = self.url.raw_path_qs
         if not _is_plain(target) or " " in target:
-            raise ValueError("the path holds a character that no path may hold")
+            raise ValueError("the path contains a forbidden character")
         return b"POST %b HTTP/1.1\r\n%b" % (target.encode("ascii"), header_lines(constant))
 
 
 def header_lines(headers: Mapping[str, str]) -> bytes:
-    """The lines of these headers, each ended.
+    """Return the header lines. Raises ValueError, without the value, except for printable ASCII.
 
-    Raises ValueError, without the value, for anything but printable ASCII: a line break in a value
-    would be the beginning of another header, or of another request.
+    A line break in a value could inject another header or another request.
     """
     text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     if text.count("\n") != len(headers) or not _is_plain(text.replace("\r\n", "")):
         name = next(name for name, value in headers.items() if not _is_plain(name + value))
-        raise ValueError(f"the header {name!r} holds a character that no header may hold")
+        raise ValueError(f"the header {name!r} contains a forbidden character")
     return text.encode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""Names to addresses that may be dialled: look-ups that are bounded, shared and judged."""
+"""Resolves names with c-ares: look-ups are limited, shared, and checked by the guard."""
 
 import asyncio
 import random
@@ -15,21 +15,21 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from core.addresses import AddressPolicy
 from delivery.http.guard import refuse_unless_allowed
 
-#: Look-ups at once; more of them wait, within their own time.
+#: Concurrent look-ups. Further ones wait, within their timeout.
 _LOOKUPS_MAX = 1000
-#: Of each family an attempt has so many addresses, which bounds what it dials: aiohttp races all it
-#: is given, a socket each, and when all have failed begins again with all but the first.
+#: Addresses of each family per attempt. aiohttp opens a socket to each of them, and tries again
+#: without the first one if all fail.
 _PER_FAMILY_MAX = 4
-#: A look-up costs the loop 14 us an address, and of so many it is not made for each connection.
+#: Above this number the result is kept for a while, because a look-up costs 14 us per address.
 _MANY = 100
 _KEPT_SECONDS = 60.0
 _KEPT_MAX = 1000
-#: Sockets that one attempt has open at most while it connects.
+#: Sockets that one attempt opens at most while it connects.
 RACED_MAX = 2 * _PER_FAMILY_MAX
 
 
 class Names(Protocol):
-    """Whatever turns an absolute name into its addresses, or raises `socket.gaierror`."""
+    """Resolves an absolute name to its addresses, or raises `socket.gaierror`."""
 
     async def look_up(self, name: str) -> Sequence[str]: ...
 
@@ -37,12 +37,11 @@ class Names(Protocol):
 
 
 class GuardedResolver(AbstractResolver):
-    """Resolves a name to addresses that may all be dialled, or refuses the name.
+    """Resolves a name if all of its addresses are allowed, and refuses it otherwise.
 
-    All or nothing, because a name with one inner address among public ones was made to be dialled
-    until the inner one is hit. Of those that pass it gives a few, at random. Failures of DNS
-    itself are `socket.gaierror`, which aiohttp turns into ClientConnectorDNSError; running out of
-    time is one of them (EAI_AGAIN).
+    A name with one inner address among public ones is an attack that retries until it hits. The
+    result is a random selection of the addresses. DNS failures and timeouts raise
+    `socket.gaierror`, which aiohttp turns into ClientConnectorDNSError.
     """
 
     def __init__(self, policy: AddressPolicy, names: Names, *, timeout_seconds: float = 5.0):
@@ -51,13 +50,13 @@ class GuardedResolver(AbstractResolver):
         self._timeout_seconds = timeout_seconds
         self._slots = asyncio.Semaphore(_LOOKUPS_MAX)
         self._running: dict[str, asyncio.Task[Sequence[str]]] = {}
-        # Of names with many addresses, those given last and until when they are given again.
+        # For names with many addresses, the last result and its expiry.
         self._kept: dict[str, tuple[Sequence[str], float]] = {}
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        few = await self._few_of(host.rstrip(".").lower())
+        few = await self._select_addresses(host.rstrip(".").lower())
         return [
             ResolveResult(
                 hostname=host,
@@ -75,8 +74,8 @@ class GuardedResolver(AbstractResolver):
             running.cancel()
         await self._names.close()
 
-    async def _few_of(self, name: str) -> Sequence[str]:
-        """Some of the name's addresses, which are all judged."""
+    async def _select_addresses(self, name: str) -> Sequence[str]:
+        """Check all addresses of the name and return some of them."""
         few, until = self._kept.get(name, ((), 0.0))
         if monotonic() < until:
             return few
@@ -94,14 +93,13 @@ class GuardedResolver(AbstractResolver):
 
     async def _addresses_of(self, name: str) -> Sequence[str]:
         if name == "localhost" or name.endswith(".localhost"):
-            # By RFC 6761 never a question for DNS; ::1 is left out so that an operator who allows
-            # 127.0.0.0/8 has said enough.
+            # RFC 6761 forbids a DNS query. Without ::1, so that allowing 127.0.0.0/8 is enough.
             return ("127.0.0.1",)
-        # An attempt that is given up must not take the look-up from the others.
+        # Shielded, because other attempts share the look-up.
         return await asyncio.shield(self._join_lookup(name))
 
     def _join_lookup(self, name: str) -> asyncio.Task[Sequence[str]]:
-        """The look-up of this name that is under way, or a new one."""
+        """Return the running look-up of this name, or a new one."""
         running = self._running.get(name)
         if running is None:
             running = self._running[name] = asyncio.create_task(self._look_up(name))
@@ -120,12 +118,12 @@ class GuardedResolver(AbstractResolver):
     def _finish_lookup(self, name: str, done: asyncio.Task[Sequence[str]]) -> None:
         del self._running[name]
         if not done.cancelled():
-            # Everybody who waited may have run out of time; asyncio must not log it as unseen.
+            # Retrieved here, because all waiting attempts may have timed out.
             done.exception()
 
 
 def _few(addresses: Sequence[str]) -> list[str]:
-    """Some of each family, in their order; at random, so that the next attempt tries others."""
+    """Return a random selection of each family, so that the next attempt tries others."""
     few: set[str] = set()
     for is_ipv6 in (False, True):
         family = list({address for address in addresses if (":" in address) is is_ipv6})
@@ -133,17 +131,11 @@ def _few(addresses: Sequence[str]) -> list[str]:
     return [address for address in dict.fromkeys(addresses) if address in few]
 
 
-# The system's name servers, asked without a thread for each question.
-#
-# c-ares reads /etc/hosts and /etc/resolv.conf as libc does, and keeps answers for their TTL, at
-# most
-# an hour. Why it and not getaddrinfo(): docs/decisions/dns.md.
-
-#: How long a server is waited for at first, before c-ares has learnt how fast it is; it then waits
-#: as little as 0.25 s, and twice as long with each try. Four tries give a slow zone 3.75 s.
+#: The first wait for a server. c-ares then adapts to its latency, down to 0.25 s, and doubles the
+#: wait with each try. Four tries allow 3.75 s for a slow zone.
 _TRY_SECONDS = 1.0
 _TRIES = 4
-#: After so many look-ups c-ares begins anew: it keeps whole answers, and has no bound for how many.
+#: A channel is replaced after this many look-ups, because the cache of c-ares has no size limit.
 _LOOKUPS_PER_CHANNEL = 200
 
 _NO_SUCH_NAME = frozenset({pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA})
@@ -153,42 +145,46 @@ _NO_ANSWER = frozenset(
 
 
 class NameServers:
-    """Asks for all addresses of a name, IPv4 and IPv6; `servers` are `host:port`, for tests."""
+    """Asks the system's name servers for IPv4 and IPv6 addresses (docs/decisions/dns.md).
+
+    c-ares reads /etc/hosts and /etc/resolv.conf, and caches answers for their TTL, at most an hour.
+    `servers` are `host:port`, for tests.
+    """
 
     def __init__(self, servers: Sequence[str] | None = None):
         self._servers = servers
-        self._ares = self._begin()
-        self._asked = 0
-        # Those before it that somebody still waits for.
-        self._former: WeakSet[aiodns.DNSResolver] = WeakSet()
+        self._channel = self._new_channel()
+        self._lookups = 0
+        # Replaced channels with running look-ups.
+        self._replaced: WeakSet[aiodns.DNSResolver] = WeakSet()
 
-    def _begin(self) -> aiodns.DNSResolver:
+    def _new_channel(self) -> aiodns.DNSResolver:
         return aiodns.DNSResolver(
             self._servers,
             timeout=_TRY_SECONDS,
             tries=_TRIES,
-            # Every name is absolute: search domains (Kubernetes adds several) are left alone. A dot
-            # at its end would do the same, and hide the name from /etc/hosts.
+            # Names are absolute, so search domains (as in Kubernetes) are not used. A trailing dot
+            # would hide the name from /etc/hosts.
             flags=pycares.ARES_FLAG_NOSEARCH,
         )
 
     async def look_up(self, name: str) -> list[str]:
         """Raises `socket.gaierror`: EAI_NONAME, EAI_AGAIN, or EAI_FAIL for anything odd."""
-        if self._asked == _LOOKUPS_PER_CHANNEL:
-            # The one before ends with the last look-up that waits for it.
-            self._former.add(self._ares)
-            self._ares, self._asked = self._begin(), 0
-        self._asked += 1
-        ares = self._ares
+        if self._lookups == _LOOKUPS_PER_CHANNEL:
+            # The old channel is closed after its last look-up.
+            self._replaced.add(self._channel)
+            self._channel, self._lookups = self._new_channel(), 0
+        self._lookups += 1
+        channel = self._channel
         try:
-            found = await ares.getaddrinfo(name, type=socket.SOCK_STREAM)
+            found = await channel.getaddrinfo(name, type=socket.SOCK_STREAM)
         except aiodns.error.DNSError as error:
             raise socket.gaierror(_code_of(error), str(error.args[-1])) from error
         return [node.addr[0].decode("ascii") for node in found.nodes]
 
     async def close(self) -> None:
-        for ares in (*self._former, self._ares):
-            await ares.close()
+        for channel in (*self._replaced, self._channel):
+            await channel.close()
 
 
 def _code_of(error: aiodns.error.DNSError) -> int:

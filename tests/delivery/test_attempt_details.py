@@ -18,8 +18,8 @@ from yarl import URL
 
 from core.addresses import AddressPolicy
 from core.lifecycle import AttemptResult, Outcome
-from delivery.http.connector import Dialler, open_dialler
-from delivery.http.request import Destination, header_lines
+from delivery.http.client import WebhookClient, open_client
+from delivery.http.request import RequestTemplate, header_lines
 from delivery.send import EXCERPT_BYTES, excerpt, send
 from tests.support.fake_dns import FakeNames
 from tests.support.platform import Platform
@@ -33,19 +33,19 @@ HEADERS = header_lines({"Content-Type": "a/b"})
 
 def opening(
     ca_file: Path, policy: AddressPolicy = LOOPBACK_ALLOWED, **options: Any
-) -> AbstractAsyncContextManager[Dialler]:
-    return open_dialler(policy=policy, ca_file=ca_file, **options)
+) -> AbstractAsyncContextManager[WebhookClient]:
+    return open_client(policy=policy, ca_file=ca_file, **options)
 
 
-async def post(dialler: Dialler, url: URL | str, seconds: float = SECONDS) -> AttemptResult:
-    return await send(dialler, Destination(str(url)), HEADERS, b"{}", seconds)
+async def post(client: WebhookClient, url: URL | str, seconds: float = SECONDS) -> AttemptResult:
+    return await send(client, RequestTemplate(str(url)), HEADERS, b"{}", seconds)
 
 
 async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
     receiver: Receiver, ca_file: Path
 ) -> None:
-    async with opening(ca_file) as dialler:
-        result = await post(dialler, receiver.url.replace("127.0.0.1", "localhost"))
+    async with opening(ca_file) as client:
+        result = await post(client, receiver.url.replace("127.0.0.1", "localhost"))
     assert result.outcome is Outcome.SUCCEEDED
     assert result.dns_us is not None
     assert result.connect_us is not None
@@ -61,9 +61,9 @@ async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
 async def test_a_reused_connection_was_not_dialled_but_its_address_is_known(
     receiver: Receiver, ca_file: Path
 ) -> None:
-    async with opening(ca_file) as dialler:
-        await post(dialler, receiver.url)
-        result = await post(dialler, receiver.url)
+    async with opening(ca_file) as client:
+        await post(client, receiver.url)
+        result = await post(client, receiver.url)
     assert (result.dns_us, result.connect_us, result.tls_us) == (None, None, None)
     assert result.first_byte_us is not None
     assert 0 < result.first_byte_us <= result.duration_us
@@ -78,8 +78,8 @@ async def test_a_slow_answer_is_charged_to_the_first_byte_alone(
         return web.Response()
 
     receiver.default = slow
-    async with opening(ca_file) as dialler:
-        result = await post(dialler, receiver.url)
+    async with opening(ca_file) as client:
+        result = await post(client, receiver.url)
     assert result.first_byte_us is not None
     assert result.connect_us is not None
     assert result.first_byte_us >= 290_000
@@ -91,8 +91,8 @@ async def test_a_slow_look_up_is_charged_to_dns_alone(receiver: Receiver, ca_fil
         await asyncio.sleep(0.2)
         return ["127.0.0.1"]
 
-    async with opening(ca_file, names=FakeNames(lookup)) as dialler:
-        result = await post(dialler, receiver.url.replace("127.0.0.1", "merchant.example"))
+    async with opening(ca_file, names=FakeNames(lookup)) as client:
+        result = await post(client, receiver.url.replace("127.0.0.1", "merchant.example"))
     # Its certificate is for another name, which is found out after both phases.
     assert result.outcome is Outcome.TLS_ERROR
     assert result.dns_us is not None
@@ -108,8 +108,8 @@ async def test_a_name_that_does_not_resolve_was_never_connected(ca_file: Path) -
     def lookup(_: str) -> list[str]:
         return []
 
-    async with opening(ca_file, names=FakeNames(lookup)) as dialler:
-        result = await post(dialler, "https://merchant.example/")
+    async with opening(ca_file, names=FakeNames(lookup)) as client:
+        result = await post(client, "https://merchant.example/")
     assert result.outcome is Outcome.DNS_ERROR
     assert result.dns_us is not None
     assert (result.connect_us, result.first_byte_us, result.remote_address) == (None, None, None)
@@ -118,8 +118,8 @@ async def test_a_name_that_does_not_resolve_was_never_connected(ca_file: Path) -
 async def test_a_connection_that_is_refused_had_no_handshake(ca_file: Path) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        async with opening(ca_file) as dialler:
-            result = await post(dialler, f"https://127.0.0.1:{bound.getsockname()[1]}/")
+        async with opening(ca_file) as client:
+            result = await post(client, f"https://127.0.0.1:{bound.getsockname()[1]}/")
     assert result.outcome is Outcome.CONNECTION_ERROR
     assert result.connect_us is not None
     assert result.tls_us is None
@@ -129,8 +129,8 @@ async def test_the_handshake_is_told_apart_on_the_loop_of_production(
     receiver: Receiver, ca_file: Path
 ) -> None:
     async def attempt() -> AttemptResult:
-        async with opening(ca_file) as dialler:
-            return await post(dialler, receiver.url)
+        async with opening(ca_file) as client:
+            return await post(client, receiver.url)
 
     result = await asyncio.to_thread(uvloop.run, attempt())
     assert result.connect_us is not None
@@ -150,8 +150,8 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
 
     server = await asyncio.start_server(mute, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with opening(ca_file) as dialler:
-        result = await post(dialler, f"https://127.0.0.1:{port}/", 0.3)
+    async with opening(ca_file) as client:
+        result = await post(client, f"https://127.0.0.1:{port}/", 0.3)
     await gone.wait()
     server.close()
     assert result.outcome is Outcome.TIMEOUT
@@ -163,8 +163,8 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
 
 async def test_a_refused_address_is_not_told(ca_file: Path) -> None:
     for lookup in (lambda _: ["10.1.2.3"], lambda _: ["192.0.2.1", "10.1.2.3"]):
-        async with opening(ca_file, AddressPolicy(()), names=FakeNames(lookup)) as dialler:
-            result = await post(dialler, "https://merchant.example/")
+        async with opening(ca_file, AddressPolicy(()), names=FakeNames(lookup)) as client:
+            result = await post(client, "https://merchant.example/")
         assert result.outcome is Outcome.REFUSED
         assert (result.connect_us, result.remote_address) == (None, None)
 
@@ -181,9 +181,9 @@ async def test_a_connection_made_anew_for_a_stale_one_is_the_one_on_record(
 
     tls = server_tls(authority.issue_cert("127.0.0.1"))
     script = RawReceiver(answer_then_close, close, answer_then_close)
-    async with receiving_raw(script, tls) as raw, opening(ca_file) as dialler:
-        await post(dialler, raw.url)
-        result = await post(dialler, raw.url)
+    async with receiving_raw(script, tls) as raw, opening(ca_file) as client:
+        await post(client, raw.url)
+        result = await post(client, raw.url)
     assert result.outcome is Outcome.SUCCEEDED
     assert result.connect_us is not None
     assert result.response_excerpt == "ok"
@@ -207,8 +207,8 @@ async def test_the_excerpt_is_the_beginning_as_text_that_harms_nobody(
     receiver: Receiver, ca_file: Path, body: bytes, shown: str
 ) -> None:
     receiver.default = web.Response(body=body, status=500)
-    async with opening(ca_file) as dialler:
-        result = await post(dialler, receiver.url)
+    async with opening(ca_file) as client:
+        result = await post(client, receiver.url)
     assert (result.status_code, result.response_excerpt) == (500, shown)
 
 
@@ -231,8 +231,8 @@ async def test_a_body_that_comes_in_pieces_and_breaks_off_is_shown_as_far_as_it_
         writer.close()
 
     tls = server_tls(authority.issue_cert("127.0.0.1"))
-    async with receiving_raw(RawReceiver(break_off), tls) as raw, opening(ca_file) as dialler:
-        result = await post(dialler, raw.url)
+    async with receiving_raw(RawReceiver(break_off), tls) as raw, opening(ca_file) as client:
+        result = await post(client, raw.url)
     assert (result.status_code, result.response_excerpt) == (503, "sorry, no")
 
 
@@ -261,8 +261,8 @@ async def test_what_a_busy_receiver_asks_for_is_told(
     receiver: Receiver, ca_file: Path, status: int, headers: dict[str, str], seconds: float | None
 ) -> None:
     receiver.default = web.Response(status=status, headers=headers)
-    async with opening(ca_file) as dialler:
-        result = await post(dialler, receiver.url)
+    async with opening(ca_file) as client:
+        result = await post(client, receiver.url)
     assert (result.status_code, result.retry_after_seconds) == (status, seconds)
 
 

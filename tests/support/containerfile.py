@@ -158,15 +158,15 @@ class Build:
         self._own(root)
 
     def _copy(self, *words: str) -> None:
-        *sources, destination = words
-        to = self.image.place(destination)
+        *sources, request_template = words
+        to = self.image.place(request_template)
         if sources[0].startswith("--from="):
             stage = self._stages[sources.pop(0).removeprefix("--from=")]
             for source in sources:
                 shutil.copytree(stage / source.lstrip("/"), to, symlinks=True)
         else:
             for source in sources:
-                self._copy_from_context(source, to, into=destination.endswith("/"))
+                self._copy_from_context(source, to, into=request_template.endswith("/"))
         self._own(self.image.root)
 
     def _copy_from_context(self, source: str, to: Path, *, into: bool) -> None:

@@ -26,8 +26,8 @@ from core.addresses import AddressPolicy
 from core.encryption import KeyRing
 from core.settings import EgressSettings
 from core.signing import new_secret
-from delivery.http.connector import open_dialler
-from delivery.http.request import Destination
+from delivery.http.client import open_client
+from delivery.http.request import RequestTemplate
 from delivery.send import send
 from tests.support.factories import make_webhook_config
 from tests.support.platform import running_platform
@@ -220,10 +220,10 @@ async def deliveries(platform: Any, pool: Any, dns: Dns) -> dict[str, list[str]]
 async def dialled(ca_file: Path) -> dict[str, str]:
     """What the dialler alone makes of each URL, as if there were no grammar."""
     said = {}
-    async with open_dialler(policy=AddressPolicy(), ca_file=ca_file) as dialler:
+    async with open_client(policy=AddressPolicy(), ca_file=ca_file) as client:
         for url in (*LITERALS, *NAMES):
             try:
-                result = await send(dialler, Destination(url), b"", b"{}", 5)
+                result = await send(client, RequestTemplate(url), b"", b"{}", 5)
                 said[url] = result.outcome.value
             except ValueError:
                 said[url] = "no_url"

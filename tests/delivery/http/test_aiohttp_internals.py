@@ -19,8 +19,8 @@ from aiohttp.connector import Connection
 from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
 from aiohttp.streams import StreamReader
 
-from delivery.http.connector import Dialling
-from delivery.http.request import Destination
+from delivery.http.connector import RequestTrace
+from delivery.http.request import RequestTemplate
 
 #: Asked of a request only when aiohttp itself uses a proxy, which it does for none of ours.
 _OF_PROXIES = {"proxy_headers", "proxy_auth", "headers", "request_info", "host"}
@@ -58,12 +58,12 @@ def test_what_we_call_or_override_is_there(
 
 async def test_connections_are_pooled_by_what_a_destination_names() -> None:
     """A new field may be one by which two merchants have to be kept apart."""
-    mine = Destination("https://hooks.shop.com:8443/a?b")
+    mine = RequestTemplate("https://hooks.shop.com:8443/a?b")
     theirs = ClientRequest("POST", mine.url, loop=asyncio.get_running_loop())
     assert mine.connection_key == theirs.connection_key
-    assert mine.connection_key == Destination("https://hooks.shop.com:8443/c").connection_key
+    assert mine.connection_key == RequestTemplate("https://hooks.shop.com:8443/c").connection_key
     for other in ("https://hooks.shop.com/", "https://other.shop.com:8443/"):
-        assert mine.connection_key != Destination(other).connection_key
+        assert mine.connection_key != RequestTemplate(other).connection_key
     assert len(ConnectionKey._fields) == 8, f"aiohttp {aiohttp.__version__} pools by something new"
 
 
@@ -83,7 +83,7 @@ def test_the_connector_asks_a_request_for_nothing_that_a_dialling_lacks(
     function: Callable[..., Any],
 ) -> None:
     asked = set(re.findall(r"\breq\.(\w+)", inspect.getsource(function)))
-    missing = {name for name in asked - _OF_PROXIES if not hasattr(Dialling, name)}
+    missing = {name for name in asked - _OF_PROXIES if not hasattr(RequestTrace, name)}
     assert not missing, f"aiohttp {aiohttp.__version__} asks a request for {missing}"
 
 

@@ -17,9 +17,10 @@ from yarl import URL
 
 from core.addresses import AddressClass, AddressPolicy
 from core.lifecycle import AttemptResult, Outcome
-from delivery.http.connector import Dialler, Dialling, open_dialler
+from delivery.http.client import WebhookClient, open_client
+from delivery.http.connector import RequestTrace
 from delivery.http.guard import AddressRefused, refusal_of
-from delivery.http.request import Destination
+from delivery.http.request import RequestTemplate
 from delivery.http.resolver import RACED_MAX, GuardedResolver
 from delivery.send import send
 from tests.support.fake_dns import FakeNames
@@ -90,21 +91,21 @@ def answers(*addresses: str) -> Callable[[str], Sequence[str]]:
     return lambda _: addresses
 
 
-async def dial(dialler: Dialler, url: URL) -> Dialling:
-    dialling = Dialling(Destination(str(url)))
-    (await dialler.dial(dialling)).close()
-    return dialling
+async def dial(client: WebhookClient, url: URL) -> RequestTrace:
+    trace = RequestTrace(RequestTemplate(str(url)))
+    (await client._connector.open(trace)).close()
+    return trace
 
 
-async def post(dialler: Dialler, url: URL) -> AttemptResult:
-    result = await send(dialler, Destination(str(url)), b"", b"{}", 10)
+async def post(client: WebhookClient, url: URL) -> AttemptResult:
+    result = await send(client, RequestTemplate(str(url)), b"", b"{}", 10)
     assert result.outcome is Outcome.SUCCEEDED
     return result
 
 
-async def refused(dialler: Dialler, url: URL) -> AddressRefused:
+async def refused(client: WebhookClient, url: URL) -> AddressRefused:
     with pytest.raises(AddressRefused) as caught:
-        await dial(dialler, url)
+        await dial(client, url)
     assert refusal_of(caught.value) is caught.value
     return caught.value
 
@@ -119,10 +120,10 @@ async def test_an_allowed_receiver_is_called_by_number_and_by_name(
         asked.append(name)
         return ["127.0.0.1"]
 
-    async with open_dialler(
+    async with open_client(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
-    ) as dialler:
-        await post(dialler, receiver.url(host))
+    ) as client:
+        await post(client, receiver.url(host))
     assert receiver.connections == 1
     # localhost is not a question for DNS.
     assert asked == ([NAME] if host == NAME else [])
@@ -133,10 +134,10 @@ async def test_a_receiver_that_is_not_allowed_never_sees_a_connection(
     receiver: Receiver, ca_file: Path, host: str
 ) -> None:
     lookup = answers("127.0.0.1")
-    async with open_dialler(
+    async with open_client(
         policy=NOTHING_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
-    ) as dialler:
-        refusal = await refused(dialler, receiver.url(host))
+    ) as client:
+        refusal = await refused(client, receiver.url(host))
     mapped = host.startswith("[")
     assert refusal.address_class == (AddressClass.MAPPED if mapped else AddressClass.LOOPBACK)
     assert "127.0.0.1" not in str(refusal)
@@ -159,10 +160,10 @@ async def test_one_refused_answer_refuses_the_whole_name(
     receiver: Receiver, ca_file: Path, addresses: list[str], expected: AddressClass
 ) -> None:
     lookup = answers(*addresses)
-    async with open_dialler(
+    async with open_client(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
-    ) as dialler:
-        refusal = await refused(dialler, receiver.url(NAME))
+    ) as client:
+        refusal = await refused(client, receiver.url(NAME))
     assert refusal.address_class is expected
     assert receiver.connections == 0
 
@@ -171,11 +172,11 @@ async def test_a_name_that_moves_inside_after_it_was_called_is_refused(
     receiver: Receiver, ca_file: Path
 ) -> None:
     moving = iter([["127.0.0.1"], ["169.254.169.254"]])
-    async with open_dialler(
+    async with open_client(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lambda _: next(moving))
-    ) as dialler:
-        await dial(dialler, receiver.url(NAME))
-        refusal = await refused(dialler, receiver.url(NAME))
+    ) as client:
+        await dial(client, receiver.url(NAME))
+        refusal = await refused(client, receiver.url(NAME))
     assert refusal.address_class is AddressClass.METADATA
     assert receiver.connections == 1
 
@@ -192,8 +193,8 @@ async def test_the_socket_says_no_even_when_the_resolver_did_not(
     receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str]
 ) -> None:
     await _let_the_resolver_check_nothing(monkeypatch, addresses)
-    async with open_dialler(policy=NOTHING_ALLOWED, ca_file=ca_file) as dialler:
-        await refused(dialler, receiver.url(NAME))
+    async with open_client(policy=NOTHING_ALLOWED, ca_file=ca_file) as client:
+        await refused(client, receiver.url(NAME))
     assert receiver.connections == 0
 
 
@@ -201,8 +202,8 @@ async def test_a_refusal_is_not_hidden_by_the_failure_of_another_address(
     receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _let_the_resolver_check_nothing(monkeypatch, ["10.0.0.1", "127.0.0.2"])
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
-        refusal = await refused(dialler, receiver.url(NAME))
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as client:
+        refusal = await refused(client, receiver.url(NAME))
     assert refusal.address_class is AddressClass.PRIVATE
     assert isinstance(refusal.__cause__, aiohttp.ClientConnectorError)
 
@@ -239,22 +240,22 @@ async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
     def lookup(name: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    async with open_dialler(
+    async with open_client(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
-    ) as dialler:
+    ) as client:
         with pytest.raises(aiohttp.ClientConnectorDNSError) as caught:
-            await dial(dialler, receiver.url(NAME))
+            await dial(client, receiver.url(NAME))
     assert caught.value.os_error.errno == socket.EAI_NONAME
     assert refusal_of(caught.value) is None
 
 
 async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_file: Path) -> None:
     lookup = answers()
-    async with open_dialler(
+    async with open_client(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
-    ) as dialler:
+    ) as client:
         with pytest.raises(aiohttp.ClientConnectorDNSError):
-            await dial(dialler, receiver.url(NAME))
+            await dial(client, receiver.url(NAME))
 
 
 async def test_a_name_of_very_many_addresses_is_dialled_no_more_than_another(
@@ -273,16 +274,16 @@ async def test_a_name_of_very_many_addresses_is_dialled_no_more_than_another(
     url = f"https://{NAME}:{server.sockets[0].getsockname()[1]}/"
     async with (
         server,
-        open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)) as dialler,
+        open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)) as client,
     ):
-        result = await send(dialler, Destination(url), b"", b"{}", 10)
+        result = await send(client, RequestTemplate(url), b"", b"{}", 10)
     assert result.outcome is Outcome.CONNECTION_ERROR
     assert connections <= RACED_MAX
 
 
 async def test_closing_the_dialler_closes_what_it_asks(ca_file: Path) -> None:
     names = FakeNames(answers())
-    async with open_dialler(policy=NOTHING_ALLOWED, ca_file=ca_file, names=names):
+    async with open_client(policy=NOTHING_ALLOWED, ca_file=ca_file, names=names):
         assert not names.closed
     assert names.closed
 
@@ -291,22 +292,22 @@ async def test_closing_the_dialler_closes_what_it_asks(ca_file: Path) -> None:
 async def test_the_path_that_arrives_is_the_one_that_was_registered(
     receiver: Receiver, ca_file: Path, target: str
 ) -> None:
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
-        await post(dialler, receiver.url("127.0.0.1", target))
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as client:
+        await post(client, receiver.url("127.0.0.1", target))
     assert receiver.requests[0].raw_path == target
 
 
 async def test_http_1_1_is_agreed_on_during_the_handshake(
     receiver: Receiver, ca_file: Path
 ) -> None:
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
-        await post(dialler, receiver.url("127.0.0.1"))
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as client:
+        await post(client, receiver.url("127.0.0.1"))
     assert receiver.protocols == ["http/1.1"]
 
 
 async def test_a_compressed_answer_is_left_alone(receiver: Receiver, ca_file: Path) -> None:
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
-        result = await post(dialler, receiver.url("127.0.0.1"))
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as client:
+        result = await post(client, receiver.url("127.0.0.1"))
     assert result.response_excerpt == "raw"
 
 
@@ -315,15 +316,15 @@ async def test_proxies_of_the_environment_are_ignored(
 ) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
-        await post(dialler, receiver.url("127.0.0.1"))
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as client:
+        await post(client, receiver.url("127.0.0.1"))
     assert receiver.connections == 1
 
 
 async def test_a_connection_is_kept_for_the_next_request(receiver: Receiver, ca_file: Path) -> None:
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as dialler:
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file) as client:
         for _ in range(3):
-            await post(dialler, receiver.url("127.0.0.1"))
+            await post(client, receiver.url("127.0.0.1"))
     assert (receiver.connections, len(receiver.requests)) == (1, 3)
 
 
@@ -333,20 +334,18 @@ async def test_a_connection_that_grew_old_is_closed_instead_of_used(
     now = monotonic()
     monkeypatch.setattr("delivery.http.connection.monotonic", lambda: now)
     monkeypatch.setattr("delivery.http.connector.monotonic", lambda: now)
-    async with open_dialler(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, age_seconds_max=60
-    ) as dialler:
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file, age_seconds_max=60) as client:
         for seconds, connections in ((0, 1), (59, 1), (2, 2), (59, 2)):
             # The pool's own clock stands still: only its age can end a connection here.
             now += seconds
-            await post(dialler, receiver.url("127.0.0.1"))
+            await post(client, receiver.url("127.0.0.1"))
             assert receiver.connections == connections
 
 
 async def test_a_certificate_nobody_vouches_for_is_not_accepted(receiver: Receiver) -> None:
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=None) as dialler:
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=None) as client:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
-            await dial(dialler, receiver.url("127.0.0.1"))
+            await dial(client, receiver.url("127.0.0.1"))
     assert receiver.requests == []
 
 
@@ -354,9 +353,9 @@ async def test_a_certificate_for_another_name_is_not_accepted(
     receiver: Receiver, ca_file: Path
 ) -> None:
     lookup = answers("127.0.0.1")
-    async with open_dialler(
+    async with open_client(
         policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
-    ) as dialler:
+    ) as client:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
-            await dial(dialler, receiver.url("other.shop.com"))
+            await dial(client, receiver.url("other.shop.com"))
     assert receiver.requests == []

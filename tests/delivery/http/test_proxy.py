@@ -23,9 +23,9 @@ from core.lifecycle import AttemptResult, Outcome
 from core.settings import EgressSettings
 from core.signing import new_secret
 from core.urls import UrlPolicy
-from delivery.http.connector import Dialler, open_dialler
+from delivery.http.client import WebhookClient, open_client
 from delivery.http.outcome import endpoint_works
-from delivery.http.request import Destination
+from delivery.http.request import RequestTemplate
 from delivery.ping import ping
 from delivery.send import send
 from tests.support.connect_proxy import ConnectProxy, Misbehaviour, proxying
@@ -67,9 +67,11 @@ def names() -> FakeNames:
 
 
 @pytest.fixture
-def opening(ca_file: Path, names: FakeNames) -> Callable[..., Dialler]:
-    def opening(proxy_url: str, policy: AddressPolicy | None = None, **options: Any) -> Dialler:
-        return open_dialler(
+def opening(ca_file: Path, names: FakeNames) -> Callable[..., WebhookClient]:
+    def opening(
+        proxy_url: str, policy: AddressPolicy | None = None, **options: Any
+    ) -> WebhookClient:
+        return open_client(
             policy=policy or AddressPolicy(),
             ca_file=ca_file,
             proxy=Secret("WEBHOOK_EGRESS_PROXY", SecretStr(proxy_url)),
@@ -80,8 +82,8 @@ def opening(ca_file: Path, names: FakeNames) -> Callable[..., Dialler]:
     return opening
 
 
-async def post(dialler: Dialler, url: str = URL, timeout: float = 10) -> AttemptResult:
-    return await send(dialler, Destination(url), b"", b"{}", timeout)
+async def post(client: WebhookClient, url: str = URL, timeout: float = 10) -> AttemptResult:
+    return await send(client, RequestTemplate(url), b"", b"{}", timeout)
 
 
 def told(result: AttemptResult) -> tuple[Outcome, str]:
@@ -101,10 +103,10 @@ async def test_a_name_that_only_the_proxy_knows_is_delivered_to_through_it(
     proxy: ConnectProxy,
     receiver: RawReceiver,
     names: FakeNames,
-    opening: Callable[..., Dialler],
+    opening: Callable[..., WebhookClient],
 ) -> None:
-    async with opening(proxy.url()) as dialler:
-        result = await post(dialler)
+    async with opening(proxy.url()) as client:
+        result = await post(client)
     assert (result.outcome, result.status_code) == (Outcome.SUCCEEDED, 200)
     assert proxy.requests == [f"CONNECT {TARGET} HTTP/1.1\r\nHost: {TARGET}\r\n\r\n"]
     assert header(receiver.requests[0], "host") == NAME
@@ -117,26 +119,26 @@ async def test_a_name_that_only_the_proxy_knows_is_delivered_to_through_it(
 
 
 async def test_a_tunnel_is_used_again_until_it_is_too_old(
-    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., Dialler]
+    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., WebhookClient]
 ) -> None:
-    async with opening(proxy.url()) as dialler:
-        results = [await post(dialler) for _ in range(2)]
+    async with opening(proxy.url()) as client:
+        results = [await post(client) for _ in range(2)]
     assert [result.outcome for result in results] == [Outcome.SUCCEEDED] * 2
     assert [result.remote_address for result in results] == [None] * 2
     assert (len(proxy.requests), len(receiver.requests)) == (1, 2)
 
 
 async def test_the_event_loop_of_production_makes_tunnels_as_well(
-    authority: trustme.CA, opening: Callable[..., Dialler]
+    authority: trustme.CA, opening: Callable[..., WebhookClient]
 ) -> None:
     async def deliver() -> None:
         tls = server_tls(authority.issue_cert(NAME))
         async with receiving_raw(RawReceiver(ok, ok), tls) as receiver, proxying() as proxy:
             proxy.routes[TARGET] = receiver.port
-            async with opening(proxy.url()) as dialler:
-                assert [(await post(dialler)).status_code for _ in range(2)] == [200, 200]
+            async with opening(proxy.url()) as client:
+                assert [(await post(client)).status_code for _ in range(2)] == [200, 200]
                 proxy.instead = answering(b"HTTP/1.1 403 no\r\n\r\n")
-                result = await post(dialler, "https://other.shop.com/")
+                result = await post(client, "https://other.shop.com/")
             assert told(result) == (Outcome.CONNECTION_ERROR, "the egress proxy answered 403")
             assert len(proxy.requests) == 2
 
@@ -144,21 +146,21 @@ async def test_the_event_loop_of_production_makes_tunnels_as_well(
 
 
 async def test_a_tunnel_that_grew_old_is_not_used_again(
-    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., Dialler]
+    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., WebhookClient]
 ) -> None:
-    async with opening(proxy.url(), age_seconds_max=0.0) as dialler:
-        results = [await post(dialler) for _ in range(2)]
+    async with opening(proxy.url(), age_seconds_max=0.0) as client:
+        results = [await post(client) for _ in range(2)]
     assert [result.outcome for result in results] == [Outcome.SUCCEEDED] * 2
     assert (len(proxy.requests), receiver.connections) == (2, 2)
 
 
 async def test_a_ping_goes_through_the_proxy(
-    proxy: ConnectProxy, opening: Callable[..., Dialler]
+    proxy: ConnectProxy, opening: Callable[..., WebhookClient]
 ) -> None:
     policy = UrlPolicy(AddressPolicy(), ((443, 443),))
-    async with opening(proxy.url()) as dialler:
+    async with opening(proxy.url()) as client:
         result = await ping(
-            dialler,
+            client,
             policy,
             10,
             url=URL,
@@ -193,11 +195,11 @@ async def test_servers_and_engines_both_go_through_the_proxy(
 
 
 async def test_the_certificate_is_still_that_of_the_receivers_name(
-    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., Dialler]
+    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., WebhookClient]
 ) -> None:
     proxy.routes["other.shop.com:443"] = receiver.port
-    async with opening(proxy.url()) as dialler:
-        outcome, detail = told(await post(dialler, "https://other.shop.com/"))
+    async with opening(proxy.url()) as client:
+        outcome, detail = told(await post(client, "https://other.shop.com/"))
     assert outcome is Outcome.TLS_ERROR
     assert detail.startswith("the certificate does not verify: Hostname mismatch")
     assert receiver.requests == []
@@ -207,45 +209,45 @@ async def test_the_certificate_is_still_that_of_the_receivers_name(
     "host", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "[::1]", "127.1", "2130706433", "0x7f.1"]
 )
 async def test_an_inner_address_is_refused_and_the_proxy_sees_nothing(
-    proxy: ConnectProxy, opening: Callable[..., Dialler], host: str
+    proxy: ConnectProxy, opening: Callable[..., WebhookClient], host: str
 ) -> None:
-    async with opening(proxy.url()) as dialler:
-        outcome, _ = told(await post(dialler, f"https://{host}/"))
+    async with opening(proxy.url()) as client:
+        outcome, _ = told(await post(client, f"https://{host}/"))
     assert outcome is Outcome.REFUSED
     assert proxy.connections == 0
 
 
 async def test_an_address_that_is_allowed_is_asked_of_the_proxy(
-    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., Dialler]
+    proxy: ConnectProxy, receiver: RawReceiver, opening: Callable[..., WebhookClient]
 ) -> None:
     proxy.routes["127.0.0.1:8443"] = receiver.port
     allowed = AddressPolicy((ip_network("127.0.0.0/8"),))
-    async with opening(proxy.url(), allowed) as dialler:
-        result = await post(dialler, "https://127.0.0.1:8443/")
+    async with opening(proxy.url(), allowed) as client:
+        result = await post(client, "https://127.0.0.1:8443/")
     assert result.outcome is Outcome.SUCCEEDED
 
 
 async def test_a_proxy_that_is_away_is_our_fault_and_not_the_merchants(
-    opening: Callable[..., Dialler],
+    opening: Callable[..., WebhookClient],
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        async with opening(f"http://127.0.0.1:{taken.getsockname()[1]}") as dialler:
-            result = await post(dialler)
+        async with opening(f"http://127.0.0.1:{taken.getsockname()[1]}") as client:
+            result = await post(client)
     assert told(result) == (Outcome.INTERNAL_ERROR, "the egress proxy cannot be reached")
     assert endpoint_works(result.outcome, result.status_code) is None
 
 
 async def test_time_that_ran_out_on_the_way_to_the_proxy_is_our_fault_as_well(
-    opening: Callable[..., Dialler],
+    opening: Callable[..., WebhookClient],
 ) -> None:
     # A listener whose queue is full answers no further connection.
     with socket.socket() as full, socket.socket() as queued:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         queued.connect(full.getsockname())
-        async with opening(f"http://127.0.0.1:{full.getsockname()[1]}") as dialler:
-            result = await post(dialler, timeout=0.3)
+        async with opening(f"http://127.0.0.1:{full.getsockname()[1]}") as client:
+            result = await post(client, timeout=0.3)
     assert told(result) == (Outcome.INTERNAL_ERROR, "the egress proxy cannot be reached")
 
 
@@ -292,14 +294,14 @@ CLOSED = "the egress proxy broke the connection off"
 )
 async def test_what_a_proxy_says_is_told_without_its_words(
     proxy: ConnectProxy,
-    opening: Callable[..., Dialler],
+    opening: Callable[..., WebhookClient],
     instead: Misbehaviour,
     outcome: str,
     detail: str,
 ) -> None:
     proxy.instead = instead
-    async with opening(proxy.url()) as dialler:
-        result = await post(dialler)
+    async with opening(proxy.url()) as client:
+        result = await post(client)
     if detail.startswith("answered"):
         detail = f"the egress proxy {detail}"
     assert told(result) == (Outcome(f"{outcome}_error"), detail)
@@ -307,7 +309,7 @@ async def test_what_a_proxy_says_is_told_without_its_words(
 
 
 async def test_the_deadline_holds_for_a_proxy_that_is_silent(
-    proxy: ConnectProxy, opening: Callable[..., Dialler]
+    proxy: ConnectProxy, opening: Callable[..., WebhookClient]
 ) -> None:
     hung_up = asyncio.Event()
 
@@ -316,8 +318,8 @@ async def test_the_deadline_holds_for_a_proxy_that_is_silent(
         hung_up.set()
 
     proxy.instead = silent
-    async with opening(proxy.url()) as dialler:
-        assert told(await post(dialler, timeout=0.3))[0] is Outcome.TIMEOUT
+    async with opening(proxy.url()) as client:
+        assert told(await post(client, timeout=0.3))[0] is Outcome.TIMEOUT
         async with asyncio.timeout(10):
             await hung_up.wait()
 
@@ -325,14 +327,14 @@ async def test_the_deadline_holds_for_a_proxy_that_is_silent(
 async def test_credentials_are_sent_to_the_proxy_alone_and_never_shown(
     proxy: ConnectProxy,
     receiver: RawReceiver,
-    opening: Callable[..., Dialler],
+    opening: Callable[..., WebhookClient],
 ) -> None:
     expected = b64encode(b"us@er:c@nary").decode()
     with structlog.testing.capture_logs() as entries:
-        async with opening(proxy.url("us%40er:c%40nary@")) as dialler:
-            delivered = await post(dialler)
+        async with opening(proxy.url("us%40er:c%40nary@")) as client:
+            delivered = await post(client)
             proxy.instead = answering(b"HTTP/1.1 407 no\r\n\r\n")
-            refused = await post(dialler, "https://other.shop.com/")
+            refused = await post(client, "https://other.shop.com/")
     assert delivered.outcome is Outcome.SUCCEEDED
     assert f"\r\nProxy-Authorization: Basic {expected}\r\n" in proxy.requests[0]
     assert header(receiver.requests[0], "proxy-authorization") is None
@@ -359,7 +361,7 @@ async def test_credentials_are_sent_to_the_proxy_alone_and_never_shown(
     ],
 )
 async def test_anything_but_the_url_of_a_proxy_is_refused_at_the_start(
-    opening: Callable[..., Dialler], url: str
+    opening: Callable[..., WebhookClient], url: str
 ) -> None:
     with pytest.raises(ConfigurationError) as caught:
         opening(url)
@@ -375,12 +377,12 @@ async def test_credentials_from_a_file_are_those_of_the_next_tunnel(
     file.write_text(proxy.url("one:old@") + "\n")
     secret = Secret("WEBHOOK_EGRESS_PROXY", file=file)
     proxy.instead = answering(b"HTTP/1.1 407 no\r\n\r\n")
-    async with open_dialler(
+    async with open_client(
         policy=AddressPolicy(), ca_file=ca_file, proxy=secret, names=names
-    ) as dialler:
+    ) as client:
         for content in (None, proxy.url("one:new@"), "nonsense"):
             if content is not None:
                 file.write_text(content)
-            await post(dialler)
+            await post(client)
     told = [request.partition("Basic ")[2].split("\r\n")[0] for request in proxy.requests]
     assert [b64decode(text) for text in told] == [b"one:old", b"one:new", b"one:new"]

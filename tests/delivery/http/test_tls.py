@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigurationError
-from delivery.http.tls import trusting_context
+from delivery.http.tls import client_tls_context
 
 
 def test_a_ca_file_that_is_missing_is_named_at_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"WEBHOOK_CA_FILE: .*No such file"):
-        trusting_context(tmp_path / "missing.pem")
+        client_tls_context(tmp_path / "missing.pem")
 
 
 def test_a_ca_file_without_certificates_is_named_at_start(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("not a certificate")
     with pytest.raises(ConfigurationError, match="WEBHOOK_CA_FILE"):
-        trusting_context(tmp_path / "ca.pem")
+        client_tls_context(tmp_path / "ca.pem")
 
 
 def test_a_process_that_trusts_no_ca_does_not_start(
@@ -26,8 +26,8 @@ def test_a_process_that_trusts_no_ca_does_not_start(
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "empty.pem"))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
     with pytest.raises(ConfigurationError, match="no certificate authority"):
-        trusting_context(None)
-    trusting_context(ca_file)
+        client_tls_context(None)
+    client_tls_context(ca_file)
     # A hashed directory is read during the handshake only, and counts all the same.
     (tmp_path / "0a1b2c3d.0").touch()
-    trusting_context(None)
+    client_tls_context(None)

@@ -11,8 +11,8 @@ import pytest
 import trustme
 
 from core.lifecycle import Outcome
-from delivery.http.connector import Dialler, open_dialler
-from delivery.http.request import Destination
+from delivery.http.client import WebhookClient, open_client
+from delivery.http.request import RequestTemplate
 from delivery.http.tls_sessions import ResumingTls, TlsSessions
 from delivery.send import send
 from tests.delivery.test_send import AMPLE, LOOPBACK_ALLOWED
@@ -58,15 +58,15 @@ async def receiver(
 
 
 @pytest.fixture
-async def dialler(ca_file: Path) -> AsyncIterator[Dialler]:
+async def client(ca_file: Path) -> AsyncIterator[WebhookClient]:
     names = FakeNames(lambda _: ["127.0.0.1"])
-    async with open_dialler(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=names) as dialler:
-        yield dialler
+    async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=names) as client:
+        yield client
 
 
-async def post(dialler: Dialler, receiver: Handshakes, host: str = "a.example") -> Outcome:
+async def post(client: WebhookClient, receiver: Handshakes, host: str = "a.example") -> Outcome:
     url = f"https://{host}:{receiver.port}/"
-    return (await send(dialler, Destination(url), b"", b"{}", AMPLE)).outcome
+    return (await send(client, RequestTemplate(url), b"", b"{}", AMPLE)).outcome
 
 
 @pytest.fixture
@@ -84,37 +84,37 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLObject]:
 
 
 async def test_a_session_is_read_once_however_often_it_is_resumed(
-    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+    client: WebhookClient, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
     for _ in range(5):
-        assert await post(dialler, receiver) is Outcome.SUCCEEDED
+        assert await post(client, receiver) is Outcome.SUCCEEDED
     assert receiver.resumed == [False, True, True, True, True]
     assert len(reads) == 1
 
 
 async def test_of_many_connections_at_once_no_more_sessions_are_read_than_kept(
-    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+    client: WebhookClient, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
     receiver.burst = asyncio.Barrier(20)
-    outcomes = await asyncio.gather(*(post(dialler, receiver) for _ in range(20)))
+    outcomes = await asyncio.gather(*(post(client, receiver) for _ in range(20)))
     assert set(outcomes) == {Outcome.SUCCEEDED}
     assert receiver.resumed == [False] * 20
     assert len(reads) == 4
 
 
 async def test_a_process_reads_so_many_sessions_and_no_more(
-    dialler: Dialler, receiver: Handshakes, reads: list[ssl.SSLObject]
+    client: WebhookClient, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
-    tls: Any = dialler._ssl
+    tls: Any = client._connector._ssl
     tls.sslobject_class.sessions = TlsSessions(reads_max=2)
     for host in ("a.example", "b.example", "127.0.0.1") * 2:
-        assert await post(dialler, receiver, host) is Outcome.SUCCEEDED
+        assert await post(client, receiver, host) is Outcome.SUCCEEDED
     assert receiver.resumed == [False, False, False, True, True, False]
     assert len(reads) == 2
 
 
 async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
-    dialler: Dialler,
+    client: WebhookClient,
     authority: trustme.CA,
     reads: list[ssl.SSLObject],
     monkeypatch: pytest.MonkeyPatch,
@@ -125,50 +125,50 @@ async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
         # Each with keys of its own, so none can read the ticket of another.
         fresh = Handshakes()
         async with receiving_raw(fresh, server_tls(authority.issue_cert("a.example"))):
-            assert await post(dialler, fresh) is Outcome.SUCCEEDED
+            assert await post(client, fresh) is Outcome.SUCCEEDED
         assert fresh.resumed == [False]
         # The first, and after an hour the next.
         assert len(reads) == (1 if count <= 5 else 2)
 
 
 async def test_a_later_connection_resumes_and_other_hosts_do_not(
-    dialler: Dialler, receiver: Handshakes
+    client: WebhookClient, receiver: Handshakes
 ) -> None:
     for host in ("a.example", "a.example", "b.example", "127.0.0.1", "a.example"):
-        assert await post(dialler, receiver, host) is Outcome.SUCCEEDED
+        assert await post(client, receiver, host) is Outcome.SUCCEEDED
     assert receiver.resumed == [False, True, False, False, True]
 
 
 async def test_a_certificate_is_verified_again_after_an_hour_however_often_it_was_resumed(
-    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+    client: WebhookClient, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = monotonic()
     for seconds in (0, 1800, 3500, 3700, 7200):
         monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
-        assert await post(dialler, receiver) is Outcome.SUCCEEDED
+        assert await post(client, receiver) is Outcome.SUCCEEDED
     assert receiver.resumed == [False, True, True, False, True]
 
 
 async def test_a_session_without_an_answer_is_not_tried_again(
-    dialler: Dialler, receiver: Handshakes
+    client: WebhookClient, receiver: Handshakes
 ) -> None:
-    await post(dialler, receiver)
+    await post(client, receiver)
     receiver.answers = False
-    assert await post(dialler, receiver) is Outcome.CONNECTION_ERROR
+    assert await post(client, receiver) is Outcome.CONNECTION_ERROR
     receiver.answers = True
-    await post(dialler, receiver)
+    await post(client, receiver)
     assert receiver.resumed == [False, True, False]
 
 
 async def test_a_receiver_that_chokes_on_sessions_loses_one_attempt_an_hour(
-    dialler: Dialler, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
+    client: WebhookClient, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receiver.chokes = True
     began = monotonic()
     outcomes = []
     for seconds in (0, 1, 2, 3, 3500, 3700, 3701, 3702):
         monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
-        outcomes.append(await post(dialler, receiver))
+        outcomes.append(await post(client, receiver))
     choked = [outcome is not Outcome.SUCCEEDED for outcome in outcomes]
     assert choked == receiver.resumed == [False, True, False, False, False, False, True, False]
 
@@ -185,24 +185,24 @@ def test_of_several_sessions_one_that_is_answered_is_enough() -> None:
 
 
 async def test_a_receiver_that_lost_its_keys_is_greeted_anew(
-    dialler: Dialler, receiver: Handshakes, authority: trustme.CA
+    client: WebhookClient, receiver: Handshakes, authority: trustme.CA
 ) -> None:
-    await post(dialler, receiver)
+    await post(client, receiver)
     # Another process at the same name, say: it cannot read the ticket, and shows its certificate.
     other = Handshakes()
     other.answers = True
     async with receiving_raw(other, server_tls(authority.issue_cert("a.example"))):
-        assert await post(dialler, other) is Outcome.SUCCEEDED
+        assert await post(client, other) is Outcome.SUCCEEDED
     assert other.resumed == [False]
 
 
 async def test_a_ticket_does_not_vouch_for_a_certificate_nobody_trusts(
-    dialler: Dialler, receiver: Handshakes
+    client: WebhookClient, receiver: Handshakes
 ) -> None:
-    await post(dialler, receiver)
+    await post(client, receiver)
     stranger = Handshakes()
     async with receiving_raw(stranger, server_tls(trustme.CA().issue_cert("a.example"))):
-        assert await post(dialler, stranger) is Outcome.TLS_ERROR
+        assert await post(client, stranger) is Outcome.TLS_ERROR
     assert stranger.requests == []
 
 
