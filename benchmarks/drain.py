@@ -18,7 +18,7 @@ from benchmarks.stack import (
     rss_megabytes,
 )
 from core import queue
-from core.postgres.pool import met_new_part
+from core.postgres.pool import met_new_partition
 
 _PREFILL = """
 WITH numbered AS (
@@ -48,7 +48,7 @@ async def prefill(connection: Any, count: int, merchants: int, *, skewed: bool =
         await connection.execute(_PREFILL, *arguments, timeout=600)
     except asyncpg.CheckViolationError as error:
         # An engine that has just started makes the days' parts.
-        if not met_new_part(error):
+        if not met_new_partition(error):
             raise
         await connection.execute(_PREFILL, *arguments, timeout=600)
 

@@ -16,7 +16,7 @@ import structlog
 
 from core import queue
 from core.ids import format_id
-from core.postgres.pool import RETRYABLE_ERRORS, met_new_part
+from core.postgres.pool import RETRYABLE_ERRORS, met_new_partition
 from core.postgres.protocols import Executor, Pool
 from core.queue import BreakerChange, Settlement, SettleResult
 from delivery.metrics import EngineMetrics
@@ -103,7 +103,7 @@ class Recorder:
                 await self._postpone([s for s in batch if s.delivery_id in held], not free)
                 return [(free, settled)]
             except (*RETRYABLE_ERRORS, asyncpg.PostgresError) as error:
-                if met_new_part(error):
+                if met_new_partition(error):
                     continue
                 if _is_database_failure(error):
                     log.warning("settle_retried", pending=len(self._pending), error=repr(error))

@@ -85,7 +85,7 @@ def migrate(
         ) from error
     except ValueError:
         # The text of the error may hold a part of the password.
-        raise ConfigurationError("WEBHOOK_DATABASE_URL is not a URL of PostgreSQL") from None
+        raise ConfigurationError("WEBHOOK_DATABASE_URL is not a PostgreSQL URL") from None
 
 
 class _Recorder:

@@ -1,4 +1,4 @@
-"""The tables, one per module. migrations/ builds them; a test holds the two together."""
+"""The tables, for SQLAlchemy. migrations/ creates them, and a test compares both."""
 
 from core.models.base import Base
 from core.models.deliveries import Attempt, FinishedDelivery, QueuedDelivery

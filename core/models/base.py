@@ -1,4 +1,4 @@
-"""What every table shares: naming of constraints, and the mapping of Python to SQL types."""
+"""The declarative base: names of constraints, and the SQL types of Python types."""
 
 from datetime import datetime
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 
 class Base(DeclarativeBase):
-    """Declarative base; constraint names are fixed so that migrations can name them."""
+    """Declarative base. Constraint names are fixed, so that migrations can use them."""
 
     metadata = MetaData(
         naming_convention={

@@ -1,4 +1,4 @@
-"""delivery_queue: the open deliveries, and nothing else."""
+"""delivery_queue, finished_deliveries and attempts."""
 
 from datetime import datetime
 from uuid import UUID
@@ -11,8 +11,11 @@ from core.models.base import Base
 
 
 class QueuedDelivery(Base):
-    """No foreign keys: a key check per row would cost more than the insert, and every writer of
-    this table is in core/queue."""
+    """The open deliveries.
+
+    There are no foreign keys, because a check per row would cost more than the insert. All writers
+    are in core/queue.
+    """
 
     __tablename__ = "delivery_queue"
     __table_args__ = (
@@ -23,31 +26,31 @@ class QueuedDelivery(Base):
             name="lease_whole",
         ),
         CheckConstraint("attempt_count >= 0 AND reclaim_count >= 0", name="counts"),
-        # Due never, so that nothing which goes by due times finds what is blocked.
+        # Blocked deliveries are due at infinity, so that no index by due time finds them.
         CheckConstraint(
             "(state = 'blocked') = (due_at = 'infinity')"
             " AND (state <> 'blocked' OR ordering_key IS NOT NULL)"
             " AND (ordering_key IS NULL) = (ordering_position IS NULL)",
             name="order_whole",
         ),
-        # Claims walk this in order of due time and never see what is parked or leased.
+        # Claims read this in the order of due times. It has no parked or leased rows.
         Index("delivery_queue_due", "due_at", postgresql_where=text("state = 'ready'")),
         Index("delivery_queue_lease", "lease_until", postgresql_where=text("state = 'leased'")),
-        # How full a config's ready part is; and its listing.
+        # Counts and lists the ready and leased deliveries of a config.
         Index(
             "delivery_queue_of_webhook",
             "webhook_id",
             "due_at",
             postgresql_where=text("state <> 'parked'"),
         ),
-        # A config's own backlog, oldest first.
+        # The backlog of a config, oldest first.
         Index(
             "delivery_queue_parked",
             "webhook_id",
             "id",
             postgresql_where=text("state = 'parked'"),
         ),
-        # Unique, so that two of a chain can never be under way, whatever else goes wrong.
+        # Unique, so that the database refuses a second unblocked delivery of a chain.
         Index(
             "delivery_queue_first",
             "webhook_id",
@@ -55,7 +58,7 @@ class QueuedDelivery(Base):
             unique=True,
             postgresql_where=text("ordering_key IS NOT NULL AND state <> 'blocked'"),
         ),
-        # The others of a chain in their order; and a config's listing of them.
+        # The blocked deliveries of a chain in their order, and of a config.
         Index(
             "delivery_queue_blocked",
             "webhook_id",
@@ -70,14 +73,14 @@ class QueuedDelivery(Base):
             "id",
             postgresql_where=text("state = 'blocked'"),
         ),
-        # An event's listing of what waits, for which backlogs would be read; of what does not,
-        # little is of one config. In words of its own, so that nothing else is read by it.
+        # Lists the waiting deliveries of an event without reading backlogs. The expression makes
+        # sure that no other statement uses this index.
         Index(
             "delivery_queue_waiting_of_event",
             "event_id",
             postgresql_where=text("greatest(state) IN ('parked', 'blocked')"),
         ),
-        # Whether an event is open again, of which the ids of few are here.
+        # Finds open redeliveries of an event, which are few.
         Index(
             "delivery_queue_redeliveries",
             "event_id",
@@ -85,7 +88,7 @@ class QueuedDelivery(Base):
         ),
         {
             "comment": "Open deliveries; a row leaves when its delivery is finished",
-            # Every row is updated once or more and then deleted: room in the page, early vacuum.
+            # Every row is updated and then deleted, so pages keep free space and vacuum runs early.
             "postgresql_with": {
                 "fillfactor": "70",
                 "autovacuum_vacuum_scale_factor": "0.01",
@@ -127,10 +130,9 @@ class QueuedDelivery(Base):
     )
 
 
-# finished_deliveries: deliveries in a final state; append-only, in parts like events.
-
-
 class FinishedDelivery(Base):
+    """Deliveries in a final state. Append-only, partitioned like events."""
+
     __tablename__ = "finished_deliveries"
     __table_args__ = (
         CheckConstraint("state IN ('delivered', 'failed', 'cancelled')", name="state_final"),
@@ -138,7 +140,7 @@ class FinishedDelivery(Base):
         Index("finished_deliveries_of_webhook", "webhook_id", "id"),
         Index("finished_deliveries_of_event", "event_id"),
         Index("finished_deliveries_of_type", "merchant_id", "event_type", "id"),
-        # What went wrong is rare among what went well, and what people look for.
+        # Failed deliveries are rare, and people search for them.
         Index(
             "finished_deliveries_undelivered",
             "merchant_id",
@@ -151,7 +153,7 @@ class FinishedDelivery(Base):
         },
     )
 
-    __mapper_args__ = {"primary_key": ["id"]}  # noqa: RUF012 - SQLAlchemy wants it so
+    __mapper_args__ = {"primary_key": ["id"]}  # noqa: RUF012 - required by SQLAlchemy
 
     id: Mapped[UUID] = mapped_column()
     state: Mapped[str] = mapped_column(comment="delivered, failed or cancelled")
@@ -171,19 +173,17 @@ class FinishedDelivery(Base):
     )
 
 
-# attempts: one HTTP request each; append-only, in parts like events.
-
 _OUTCOMES = ", ".join(f"'{outcome}'" for outcome in Outcome)
 
 
 class Attempt(Base):
-    """The delivery comes first in the key: attempts are read by delivery."""
+    """HTTP requests. Append-only, partitioned like events, and keyed by delivery."""
 
     __tablename__ = "attempts"
     __table_args__ = (
         CheckConstraint("number >= 1", name="number_counted"),
         CheckConstraint(f"outcome IN ({_OUTCOMES})", name="outcome_known"),
-        # For the live tail, which follows what is committed and not what was begun.
+        # The live tail reads attempts in the order of commits.
         Index("attempts_recorded", "recorded_xid"),
         {
             "comment": "HTTP requests made for deliveries; append-only",
@@ -191,7 +191,7 @@ class Attempt(Base):
         },
     )
 
-    __mapper_args__ = {"primary_key": ["delivery_id", "number"]}  # noqa: RUF012 - SQLAlchemy wants it so
+    __mapper_args__ = {"primary_key": ["delivery_id", "number"]}  # noqa: RUF012 - required by SQLAlchemy
 
     delivery_id: Mapped[UUID] = mapped_column()
     number: Mapped[int] = mapped_column(comment="1 for the first")

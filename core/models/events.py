@@ -1,4 +1,4 @@
-"""events: what producers published; append-only, in parts by day through the time in the id."""
+"""events, event_types and idempotency_keys."""
 
 from datetime import datetime
 from uuid import UUID
@@ -10,9 +10,9 @@ from core.models.base import Base
 
 
 class Event(Base):
-    """UUIDv7 ids start with their time: ranges of ids are ranges of days.
+    """Published events. Append-only, partitioned by day through the time in their UUIDv7 ids.
 
-    The id is the primary key of each part; the whole cannot have it without `kept`.
+    The id is the primary key of each partition, because one of the whole table would need `kept`.
     """
 
     __tablename__ = "events"
@@ -24,7 +24,7 @@ class Event(Base):
         },
     )
 
-    __mapper_args__ = {"primary_key": ["id"]}  # noqa: RUF012 - SQLAlchemy wants it so
+    __mapper_args__ = {"primary_key": ["id"]}  # noqa: RUF012 - required by SQLAlchemy
 
     id: Mapped[UUID] = mapped_column(comment="UUIDv7; seen as webhook-id")
     merchant_id: Mapped[str] = mapped_column()
@@ -46,9 +46,6 @@ class Event(Base):
     trace_parent: Mapped[str | None] = mapped_column(
         comment="W3C traceparent of the call that published it; null: it had none"
     )
-
-
-# event_types: the kinds of event producers publish and merchants subscribe to.
 
 
 class EventType(Base):
@@ -73,9 +70,6 @@ class EventType(Base):
     deprecated: Mapped[bool] = mapped_column(
         server_default=text("false"), comment="No new subscriptions"
     )
-
-
-# idempotency_keys: which event an idempotency key stands for.
 
 
 class IdempotencyKey(Base):

@@ -1,8 +1,4 @@
-"""audit_entries: every change a caller made, written in the transaction of the change.
-
-Attempts that were refused stand beside them, each written on its own, and the commands of ours that
-change something.
-"""
+"""audit_entries and retention_runs."""
 
 from datetime import datetime
 from typing import Any
@@ -16,11 +12,13 @@ from core.models.base import Base
 
 
 class AuditEntry(Base):
+    """A change by a caller or command, or a refused call of a known caller."""
+
     __tablename__ = "audit_entries"
     __table_args__ = (
         Index("audit_entries_of_resource", "resource", "id"),
         Index("audit_entries_of_actor", "actor", "id"),
-        # Erasing a merchant takes what is personal from its own.
+        # Erasing a merchant removes personal data from its entries.
         Index(
             "audit_entries_of_merchant",
             "merchant_id",
@@ -54,9 +52,6 @@ class AuditEntry(Base):
     user_agent: Mapped[str] = mapped_column(
         server_default="", comment="What the caller's library calls itself"
     )
-
-
-# retention_runs: when retention ran, and what it did.
 
 
 class RetentionRun(Base):

@@ -1,4 +1,4 @@
-"""webhook_configs: registered URLs with their secrets and filters."""
+"""webhook_configs: registered URLs with secrets and filters."""
 
 from datetime import datetime
 from uuid import UUID
@@ -11,7 +11,7 @@ from core.models.base import Base
 
 
 class WebhookConfig(Base):
-    """A row stays after deletion, so that its deliveries' history keeps a name."""
+    """A row stays after deletion, because the history of deliveries refers to it."""
 
     __tablename__ = "webhook_configs"
     __table_args__ = (
@@ -44,7 +44,7 @@ class WebhookConfig(Base):
             "previous_secret_expires_at",
             postgresql_where=text("previous_secret_expires_at IS NOT NULL"),
         ),
-        # Few among many, and what operators look for.
+        # Inactive configs are few, and operators search for them.
         Index(
             "webhook_configs_inactive",
             "id",

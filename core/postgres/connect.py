@@ -1,8 +1,8 @@
-"""Opens connections to the PostgreSQL server that takes writes, of the hosts the URL names.
+"""Opens connections to the PostgreSQL server that takes writes, among the hosts of the URL.
 
-They are asked in turn, beginning with the one that accepted last. The next does not wait for one
-that is silent, so a primary that vanished costs half a second and not the whole deadline. One that
-was a primary before somebody else was promoted is refused, though it takes writes.
+Hosts are tried in order, the one that accepted last first. After half a second without a response
+the next one is tried as well, so that a lost primary does not cost the whole timeout. An old
+primary is refused after another server was promoted, even if it takes writes.
 """
 
 import asyncio
@@ -19,20 +19,20 @@ from core.errors import ConfigurationError
 from core.file_secrets import ReloadedSecret
 from core.settings import DatabaseSettings
 
-#: How long a host may be silent before the next one is asked as well.
+#: Time without a response after which the next host is tried as well.
 _NEXT_HOST_SECONDS = 0.5
-#: Silence after which the other end of a connection is asked whether it is there, and again.
+#: TCP keepalive: idle time before the first probe, and the interval of further ones.
 _PROBE_AFTER_SECONDS = 5
 _PROBE_AGAIN_SECONDS = 2
 
-#: What a host says to the settings themselves: more helpful than that another host is away.
+#: Errors of wrong settings. They are more useful than the error of an unavailable host.
 _REFUSED = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
 )
 
-#: Whose data it has and, where it takes writes, since which promotion: each begins a new timeline,
-#: with a higher number. pg_control_checkpoint() learns of it only with the next checkpoint.
+#: The system identifier and, for a primary, its timeline. Each promotion starts a timeline with a
+#: higher number. pg_control_checkpoint() shows it only after the next checkpoint.
 _WHICH_TIMELINE = """
     SELECT system_identifier,
            CASE WHEN NOT pg_is_in_recovery()
@@ -42,20 +42,20 @@ _WHICH_TIMELINE = """
 
 
 class StatementCounter:
-    """How many statements have been sent."""
+    """The number of statements that were sent."""
 
     statements = 0
 
 
 class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
-    """Nothing here changes a session, so it costs no round trip to put one back into the pool.
+    """A connection without a reset query, because Postrider does not change sessions.
 
-    asyncpg still rolls back a transaction that was left open.
+    That saves a round trip per use. asyncpg still rolls back an open transaction.
     """
 
-    #: The pool it belongs to, once it does.
+    #: The counter of its pool.
     counter = StatementCounter()
-    #: By the monotonic clock; set once it is connected.
+    #: Monotonic time after which it is replaced. Set after connecting.
     old_at = float("inf")
 
     @property
@@ -65,7 +65,7 @@ class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
     def get_reset_query(self) -> str:
         return ""
 
-    # The ways to send one that we use; that of a transaction, for its BEGIN and COMMIT, is execute.
+    # All methods in use that send a statement. Transactions use execute() for BEGIN and COMMIT.
     def execute(self, *arguments: Any, **options: Any) -> Any:
         self.counter.statements += 1
         return super().execute(*arguments, **options)
@@ -84,12 +84,11 @@ class PooledConnection(asyncpg.Connection):  # type: ignore[misc]
 
 
 class Connector:
-    """Connects as the settings say, whenever asked."""
+    """Opens connections by the settings."""
 
-    # For all of the process: a connector that is made late must not be the only one to take an old
-    # primary for the one that accepts.
+    # Shared by the process, so that a new connector also refuses an old primary.
     _accepted_last: ClassVar[dict[tuple[str, ...], str]] = {}
-    #: The newest that was met, by the system identifier, which an upgrade changes.
+    #: The newest known timeline by system identifier, which changes with a major upgrade.
     _timelines: ClassVar[dict[int, int]] = {}
 
     def __init__(
@@ -98,39 +97,38 @@ class Connector:
         self._hosts = ReloadedSecret(settings.secret("database_url"), _url_of_each_host)
         password = settings.secret("database_password")
         self._password = ReloadedSecret(password, str) if password.given else None
-        self._patience = settings.database_connect_timeout_seconds
+        self._timeout = settings.database_connect_timeout_seconds
         self._age = settings.database_connection_seconds
-        patience = settings.database_statement_timeout_seconds
+        timeout = settings.database_statement_timeout_seconds
         self._arguments = {
-            # A little longer than PostgreSQL itself, which then can say why.
-            "command_timeout": patience + 1 if limit_statements else None,
-            "server_settings": _server_settings(application_name, patience),
+            # Longer than the timeout of PostgreSQL, whose error has the reason.
+            "command_timeout": timeout + 1 if limit_statements else None,
+            "server_settings": _server_settings(application_name, timeout),
         }
 
     async def connect(self, **_: Any) -> PooledConnection:
-        """A connection that can write, unless the URL asks for another kind.
+        """Return a connection that can write, unless the URL asks for another kind.
 
-        Raises what asyncpg.connect does, and ConnectionError when none of several hosts will do.
-        It ends by itself when the other end vanishes. The arguments are those of asyncpg's pool,
-        which knows nothing that is not known here.
+        Raises the errors of asyncpg.connect(), and ConnectionError if no host is usable. TCP
+        keepalive detects a vanished server. The arguments of asyncpg's pool are ignored.
         """
         hosts = self._hosts.current()
-        async with asyncio.timeout(self._patience):
+        async with asyncio.timeout(self._timeout):
             if len(hosts) == 1:
                 connection = await self._open(*hosts.values())
             else:
-                # Stable, so the others stay in the operator's order.
+                # The sort is stable, so the others stay in the operator's order.
                 known = self._accepted_last.get(tuple(hosts))
                 order = sorted(hosts, key=lambda host: host != known)
                 accepted, connection = await self._race({h: hosts[h] for h in order})
                 self._accepted_last[tuple(hosts)] = accepted
-        _end_when_the_other_vanishes(connection, self._patience)
-        # Not all of them at once.
+        _set_keepalive(connection, self._timeout)
+        # Varied, so that connections are not all replaced at once.
         connection.old_at = time.monotonic() + self._age * random.uniform(0.9, 1.1)  # noqa: S311
         return connection
 
     async def _open(self, url: str) -> PooledConnection:
-        # Where the URL asks for another kind of server, that counts.
+        # The URL may ask for another kind of server.
         target = None if "target_session_attrs=" in url else "read-write"
         connection: PooledConnection = await asyncpg.connect(
             url,
@@ -151,17 +149,17 @@ class Connector:
         return connection
 
     async def _refuse_an_old_primary(self, connection: PooledConnection) -> None:
-        """ConnectionError for one that takes writes though another has been promoted since."""
+        """Raise ConnectionError for an old primary after another server was promoted."""
         system, timeline = await _timeline(connection)
         newest = self._timelines[system] = max(timeline, self._timelines.get(system, 0))
         if 0 < timeline < newest:
             raise ConnectionError(
-                f"it takes writes on timeline {timeline}, though another server has been promoted "
-                f"to timeline {newest}: stop it, or let it follow (pg_rewind)"
+                f"it takes writes on timeline {timeline}, but another server was promoted to "
+                f"timeline {newest}: stop it, or make it a standby (pg_rewind)"
             )
 
     async def _race(self, urls: Mapping[str, str]) -> tuple[str, PooledConnection]:
-        """The first host to accept, and the connection; the others are given up."""
+        """Return the first host that accepts, with its connection. Others are cancelled."""
         waiting = list(urls)
         attempts: dict[asyncio.Task[PooledConnection], str] = {}
         faults: dict[str, BaseException] = {}
@@ -194,10 +192,10 @@ class Connector:
 
 
 async def _timeline(connection: PooledConnection) -> tuple[int, int]:
-    """The system identifier and, of a primary that says it, the timeline; 0 otherwise."""
+    """Return the system identifier, and the timeline of a primary or 0."""
     try:
         system, timeline = await connection.fetchrow(_WHICH_TIMELINE)
-    # Services that are PostgreSQL by protocol only have no such functions, or not for everybody.
+    # Services that only speak the protocol of PostgreSQL may lack these functions.
     except asyncpg.PostgresError:
         return 0, 0
     return system, int(timeline or "0", 16)
@@ -216,11 +214,10 @@ def _server_settings(application_name: str, statement_seconds: float) -> dict[st
         "lock_timeout": f"{statement_seconds * 500:.0f}",
         "idle_in_transaction_session_timeout": "10000",
         "synchronous_commit": "on",
-        # Every statement here is short; compiling one costs more than it saves.
+        # Statements are short, so compiling them costs more than it saves.
         "jit": "off",
-        # Every one has its index, in the order that it asks for. Statistics of a table that was
-        # empty then (a new day's partition, the queue) would talk the planner out of it, and a
-        # cached plan would stay so.
+        # Every statement has an index in its order. Statistics of an empty table, such as a new
+        # partition or the queue, would make the planner ignore it, also in cached plans.
         "enable_seqscan": "off",
         "enable_bitmapscan": "off",
         "enable_incremental_sort": "off",
@@ -228,10 +225,10 @@ def _server_settings(application_name: str, statement_seconds: float) -> dict[st
 
 
 def _url_of_each_host(url: str) -> dict[str, str]:
-    """For each host of the URL, one that names it alone; asyncpg reads the rest of them.
+    """Return a URL for each host of the URL.
 
-    It could read several, but asks the second when the first has spoken or the time is over.
-    ConfigurationError, without the URL, for what is none of PostgreSQL.
+    asyncpg accepts several hosts, but tries the second only after the first has failed or timed
+    out. Raises ConfigurationError, without the URL, if it is not one of PostgreSQL.
     """
     try:
         parts = urlsplit(url)
@@ -239,7 +236,7 @@ def _url_of_each_host(url: str) -> dict[str, str]:
         parts = urlsplit("")
     if parts.scheme not in {"postgresql", "postgres"}:
         raise ConfigurationError(
-            "WEBHOOK_DATABASE_URL is not a URL of PostgreSQL: write it as "
+            "WEBHOOK_DATABASE_URL is not a PostgreSQL URL: write it as "
             "postgresql://user:password@host:5432/database, with special characters of the "
             "password percent-encoded"
         )
@@ -255,7 +252,7 @@ def _url_of_each_host(url: str) -> dict[str, str]:
     if len(ports) != len(hosts):
         raise ConfigurationError(
             f"WEBHOOK_DATABASE_URL names {len(hosts)} hosts and {len(ports)} ports: give each host "
-            "its port, or all of them one"
+            "a port, or one port for all hosts"
         )
     return {
         f"{host}:{port}": parts._replace(
@@ -265,8 +262,8 @@ def _url_of_each_host(url: str) -> dict[str, str]:
     }
 
 
-def _end_when_the_other_vanishes(connection: PooledConnection, seconds: float) -> None:
-    """A machine that lost its power says no good-bye; by default that is noticed after minutes."""
+def _set_keepalive(connection: PooledConnection, seconds: float) -> None:
+    """Set TCP keepalive, because the loss of a machine is otherwise noticed after minutes."""
     sock = connection._transport.get_extra_info("socket")
     if sock.family == socket.AF_UNIX:
         return

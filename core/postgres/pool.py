@@ -1,4 +1,4 @@
-"""Pools of connections to PostgreSQL with bounded waits, and what their errors mean."""
+"""Connection pools with bounded waits, and the classes of their errors."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,42 +12,43 @@ from core.postgres.connect import Connector, PooledConnection, StatementCounter
 from core.postgres.protocols import Pool
 from core.settings import DatabaseSettings
 
-#: What a connection error can look like; everything else from asyncpg is a bug or a refusal.
+#: Errors of a connection. Other errors of asyncpg are bugs or refusals.
 CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
-    # What the next use of a connection that was cut raises.
+    # Raised by the next use of a connection that was cut.
     asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.OperatorInterventionError,
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
-    # Of a process at work: its new password has not reached the file, or the server, yet.
+    # After a password change that has not reached the file or the server yet.
     asyncpg.exceptions.InvalidAuthorizationSpecificationError,
 )
 
-#: After these the same statement may simply be sent again.
+#: Errors after which the same statement may be sent again.
 RETRYABLE_ERRORS = (
     *CONNECTION_ERRORS,
     asyncpg.exceptions.TransactionRollbackError,
     asyncpg.exceptions.LockNotAvailableError,
 )
 
-#: Given up after that, connections are ended without a word.
+#: After this time, connections are closed without a goodbye.
 _CLOSE_SECONDS = 2.0
 
 
-def met_new_part(error: BaseException) -> bool:
-    """Whether a row was on its way to a default partition when that of its day was made.
+def met_new_partition(error: BaseException) -> bool:
+    """Return whether the partition of a row was created while the row was inserted.
 
-    PostgreSQL refuses it then, by a check that has no name; the same statement finds the new one.
+    PostgreSQL then refuses the row by an unnamed check of the default partition. The same statement
+    succeeds when it is repeated.
     """
     return isinstance(error, asyncpg.CheckViolationError) and not error.constraint_name
 
 
 class _BoundedPool(asyncpg.pool.Pool, StatementCounter):  # type: ignore[misc]
-    """asyncpg's pool, but nobody waits for a free connection longer than for a new one."""
+    """asyncpg's pool, with one time limit for a free connection and for a new one."""
 
     def __init__(self, connector: Connector, *, timeout: float, size: int):
         super().__init__(
@@ -72,14 +73,14 @@ class _BoundedPool(asyncpg.pool.Pool, StatementCounter):  # type: ignore[misc]
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:
         held = connection._con  # None once it was given back, or ended.
         if held is not None and held.is_old:
-            # Without a good-bye, whose answer would have to be waited for.
+            # Without a goodbye, because its response would take time.
             held.terminate()
         else:
             await super().release(connection, timeout=timeout)
 
 
 async def open_pool(settings: DatabaseSettings, application_name: str, size: int) -> Pool:
-    """A pool of at most `size` connections; Unavailable when the database cannot be reached."""
+    """Open a pool of at most `size` connections. Raises Unavailable or ConfigurationError."""
     connector = Connector(settings, application_name)
     timeout = settings.database_connect_timeout_seconds
     try:
@@ -100,7 +101,7 @@ async def open_pool(settings: DatabaseSettings, application_name: str, size: int
 
 
 async def close_soon(close: Callable[[], Awaitable[None]]) -> None:
-    """Say good-bye to the database, unless it does not listen: a stop must not wait for it."""
+    """Close the connections, but wait at most 2 s for an unavailable database."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_CLOSE_SECONDS):
             await close()

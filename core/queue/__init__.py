@@ -23,8 +23,8 @@ from core.queue.rate_limit import spend_rate
 from core.queue.redelivery import (
     BEGINNING,
     FailedFilter,
-    Place,
     RedeliveredPage,
+    RedeliveryPosition,
     redeliver,
     redeliver_failed,
 )
@@ -51,9 +51,9 @@ __all__ = [
     "Finding",
     "LeasedDelivery",
     "NewEvent",
-    "Place",
     "QueueStats",
     "RedeliveredPage",
+    "RedeliveryPosition",
     "SettleResult",
     "Settlement",
     "admit",

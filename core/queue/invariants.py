@@ -1,8 +1,8 @@
-"""What must hold of everything accepted, as one table of named checks; core/queue/verification
-makes them.
+"""Invariants of accepted events and deliveries: a table of named checks, and the run of them.
 
-Each is one statement a page and sees one moment, so a delivery that is settled meanwhile is seen
-once, wherever it stands.
+A check only reads. Each page is one statement and sees one moment, so that a delivery that moves is
+seen once. Suspects are checked again some seconds later, because some states are normal for a
+moment, for example a backlog between the end of a delivery and the next sweep.
 """
 
 import asyncio
@@ -14,46 +14,46 @@ from uuid import UUID
 from core.ids import IdKind
 from core.postgres.protocols import Executor
 
-#: Several sweeps of an engine; and what nobody would call busy any more.
+#: Several sweeps of an engine, and longer than any load explains.
 _SOON = "interval '10 seconds'"
 _LONG = "interval '60 seconds'"
-#: An event's `not_before` is at most 30 days ahead, and nothing else waits so long.
-_EVER = "interval '31 days'"
+#: An event's `not_before` is at most 30 days ahead, and no other wait is longer.
+_LONGEST_WAIT = "interval '31 days'"
 
-_REPORT = "a bug of ours, or somebody's SQL: keep the ids and what they belong to, and report them"
+_REPORT = "a bug, or a manual SQL change: keep the ids and their rows, and report them"
 _LOOK_AT_ENGINES = (
-    "mostly no engine runs, or none reaches the database; docs/operate/runbook.md, The queue grows"
+    "probably no engine runs or reaches the database: see docs/operate/runbook.md, The queue grows"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Invariant:
-    """`rows` are walked by `key`, newest first, `only` some; `suspects` of a page are (id, mark).
+    """One check. `rows` are read in the order of `key`, newest first, where `only` is true.
 
-    A suspect is broken when a second look finds it with the same mark: what a mark is made of must
-    have stayed as it was in between.
+    `suspects` selects (id, mark) of a page. A suspect is broken if a second check finds it with the
+    same mark.
     """
 
     name: str
     says: str
-    #: What the suspects' ids are of.
+    #: The kind of the suspects' ids.
     ids: IdKind
     rows: str
     suspects: str
     key: str = "id"
     only: str = "true"
-    #: What whoever finds it broken does then.
+    #: The advice for operators.
     advice: str = _REPORT
 
     def page(self, limit: int) -> str:
-        """The statement that takes a page of at most so many, before the key $1."""
-        # Not an argument: the planner has to know that a page is small.
+        """Return the statement for a page of rows before the key $1."""
+        # A constant, so that the planner knows that a page is small.
         which = f"{self.key} < $1 ORDER BY {self.key} DESC LIMIT {limit}"
-        # A second is far more than an event and its deliveries, of one statement, lie apart.
+        # An event and its deliveries are created by one statement, well within a second.
         return self._statement(which, slack_seconds=1)
 
     def second_look(self) -> str:
-        """The statement that looks at the keys $1 again, taking no short cut."""
+        """Return the statement that checks the keys $1 again, without the time limits of pages."""
         return self._statement(f"{self.key} = ANY ($1)", slack_seconds=10_000_000_000)
 
     def _statement(self, which: str, slack_seconds: int) -> str:
@@ -69,21 +69,21 @@ class Invariant:
         """  # noqa: S608 - of constants
 
 
-# The least id that a delivery may have which was made at that time of the database.
+# The smallest id of a delivery that was created at this time of the database.
 _ID_AT = """(
     lpad(to_hex(greatest(extract(epoch FROM {moment}) * 1000, 0)::bigint), 12, '0')
     || repeat('0', 20)
 )::uuid"""
-_MADE_WITH_PAGE = f"""
+_CREATED_WITH_PAGE = f"""
     id >= (SELECT {_ID_AT.format(moment="min(created_at) - {slack}")} FROM page)
     AND id < (SELECT {_ID_AT.format(moment="max(created_at) + {slack}")} FROM page)
 """  # noqa: S608 - of constants
 
-# Attempts that nobody has answered for a while hold places, and an engine gives only a part of its
-# places to such configs and to those it has heard nothing good of: the others wait for one, which
-# may take as long as a timeout, and again. How many places there are is the engines' to know; in so
-# many attempts they may be short. A lease's id begins with the time of its claim.
-_PLACES_MAY_BE_SHORT = f"""(
+# Silent attempts occupy slots, and an engine gives only a part of its slots to silent and unproven
+# configs. Other such configs wait for a slot, possibly for several timeouts. The database does not
+# know the number of slots, so 16 silent attempts count as a shortage. A lease id starts with the
+# time of its claim.
+_SLOTS_MAY_BE_SHORT = f"""(
     SELECT count(*) = 16 FROM (
         SELECT FROM delivery_queue
         WHERE state = 'leased' AND lease_until > now()
@@ -92,7 +92,7 @@ _PLACES_MAY_BE_SHORT = f"""(
     ) silent
 )"""  # noqa: S608 - of constants
 
-# What ended before it may have been removed by retention; an event stays for what is left of it.
+# Deliveries that ended before this time may have been removed by retention.
 _REMOVED_BEFORE = """coalesce((
     SELECT removed_before FROM retention_runs
     WHERE removed_before IS NOT NULL ORDER BY removed_before DESC LIMIT 1
@@ -122,30 +122,30 @@ INVARIANTS: tuple[Invariant, ...] = (
         says="every accepted event has all its deliveries, open, finished or past their retention",
         ids="evt",
         rows="SELECT id, delivery_count, created_at FROM events",
-        # The queue has no index by event; its ids begin with the time, as finished ones do.
+        # The queue has no index by event. Ids start with the time.
         suspects=f"""
             SELECT p.id, '' AS mark FROM page p LEFT JOIN (
                 SELECT event_id FROM delivery_queue
                 WHERE event_id = ANY (ARRAY(SELECT id FROM page)) AND redelivery_of IS NULL
-                AND {_MADE_WITH_PAGE}
+                AND {_CREATED_WITH_PAGE}
                 UNION ALL
                 SELECT event_id FROM finished_deliveries
                 WHERE event_id = ANY (ARRAY(SELECT id FROM page)) AND redelivery_of IS NULL
-                AND {_MADE_WITH_PAGE}
+                AND {_CREATED_WITH_PAGE}
             ) d ON d.event_id = p.id
             GROUP BY p.id, p.delivery_count, p.created_at
             HAVING count(d.event_id) > p.delivery_count
                 OR count(d.event_id) < p.delivery_count AND p.created_at >= {_REMOVED_BEFORE}
         """,  # noqa: S608 - of constants
-        advice="what is missing is not sent any more: have the event published again, under "
-        f"another idempotency key; {_REPORT}",
+        advice="missing deliveries are not sent: publish the event again with another "
+        f"idempotency key; {_REPORT}",
     ),
     Invariant(
         name="open_or_finished",
         says="no delivery is both in the queue and finished",
         ids="dlv",
         rows="SELECT id FROM delivery_queue",
-        # One by one, for which the planner could not think of reading whole days instead.
+        # A subquery per row, so that the planner does not read whole days.
         suspects="""
             SELECT p.id, '' AS mark FROM page p
             WHERE (SELECT true FROM finished_deliveries f WHERE f.id = p.id LIMIT 1)
@@ -183,26 +183,26 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         name="waits_end",
-        says="nothing in the queue is due, and no lease ends, later than in 31 days",
+        says="no delivery in the queue is due, and no lease ends, later than in 31 days",
         ids="dlv",
         rows="SELECT id, state, due_at, lease_until FROM delivery_queue",
-        # As a clock that was years ahead leaves them, once it is right. Of what is blocked no time
-        # is said, and what is leased is beyond its own.
+        # A clock that was ahead leaves such rows. Blocked deliveries have no due time, and the due
+        # time of a leased one has passed.
         suspects=f"""
             SELECT p.id, '' AS mark FROM page p
             WHERE CASE p.state WHEN 'leased' THEN p.lease_until WHEN 'blocked' THEN now()
-                ELSE p.due_at END > now() + {_EVER}
+                ELSE p.due_at END > now() + {_LONGEST_WAIT}
         """,  # noqa: S608 - of constants
-        advice="the database's clock was ahead, or somebody's SQL: set due_at, or lease_until "
-        "where there is one, to now(), and engines take them",
+        advice="the database's clock was ahead, or a manual SQL change: set due_at, or lease_until "
+        "if it is set, to now(), and engines claim the deliveries",
     ),
     Invariant(
         name="due_claimed",
-        says="nothing that may be sent has been due for 60 s or longer",
+        says="no delivery that may be sent has been due for 60 s or longer",
         ids="dlv",
         rows="SELECT id, webhook_id, state, due_at FROM delivery_queue",
-        # Whether its config has room does not matter: a claim takes it, and parks what has none.
-        # The claim of what belongs to a deleted config cancels it.
+        # Free slots do not matter, because a claim takes the delivery and parks it. The deliveries
+        # of a deleted config are cancelled by a claim.
         suspects=f"""
             SELECT p.id, '' AS mark FROM page p JOIN webhook_configs c ON c.id = p.webhook_id
             WHERE p.state = 'ready' AND p.due_at < now() - {_LONG}
@@ -212,10 +212,10 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         name="inactive_parked",
-        says="nothing of an inactive webhook config is ready and has been due for 10 s or longer",
+        says="no ready delivery of an inactive webhook config has been due for 10 s or longer",
         ids="dlv",
         rows="SELECT id, webhook_id, state, due_at FROM delivery_queue",
-        # What is due later may be there: a retry whose config went inactive waits for its claim.
+        # A retry with a later due time may be ready, and is parked by its claim.
         suspects=f"""
             SELECT p.id, '' AS mark FROM page p JOIN webhook_configs c ON c.id = p.webhook_id
             WHERE p.state = 'ready' AND p.due_at < now() - {_SOON}
@@ -225,20 +225,20 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         name="backlog_let_in",
-        says="no webhook config that may be sent to has a backlog and nothing due or leased",
+        says="no webhook config that may receive has a backlog and no due or leased delivery",
         ids="wh",
         rows="""
             SELECT id, active, deleted_at, rate_limit, rate_used_until, breaker_open_until
             FROM webhook_configs
         """,
-        # Whatever else may make a backlog wait belongs here. The mark is the first parked row as it
-        # was written: as long as nobody has touched it, nothing was let in.
+        # This lists every reason for which a backlog may wait. The mark is the version of the first
+        # parked row: while it stays the same, no delivery was admitted.
         suspects=f"""
             SELECT c.id, concat(head.id, ' ', head.written_by) AS mark
             FROM page c CROSS JOIN LATERAL (
                 SELECT q.id, q.xmin AS written_by FROM delivery_queue q
                 WHERE q.webhook_id = c.id AND q.state = 'parked'
-                -- A half-open breaker lets in what is due, and an open one nothing.
+                -- A half-open breaker admits due deliveries, and an open one none.
                 AND (c.breaker_open_until IS NULL OR q.due_at <= now())
                 ORDER BY q.id LIMIT 1
             ) head
@@ -250,7 +250,7 @@ INVARIANTS: tuple[Invariant, ...] = (
                 SELECT FROM delivery_queue q
                 WHERE q.webhook_id = c.id AND q.state <> 'parked' AND q.due_at <= now()
             )
-            AND NOT {_PLACES_MAY_BE_SHORT}
+            AND NOT {_SLOTS_MAY_BE_SHORT}
         """,  # noqa: S608 - of constants
         advice=_LOOK_AT_ENGINES,
     ),
@@ -262,7 +262,7 @@ INVARIANTS: tuple[Invariant, ...] = (
             SELECT id, webhook_id, ordering_key, ordering_position FROM delivery_queue
         """,
         only="state = 'blocked'",
-        # The one whose turn it is.
+        # The delivery that comes next.
         suspects="""
             SELECT p.id, '' AS mark FROM page p
             WHERE (
@@ -300,7 +300,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     ),
     Invariant(
         name="finished_as_attempted",
-        says="exactly the delivered ones have a last attempt that succeeded",
+        says="a finished delivery is delivered if and only if its last attempt succeeded",
         ids="dlv",
         rows="SELECT id, state, attempt_count FROM finished_deliveries",
         suspects="""
@@ -325,23 +325,17 @@ INVARIANTS: tuple[Invariant, ...] = (
 )
 
 
-# Looks for what breaks the invariants of a live queue, beside everything that goes on.
-#
-# Reads only, a page a statement: no transaction stays open and nobody's lock is waited for. What a
-# page finds is looked at again later: some things are right for a moment, such as a backlog between
-# the end of one delivery and the next sweep.
-
 _PAGE = 1000
-#: So many suspects tell enough, and are as many as one second look takes.
+#: A walk ends at this number of suspects, which one second check can take.
 _SUSPECTS_MAX = 10_000
-#: Longer than engines take to sweep, and to be told of a change.
+#: Longer than an engine takes to sweep.
 _SECOND_LOOK_SECONDS = 3.0
 _NEWEST = UUID(int=(1 << 128) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came of one invariant; `complete` when everything it is about was looked at."""
+    """The result of one check. `complete` if all rows were read."""
 
     invariant: Invariant
     examined: int
@@ -350,15 +344,15 @@ class Finding:
 
 
 async def check_invariants(connection: Executor, budget_seconds: float) -> list[Finding]:
-    """Look for what breaks an invariant, newest first, for about so long; one finding for each.
+    """Run all checks for about `budget_seconds`, and return one finding for each.
 
-    A page of every one is looked at, then another of each, until all have been seen or the time is
-    over; suspects are then looked at again, which takes some seconds more when there are any.
+    The checks read pages in turn, newest rows first, until all rows are read or the time is over.
+    Checking suspects again takes some more seconds.
     """
     deadline = monotonic() + budget_seconds
     walks = [_Walk(invariant) for invariant in INVARIANTS]
-    while under_way := [walk for walk in walks if not walk.ended]:
-        for walk in under_way:
+    while running := [walk for walk in walks if not walk.ended]:
+        for walk in running:
             await walk.take_page(connection)
         if monotonic() >= deadline:
             break
@@ -369,7 +363,7 @@ async def check_invariants(connection: Executor, budget_seconds: float) -> list[
 
 @dataclass(slots=True)
 class _Walk:
-    """How far one invariant has been looked at."""
+    """The progress of one check."""
 
     invariant: Invariant
     ended: bool = False

@@ -1,4 +1,4 @@
-"""How deliveries come into being anew: one at its merchant's word, or what failed of many."""
+"""Redeliveries: new deliveries for finished ones, singly or for all failed ones of a time range."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from core.postgres.planner import equal, hidden
 from core.postgres.protocols import Executor
 from core.queue.enqueue import HAS_BACKLOG, STATE_IN_BURST
 
-# Joined with its event, since a delivery without one could be claimed and never sent.
+# Joined with the event, because a delivery without one could be claimed and never sent.
 _REDELIVER = f"""
 INSERT INTO delivery_queue (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
 SELECT new_uuid7(), f.webhook_id, f.event_id, f.merchant_id, f.event_type,
@@ -22,16 +22,16 @@ FROM finished_deliveries f
 JOIN webhook_configs w ON {equal("w.id", "f.webhook_id")} AND w.deleted_at IS NULL
 JOIN events e ON {equal("e.id", "f.event_id")}
 WHERE f.id = $2 AND f.merchant_id = $1
--- Retention waits for us before it removes the delivery, and then finds that its event is needed.
+-- Retention waits for this lock before it removes the delivery, and then keeps the event.
 FOR KEY SHARE OF f
 RETURNING id
 """  # noqa: S608 - of constants
 
 
-# Reads a page of what was not delivered, in the order of its index, whatever the filters leave of
-# it: so no page is long. Of several that failed of one event for one config, the newest counts. A
-# redelivery that failed in its turn stands in nobody's way.
-_JUDGE = f"""
+# Reads a page of undelivered deliveries in the order of the index, before the filters, so that
+# every page is short. If several deliveries of one event to one config failed, only the newest
+# counts. A failed redelivery does not prevent another one.
+_CLASSIFY = f"""
 WITH page AS (
     SELECT f.id, f.state, f.webhook_id, f.event_id, f.merchant_id, f.event_type, f.attempt_count
     FROM finished_deliveries f
@@ -46,7 +46,7 @@ WITH page AS (
             SELECT a.outcome = ANY ($7) FROM attempts a
             WHERE a.delivery_id = p.id AND a.number = p.attempt_count LIMIT 1
         ))
-), judged AS (
+), classified AS (
     SELECT f.*, w.active, w.breaker_open_until IS NULL AS closed, CASE
         WHEN w.id IS NULL OR (
             SELECT true FROM events e WHERE e.id = f.event_id LIMIT 1
@@ -59,19 +59,19 @@ WITH page AS (
             SELECT true FROM finished_deliveries r
             WHERE {equal("r.event_id", "f.event_id")} AND {hidden("r.webhook_id")} = f.webhook_id
                 AND r.id > f.id AND r.id > $1 AND r.state = 'delivered'
-            -- Says which index: the ids are for the days alone.
+            -- The order selects the index by event. The ids select the partitions.
             ORDER BY r.event_id LIMIT 1
         ) THEN 'repeated'
-        ELSE 'wanted' END AS verdict
+        ELSE 'wanted' END AS class
     FROM failed f
     LEFT JOIN webhook_configs w ON {equal("w.id", "f.webhook_id")} AND w.deleted_at IS NULL
 ){{made}}
 SELECT t.*, l.merchant_id, l.id
 FROM (
-    SELECT count(*) FILTER (WHERE verdict = 'wanted') AS redelivered,
-        count(*) FILTER (WHERE verdict = 'repeated') AS already_redelivered,
-        count(*) FILTER (WHERE verdict = 'skipped') AS skipped
-    FROM judged
+    SELECT count(*) FILTER (WHERE class = 'wanted') AS redelivered,
+        count(*) FILTER (WHERE class = 'repeated') AS already_redelivered,
+        count(*) FILTER (WHERE class = 'skipped') AS skipped
+    FROM classified
 ) t
 -- The end of the page, unless it is the last one.
 LEFT JOIN (
@@ -81,7 +81,7 @@ LEFT JOIN (
 _MAKE = f""", wanted AS (
     SELECT webhook_id AS id, id AS delivery_id, event_id, merchant_id, event_type, active, closed,
         false AS later, row_number() OVER (PARTITION BY webhook_id ORDER BY id) AS rank
-    FROM judged WHERE verdict = 'wanted'
+    FROM classified WHERE class = 'wanted'
 ), made AS (
     INSERT INTO delivery_queue
         (id, webhook_id, event_id, merchant_id, event_type, state, redelivery_of)
@@ -91,21 +91,23 @@ _MAKE = f""", wanted AS (
 )"""  # noqa: S608 - of constants
 
 
-class Place(NamedTuple):
-    """Where a page of failed deliveries ended: they are looked at merchant by merchant."""
+class RedeliveryPosition(NamedTuple):
+    """The end of a page of failed deliveries, which are read merchant by merchant."""
 
     merchant_id: str
     delivery_id: UUID
 
 
-#: Before the first of them.
-BEGINNING = Place("", UUID(int=0))
+#: The position before the first delivery.
+BEGINNING = RedeliveryPosition("", UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
 class FailedFilter:
-    """Which failed deliveries: made in [start_at, end_at), to the millisecond; of the last attempt
-    the `outcomes`. None and () do not filter.
+    """The failed deliveries to select. None and () do not filter.
+
+    They were created in [start_at, end_at), in milliseconds. `outcomes` are those of the last
+    attempt.
     """
 
     start_at: datetime
@@ -117,48 +119,53 @@ class FailedFilter:
 
 @dataclass(frozen=True, slots=True)
 class RedeliveredPage:
-    """What came of a page, in deliveries.
+    """The numbers of one page.
 
-    Skipped is what has no webhook config or no event any more; `end` is None after the last page.
+    Deliveries without a webhook config or an event are skipped. `end` is None after the last page.
     """
 
     redelivered: int
     already_redelivered: int
     skipped: int
-    end: Place | None
+    end: RedeliveryPosition | None
 
 
 async def redeliver(connection: Executor, merchant_id: str, delivery_id: UUID) -> UUID | None:
-    """Make a new delivery of a finished one's event, with a retry schedule of its own.
+    """Create a new delivery of a finished one's event, with a new retry schedule.
 
-    None, and nothing made, when the merchant has no such finished delivery, its config is deleted
-    or its event is no longer stored.
+    Returns None if the merchant has no such finished delivery, its config is deleted, or its event
+    is no longer stored.
     """
     made: UUID | None = await connection.fetchval(_REDELIVER, merchant_id, delivery_id)
     return made
 
 
 async def redeliver_failed(
-    connection: Executor, wanted: FailedFilter, after: Place, limit: int, *, dry_run: bool = False
+    connection: Executor,
+    wanted: FailedFilter,
+    after: RedeliveryPosition,
+    limit: int,
+    *,
+    dry_run: bool = False,
 ) -> RedeliveredPage:
-    """Make a new delivery for each failed one of a page, unless a later one is open or delivered.
+    """Create a delivery for each failed one of a page, unless a later one is open or delivered.
 
-    Looks at no more than `limit` that were not delivered, from behind `after`. A dry run makes
-    nothing; otherwise one at a time, which sees what others have committed, or two make one twice.
+    Reads at most `limit` undelivered deliveries after the position. A dry run only counts. Do not
+    run two of these concurrently, because both would create the same deliveries.
     """
     of_merchant = "" if wanted.merchant_id is None else " AND f.merchant_id = $8"
     lock, made = ("", "") if dry_run else ("FOR KEY SHARE OF f", _MAKE)
-    statement = _JUDGE.format(of_merchant=of_merchant, lock=lock, made=made)
+    statement = _CLASSIFY.format(of_merchant=of_merchant, lock=lock, made=made)
     row = await connection.fetchrow(statement, *_arguments(wanted, after, limit))
     return RedeliveredPage(
         row["redelivered"],
         row["already_redelivered"],
         row["skipped"],
-        Place(row["merchant_id"], row["id"]) if row["id"] else None,
+        RedeliveryPosition(row["merchant_id"], row["id"]) if row["id"] else None,
     )
 
 
-def _arguments(wanted: FailedFilter, after: Place, limit: int) -> list[object]:
+def _arguments(wanted: FailedFilter, after: RedeliveryPosition, limit: int) -> list[object]:
     of_merchant = [] if wanted.merchant_id is None else [wanted.merchant_id]
     return [
         first_id_at(wanted.start_at),

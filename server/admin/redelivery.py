@@ -11,7 +11,7 @@ from sqlalchemy import select
 from core import queue
 from core.ids import format_id
 from core.postgres.protocols import Pool
-from core.queue import FailedFilter, Place, RedeliveredPage
+from core.queue import FailedFilter, RedeliveredPage, RedeliveryPosition
 from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change
 from server.rpc.ids import is_merchant_id
@@ -25,11 +25,11 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('redeliver failed', 0))"
 
 
 async def redeliver_failed(
-    sessions: Sessions, wanted: FailedFilter, after: Place, notify: Callable[[], None]
+    sessions: Sessions, wanted: FailedFilter, after: RedeliveryPosition, notify: Callable[[], None]
 ) -> RedeliveredPage:
     """Redeliver the next pages and return their totals. Calls `notify` after each commit."""
     pages: list[RedeliveredPage] = []
-    end: Place | None = after
+    end: RedeliveryPosition | None = after
     while end is not None and len(pages) < _PAGES:
         page = await _redeliver_page(sessions, wanted, end)
         if page.redelivered:
@@ -44,25 +44,27 @@ async def redeliver_failed(
     )
 
 
-async def count_failed(pool: Pool, wanted: FailedFilter, after: Place) -> RedeliveredPage:
+async def count_failed(
+    pool: Pool, wanted: FailedFilter, after: RedeliveryPosition
+) -> RedeliveredPage:
     """Return the numbers without redelivering."""
     return await queue.redeliver_failed(pool, wanted, after, _PAGE * _PAGES, dry_run=True)
 
 
-def position_text(place: Place) -> str:
-    return f"{place.merchant_id}/{place.delivery_id.hex}"
+def position_text(position: RedeliveryPosition) -> str:
+    return f"{position.merchant_id}/{position.delivery_id.hex}"
 
 
-def parse_position(position: str) -> Place:
+def parse_position(text: str) -> RedeliveryPosition:
     """Raises ValueError for a malformed position."""
-    merchant_id, _, digits = position.partition("/")
+    merchant_id, _, digits = text.partition("/")
     if not is_merchant_id(merchant_id):
-        raise ValueError(position)
-    return Place(merchant_id, UUID(hex=digits))
+        raise ValueError(text)
+    return RedeliveryPosition(merchant_id, UUID(hex=digits))
 
 
 async def _redeliver_page(
-    sessions: Sessions, wanted: FailedFilter, after: Place
+    sessions: Sessions, wanted: FailedFilter, after: RedeliveryPosition
 ) -> RedeliveredPage:
     async with sessions.begin() as session:
         # Concurrent calls run one after the other, so that each sees the other's redeliveries.

@@ -13,7 +13,7 @@ from core import queue
 from core.errors import AlreadyExists, PostriderError
 from core.ids import first_id_at
 from core.postgres.planner import equal
-from core.postgres.pool import met_new_part
+from core.postgres.pool import met_new_partition
 from core.postgres.protocols import Executor, Pool
 from core.queue import BURST_EVENTS, Accepted, NewEvent
 from server.events.publish_rates import PublishRates
@@ -150,7 +150,7 @@ class EventWriter:
         try:
             accepted = await self._enqueue(events)
         except asyncpg.CheckViolationError as error:
-            if not met_new_part(error):
+            if not met_new_partition(error):
                 raise
             accepted = await self._enqueue(events)
         self._metrics.commit.observe(perf_counter() - started)

@@ -155,7 +155,7 @@ def test_everything_wrong_is_told_at_once(environment: dict[str, str], tmp_path:
     for part in (
         "WEBHOOK_MAX_RETRYS is not a setting; did you mean WEBHOOK_MAX_RETRIES?",
         "WEBHOOK_DATABASE_URl is not a setting; did you mean WEBHOOK_DATABASE_URL?",
-        "WEBHOOK_DATABASE_URL is not a URL of PostgreSQL: write it as",
+        "WEBHOOK_DATABASE_URL is not a PostgreSQL URL: write it as",
         "WEBHOOK_DATABASE_POOL_SIZE is 3: an engine uses up to 5 connections at once",
         "WEBHOOK_ENCRYPTION_KEYS_FILE: ",
         "WEBHOOK_ALLOWED_CIDRS: 10.0.0.1/8 has host bits set",

@@ -48,7 +48,7 @@ async def test_a_broken_invariant_is_1_with_the_ids_in_the_table_and_in_json(
     assert (code, json_code) == (1, 1)
     # With what to do about it, and nothing of the kind about the others.
     after = out.partition(events[1])[2].splitlines()
-    assert after[1].strip().startswith("what is missing is not sent any more")
+    assert after[1].strip().startswith("missing deliveries are not sent")
     assert "engine runs" not in out
     assert events[0] not in out
     told = orjson.loads(json)

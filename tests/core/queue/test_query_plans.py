@@ -605,7 +605,7 @@ async def test_a_page_of_redeliveries_reads_that_page_of_what_failed(
         STARTED_AT, STARTED_AT.replace(year=2100), merchant_id, outcomes=[Outcome.SUCCEEDED]
     )
     of_merchant = " AND f.merchant_id = $8" if merchant_id else ""
-    statement = redelivery._JUDGE.format(
+    statement = redelivery._CLASSIFY.format(
         of_merchant=of_merchant, lock="FOR KEY SHARE OF f", made=redelivery._MAKE
     )
     plan = await _explain(
@@ -816,7 +816,7 @@ _PAGES = {
     "of a config": delivery_store.DeliveryFilter(webhook_id=UUID(int=1)),
     "of an event": delivery_store.DeliveryFilter(event_id=UUID(int=1)),
 }
-_JUDGE = redelivery._JUDGE.format(of_merchant="", lock="", made="")
+_CLASSIFY = redelivery._CLASSIFY.format(of_merchant="", lock="", made="")
 #: Statements that were planned when there was next to nothing.
 _PLANNED_EARLY = {
     "enqueue": _ENQUEUE,
@@ -829,7 +829,7 @@ _PLANNED_EARLY = {
     "open breakers": breakers._OPEN,
     "promote": ordering._PROMOTE,
     "cancel": _CANCEL_WEBHOOK,
-    "judge": _JUDGE,
+    "classify": _CLASSIFY,
     "erase keys": erasure._ERASE_KEYS,
     "erase events": erasure._ERASE_EVENTS,
     "erase attempts": erasure._ERASE_ATTEMPTS,
@@ -909,7 +909,7 @@ async def _arguments(connection: Any, name: str) -> Sequence[Any]:
         ),
         "promote": ([c.webhook_id for c in chains], [c.ordering_key for c in chains]),
         "cancel": (await _quiet_config(connection), 1000),
-        "judge": redelivery._arguments(failed, redelivery.BEGINNING, 100),
+        "classify": redelivery._arguments(failed, redelivery.BEGINNING, 100),
         "erase keys": ("m_1", 100, now),
         "erase events": ("m_1", UUID(int=0), 100, now),
         "erase attempts": ("m_1", UUID(int=0), 100, now),
