@@ -1,4 +1,4 @@
-"""When the next attempt is due: schedules are kept, jitter only delays, and it ends."""
+"""When the next attempt is due: schedules, jitter and the backoff of internal errors."""
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ SCHEDULES = st.lists(WAITS, min_size=1, max_size=20)
         ((1.0, 10.0, 60.0), 0, (), ()),
         ((1.0, 10.0, 60.0), 5, (), (1.0, 10.0, 60.0, 60.0, 60.0)),
         ((7.0,), 2, (), (7.0, 7.0)),
-        # A config's own schedule says how often as well as when.
+        # The length of a config's own schedule replaces max_retries.
         ((1.0, 10.0, 60.0), 3, (5.0,), (5.0,)),
         ((1.0,), 1, (2.0, 3.0, 4.0), (2.0, 3.0, 4.0)),
         ((1.0,), 0, (2.0,), (2.0,)),
@@ -43,16 +43,14 @@ def test_operator_schedule_has_max_retries_entries(operator: list[float], max_re
 
 
 @pytest.mark.parametrize(
-    ("attempts_made", "expected"), [(1, 1.0), (2, 10.0), (3, 60.0), (4, None), (5, None)]
+    ("schedule", "expected"),
+    [((1.0, 10.0, 60.0), [1.0, 10.0, 60.0, None, None]), ((), [None])],
 )
 def test_backoff_follows_the_schedule_to_its_end(
-    attempts_made: int, expected: float | None
+    schedule: tuple[float, ...], expected: list[float | None]
 ) -> None:
-    assert next_backoff((1.0, 10.0, 60.0), attempts_made, lambda: 0.0) == expected
-
-
-def test_without_retries_the_first_attempt_is_the_last() -> None:
-    assert next_backoff((), 1, lambda: 0.0) is None
+    attempts = range(1, len(expected) + 1)
+    assert [next_backoff(schedule, made, lambda: 0.0) for made in attempts] == expected
 
 
 @given(SCHEDULES, st.integers(1, 20), st.floats(0, 1, exclude_max=True))

@@ -1,4 +1,4 @@
-"""The engine's alarm clock: exact for what is soon, and no timer for each of what is late."""
+"""The listener: wakes the engine for near retries, and keeps no timer for later ones."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""The recorder: what is told to it while it writes is written next."""
+"""The recorder: results put during a flush, and configs that another session locks."""
 
 import asyncio
 from time import monotonic
@@ -21,6 +21,10 @@ from tests.support.factories import (
 )
 
 
+def new_recorder(pool: Any) -> Recorder:
+    return Recorder(pool, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None)
+
+
 async def is_open(pool: Any, webhook_id: UUID) -> bool:
     return bool(
         await pool.fetchval(
@@ -30,32 +34,30 @@ async def is_open(pool: Any, webhook_id: UUID) -> bool:
 
 
 async def test_recorder_keeps_breaker_change_put_during_flush(pool: Any) -> None:
-    held, other = await make_webhook_config(pool), await make_webhook_config(pool)
-    first, second = await lease_one(pool, held), await lease_one(pool, other)
-    recorder = Recorder(pool, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None)
-    recorder.put(failed(first), BreakerChange(held, None, trips=True))
+    locked, other = await make_webhook_config(pool), await make_webhook_config(pool)
+    first, second = await lease_one(pool, locked), await lease_one(pool, other)
+    recorder = new_recorder(pool)
+    recorder.put(failed(first), BreakerChange(locked, None, trips=True))
 
     async with pool.acquire() as connection:
         async with connection.transaction():
             await connection.execute(
-                "SELECT FROM webhook_configs WHERE id = $1 FOR NO KEY UPDATE", held
+                "SELECT FROM webhook_configs WHERE id = $1 FOR NO KEY UPDATE", locked
             )
             flushing = asyncio.create_task(recorder.flush())
             await until_blocked(pool)
             recorder.put(failed(second), BreakerChange(other, None, trips=True))
         await promptly(flushing)
 
-    assert await is_open(pool, held)
+    assert await is_open(pool, locked)
     assert await is_open(pool, other)
 
 
 async def test_locked_config_does_not_delay_other_breakers(pool: Any, database_url: str) -> None:
-    held, *others = [await make_webhook_config(pool) for _ in range(4)]
+    locked, *others = [await make_webhook_config(pool) for _ in range(4)]
     waits = {"lock_timeout": "2000"}
     async with asyncpg.create_pool(database_url, min_size=1, server_settings=waits) as bounded:
-        recorder = Recorder(
-            bounded, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None
-        )
+        recorder = new_recorder(bounded)
 
         async def fail_and_flush(*webhook_ids: UUID) -> float:
             for webhook_id in webhook_ids:
@@ -67,12 +69,12 @@ async def test_locked_config_does_not_delay_other_breakers(pool: Any, database_u
             return monotonic() - began
 
         async with pool.acquire() as connection, connection.transaction():
-            await connection.execute("SELECT FROM webhook_configs WHERE id = $1 FOR UPDATE", held)
-            await fail_and_flush(held, others[0])
+            await connection.execute("SELECT FROM webhook_configs WHERE id = $1 FOR UPDATE", locked)
+            await fail_and_flush(locked, others[0])
             assert await is_open(pool, others[0])
             assert await fail_and_flush(others[1]) < 1
             assert await is_open(pool, others[1])
-            assert not await is_open(pool, held)
+            assert not await is_open(pool, locked)
         await fail_and_flush(others[2])
         assert await is_open(pool, others[2])
-        assert await is_open(pool, held)
+        assert await is_open(pool, locked)

@@ -1,4 +1,4 @@
-"""What a Retry-After says, and that no text in it can do harm."""
+"""Parsing of the Retry-After header (RFC 9110, section 10.2.3)."""
 
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -24,7 +24,7 @@ NOW = 784_111_777.0
         ("Sunday, 06-Nov-94 08:50:37 GMT", None, 60),
         ("Sun Nov  6 08:50:37 1994", None, 60),
         ("Sun, 06 Nov 1994 08:49:37 GMT", None, 0),
-        # The receiver's own clock, an hour ahead of ours, is the one that it counts by.
+        # The Date header shows that the receiver's clock is an hour ahead.
         ("Sun, 06 Nov 1994 09:50:37 GMT", "Sun, 06 Nov 1994 09:49:37 GMT", 60),
         ("Sun, 06 Nov 1994 08:50:37 GMT", "yesterday", 60),
         ("120", "Sun, 06 Nov 1994 09:49:37 GMT", 120),

@@ -1,4 +1,4 @@
-"""When a config is left alone, and when it is let go."""
+"""When an engine opens and closes the breaker of a config."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -7,16 +7,10 @@ import pytest
 from core.ids import new_id
 from core.queue import BreakerChange, LeasedDelivery
 from delivery.fairness.breaker import Breaker
+from tests.support.clock import ManualClock
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 ONE, OTHER = new_id(), new_id()
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def delivery(webhook_id: object = ONE, open_until: datetime | None = None) -> LeasedDelivery:
@@ -45,19 +39,19 @@ PROBE = delivery(open_until=NOW - timedelta(seconds=1))
 
 
 def test_breaker_trips_after_failures_over_time() -> None:
-    clock = Clock()
+    clock = ManualClock()
     breaker = Breaker(10, 5.0, clock)
     changes = []
     for _ in range(10):
         changes.append(breaker.decide(delivery(), False, 0))
         clock.now += 0.6
     assert changes == [None] * 9 + [BreakerChange(ONE, None, trips=True, failures=10, version=1)]
-    # And then it counts anew.
+    # The count starts at zero again.
     assert breaker.decide(delivery(), False, 0) is None
 
 
 def test_short_outage_does_not_trip_breaker() -> None:
-    clock = Clock()
+    clock = ManualClock()
     breaker = Breaker(10, 5.0, clock)
     for _ in range(500):
         assert breaker.decide(delivery(), False, 0) is None
@@ -68,7 +62,7 @@ def test_short_outage_does_not_trip_breaker() -> None:
 
 
 def test_retries_of_one_delivery_do_not_trip_breaker() -> None:
-    clock = Clock()
+    clock = ManualClock()
     breaker = Breaker(10, 5.0, clock)
     for wait in (1, 10, 60, 0):
         assert breaker.decide(delivery(), False, 0) is None
@@ -77,20 +71,20 @@ def test_retries_of_one_delivery_do_not_trip_breaker() -> None:
 
 @pytest.mark.parametrize("works", [True, None])
 def test_only_success_resets_failures(works: bool | None) -> None:
-    clock = Clock()
+    clock = ManualClock()
     breaker = Breaker(3, 0.0, clock)
     assert not any(breaker.decide(delivery(), result, 0) for result in (False, False, works))
     assert bool(breaker.decide(delivery(), False, 0)) is (works is None)
 
 
 def test_failures_count_per_config() -> None:
-    breaker = Breaker(3, 0.0, Clock())
+    breaker = Breaker(3, 0.0, ManualClock())
     results = [breaker.decide(delivery(w), False, 0) for w in (ONE, OTHER, ONE, OTHER, ONE)]
     assert [bool(change) for change in results] == [False] * 4 + [True]
 
 
 def test_one_probe_decides() -> None:
-    breaker = Breaker(10, 5.0, Clock())
+    breaker = Breaker(10, 5.0, ManualClock())
     seen = PROBE.breaker_open_until
     assert breaker.decide(PROBE, False, 0) == BreakerChange(
         ONE, seen, trips=True, failures=1, version=1
@@ -100,11 +94,11 @@ def test_one_probe_decides() -> None:
 
 
 def test_attempt_from_before_opening_does_not_close_breaker() -> None:
-    assert Breaker(10, 5.0, Clock()).decide(delivery(), True, 0) is None
+    assert Breaker(10, 5.0, ManualClock()).decide(delivery(), True, 0) is None
 
 
 def test_requested_pause_applies_at_first_failure() -> None:
-    breaker = Breaker(10, 5.0, Clock())
+    breaker = Breaker(10, 5.0, ManualClock())
     change = breaker.decide(delivery(), False, 30.0)
     assert change == BreakerChange(ONE, None, requested_pause_seconds=30.0, failures=1, version=1)
     assert breaker.decide(delivery(), True, 0) is None

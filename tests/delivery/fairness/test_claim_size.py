@@ -1,4 +1,4 @@
-"""How much a claim asks for, by what runs, what waits to be recorded and what is asked for."""
+"""The size of a claim by the in-flight budget: running, unrecorded and claimed deliveries."""
 
 import asyncio
 
@@ -11,8 +11,7 @@ def filled(budget: InFlightBudget, count: int) -> InFlightBudget:
     return budget
 
 
-async def steps() -> None:
-    """Let whoever can go on do so."""
+async def run_ready_tasks() -> None:
     for _ in range(3):
         await asyncio.sleep(0)
 
@@ -35,10 +34,10 @@ async def test_claim_size_uses_the_reserve_last() -> None:
 async def test_claim_size_waits_until_claim_is_worthwhile() -> None:
     budget = filled(InFlightBudget(100, 12, 200), 100)
     waiting = asyncio.create_task(budget.claim_size())
-    await steps()
+    await run_ready_tasks()
     for _ in range(37):
         budget.attempt_ended()
-    await steps()
+    await run_ready_tasks()
     assert waiting.done()
     assert await waiting == 25
 
@@ -65,7 +64,7 @@ async def test_unrecorded_results_above_500_reduce_claim_size() -> None:
 async def test_closed_budget_ends_the_wait() -> None:
     budget = filled(InFlightBudget(100, 12, 200), 100)
     waiting = asyncio.create_task(budget.claim_size())
-    await steps()
+    await run_ready_tasks()
     budget.close()
-    await steps()
+    await run_ready_tasks()
     assert waiting.done()

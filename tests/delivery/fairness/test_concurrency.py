@@ -1,17 +1,11 @@
-"""Who may have how many attempts open, by what they have shown."""
+"""How many attempts each config may have open, by its results so far."""
 
 from uuid import UUID, uuid4
 
 from delivery.fairness.concurrency import INITIAL_LIMIT, ConcurrencyLimiter
+from tests.support.clock import ManualClock
 
 ONE, OTHER = uuid4(), uuid4()
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def available(slots: ConcurrencyLimiter, webhook_id: UUID, configured_limit: int = 0) -> int:
@@ -20,7 +14,7 @@ def available(slots: ConcurrencyLimiter, webhook_id: UUID, configured_limit: int
 
 
 def fill(slots: ConcurrencyLimiter, webhook_id: UUID) -> int:
-    """Begin as many as may; returns how many are open then."""
+    """Start as many attempts as allowed, and return the number of open attempts."""
     while available(slots, webhook_id):
         slots.started(webhook_id)
     return slots.open_attempts(webhook_id)
@@ -53,7 +47,7 @@ def test_failure_halves_limit_and_success_adds_one() -> None:
     for endpoint_works in (False, False, False, True, False, False, False, False, True, True):
         slots.started(ONE)
         slots.finished(ONE, endpoint_works)
-        # Its own limit: what it may have while it is not proven is bounded by other things, too.
+        # available() is lower, because a config that failed last shares a quarter of the slots.
         opened.append(slots._states[ONE].limit)
     assert opened == [16, 8, 4, 5, 2, 1, 1, 1, 2, 3]
 
@@ -78,7 +72,7 @@ def test_configs_without_history_share_half_of_the_slots() -> None:
     slots = ConcurrencyLimiter(100, 32)
     held = [fill(slots, uuid4()) for _ in range(200)]
     assert sum(held) == 50
-    # The first come has few; once half of that half is gone, each has one.
+    # After half of that share is used, each further config gets one slot.
     assert held[:8] == [INITIAL_LIMIT] * 6 + [1, 1]
     assert held[32] == 0
 
@@ -113,7 +107,7 @@ def test_proven_config_keeps_its_slots_beside_silent_ones() -> None:
 
 
 def test_config_is_silent_after_two_seconds() -> None:
-    clock = Clock()
+    clock = ManualClock()
     slots = ConcurrencyLimiter(64, 32, clock)
     prove(slots, ONE)
     prove(slots, OTHER)
@@ -123,13 +117,13 @@ def test_config_is_silent_after_two_seconds() -> None:
     clock.now += 0.2
     assert available(slots, ONE) == INITIAL_LIMIT - 1
     assert available(slots, OTHER) == 32
-    # It answers after all: slow, but not silent.
+    # A late success proves it again.
     slots.finished(ONE, endpoint_works=True)
     assert available(slots, ONE) == 32
 
 
 def test_reserve_stays_free_when_proven_configs_hang() -> None:
-    clock = Clock()
+    clock = ManualClock()
     slots = ConcurrencyLimiter(64, 32, clock)
     hanging = [uuid4() for _ in range(8)]
     for webhook_id in (*hanging, ONE):
@@ -146,12 +140,12 @@ def test_reserve_stays_free_when_proven_configs_hang() -> None:
 def test_admission_size_is_zero_until_half_is_free() -> None:
     slots = ConcurrencyLimiter(500, 8)
     prove(slots, ONE)
-    wanted = []
+    sizes = []
     for _ in range(8):
         slots.started(ONE)
         slots.refresh()
-        wanted.append(slots.admission_size(ONE, 0))
-    assert wanted == [8, 8, 8, 8, 0, 0, 0, 0]
+        sizes.append(slots.admission_size(ONE, 0))
+    assert sizes == [8, 8, 8, 8, 0, 0, 0, 0]
     assert slots.admission_size(OTHER, 0) == INITIAL_LIMIT
     for _ in range(1000):
         fill(slots, uuid4())
@@ -171,22 +165,22 @@ def test_probe_starts_with_one_slot_and_grows() -> None:
 
 
 def test_pause_doubles_up_to_half_a_second() -> None:
-    clock = Clock()
+    clock = ManualClock()
     slots = ConcurrencyLimiter(500, 32, clock)
-    rests = []
+    pauses = []
     for _ in range(8):
         slots.started(ONE)
-        rests.append(slots.finished(ONE, endpoint_works=False))
-        clock.now += 0.9 * rests[-1]
-        assert (available(slots, ONE) == 0) is (rests[-1] > 0)
-        clock.now += 0.2 * rests[-1]
+        pauses.append(slots.finished(ONE, endpoint_works=False))
+        clock.now += 0.9 * pauses[-1]
+        assert (available(slots, ONE) == 0) is (pauses[-1] > 0)
+        clock.now += 0.2 * pauses[-1]
         assert available(slots, ONE) > 0
-    assert rests == [0, 0, 0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    assert pauses == [0, 0, 0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
     assert available(slots, OTHER) == INITIAL_LIMIT
 
 
 def test_success_or_probe_ends_pause() -> None:
-    clock = Clock()
+    clock = ManualClock()
     slots = ConcurrencyLimiter(500, 32, clock)
 
     def fail_thrice() -> None:
@@ -205,7 +199,7 @@ def test_success_or_probe_ends_pause() -> None:
     assert slots.finished(ONE, endpoint_works=True) == 0
     assert available(slots, ONE) > 0
     slots.started(ONE)
-    # It begins to count anew.
+    # The success reset the failures, so that one more causes no pause.
     assert slots.finished(ONE, endpoint_works=False) == 0
 
 

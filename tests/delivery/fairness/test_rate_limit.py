@@ -1,24 +1,17 @@
-"""What an engine remembers of rates that are used up."""
+"""The pauses of configs whose rate limit is used up."""
 
 from uuid import uuid4
 
 import pytest
 
 from delivery.fairness.rate_limit import RatePauses
+from tests.support.clock import ManualClock
 
 ONE, OTHER = uuid4(), uuid4()
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.03
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_pause_ends_after_its_wait() -> None:
-    clock = Clock()
+    clock = ManualClock(100.03)
     pauses = RatePauses(clock)
 
     [seconds] = pauses.pause([(ONE, 0.25)])
@@ -33,18 +26,18 @@ def test_pause_ends_after_its_wait() -> None:
 
 
 def test_pauses_end_at_common_ticks() -> None:
-    pauses = RatePauses(Clock())
+    pauses = RatePauses(ManualClock(100.03))
     ends = pauses.pause([(uuid4(), n / 1000) for n in range(1000)])
     assert len(ends) <= 11
 
 
 def test_pause_is_at_most_one_second() -> None:
-    [seconds] = RatePauses(Clock()).pause([(ONE, 1000.0)])
+    [seconds] = RatePauses(ManualClock(100.03)).pause([(ONE, 1000.0)])
     assert seconds <= 1.1
 
 
 def test_zero_wait_is_not_a_busy_loop() -> None:
-    clock = Clock()
+    clock = ManualClock(100.03)
     for _ in range(50):
         [seconds] = RatePauses(clock).pause([(ONE, 0.0)])
         assert seconds > 0
@@ -53,7 +46,7 @@ def test_zero_wait_is_not_a_busy_loop() -> None:
 
 
 def test_later_pause_keeps_earlier_pause() -> None:
-    clock = Clock()
+    clock = ManualClock(100.03)
     pauses = RatePauses(clock)
     pauses.pause([(ONE, 0.9)])
     clock.now += 0.5
