@@ -1,25 +1,83 @@
-"""An engine that is told to stop while its database is away: it ends all the same, and says so."""
+"""An engine that stops: with open requests, after its drain time, and without a database."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
-from aiohttp import web
 
+from core.lifecycle import DeliveryState
 from delivery.claim import claim
+from tests.support.event_log import EventLog
+from tests.support.gate import Gate
 from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, running_platform
+from tests.support.queue_state import finished_states, queue_states
 from tests.support.receiver import Receiver
 
 
+async def test_stop_waits_for_open_requests_and_claims_no_more(
+    platform: Platform, receiver: Receiver, pool: Any, log: EventLog
+) -> None:
+    await platform.register(receiver.url)
+    receiver.default = gate = Gate()
+    async with AsyncExitStack() as engine:
+        await engine.enter_async_context(platform.engine(max_in_flight_per_webhook=4))
+        published = await platform.publish_many(10)
+        await gate.wait_for(4)
+        stopping = asyncio.create_task(engine.aclose())
+        await log.wait_for("draining")
+        assert not stopping.done()
+        gate.open()
+        await asyncio.wait_for(stopping, 20)
+
+    assert len(receiver.webhooks) == 4
+    assert await finished_states(pool) == {DeliveryState.DELIVERED: 4}
+    # No lease is left, so that another engine may claim the rest at once.
+    assert (await queue_states(pool))[DeliveryState.LEASED] == 0
+    async with platform.engine():
+        await receiver.wait_for(10)
+    assert sorted(receiver.message_ids) == sorted(published)
+
+
+async def test_stop_releases_unfinished_after_drain_time(
+    platform: Platform, receiver: Receiver, pool: Any
+) -> None:
+    await platform.register(receiver.url)
+    receiver.default = gate = Gate()
+    async with platform.engine(delivery_drain_seconds=0.5):
+        published = await platform.publish_many(3)
+        await gate.wait_for(3)
+        stopped_at = monotonic()
+    assert 0.5 <= monotonic() - stopped_at < 5
+    assert await queue_states(pool) == {DeliveryState.READY: 3}
+    rows = await pool.fetch("SELECT attempt_count, reclaim_count FROM delivery_queue")
+    assert [tuple(row) for row in rows] == [(0, 0)] * 3
+    assert await pool.fetchval("SELECT count(*) FROM attempts") == 0
+
+    receiver.default = 200
+    async with platform.engine():
+        began = monotonic()
+        await receiver.wait_for(6)
+        assert monotonic() - began < 10, "the engine waited for the lease of 75 s"
+    assert Counter(receiver.message_ids) == dict.fromkeys(published, 2)
+
+
+async def test_idle_engine_stops_at_once(platform: Platform) -> None:
+    async with platform.engine(poll_seconds=1.0):
+        began = monotonic()
+    assert monotonic() - began < 0.8
+
+
 @pytest.fixture
-async def on_own(
+async def short_timeouts(
     own_postgres: OwnPostgres, ca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Platform]:
+    """A server whose database may go away, with timeouts of 0.5 s."""
     assert own_postgres.server is not None
     monkeypatch.setenv("WEBHOOK_DATABASE_STATEMENT_TIMEOUT_SECONDS", "0.5")
     monkeypatch.setenv("WEBHOOK_DATABASE_CONNECT_TIMEOUT_SECONDS", "0.5")
@@ -28,7 +86,7 @@ async def on_own(
 
 
 @contextmanager
-def _stopped(own_postgres: OwnPostgres) -> Any:
+def _stopped(own_postgres: OwnPostgres) -> Iterator[None]:
     own_postgres.stop()
     try:
         yield
@@ -36,82 +94,74 @@ def _stopped(own_postgres: OwnPostgres) -> Any:
         own_postgres.start()
 
 
-@pytest.mark.parametrize("away", [_stopped, OwnPostgres.frozen])
+@pytest.mark.parametrize("unavailable", [_stopped, OwnPostgres.frozen])
 async def test_stop_without_database_leaves_results_to_leases(
     own_postgres: OwnPostgres,
-    on_own: Platform,
+    short_timeouts: Platform,
     receiver: Receiver,
-    logged: list[Any],
-    away: Callable[[OwnPostgres], AbstractContextManager[None]],
+    *,
+    log: EventLog,
+    unavailable: Callable[[OwnPostgres], AbstractContextManager[None]],
 ) -> None:
-    merchant_id = away.__name__.strip("_")
-    await on_own.register(receiver.url, merchant_id)
-    asked, answer = asyncio.Event(), asyncio.Event()
-
-    async def wait(_: web.Request) -> web.StreamResponse:
-        asked.set()
-        await answer.wait()
-        return web.Response()
-
-    receiver.default = wait
-    engine = on_own.engine(delivery_drain_seconds=1.0)
-    await engine.__aenter__()
-    await on_own.publish(merchant_id=merchant_id)
-    await asyncio.wait_for(asked.wait(), 10)
-    with away(own_postgres):
-        began = monotonic()
-        stopping = asyncio.create_task(engine.__aexit__(None, None, None))
-        answer.set()
-        await asyncio.wait_for(stopping, 15)
-        assert monotonic() - began < 12
-    [entry] = [entry for entry in logged if entry["event"] == "results_left_to_leases"]
+    merchant_id = unavailable.__name__.strip("_")
+    await short_timeouts.register(receiver.url, merchant_id)
+    receiver.default = gate = Gate()
+    async with AsyncExitStack() as engine:
+        await engine.enter_async_context(short_timeouts.engine(delivery_drain_seconds=1.0))
+        await short_timeouts.publish(merchant_id=merchant_id)
+        await gate.wait_for(1)
+        with unavailable(own_postgres):
+            began = monotonic()
+            stopping = asyncio.create_task(engine.aclose())
+            gate.open()
+            await asyncio.wait_for(stopping, 15)
+            assert monotonic() - began < 12
+    [entry] = log.named("results_left_to_leases")
     assert entry["deliveries"] == 1
 
 
-@pytest.mark.parametrize("answered", [True, False])
+@pytest.mark.parametrize(
+    ("answered", "expected"), [(True, "results_left_to_leases"), (False, "release_failed")]
+)
 async def test_unanswered_statements_do_not_lengthen_drain(
     own_postgres: OwnPostgres,
     *,
     receiver: Receiver,
     ca_file: Path,
     tmp_path: Path,
-    logged: list[Any],
+    log: EventLog,
     monkeypatch: pytest.MonkeyPatch,
     answered: bool,
+    expected: str,
 ) -> None:
     assert own_postgres.server is not None
-    asked, answer, claiming = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    claiming = asyncio.Event()
 
-    def claim_and_tell(*args: Any) -> Any:
+    def signalling_claim(*arguments: Any) -> Any:
         claiming.set()
-        return claim(*args)
+        return claim(*arguments)
 
-    monkeypatch.setattr("delivery.engine.claim", claim_and_tell)
-
-    async def wait(_: web.Request) -> web.StreamResponse:
-        asked.set()
-        await answer.wait()
-        return web.Response()
-
+    monkeypatch.setattr("delivery.engine.claim", signalling_claim)
     merchant_id = f"silent_{answered}"
-    # With the timeouts that an operator has, of which the claim under way would take all.
-    async with running_platform(own_postgres.server.url(), ca_file, tmp_path) as platform:
+    receiver.default = gate = Gate()
+    # With the default timeouts the claim under way would take longer than the drain.
+    async with (
+        running_platform(own_postgres.server.url(), ca_file, tmp_path) as platform,
+        AsyncExitStack() as engine,
+    ):
         await platform.register(receiver.url, merchant_id)
-        receiver.default = wait
-        engine = platform.engine(delivery_drain_seconds=1.0)
-        await engine.__aenter__()
+        await engine.enter_async_context(platform.engine(delivery_drain_seconds=1.0))
         await platform.publish(merchant_id=merchant_id)
-        await asyncio.wait_for(asked.wait(), 10)
+        await gate.wait_for(1)
         with own_postgres.frozen():
             claiming.clear()
             await asyncio.wait_for(claiming.wait(), 10)
             began = monotonic()
-            stopping = asyncio.create_task(engine.__aexit__(None, None, None))
+            stopping = asyncio.create_task(engine.aclose())
             if answered:
-                answer.set()
+                gate.open()
             await asyncio.wait_for(stopping, 40)
-            # Two drains, and a good-bye that is waited for 2 s.
+            # Two drains of 1 s, and 2 s for closing the connections.
             assert monotonic() - began < 8
-        answer.set()
-    told = [entry["event"] for entry in logged]
-    assert ("results_left_to_leases" if answered else "release_failed") in told
+        gate.open()
+    assert log.named(expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import SecretStr
 
 from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
@@ -23,7 +24,10 @@ from core.settings import (
 )
 from delivery.settings import DeliverySettings
 from postrider.v1 import (
+    admin_service_pb2,
     admin_service_pb2_grpc,
+    delivery_pb2,
+    delivery_service_pb2,
     delivery_service_pb2_grpc,
     event_pb2,
     event_service_pb2,
@@ -108,6 +112,47 @@ class Platform:
         return await self.events.PublishEvent(
             event_service_pb2.PublishEventRequest(event=event), metadata=self.producer()
         )
+
+    async def publish_many(self, count: int, merchant_id: str = "m_1", **fields: Any) -> list[str]:
+        """Publish so many equal events in one call, and return their ids."""
+        fields = {"type": "payment.succeeded", "payload_text": '{"amount": 1}', **fields}
+        event = event_pb2.EventInput(merchant_id=merchant_id, **fields)
+        response = await self.events.PublishEvents(
+            event_service_pb2.PublishEventsRequest(events=[event] * count),
+            metadata=self.producer(),
+        )
+        return [result.event.id for result in response.results]
+
+    async def update(self, webhook_id: str, **fields: Any) -> None:
+        """Change these fields of a webhook config of m_1."""
+        await self.webhooks.UpdateWebhookConfig(
+            webhook_config_service_pb2.UpdateWebhookConfigRequest(
+                webhook_config=webhook_config_pb2.WebhookConfig(id=webhook_id, **fields),
+                update_mask=FieldMask(paths=list(fields)),
+            ),
+            metadata=self.merchant(),
+        )
+
+    async def config(self, webhook_id: str) -> webhook_config_pb2.WebhookConfig:
+        """Read a webhook config of m_1."""
+        response = await self.webhooks.GetWebhookConfig(
+            webhook_config_service_pb2.GetWebhookConfigRequest(id=webhook_id),
+            metadata=self.merchant(),
+        )
+        return response.webhook_config
+
+    async def reactivate(self, webhook_id: str) -> None:
+        await self.admin.ReactivateWebhookConfig(
+            admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id),
+            metadata=self.operator(),
+        )
+
+    async def list_deliveries(self) -> list[delivery_pb2.Delivery]:
+        """Return the deliveries of m_1 with their attempts, at most 100."""
+        response = await self.deliveries.ListDeliveries(
+            delivery_service_pb2.ListDeliveriesRequest(page_size=100), metadata=self.merchant()
+        )
+        return list(response.deliveries)
 
     @asynccontextmanager
     async def engine(

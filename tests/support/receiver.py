@@ -50,6 +50,11 @@ class Receiver:
         """Everything received but pings."""
         return [request for request in self.requests if not request.is_ping]
 
+    @property
+    def message_ids(self) -> list[str]:
+        """The `webhook-id` of every webhook, in the order of arrival."""
+        return [request.message_id for request in self.webhooks]
+
     async def wait_for(self, count: int, timeout: float = 20) -> Sequence[Received]:
         """The webhooks, once there are at least `count`."""
         async with asyncio.timeout(timeout), self._arrived:
