@@ -1,13 +1,12 @@
 """Counts habits of prose that slow a reader down, and test names that are too long.
 
-Reads comments, docstrings, proto comments and Markdown of tracked files. Fails above LIMIT hits per
-1,000 lines in a group. With -v it prints each hit as `path: sentence`.
+Run it as `git ls-files | python tools/prose.py`. It reads comments, docstrings, proto comments and
+Markdown. It fails above LIMIT hits per 1,000 lines in a group. With -v it prints every hit.
 """
 
 import ast
 import io
 import re
-import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -42,8 +41,7 @@ def prose(path: Path) -> Iterator[str]:
 
 groups: dict[str, list[str]] = {"code": [], "tests": [], "protos": [], "docs": []}
 names: list[str] = []
-listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout
-for path in map(Path, listed.splitlines()):
+for path in map(Path, sys.stdin.read().splitlines()):
     group = {".py": "code", ".proto": "protos", ".md": "docs"}.get(path.suffix)
     if group and path.exists() and path.parts[0] not in {"generated", "third_party"}:
         group = "tests" if path.parts[0] == "tests" else group
