@@ -1,4 +1,4 @@
-"""An HTTP listener for webhooks: what the demo, `postrider listen` and `postrider canary` share."""
+"""An HTTP listener for webhooks, for the demo, `postrider listen` and `postrider canary`."""
 
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -8,7 +8,7 @@ from aiohttp import web
 
 from core.errors import ConfigurationError
 
-#: Of a request's body; four times what Postrider sends at the most by default.
+#: Limit of a request's body. It is four times the default payload limit.
 MAX_BODY_BYTES = 2**20
 
 type Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -16,12 +16,13 @@ type Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @asynccontextmanager
 async def accepting(
-    handle: Handle, host: str, port: int, tls: ssl.SSLContext | None, mend: str
+    handle: Handle, host: str, port: int, tls: ssl.SSLContext | None, advice: str
 ) -> AsyncIterator[int]:
-    """Have `handle` answer every request, in plain HTTP without `tls`; the port (0: a free one).
+    """Listen, let `handle` answer every request, and yield the port. Port 0 selects a free one.
 
-    Reading a body above MAX_BODY_BYTES raises aiohttp's HTTPRequestEntityTooLarge. `mend` says
-    what to do when the port cannot be had, which raises ConfigurationError.
+    Without `tls` it speaks plain HTTP. Reading a body above MAX_BODY_BYTES raises aiohttp's
+    HTTPRequestEntityTooLarge. If the port is not available, it raises ConfigurationError with
+    `advice`.
     """
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     app.router.add_route("*", "/{path:.*}", handle)
@@ -32,7 +33,9 @@ async def accepting(
             await web.TCPSite(runner, host, port, ssl_context=tls).start()
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ConfigurationError(f"cannot listen on {host}:{port} ({reason}): {mend}") from None
+            raise ConfigurationError(
+                f"cannot listen on {host}:{port} ({reason}): {advice}"
+            ) from None
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()

@@ -1,4 +1,4 @@
-"""What both processes check when they start, beside the schema."""
+"""Checks and preparations that server and engine run when they start."""
 
 import gc
 import resource
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
-    """ConfigurationError when secrets in the database need a key that the ring lacks."""
+    """Raise ConfigurationError if a secret in the database needs a key that is not configured."""
     rows = await pool.fetch(
         "SELECT secret_key_id AS key_id FROM webhook_configs WHERE deleted_at IS NULL UNION "
         "SELECT previous_secret_key_id FROM webhook_configs "
@@ -30,12 +30,12 @@ async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
     if missing:
         raise ConfigurationError(
             f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, "
-            "which is not configured: add it to WEBHOOK_ENCRYPTION_KEYS, or to its file"
+            "which is not configured: add it to WEBHOOK_ENCRYPTION_KEYS or its file"
         )
 
 
 def warn_of_allowed_cidrs(settings: EgressSettings) -> None:
-    """Say it at every start: with an allow-list, merchants may reach inside."""
+    """Log the allow-list at every start, because it lets merchants reach inner addresses."""
     if settings.allowed_cidrs:
         log.warning(
             "private_addresses_allowed",
@@ -44,34 +44,30 @@ def warn_of_allowed_cidrs(settings: EgressSettings) -> None:
         )
 
 
-# Whether the database has the schema that this release needs, asked by every process at its start.
-#
-# The revisions are read from the names of their files, which sort in the order of the chain:
-# Alembic
-# and SQLAlchemy would cost an engine 20 MB for as long as it runs.
-
-
 def revisions() -> list[str]:
-    """What this release knows, the oldest first."""
+    """Return the schema revisions of this release, oldest first.
+
+    They are read from file names, because Alembic and SQLAlchemy would cost an engine 20 MB.
+    """
     versions = Path(next(iter(migrations.__path__)), "versions")
     return sorted(path.stem for path in versions.glob("[0-9]*.py"))
 
 
 def head() -> str:
-    """The newest revision this release knows."""
+    """Return the newest schema revision of this release."""
     return revisions()[-1]
 
 
 async def require_schema(pool: Pool) -> None:
-    """ConfigurationError when the database is behind this release.
+    """Raise ConfigurationError if the schema is older than this release needs.
 
-    A schema that is newer is fine: migrations are made to be safe beside the previous release.
+    A newer schema is accepted, because migrations are safe beside the previous release.
     """
     try:
         table = await pool.fetchval("SELECT to_regclass('alembic_version')")
     except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
         raise ConfigurationError(
-            "a pooler stands before the database and gives each transaction another connection: "
+            "a pooler gives each transaction another connection: "
             "use its session mode, or none (docs/operate/postgresql.md)"
         ) from None
     found = await pool.fetchval("SELECT version_num FROM alembic_version") if table else None
@@ -82,24 +78,20 @@ async def require_schema(pool: Pool) -> None:
         )
 
 
-# The limit of open files: a request holds a connection, and so do those that wait to be reused.
-
-#: Standard streams, event loop, look-ups of names, a certificate that is read.
+#: Files for standard streams, the event loop, DNS and certificates.
 _OTHER_FILES = 32
 
 
 def files_for(in_flight: int, database_connections: int) -> int:
-    """How many files an engine opens at most, with so many attempts in flight."""
+    """Return how many files an engine opens at most: a busy and an idle connection per attempt."""
     return 2 * in_flight + database_connections + _OTHER_FILES
 
 
-def fitting_in_flight(wanted: int, database_connections: int) -> int:
-    """How many attempts can be in flight at once: `wanted`, or as many as there are files for.
+def in_flight_within_file_limit(wanted: int, database_connections: int) -> int:
+    """Return how many attempts can be open: `wanted`, or fewer if the file limit is lower.
 
-    Raises the soft limit as far as it needs to and may. Half of the files are for connections that
-    are idle, of which the dialler keeps no more: those of one attempt stay for the next one to the
-    same receiver. Where there may be more, there is room for an outage as well, in which every
-    attempt races all the addresses of its receiver.
+    Raises the soft limit as far as allowed. Half of the files are for idle connections. More files
+    allow for an outage, in which every attempt connects to all addresses of its receiver.
     """
     reserved = database_connections + _OTHER_FILES
     needed = files_for(wanted, database_connections)
@@ -124,29 +116,22 @@ def fitting_in_flight(wanted: int, database_connections: int) -> int:
     return fitting
 
 
-# What the garbage collector of a process that runs for long need not look at again and again.
-
-#: Allocations that survive until the collector looks, and its looks at the young until it goes on
-#: to older ones: cycles are few here, and what is in flight comes and goes by thousands.
-_THRESHOLDS = 10_000, 20, 20
+#: Higher than the defaults, because cycles are rare and attempts create thousands of objects.
+_GC_THRESHOLDS = 10_000, 20, 20
 
 
-def spare_what_is_loaded() -> None:
-    """Call when everything is imported, before the loop runs.
+def exclude_modules_from_gc() -> None:
+    """Exclude loaded modules from garbage collection. Call it after the imports.
 
-    Modules and their code stay. Where the collector walks them, the loop stands still: 60 ms for
-    each full collection, under load once every few seconds.
+    A full collection that walks them stops the event loop for 60 ms, every few seconds under load.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_THRESHOLDS)
-
-
-# The one policy by which both processes judge URLs and sockets, as the settings make it.
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def url_policy(settings: EgressSettings) -> UrlPolicy:
-    """The rules for webhook URLs; its `addresses` are those for every socket."""
+    """Return the rules for webhook URLs. Its `addresses` apply to every socket."""
     return UrlPolicy(
         AddressPolicy(settings.allowed_cidrs, settings.denied_cidrs),
         settings.allowed_ports,

@@ -8,7 +8,7 @@ import click
 import uvloop
 
 from cli.settings import load
-from cli.startup import spare_what_is_loaded
+from cli.startup import exclude_modules_from_gc
 from core.logs import configure_logs
 from core.settings import (
     DatabaseSettings,
@@ -48,7 +48,7 @@ def server() -> None:
     async def run() -> None:
         await serve(settings, stop_on_signals())
 
-    spare_what_is_loaded()
+    exclude_modules_from_gc()
     uvloop.run(run())
 
 
@@ -97,8 +97,8 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
             await deliver(settings, stop)
         else:
             end = EngineEnd(lifeline)
-            end.pass_stop_on(stop)
-            await deliver(settings, stop, end.say_ready, partial(telling, end))
+            end.forward_stop(stop)
+            await deliver(settings, stop, end.report_ready, partial(telling, end))
 
-    spare_what_is_loaded()
+    exclude_modules_from_gc()
     uvloop.run(run())

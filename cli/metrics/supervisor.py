@@ -67,7 +67,7 @@ async def telling(end: EngineEnd, metrics: Metrics) -> AsyncIterator[None]:
         ]
         return orjson.dumps({"ready": await metrics.is_ready(), "metrics": told})
 
-    end.answer = answer
+    end.read_metrics = answer
     yield
 
 

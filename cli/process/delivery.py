@@ -1,4 +1,4 @@
-"""Wires the delivery engine: settings in, deliveries until the stop event."""
+"""Wires the delivery engine from settings, and runs it until a stop event."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from cli.metrics.http import Place, listening
 from cli.metrics.process import Metrics
 from cli.process.tracing import open_tracer
 from cli.startup import (
-    fitting_in_flight,
+    in_flight_within_file_limit,
     require_encryption_keys,
     require_schema,
     url_policy,
@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class EngineProcessSettings:
-    """Everything the delivery engine reads; without `retention` it removes nothing."""
+    """All settings of the delivery engine. Without `retention` it removes no data."""
 
     database: DatabaseSettings
     encryption: EncryptionSettings
@@ -62,9 +62,9 @@ async def deliver(
     ready: Callable[[], None] = lambda: None,
     publish: Callable[[Metrics], AbstractAsyncContextManager[None]] | None = None,
 ) -> None:
-    """Deliver until `stop`; attempts in flight then finish, and nothing stays leased.
+    """Deliver until `stop`, then finish open attempts and release all leases.
 
-    The metrics are published as the settings say, or by `publish` for as long as its context lasts.
+    `publish` replaces the metrics listener of the settings.
     """
     keyring = load_keyring(settings.encryption)
     policy = url_policy(settings.egress)
@@ -77,7 +77,7 @@ async def deliver(
         await require_schema(pool)
         await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
-        in_flight = fitting_in_flight(
+        in_flight = in_flight_within_file_limit(
             settings.delivery.max_in_flight, settings.database.database_pool_size
         )
         client = await stack.enter_async_context(
@@ -86,7 +86,7 @@ async def deliver(
                 ca_file=settings.egress.ca_file,
                 age_seconds_max=settings.egress.receiver_connection_seconds,
                 proxy=settings.egress.secret("egress_proxy"),
-                # The other half of the files that were counted on.
+                # Idle connections take the other half of the files.
                 idle_max=in_flight,
             )
         )
@@ -98,26 +98,26 @@ async def deliver(
             send_traceparent=settings.traces.send_traceparent,
         )
         engine = Engine(bounded, pool, client, keyring, policy, metrics=metrics, reports=reports)
-        census = DatabaseStats(pool)
-        stack.push_async_callback(census.close)
+        stats = DatabaseStats(pool)
+        stack.push_async_callback(stats.close)
         publish = publish or partial(
             listening, Place.of(settings.delivery, "delivery_metrics_address")
         )
-        await stack.enter_async_context(publish(EngineCollector(metrics, pool, census)))
+        await stack.enter_async_context(publish(EngineCollector(metrics, pool, stats)))
         async with asyncio.TaskGroup() as group:
             running = group.create_task(engine.run())
             stopping = group.create_task(stop.wait())
-            helping: set[asyncio.Task[Any]] = {
+            background: set[asyncio.Task[Any]] = {
                 stopping,
                 group.create_task(reload_periodically(keyring.ciphers)),
             }
             if settings.retention is not None:
                 retaining = run_hourly(settings.database, settings.retention, pool)
-                helping.add(group.create_task(retaining))
+                background.add(group.create_task(retaining))
             log.info("delivering")
             ready()
             await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("stopping")
             engine.stop()
-            for task in helping:
+            for task in background:
                 task.cancel()

@@ -1,4 +1,4 @@
-"""Fetches the issuer's key set, for the server, which has no HTTP of its own."""
+"""Fetches the issuer's key set for the server, which has no HTTP client."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,18 +10,18 @@ KEY_SET_BYTES_MAX = 512 * 1024
 
 @asynccontextmanager
 async def key_set_fetch() -> AsyncIterator[Callable[[str], Awaitable[bytes]]]:
-    """Gets a document from a URL of the operator's.
+    """Yield a function that returns the document at a URL of the operator's settings.
 
-    Raises aiohttp.ClientError for every answer but a 200, redirects among them, and ValueError for
-    one of more than `KEY_SET_BYTES_MAX` bytes, unpacked. Who calls it bounds the time.
+    It raises aiohttp.ClientError for every status but 200, redirects included, and ValueError above
+    `KEY_SET_BYTES_MAX` unpacked bytes. The caller sets the timeout.
     """
-    # Not the guarded dialler: an issuer is where the operator says, often on a private address.
+    # Not the guarded client, because an issuer is often at a private address.
     session = aiohttp.ClientSession(  # nosemgrep: unguarded-session
         trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
     )
 
     async def fetch(url: str) -> bytes:
-        # A redirect is an answer without keys: it would lead away from the URL that was set.
+        # A redirect would lead away from the configured URL.
         async with session.get(url, allow_redirects=False) as response:
             if response.status != 200:
                 raise aiohttp.ClientResponseError(

@@ -1,4 +1,4 @@
-"""Wires the gRPC process: settings in, a serving server until the stop event."""
+"""Wires the gRPC server from settings, and runs it until a stop event."""
 
 import asyncio
 from collections.abc import Callable
@@ -50,7 +50,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class ServerProcessSettings:
-    """Everything the gRPC process reads."""
+    """All settings of the gRPC server."""
 
     database: DatabaseSettings
     encryption: EncryptionSettings
@@ -59,7 +59,7 @@ class ServerProcessSettings:
     auth: AuthSettings
     logs: LogSettings
     traces: TraceSettings
-    #: None: plain text, whatever the environment says.
+    #: None selects plain text.
     tls: TlsSettings | None = None
 
 
@@ -68,13 +68,13 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Serve until `stop`; `ready` hears the port. Calls in flight then finish."""
+    """Serve until `stop`, then let running calls finish. `ready` gets the port."""
     keyring = load_keyring(settings.encryption)
     policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
         tracer = await stack.enter_async_context(open_tracer(settings.traces, "postrider-server"))
         pool_size = settings.database.database_pool_size
-        # Most for the hot path, the rest for everything else: neither can starve the other.
+        # Most connections are for publishing, the rest for other calls, so that neither starves.
         rest = max(pool_size * 2 // 5, 1)
         pool = await open_pool(settings.database, "postrider-server", max(pool_size - rest, 1))
         stack.push_async_callback(close_soon, pool.close)
@@ -162,18 +162,18 @@ async def serve(
             mtls_port=app.mtls_port or None,
         )
         async with asyncio.TaskGroup() as background:
-            hinting = background.create_task(notifier.run())
+            notifying = background.create_task(notifier.run())
             watching = background.create_task(watch.run())
             tailing = background.create_task(tail.run())
-            looking = background.create_task(reload_periodically(keyring.ciphers))
+            reloading = background.create_task(reload_periodically(keyring.ciphers))
             ready(app.port)
             await stop.wait()
             log.info("stopping")
-            # First, or a database that comes back now would have the last word on health.
+            # First, because a returning database would otherwise set the health to SERVING.
             watching.cancel()
             tail.stop()
             await app.stop()
-            await cancel_and_wait((hinting, watching, tailing, looking))
+            await cancel_and_wait((notifying, watching, tailing, reloading))
 
 
 async def _keys(settings: AuthSettings, stack: AsyncExitStack) -> KeySource:

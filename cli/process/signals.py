@@ -1,4 +1,4 @@
-"""Turns SIGTERM and Ctrl-C into an event; the second one gives up waiting."""
+"""Turns SIGTERM and SIGINT into a stop event. A second signal ends the process at once."""
 
 import asyncio
 import os
@@ -6,8 +6,8 @@ import signal
 from collections.abc import Callable
 
 
-def stop_on_signals(before_giving_up: Callable[[], None] = lambda: None) -> asyncio.Event:
-    """An event set by the first SIGTERM or SIGINT; another ends the process at once."""
+def stop_on_signals(before_exit: Callable[[], None] = lambda: None) -> asyncio.Event:
+    """Return an event that the first SIGTERM or SIGINT sets. The second one ends the process."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signalled = False
@@ -15,9 +15,9 @@ def stop_on_signals(before_giving_up: Callable[[], None] = lambda: None) -> asyn
     def on_signal(number: int) -> None:
         nonlocal signalled
         if signalled:
-            before_giving_up()
+            before_exit()
             os._exit(128 + number)
-        # Not by the event, which somebody else may have set.
+        # Not the event, because other code may set it.
         signalled = True
         stop.set()
 

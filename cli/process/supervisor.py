@@ -1,7 +1,7 @@
-"""Keeps several engine processes of this machine delivering, as one process to stop and to watch.
+"""Runs several engine processes on one machine, as one process to stop and to watch.
 
-The engines are programs started anew, never forks of a running loop, and each is exactly what
-`postrider delivery` is by itself. The supervisor opens no database connection and delivers nothing.
+Each engine is a new process, never a fork of a running loop, and equals a single `postrider
+delivery`. The supervisor opens no database connection and delivers nothing.
 """
 
 import asyncio
@@ -21,19 +21,18 @@ from cli.process.supervisor_pipe import SupervisorEnd
 
 _FIRST_DELAY_SECONDS = 0.5
 _LONGEST_DELAY_SECONDS = 30.0
-#: An engine that lived so long died of something new.
+#: After this time the restart delay of an engine is reset.
 _SETTLED_SECONDS = 60.0
 
 log = structlog.get_logger()
 
 
 async def supervise(count: int, place: Place) -> int:
-    """Keep `count` engines delivering until SIGTERM, then let them drain; returns the exit code.
+    """Run `count` engines until SIGTERM, let them drain, and return the exit code.
 
-    The first starts alone. What keeps it from delivering (settings, the schema, the database) would
-    keep the others from it, too, so its exit code is ours then and nothing is tried again. From
-    then on an engine that ends is started anew, after a delay that grows while it keeps ending.
-    The metrics of all of them are at `place`.
+    The first engine starts alone, because wrong settings, a missing schema or an unreachable
+    database would stop all of them. Its exit code is then returned. Later, an engine that ends is
+    restarted after a growing delay. `place` is the address of the metrics of all engines.
     """
     engines = [_EngineProcess(number) for number in range(1, count + 1)]
     async with listening(place, SupervisorCollector(engines)):
@@ -62,40 +61,40 @@ async def _keep_all(engines: Sequence["_EngineProcess"]) -> int:
 
 
 class _EngineProcess:
-    """One engine, through all the processes it takes."""
+    """One engine and its current process."""
 
     def __init__(self, number: int):
         self.number = number
         self._process: asyncio.subprocess.Process | None = None
-        self._lifeline: SupervisorEnd | None = None
+        self._pipe: SupervisorEnd | None = None
         self.delivers = False
 
     async def start(self) -> None:
-        """Start it; returns once it delivers, or when it ended before."""
-        # Kept as long as the engine lives, since closing it tells the engine to stop.
-        self._lifeline = SupervisorEnd()
-        with self._lifeline.theirs as theirs:
+        """Start the process. Returns when it delivers or has ended."""
+        # Kept open while the engine runs, because closing it stops the engine.
+        self._pipe = SupervisorEnd()
+        with self._pipe.engine_socket as engine_socket:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                # Not from the working directory, which may hold another `cli`.
+                # Not from the working directory, which may contain another `cli`.
                 "-P",
                 "-m",
                 "cli.main",
                 "delivery",
                 "--processes=1",
-                f"--lifeline={theirs.fileno()}",
-                pass_fds=[theirs.fileno()],
+                f"--lifeline={engine_socket.fileno()}",
+                pass_fds=[engine_socket.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
             )
         log.info("engine_started", engine=self.number, pid=self._process.pid)
-        self.delivers = await self._lifeline.engine_delivers()
+        self.delivers = await self._pipe.engine_delivers()
 
     async def ask(self) -> bytes | None:
-        """What it answers; None while it does not deliver, or when it does not answer in time."""
-        return await self._lifeline.ask() if self._lifeline is not None and self.delivers else None
+        """Return its metrics, or None if it does not deliver or respond in time."""
+        return await self._pipe.ask() if self._pipe is not None and self.delivers else None
 
     async def keep(self, stop: asyncio.Event) -> bool:
-        """Start it anew whenever it ends, until `stop`; returns whether it then ended cleanly."""
+        """Restart it whenever it ends, until `stop`. Returns whether it then ended cleanly."""
         delay = _FIRST_DELAY_SECONDS
         while not stop.is_set():
             if self._process is None:
@@ -114,7 +113,7 @@ class _EngineProcess:
         return await self._drain()
 
     async def exit_code(self) -> int:
-        """The exit code once it has ended; a signal's number, negative, when one ended it."""
+        """Wait for the exit code. A negative number is the signal that ended it."""
         return await self._process.wait() if self._process is not None else 0
 
     def kill(self) -> None:
@@ -123,19 +122,19 @@ class _EngineProcess:
                 self._process.kill()
 
     async def _drain(self) -> bool:
-        if self._lifeline is not None:
-            self._lifeline.stop()
+        if self._pipe is not None:
+            self._pipe.stop()
         return await self.exit_code() == 0
 
     def _forget(self) -> None:
-        if self._lifeline is not None:
-            self._lifeline.close()
-        self._process = self._lifeline = None
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
         self.delivers = False
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:
-    """Return when one of these has ended, and give up the others."""
+    """Return when one of these has ended, and cancel the others."""
     tasks = [asyncio.create_task(wait) for wait in waits]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

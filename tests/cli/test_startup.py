@@ -7,8 +7,8 @@ import pytest
 
 _ASK = """
 import resource
-from cli.startup import fitting_in_flight
-print(fitting_in_flight(500, 10), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+from cli.startup import in_flight_within_file_limit
+print(in_flight_within_file_limit(500, 10), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
 
 
