@@ -1,8 +1,9 @@
-"""TLS sessions that are resumed: no certificate to send and check again, and with 1.2 a turn less.
+"""Resumes TLS sessions, so that a new connection to a known host skips the certificates.
 
-A session is used once and kept again only after an answer. Until that has come its host counts as
-one that resumes none, so a receiver that chokes on sessions costs a few attempts an hour and not
-every other one. A resumed handshake shows no certificate, so it counts from when one was verified.
+docs/decisions/tls-sessions.md has the figures. A session is used once, and kept again only after a
+response. Until then its host counts as one that does not resume, so a receiver that fails on
+sessions costs a few attempts per hour instead of every second one. A resumed handshake shows no
+certificate, so a session expires an hour after the certificate was verified.
 """
 
 import ssl
@@ -13,13 +14,13 @@ from math import inf
 from time import monotonic
 from typing import NamedTuple
 
-#: How long a certificate that was verified may stand for the ones not shown since.
+#: How long a verified certificate counts for resumed handshakes, which show none.
 _VERIFIED_SECONDS_MAX = 3600.0
-#: A session holds the certificates that were shown, so it is worth some 10 KB.
+#: A session holds the certificates of its host, about 10 KB.
 _HOSTS_MAX = 1000
 _PER_HOST_MAX = 4
-#: Before 3.12.8 and 3.13.1 CPython loses a copy of the session, 6.5 KB and more, each time that one
-#: is read (gh-116810): there are so many reads to a process then.
+#: CPython before 3.12.8 and 3.13.1 leaks at least 6.5 KB each time that it reads a session
+#: (gh-116810), so the reads of a process are limited there.
 _READ_LOSES_MEMORY = sys.version_info < (3, 12, 8) or (3, 13) <= sys.version_info < (3, 13, 1)
 _READS_MAX = 1000 if _READ_LOSES_MEMORY else inf
 
@@ -30,22 +31,22 @@ class _Kept(NamedTuple):
 
 
 class TlsSessions:
-    """Sessions by the host whose certificate was verified; the least recently used go first."""
+    """Sessions by the host whose certificate was verified. The least recently used are dropped."""
 
     def __init__(self, reads_max: float = _READS_MAX) -> None:
         self._reads_left = reads_max
         self._kept: OrderedDict[str, deque[_Kept]] = OrderedDict()
-        # When a host did not take up what it was offered; or until it answers, when it was offered.
+        # When a host declined a session. Until it responds, when a session was offered to it.
         self._declined: OrderedDict[str, float] = OrderedDict()
 
     def take(self, host: str) -> _Kept | None:
-        """The newest session of this host that is not too old."""
+        """Return the newest session of this host that has not expired, and forget it."""
         kept = self._kept.get(host)
         while kept:
             newest = kept.pop()
             if monotonic() - newest.verified_at <= _VERIFIED_SECONDS_MAX:
-                # Nothing tells of a handshake that broke.
-                self._doubt(host)
+                # A handshake that breaks is not reported, so the host is suspect from here on.
+                self._suspect(host)
                 return newest
         self._kept.pop(host, None)
         return None
@@ -58,12 +59,12 @@ class TlsSessions:
             self._kept.popitem(last=False)
 
     def decline(self, host: str) -> None:
-        """It did not resume: for an hour none of its sessions is wanted."""
+        """Note that the host did not resume. Its sessions are not kept for an hour."""
         self._kept.pop(host, None)
-        self._doubt(host)
+        self._suspect(host)
 
     def read(self, host: str, tls: ssl.SSLObject) -> None:
-        """Keep the session of a full handshake, where it is worth its price."""
+        """Keep the session of a full handshake, unless the host has enough or does not resume."""
         if self._are_wanted(host) and (session := tls.session) is not None:
             self._reads_left -= 1
             self.keep(host, session, monotonic())
@@ -74,7 +75,7 @@ class TlsSessions:
         declined_at = self._declined.get(host)
         return declined_at is None or monotonic() - declined_at > _VERIFIED_SECONDS_MAX
 
-    def _doubt(self, host: str) -> None:
+    def _suspect(self, host: str) -> None:
         self._declined[host] = monotonic()
         self._declined.move_to_end(host)
         if len(self._declined) > _HOSTS_MAX:
@@ -82,28 +83,28 @@ class TlsSessions:
 
 
 class ResumingTls(ssl.SSLObject):
-    """The TLS of one connection, which resumes a session of its host if there is one."""
+    """The TLS of one connection. Resumes a session of its host if there is one."""
 
-    #: Of the context; a class of its own for each.
+    #: Shared by the connections of one context.
     sessions: TlsSessions
-    begins: Callable[[], None]
+    on_start: Callable[[], None]
     _resumed: _Kept | None = None
-    _began = False
+    _started = False
 
     def do_handshake(self) -> None:
-        # Called again each time that more has arrived.
-        if not self._began:
-            self._began = True
-            self.begins()
+        # Called once for each piece of the handshake that arrives.
+        if not self._started:
+            self._started = True
+            self.on_start()
             self._resumed = self.sessions.take(self.server_hostname or "")
             if self._resumed is not None:
                 self.session = self._resumed.session
         super().do_handshake()
 
     def keep_session(self) -> None:
-        """After an answer: with TLS 1.3 a session comes with it, not with the handshake.
+        """Keep the session. Call it after a response, because TLS 1.3 sends sessions that late.
 
-        One that was resumed goes back as it is, without being read again.
+        A resumed session is kept as it was, without another read.
         """
         host = self.server_hostname or ""
         if self._resumed is None:
@@ -114,10 +115,7 @@ class ResumingTls(ssl.SSLObject):
             self.sessions.decline(host)
 
 
-def resume_sessions(context: ssl.SSLContext, begins: Callable[[], None]) -> None:
-    """Let the connections that are made with `context` resume each other's sessions.
-
-    `begins` is called as each handshake begins.
-    """
-    own = {"sessions": TlsSessions(), "begins": staticmethod(begins), "__slots__": ()}
-    context.sslobject_class = type("ResumingTls", (ResumingTls,), own)
+def resume_sessions(context: ssl.SSLContext, on_start: Callable[[], None]) -> None:
+    """Let connections of `context` resume each other's sessions. `on_start` runs at each start."""
+    shared = {"sessions": TlsSessions(), "on_start": staticmethod(on_start), "__slots__": ()}
+    context.sslobject_class = type("ResumingTls", (ResumingTls,), shared)

@@ -1,4 +1,4 @@
-"""TLS sessions are resumed, and a certificate is looked at again all the same."""
+"""TLS sessions are resumed, and certificates are still verified every hour."""
 
 import asyncio
 import ssl
@@ -21,16 +21,16 @@ from tests.support.raw_receiver import RawReceiver, receiving_raw, server_tls
 
 
 class Handshakes(RawReceiver):
-    """Tells of each connection whether it was resumed, and hangs up after each answer."""
+    """Notes whether each connection was resumed, and closes it after each response."""
 
     def __init__(self) -> None:
         super().__init__()
         self.resumed: list[bool] = []
         self.answers = True
-        #: Nobody is answered before so many have asked.
+        #: Holds the responses back until this many requests have arrived.
         self.burst = asyncio.Barrier(1)
-        #: Those that were resumed get no answer.
-        self.chokes = False
+        #: Resumed connections get no response.
+        self.fails_on_resumption = False
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.script.append(self._answer)
@@ -40,7 +40,7 @@ class Handshakes(RawReceiver):
         resumed = writer.get_extra_info("ssl_object").session_reused
         self.resumed.append(resumed)
         await self.burst.wait()
-        if self.answers and not (self.chokes and resumed):
+        if self.answers and not (self.fails_on_resumption and resumed):
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
             await writer.drain()
         writer.close()
@@ -71,7 +71,7 @@ async def post(client: WebhookClient, receiver: Handshakes, host: str = "a.examp
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLObject]:
-    """Of whom the session was read; CPython leaks a copy each time."""
+    """Records the reads of sessions, because CPython leaks a copy with each."""
     genuine: Any = ssl.SSLObject.__dict__["session"]
     reads: list[ssl.SSLObject] = []
 
@@ -83,7 +83,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLObject]:
     return reads
 
 
-async def test_a_session_is_read_once_however_often_it_is_resumed(
+async def test_session_is_read_once_and_resumed_often(
     client: WebhookClient, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
     for _ in range(5):
@@ -92,7 +92,7 @@ async def test_a_session_is_read_once_however_often_it_is_resumed(
     assert len(reads) == 1
 
 
-async def test_of_many_connections_at_once_no_more_sessions_are_read_than_kept(
+async def test_concurrent_connections_read_at_most_four_sessions(
     client: WebhookClient, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
     receiver.burst = asyncio.Barrier(20)
@@ -102,7 +102,7 @@ async def test_of_many_connections_at_once_no_more_sessions_are_read_than_kept(
     assert len(reads) == 4
 
 
-async def test_a_process_reads_so_many_sessions_and_no_more(
+async def test_process_stops_reading_sessions_at_its_limit(
     client: WebhookClient, receiver: Handshakes, reads: list[ssl.SSLObject]
 ) -> None:
     tls: Any = client._connector._ssl
@@ -113,7 +113,7 @@ async def test_a_process_reads_so_many_sessions_and_no_more(
     assert len(reads) == 2
 
 
-async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
+async def test_host_that_declines_is_offered_a_session_once_an_hour(
     client: WebhookClient,
     authority: trustme.CA,
     reads: list[ssl.SSLObject],
@@ -122,7 +122,7 @@ async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
     began = monotonic()
     for count, seconds in enumerate((0, 1, 2, 3, 3500, 3700, 3701, 3702), start=1):
         monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
-        # Each with keys of its own, so none can read the ticket of another.
+        # Each has its own keys, so none can read the ticket of another.
         fresh = Handshakes()
         async with receiving_raw(fresh, server_tls(authority.issue_cert("a.example"))):
             assert await post(client, fresh) is Outcome.SUCCEEDED
@@ -131,7 +131,7 @@ async def test_of_a_host_that_resumes_none_a_session_is_read_once_an_hour(
         assert len(reads) == (1 if count <= 5 else 2)
 
 
-async def test_a_later_connection_resumes_and_other_hosts_do_not(
+async def test_later_connection_resumes_for_its_host_only(
     client: WebhookClient, receiver: Handshakes
 ) -> None:
     for host in ("a.example", "a.example", "b.example", "127.0.0.1", "a.example"):
@@ -139,7 +139,7 @@ async def test_a_later_connection_resumes_and_other_hosts_do_not(
     assert receiver.resumed == [False, True, False, False, True]
 
 
-async def test_a_certificate_is_verified_again_after_an_hour_however_often_it_was_resumed(
+async def test_certificate_is_verified_again_after_an_hour(
     client: WebhookClient, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = monotonic()
@@ -149,7 +149,7 @@ async def test_a_certificate_is_verified_again_after_an_hour_however_often_it_wa
     assert receiver.resumed == [False, True, True, False, True]
 
 
-async def test_a_session_without_an_answer_is_not_tried_again(
+async def test_session_without_a_response_is_not_used_again(
     client: WebhookClient, receiver: Handshakes
 ) -> None:
     await post(client, receiver)
@@ -160,35 +160,35 @@ async def test_a_session_without_an_answer_is_not_tried_again(
     assert receiver.resumed == [False, True, False]
 
 
-async def test_a_receiver_that_chokes_on_sessions_loses_one_attempt_an_hour(
+async def test_receiver_failing_on_sessions_loses_one_attempt_an_hour(
     client: WebhookClient, receiver: Handshakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receiver.chokes = True
+    receiver.fails_on_resumption = True
     began = monotonic()
     outcomes = []
     for seconds in (0, 1, 2, 3, 3500, 3700, 3701, 3702):
         monkeypatch.setattr("delivery.http.tls_sessions.monotonic", lambda now=began + seconds: now)
         outcomes.append(await post(client, receiver))
-    choked = [outcome is not Outcome.SUCCEEDED for outcome in outcomes]
-    assert choked == receiver.resumed == [False, True, False, False, False, False, True, False]
+    failed = [outcome is not Outcome.SUCCEEDED for outcome in outcomes]
+    assert failed == receiver.resumed == [False, True, False, False, False, False, True, False]
 
 
-def test_of_several_sessions_one_that_is_answered_is_enough() -> None:
+def test_one_response_clears_a_host_of_suspicion() -> None:
     sessions, session = TlsSessions(), cast(ssl.SSLSession, object())
     for _ in range(2):
         sessions.keep("a.example", session, monotonic())
-    # One connection came to nothing while another was answered.
+    # One connection failed while another got a response.
     assert [sessions.take("a.example") is not None for _ in range(2)] == [True, True]
     assert not sessions._are_wanted("a.example")
     sessions.keep("a.example", session, monotonic())
     assert sessions._are_wanted("a.example")
 
 
-async def test_a_receiver_that_lost_its_keys_is_greeted_anew(
+async def test_receiver_that_lost_its_keys_gets_a_full_handshake(
     client: WebhookClient, receiver: Handshakes, authority: trustme.CA
 ) -> None:
     await post(client, receiver)
-    # Another process at the same name, say: it cannot read the ticket, and shows its certificate.
+    # Another process at the same name cannot read the ticket, and shows its certificate.
     other = Handshakes()
     other.answers = True
     async with receiving_raw(other, server_tls(authority.issue_cert("a.example"))):
@@ -196,7 +196,7 @@ async def test_a_receiver_that_lost_its_keys_is_greeted_anew(
     assert other.resumed == [False]
 
 
-async def test_a_ticket_does_not_vouch_for_a_certificate_nobody_trusts(
+async def test_ticket_does_not_replace_trust_in_a_new_certificate(
     client: WebhookClient, receiver: Handshakes
 ) -> None:
     await post(client, receiver)
@@ -206,7 +206,7 @@ async def test_a_ticket_does_not_vouch_for_a_certificate_nobody_trusts(
     assert stranger.requests == []
 
 
-def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_kept_sessions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("delivery.http.tls_sessions._HOSTS_MAX", 3)
     sessions = TlsSessions()
     session: Any = object()
