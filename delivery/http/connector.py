@@ -23,7 +23,7 @@ from yarl import URL
 from core.addresses import AddressPolicy
 from delivery.http.connection import IdleConnections, ReceiverConnection
 from delivery.http.guard import AddressRefused, refusal_of, refuse_unless_allowed
-from delivery.http.proxy import EgressProxy, ProxyError, proxy_away
+from delivery.http.proxy import EgressProxy, ProxyError, proxy_unreachable
 from delivery.http.request import RequestTemplate
 
 #: The sender sets one deadline for all phases.
@@ -36,7 +36,7 @@ _LITERAL = re.compile(r".*:.*|(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)", re.IGNORECASE)
 class RequestTrace:
     """The phases of one request. `opened` is False if it used a pooled connection.
 
-    aiohttp's connector receives it in place of its own request object.
+    aiohttp's connector receives it instead of an aiohttp request.
     """
 
     request_template: RequestTemplate
@@ -163,7 +163,7 @@ class GuardedConnector(aiohttp.TCPConnector):
         if _LITERAL.fullmatch(host):
             refuse_unless_allowed(self._policy, host)
         trace.opened = True
-        trace.timeout_error = proxy_away()
+        trace.timeout_error = proxy_unreachable()
         tunnel = await proxy.reach()
         trace.timeout_error = None
         try:

@@ -1,7 +1,7 @@
-"""The operator's HTTP proxy, when there is one: how a socket becomes a tunnel to a receiver.
+"""Opens tunnels to receivers through the operator's HTTP proxy (CONNECT, RFC 9110 section 9.3.6).
 
-The proxy is the operator's, so its own address is not judged. It looks up the names of receivers,
-so the last check of where they lead is the proxy's as well.
+The address of the proxy is not checked, because the operator chose it. The proxy resolves the names
+of receivers, so it also has to refuse those that lead to inner addresses.
 """
 
 import asyncio
@@ -24,16 +24,16 @@ _URL = re.compile(
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r\n")
 _HEAD_END = b"\r\n\r\n"
 _HEAD_BYTES_MAX = 16 * 1024
-#: For each address of the proxy: one that is silent must not take all the time from the next.
+#: Limit for each address of the proxy, so that a silent one leaves time for the next.
 _REACH_SECONDS = 3.0
 
 log = structlog.get_logger()
 
 
 class ProxyError(Exception):
-    """No tunnel came about; the text may reach the merchant and says nothing of the proxy's.
+    """No tunnel could be opened. The text may reach the merchant, so it names no proxy.
 
-    `status` is what the proxy answered, None when it was not reached or not understood.
+    `status` is the proxy's status code, or None without a valid response.
     """
 
     def __init__(self, text: str, status: int | None = None):
@@ -41,7 +41,7 @@ class ProxyError(Exception):
         self.status = status
 
 
-def proxy_away() -> ProxyError:
+def proxy_unreachable() -> ProxyError:
     return ProxyError("the egress proxy cannot be reached")
 
 
@@ -49,12 +49,12 @@ def proxy_away() -> ProxyError:
 class _Proxy:
     host: str
     port: int
-    #: A whole header line, or nothing.
+    #: A complete header line, or empty.
     authorization: bytes = field(repr=False)
 
     @classmethod
     def parse(cls, url: str) -> "_Proxy":
-        """Raises ConfigurationError, without the value, for anything but http://host:port."""
+        """Raises ConfigurationError, without the value, unless it is http://host:port."""
         match = _URL.fullmatch(url)
         if match is None or not 1 <= int(match["port"]) <= 65535:
             raise ConfigurationError(
@@ -70,43 +70,43 @@ class _Proxy:
 
 
 class EgressProxy:
-    """Where the proxy is and what it is told; nothing here shows the credentials."""
+    """The proxy of the settings. No repr shows its credentials."""
 
     def __init__(self, url: Secret):
-        """Raises ConfigurationError, without the value, for anything but http://host:port."""
+        """Raises ConfigurationError, without the value, unless it is http://host:port."""
         self._setting = ReloadedSecret(url, _Proxy.parse)
 
     async def reach(self) -> socket.socket:
-        """A socket that is connected to the proxy; raises ProxyError."""
+        """Return a socket that is connected to the proxy. Raises ProxyError."""
         loop = asyncio.get_running_loop()
         failure: OSError | None = None
         proxy = self._setting.current()
         try:
-            # As the system does it, search domains included: the name is the operator's.
+            # With the system's search domains, because the name is the operator's.
             found = await loop.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
         except OSError as error:
             found, failure = [], error
         for family, kind, protocol, _, address in found:
-            reaching = socket.socket(family, kind, protocol)
+            connecting = socket.socket(family, kind, protocol)
             try:
-                reaching.setblocking(False)
+                connecting.setblocking(False)
                 async with asyncio.timeout(_REACH_SECONDS):
-                    await loop.sock_connect(reaching, address)
+                    await loop.sock_connect(connecting, address)
             except OSError as error:  # TimeoutError is one
-                reaching.close()
+                connecting.close()
                 failure = error
             except BaseException:
-                reaching.close()
+                connecting.close()
                 raise
             else:
-                return reaching
+                return connecting
         log.warning("egress_proxy_away", error=repr(failure))
-        raise proxy_away() from failure
+        raise proxy_unreachable() from failure
 
     async def open_tunnel(self, connected: socket.socket, authority: str) -> None:
-        """Have the proxy lead this socket to `authority`, the receiver's host:port.
+        """Turn the socket into a tunnel to `authority`, the receiver's host:port.
 
-        Raises ProxyError, and SSLError when the receiver speaks first, which no TLS server does.
+        Raises ProxyError, and SSLError if the receiver sends first, which no TLS server does.
         """
         loop = asyncio.get_running_loop()
         target = authority.encode("ascii")
@@ -120,21 +120,21 @@ class EgressProxy:
             head, early = await _read_head(connected)
         except OSError as error:
             log.warning("egress_proxy_broke_off", error=repr(error))
-            raise ProxyError("the egress proxy broke the connection off") from error
+            raise ProxyError("the egress proxy closed the connection") from error
         status_line = _STATUS_LINE.match(head)
         if status_line is None:
             log.warning("egress_proxy_not_understood")
-            raise ProxyError("the egress proxy's answer is not valid HTTP/1.1")
+            raise ProxyError("the egress proxy's response is not valid HTTP/1.1")
         status = int(status_line[1])
         if not 200 <= status < 300:
             log.warning("egress_proxy_refused", status=status)
             raise ProxyError(f"the egress proxy answered {status}", status)
         if early:
-            raise ssl.SSLError("the receiver spoke before the handshake")
+            raise ssl.SSLError("the receiver sent data before the handshake")
 
 
 async def _read_head(connected: socket.socket) -> tuple[bytes, bytes]:
-    """The head of the proxy's answer, and what came with it; b"" for a head without end."""
+    """Return the head of the proxy's response and the bytes after it. The head may be empty."""
     loop = asyncio.get_running_loop()
     received = bytearray()
     while _HEAD_END not in received:
@@ -142,7 +142,7 @@ async def _read_head(connected: socket.socket) -> tuple[bytes, bytes]:
             return b"", b""
         chunk = await loop.sock_recv(connected, _HEAD_BYTES_MAX - len(received))
         if not chunk:
-            raise ConnectionResetError("closed before the head of an answer was whole")
+            raise ConnectionResetError("closed before the end of the response head")
         received += chunk
     head, _, early = bytes(received).partition(_HEAD_END)
     return head + _HEAD_END, early

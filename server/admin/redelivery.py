@@ -20,7 +20,7 @@ from server.rpc.ids import is_merchant_id
 _PAGE = 500
 _PAGES = 10
 
-# Merchant ids contain no space, so this lock is none of theirs.
+# Merchant ids contain no space, so no merchant's lock has this key.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('redeliver failed', 0))"
 
 

@@ -133,18 +133,18 @@ def check_fields(draft: EventTypeDraft) -> None:
                 "JSON_SCHEMA_MISSING",
             )
         )
-    if draft.example and (fault := _example_fault(draft.example, schema)):
+    if draft.example and (fault := _example_violation(draft.example, schema)):
         violations.append(FieldViolation("event_type.example", fault, "EXAMPLE_INVALID"))
     if violations:
         raise InvalidArgument(*violations)
 
 
-def _example_fault(example: str, schema: PayloadSchema | None) -> str | None:
+def _example_violation(example: str, schema: PayloadSchema | None) -> str | None:
     if len(example.encode()) > _EXAMPLE_BYTES_MAX:
         return f"has more than {_EXAMPLE_BYTES_MAX} bytes"
     try:
         document = orjson.loads(example)
     except orjson.JSONDecodeError as error:
         return f"is not JSON: {error}"
-    fault = schema.fault(document) if schema else None
+    fault = schema.violation(document) if schema else None
     return f"does not match json_schema: {fault}" if fault else None

@@ -1,7 +1,7 @@
-"""JSON Schema (draft 2020-12) of payloads: what is accepted, and what a payload breaks (pure).
+"""Compiles JSON Schemas (draft 2020-12) of bounded cost, and validates payloads with them.
 
-What holds, whatever a schema says: nothing is fetched, no pattern backtracks, and a payload costs
-at most as many checks as the schema has parts (1,000) times its own values, some 10 ns each.
+No schema fetches a document or has a pattern that backtracks. Validation runs at most 1,000 checks
+for each value of the payload, about 10 ns each.
 """
 
 from itertools import islice
@@ -11,25 +11,25 @@ import jsonschema_rs
 import orjson
 
 SCHEMA_BYTES_MAX = 64 * 1024
-#: Subschemas, each counted as often as it is referred to.
+#: Subschemas of a schema. Each counts once for every reference to it.
 _PARTS_MAX = 1000
 _PATTERN_BYTES_MAX = 256 * 1024
 _PATH_CHARACTERS_MAX = 200
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _DYNAMIC = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor")
-#: These look at what the schemas beside them matched, by matching them once more.
-_LOOKING_TWICE = ("unevaluatedProperties", "unevaluatedItems")
+#: These match the schemas beside them a second time.
+_MATCHED_TWICE = ("unevaluatedProperties", "unevaluatedItems")
 
 
-class SchemaRefused(Exception):  # noqa: N818 - named for what happened
-    """The text is not a schema we accept; the message says why, and ends without a full stop."""
+class SchemaRefused(Exception):  # noqa: N818 - a refusal, not a fault of ours
+    """The schema is not accepted. The message is the reason, without a full stop."""
 
 
 class PayloadSchema:
     """A compiled schema."""
 
     def __init__(self, text: str):
-        """SchemaRefused unless the text is a schema whose cost is bounded."""
+        """Raises SchemaRefused unless the text is a schema of bounded cost."""
         if len(text.encode()) > SCHEMA_BYTES_MAX:
             raise SchemaRefused(f"has more than {SCHEMA_BYTES_MAX} bytes")
         try:
@@ -52,17 +52,17 @@ class PayloadSchema:
         except ValueError:
             raise SchemaRefused("is nested too deeply") from None
 
-    def fault(self, document: object) -> str | None:
-        """Where a parsed payload breaks which rule first; None when it matches.
+    def violation(self, document: object) -> str | None:
+        """Return the place and the rule of the first violation, or None.
 
-        Says nothing of the payload's values, which may be personal and end up in a producer's log.
+        It never contains values of the payload, because producers may log it.
         """
         try:
             if self._validator.is_valid(document):
                 return None
             [error] = islice(self._validator.iter_errors(document), 1)
         except ValueError:
-            return "it is nested too deeply to tell where"
+            return "it is nested too deeply to find the place"
         rule = _shortened("#" + "".join(f"/{_escaped(step)}" for step in error.schema_path))
         missing = getattr(error.kind, "property", None) if rule.endswith("/required") else None
         lacking = f", {_shortened(str(missing))!r} is missing" if missing else ""
@@ -70,9 +70,9 @@ class PayloadSchema:
 
 
 class _Parts:
-    """Counts the objects of a schema, following its references.
+    """Counts the subschemas of a schema and follows its references.
 
-    Every object counts, also one that is data (in `enum`, say): too careful, and never wrong.
+    Every object counts, also one that is data, as in `enum`. So the count is never too low.
     """
 
     def __init__(self, schema: Any):
@@ -81,15 +81,15 @@ class _Parts:
         self._following: set[str] = set()
 
     def require_bounded(self) -> None:
-        """SchemaRefused when references leave the schema or go in circles, or it is too large."""
+        """Raises SchemaRefused for a reference to another document, a circle, or a large schema."""
         try:
             parts = self._count(self._schema, is_root=True)
         except RecursionError:
             raise SchemaRefused("is nested too deeply") from None
         if parts > _PARTS_MAX:
             raise SchemaRefused(
-                f"has {min(parts, 10**9)} subschemas, each counted as often as it is referred to "
-                f"and doubled inside of unevaluated…; at most {_PARTS_MAX} are accepted"
+                f"has {min(parts, 10**9)} subschemas, counted once for each reference "
+                f"and twice beside unevaluated…; at most {_PARTS_MAX} are accepted"
             )
 
     def _count(self, value: Any, *, is_root: bool = False) -> int:
@@ -105,7 +105,7 @@ class _Parts:
         reference = value.get("$ref")
         if isinstance(reference, str):
             parts += self._count_reference(reference)
-        return parts * 2 if any(keyword in value for keyword in _LOOKING_TWICE) else parts
+        return parts * 2 if any(keyword in value for keyword in _MATCHED_TWICE) else parts
 
     def _count_reference(self, reference: str) -> int:
         shown = _shortened(reference)

@@ -86,10 +86,10 @@ class EventTypes:
                 await self._cache(await self._pool.fetch(_SOME, possible))
         return missing - self._cached.keys()
 
-    def payload_fault(self, name: str, document: object) -> str | None:
+    def payload_violation(self, name: str, document: object) -> str | None:
         """Return the first violation of the schema that this type enforces, or None."""
         schema = self._cached[name].schema
-        return schema.fault(document) if schema else None
+        return schema.violation(document) if schema else None
 
     def enforces_schema(self, name: str) -> bool:
         """Whether payloads of this type must match a schema. Call `unknown` first."""

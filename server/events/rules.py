@@ -98,7 +98,7 @@ class EventRules:
             # A payload that is not JSON cannot match a schema.
             problem = f"it is {content_type}, not JSON"
             if is_json:
-                problem = self._event_types.payload_fault(draft.type, document)
+                problem = self._event_types.payload_violation(draft.type, document)
         if problem is None:
             return []
         description = f"does not match the schema of {draft.type}: {problem}"

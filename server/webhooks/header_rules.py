@@ -1,7 +1,6 @@
-"""The rules for headers that a merchant adds to webhooks (pure).
+"""Validates the headers that a merchant adds to webhooks.
 
-No name may frame the request, or be one that Postrider or its HTTP client sends: a merchant can add
-to a request, and never change what it says of itself.
+A merchant may add headers, but cannot replace those that frame the request or that Postrider sends.
 """
 
 import re
@@ -28,7 +27,7 @@ _DENIED_PREFIXES = ("proxy-", "webhook-", "x-webhook-")
 
 
 def header_violations(field: str, headers: Mapping[str, str]) -> list[FieldViolation]:
-    """Every rule that these headers break; a value is never repeated, since it may be a secret."""
+    """Return all violations. They contain no values, which may be secrets."""
     if len(headers) > _COUNT_MAX:
         text = f"must be at most {_COUNT_MAX} headers"
         return [FieldViolation(field, text, "HEADERS_COUNT")]
@@ -46,7 +45,7 @@ def header_violations(field: str, headers: Mapping[str, str]) -> list[FieldViola
 
 
 def prefix_violations(field: str, prefix: str, headers: Mapping[str, str]) -> list[FieldViolation]:
-    """At most one: of a prefix for our own headers, which must hide nobody else's."""
+    """Return at most one violation. The prefix must not produce a header of another sender."""
     if not prefix:
         return []
     if len(prefix) > _PREFIX_MAX or not _PREFIX.fullmatch(prefix):
@@ -75,7 +74,7 @@ def _name_broken(path: str, name: str, seen: set[str]) -> FieldViolation | None:
         text = "frames the request or is sent by Postrider: choose another name"
         return FieldViolation(path, text, "HEADER_DENIED")
     if lower in seen:
-        text = "is there in another spelling: header names ignore case"
+        text = "is listed twice: header names ignore case"
         return FieldViolation(path, text, "HEADER_REPEATED")
     return None
 

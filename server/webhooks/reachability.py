@@ -1,7 +1,7 @@
-"""The port through which a URL is pinged; `cli` wires it to the delivery engine's own dialler.
+"""Pings a URL at registration, and refuses it unless deliveries could arrive.
 
-A ping at registration proves that deliveries could arrive. The merchant cannot verify its signature
-yet, so an answer that refuses it (401, 400) proves as much as a 200.
+`cli` wires the port to the client of deliveries. The merchant cannot verify the ping's signature
+yet, so a refusal such as 401 or 400 proves as much as 200.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from uuid import UUID
 from core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from core.lifecycle import AttemptResult, Outcome
 
-#: Answers that say nobody is there who could take webhooks.
-_NOBODY_THERE = frozenset({404, 410})
+#: Nothing at this URL receives webhooks.
+_NO_RECEIVER = frozenset({404, 410})
 
 
 class Pinger(Protocol):
-    """Sends one signed `webhook.ping`; what the receiver does is a value, never an exception."""
+    """Sends one signed `webhook.ping`. Failures of the receiver are results, never exceptions."""
 
     async def __call__(
         self,
@@ -30,15 +30,15 @@ class Pinger(Protocol):
 
 
 def is_reachable(result: AttemptResult) -> bool:
-    """Whether deliveries to this URL could succeed: some answer but a redirect, 404, 410 or 5xx."""
+    """Return whether deliveries could succeed: any status but redirects, 404, 410 and 5xx."""
     status = result.status_code
-    if status is None or status in _NOBODY_THERE:
+    if status is None or status in _NO_RECEIVER:
         return False
     return 200 <= status < 300 or 400 <= status < 500
 
 
 def require_reachable(result: AttemptResult) -> None:
-    """Refuse a URL by what its ping brought."""
+    """Raise the refusal that fits the result of a ping, or return."""
     if is_reachable(result):
         return
     if result.outcome is Outcome.REFUSED:
@@ -47,7 +47,7 @@ def require_reachable(result: AttemptResult) -> None:
         )
     if result.outcome is Outcome.INTERNAL_ERROR:
         raise Unavailable(
-            f"the URL could not be pinged, by a fault on our side: {result.detail}. Repeat the "
+            f"the URL could not be pinged because of an internal error: {result.detail}. Repeat the "
             "call later",
             reason="PING_NOT_POSSIBLE",
         )

@@ -258,9 +258,9 @@ async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         await writer.drain()
 
 
-NOT_HTTP = "the egress proxy's answer is not valid HTTP/1.1"
+NOT_HTTP = "the egress proxy's response is not valid HTTP/1.1"
 UNREACHABLE = "the host cannot be reached"
-CLOSED = "the egress proxy broke the connection off"
+CLOSED = "the egress proxy closed the connection"
 
 
 @pytest.mark.parametrize(

@@ -26,19 +26,21 @@ def test_a_fault_tells_path_and_rule_and_no_value() -> None:
             "$defs": {"line": {"type": "object", "additionalProperties": False}},
         }
     )
-    assert payments.fault({"amount": 1, "lines": [{}], "card": "1234"}) is None
-    assert payments.fault({"amount": 0}) == "at $.amount by the rule #/properties/amount/minimum"
-    assert payments.fault({}) == "at $ by the rule #/required, 'amount' is missing"
-    fault = payments.fault({"amount": 1, "lines": [{}, {"secret-name": "secret-value"}]})
+    assert payments.violation({"amount": 1, "lines": [{}], "card": "1234"}) is None
+    assert (
+        payments.violation({"amount": 0}) == "at $.amount by the rule #/properties/amount/minimum"
+    )
+    assert payments.violation({}) == "at $ by the rule #/required, 'amount' is missing"
+    fault = payments.violation({"amount": 1, "lines": [{}, {"secret-name": "secret-value"}]})
     assert fault == "at $.lines[1] by the rule #/$defs/line/additionalProperties"
-    fault = payments.fault({"amount": 1, "card": "4111111111111111"})
+    fault = payments.violation({"amount": 1, "card": "4111111111111111"})
     assert fault == "at $.card by the rule #/properties/card/pattern"
-    assert schema(False).fault({"secret": 1}) == "at $ by the rule #"
+    assert schema(False).violation({"secret": 1}) == "at $ by the rule #"
 
 
 def test_a_fault_is_one_line_of_bounded_length_whatever_the_payload_is_named() -> None:
     numbers = schema({"additionalProperties": {"type": "integer"}})
-    fault = numbers.fault({"a\n\u202e" + "x" * 10_000: "y"})
+    fault = numbers.violation({"a\n\u202e" + "x" * 10_000: "y"})
     assert fault is not None
     assert fault.isprintable()
     assert len(fault) < 600
@@ -46,8 +48,10 @@ def test_a_fault_is_one_line_of_bounded_length_whatever_the_payload_is_named() -
 
 def test_a_payload_as_deep_as_json_may_be_is_checked() -> None:
     nested = json.loads("[" * 900 + "]" * 900)
-    assert schema({"type": "array"}).fault(nested) is None
-    assert schema({"type": "object"}).fault(nested) == "it is nested too deeply to tell where"
+    assert schema({"type": "array"}).violation(nested) is None
+    assert (
+        schema({"type": "object"}).violation(nested) == "it is nested too deeply to find the place"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,11 +112,11 @@ def test_looking_twice_at_each_level_is_counted_twice_at_each_level() -> None:
 
 def test_properties_may_be_named_as_keywords_are() -> None:
     names = schema({"properties": {name: {"type": "integer"} for name in ("$id", "$ref")}})
-    assert names.fault({"$id": 1, "$ref": 2}) is None
-    assert names.fault({"$ref": "x"}) == "at $.$ref by the rule #/properties/$ref/type"
+    assert names.violation({"$id": 1, "$ref": 2}) is None
+    assert names.violation({"$ref": "x"}) == "at $.$ref by the rule #/properties/$ref/type"
 
 
 def test_a_pattern_that_makes_others_backtrack_for_ever_does_not() -> None:
     began = perf_counter()
-    assert schema({"pattern": "^(a+)+$"}).fault("a" * 250_000 + "!")
+    assert schema({"pattern": "^(a+)+$"}).violation("a" * 250_000 + "!")
     assert perf_counter() - began < 5

@@ -41,7 +41,7 @@ async def change(pool: Any, assignment: str) -> None:
 
 async def fault_of(types: EventTypes) -> str | None:
     await types.unknown(["payment.succeeded"])
-    return types.payload_fault("payment.succeeded", {"amount": 1})
+    return types.payload_violation("payment.succeeded", {"amount": 1})
 
 
 async def test_a_change_by_another_process_is_honoured_after_a_second_and_no_sooner_asked(
