@@ -16,6 +16,7 @@ IdKind = Literal["wh", "evt", "dlv"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HEX = re.compile(r"[0-9a-f]{32}")
+_MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def new_id() -> UUID:
@@ -46,3 +47,8 @@ def parse_id(kind: IdKind, text: str) -> UUID | None:
     if prefix != kind or not _HEX.fullmatch(digits):
         return None
     return UUID(hex=digits)
+
+
+def is_merchant_id(text: str) -> bool:
+    """Return whether the text is a well-formed merchant id. The platform assigns these."""
+    return _MERCHANT_ID.fullmatch(text) is not None

@@ -25,11 +25,11 @@ from core.queue import Chain, LeasedDelivery, Settlement, SettleResult
 from core.tasks import cancel_and_wait, cancel_at
 from core.tracing import TraceParent
 from core.urls import UrlPolicy
+from delivery.capacity import Capacity
 from delivery.claim import UnansweredClaims, claim
 from delivery.decide import decide, requested_pause_seconds
 from delivery.fairness.admission import Admission
 from delivery.fairness.breaker import Breaker
-from delivery.fairness.capacity import Capacity
 from delivery.fairness.concurrency import ConcurrencyLimiter, InFlightBudget
 from delivery.fairness.rate_limit import RateLimits
 from delivery.http.client import WebhookClient

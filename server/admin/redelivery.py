@@ -9,12 +9,11 @@ from uuid import UUID
 from sqlalchemy import select
 
 from core import queue
-from core.ids import format_id
+from core.ids import format_id, is_merchant_id
 from core.postgres.protocols import Pool
 from core.queue import FailedFilter, RedeliveredPage, RedeliveryPosition
 from server.database import Sessions, driver_connection
 from server.rpc.audit import record_change
-from server.rpc.ids import is_merchant_id
 
 #: Deliveries read per transaction, and transactions per call: tenths of a second in all.
 _PAGE = 500

@@ -13,9 +13,9 @@ from typing import Any
 import jwt
 
 from core.errors import Unauthenticated
+from core.ids import is_merchant_id
 from server.auth.jwks import KeySource, VerificationKey
 from server.auth.principal import Principal
-from server.rpc.ids import is_merchant_id
 
 MAX_TOKEN_BYTES = 4096
 MAX_REMEMBERED_TOKENS = 10_000

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import orjson
 
 from core.errors import FieldViolation
+from core.ids import is_merchant_id
 from server.event_types.rules import unknown_event_type
 from server.event_types.store import EventTypes
-from server.rpc.ids import is_merchant_id, wrong_merchant_id
+from server.rpc.ids import wrong_merchant_id
 
 #: Idempotency keys and ordering keys.
 _KEY = re.compile(r"[ -~]{1,128}")

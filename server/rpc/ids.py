@@ -1,11 +1,10 @@
 """Parses the ids in requests: of webhook configs, events, deliveries and merchants."""
 
-import re
 from collections.abc import Mapping
 from uuid import UUID
 
 from core.errors import FieldViolation, InvalidArgument, NotFound
-from core.ids import IdKind, parse_id
+from core.ids import IdKind, is_merchant_id, parse_id
 
 _NAMES: Mapping[IdKind, str] = {"wh": "webhook config", "evt": "event", "dlv": "delivery"}
 
@@ -36,14 +35,6 @@ def not_found(kind: IdKind, text: str) -> NotFound:
         f"there is no {_NAMES[kind]} with the id {text[:80]!r}",
         reason=f"{_NAMES[kind].upper().replace(' ', '_')}_NOT_FOUND",
     )
-
-
-_MERCHANT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-def is_merchant_id(text: str) -> bool:
-    """Return whether the text is a well-formed merchant id, in tokens, events and filters."""
-    return _MERCHANT_ID.fullmatch(text) is not None
 
 
 def wrong_merchant_id(field: str) -> FieldViolation:

@@ -47,8 +47,7 @@ def require_reachable(result: AttemptResult) -> None:
         )
     if result.outcome is Outcome.INTERNAL_ERROR:
         raise Unavailable(
-            f"the URL could not be pinged because of an internal error: {result.detail}. Repeat the "
-            "call later",
+            f"the ping failed because of an internal error: {result.detail}. Repeat the call later",
             reason="PING_NOT_POSSIBLE",
         )
     raise FailedPrecondition(
