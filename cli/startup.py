@@ -2,6 +2,8 @@
 
 import gc
 import resource
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -11,9 +13,11 @@ import migrations
 from core.addresses import AddressPolicy
 from core.encryption import KeyRing
 from core.errors import ConfigurationError
+from core.postgres.pool import close_soon, open_pool
 from core.postgres.protocols import Pool
-from core.settings import EgressSettings
+from core.settings import DatabaseSettings, EgressSettings
 from core.urls import UrlPolicy
+from delivery.http.client import WebhookClient, open_client
 from delivery.http.resolver import RACED_MAX
 
 log = structlog.get_logger()
@@ -32,6 +36,33 @@ async def require_encryption_keys(pool: Pool, keyring: KeyRing) -> None:
             f"secrets in the database are encrypted with the key {', '.join(sorted(missing))}, "
             "which is not configured: add it to WEBHOOK_ENCRYPTION_KEYS or its file"
         )
+
+
+@asynccontextmanager
+async def checked_pool(
+    settings: DatabaseSettings, application: str, size: int, keyring: KeyRing
+) -> AsyncIterator[Pool]:
+    """Open a pool on a database that this release can use. Raises ConfigurationError otherwise."""
+    pool = await open_pool(settings, application, size)
+    try:
+        await require_schema(pool)
+        await require_encryption_keys(pool, keyring)
+        yield pool
+    finally:
+        await close_soon(pool.close)
+
+
+def open_receiver_client(
+    settings: EgressSettings, policy: UrlPolicy, idle_max: int = 100
+) -> WebhookClient:
+    """Open the guarded client of the settings. An async context manager."""
+    return open_client(
+        policy=policy.addresses,
+        ca_file=settings.ca_file,
+        idle_max=idle_max,
+        age_seconds_max=settings.receiver_connection_seconds,
+        proxy=settings.secret("egress_proxy"),
+    )
 
 
 def warn_of_allowed_cidrs(settings: EgressSettings) -> None:

@@ -30,7 +30,8 @@ def server() -> None:
     WEBHOOK_JWT_JWKS_URL or WEBHOOK_JWT_PUBLIC_KEY_FILE. Any number may run on one database. After
     SIGTERM, health says NOT_SERVING and running calls finish.
     """
-    from cli.process.server import ServerProcessSettings, serve
+    from cli.process.app import ServerProcessSettings
+    from cli.process.server import serve
     from cli.process.signals import stop_on_signals
 
     configure_logs(load(LogSettings))

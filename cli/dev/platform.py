@@ -17,8 +17,9 @@ from pydantic import SecretStr
 from cli.dev.postgres import default_data_dir, embedded_postgres
 from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
 from cli.ops.migrate import migrate
+from cli.process.app import ServerProcessSettings
 from cli.process.delivery import EngineProcessSettings, deliver
-from cli.process.server import ServerProcessSettings, serve
+from cli.process.server import serve
 from cli.settings import LocalSettings, is_set, load
 from core.encryption import new_key
 from core.errors import ConfigurationError

@@ -14,16 +14,15 @@ from cli.metrics.http import Place, listening
 from cli.metrics.process import Metrics
 from cli.process.tracing import open_tracer
 from cli.startup import (
+    checked_pool,
     in_flight_within_file_limit,
-    require_encryption_keys,
-    require_schema,
+    open_receiver_client,
     url_policy,
     warn_of_allowed_cidrs,
 )
 from core.encryption import load_keyring
 from core.file_secrets import reload_periodically
 from core.logs import SuccessSampling
-from core.postgres.pool import close_soon, open_pool
 from core.retention import run_hourly
 from core.settings import (
     DatabaseSettings,
@@ -35,7 +34,6 @@ from core.settings import (
 )
 from delivery.database_stats import DatabaseStats
 from delivery.engine import Engine
-from delivery.http.client import open_client
 from delivery.metrics import EngineMetrics
 from delivery.report import AttemptReports
 from delivery.settings import DeliverySettings
@@ -70,25 +68,15 @@ async def deliver(
     policy = url_policy(settings.egress)
     async with AsyncExitStack() as stack:
         tracer = await stack.enter_async_context(open_tracer(settings.traces, "postrider-delivery"))
-        pool = await open_pool(
-            settings.database, "postrider-delivery", settings.database.database_pool_size
+        pool_size = settings.database.database_pool_size
+        pool = await stack.enter_async_context(
+            checked_pool(settings.database, "postrider-delivery", pool_size, keyring)
         )
-        stack.push_async_callback(close_soon, pool.close)
-        await require_schema(pool)
-        await require_encryption_keys(pool, keyring)
         warn_of_allowed_cidrs(settings.egress)
-        in_flight = in_flight_within_file_limit(
-            settings.delivery.max_in_flight, settings.database.database_pool_size
-        )
+        in_flight = in_flight_within_file_limit(settings.delivery.max_in_flight, pool_size)
+        # Idle connections take the other half of the files.
         client = await stack.enter_async_context(
-            open_client(
-                policy=policy.addresses,
-                ca_file=settings.egress.ca_file,
-                age_seconds_max=settings.egress.receiver_connection_seconds,
-                proxy=settings.egress.secret("egress_proxy"),
-                # Idle connections take the other half of the files.
-                idle_max=in_flight,
-            )
+            open_receiver_client(settings.egress, policy, idle_max=in_flight)
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
         metrics = EngineMetrics(settings.delivery.metrics_merchants)

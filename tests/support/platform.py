@@ -13,8 +13,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import SecretStr
 
 from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
+from cli.process.app import ServerProcessSettings
 from cli.process.delivery import EngineProcessSettings, deliver
-from cli.process.server import ServerProcessSettings, serve
+from cli.process.server import serve
 from core.settings import (
     DatabaseSettings,
     EgressSettings,
