@@ -14,7 +14,7 @@ from cli.commands.dev import demo, listen, run, token
 from cli.commands.keys import encryption_key, keys
 from cli.commands.ops import config, health, migrate, retention, verify
 from cli.commands.process import delivery, server
-from cli.settings import refuse_unknown_variables
+from cli.settings import refuse_unknown_variables, warn_of_removed_variables
 from core.errors import ConfigurationError, PostriderError
 from core.logs import configure_logs
 from core.settings import LogSettings
@@ -68,6 +68,7 @@ def main(ctx: click.Context) -> None:
     """
     # To stderr, where it spoils nobody's JSON. The settings of logs may be what is wrong.
     configure_logs(LogSettings.model_construct(log_level="warning", log_format="auto"))
+    warn_of_removed_variables(os.environ)
     # That command tells everything that is wrong, not only this.
     if ctx.invoked_subcommand != "config":
         refuse_unknown_variables(os.environ)

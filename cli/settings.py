@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -71,6 +72,15 @@ BLOCKS: tuple[type[SettingsBlock], ...] = (
 )
 
 
+#: Removed settings and their replacements. They are ignored with a warning, so that an environment
+#: that still sets one does not stop an upgrade.
+REMOVED = {
+    "WEBHOOK_METRICS_MERCHANTS": "the runbook has a query for the busiest merchants",
+}
+
+log = structlog.get_logger()
+
+
 def load[B: SettingsBlock](block: type[B], **fallbacks: Any) -> B:
     """A block from the environment; `fallbacks` stand in for what the environment leaves out."""
     given = {name: value for name, value in fallbacks.items() if not is_set(name)}
@@ -78,6 +88,11 @@ def load[B: SettingsBlock](block: type[B], **fallbacks: Any) -> B:
         return block(**given)
     except ValidationError as error:
         raise ConfigurationError("\n".join(explain(error))) from None
+
+
+def warn_of_removed_variables(environment: Mapping[str, str]) -> None:
+    for name in sorted(REMOVED.keys() & environment.keys()):
+        log.warning("setting_removed", setting=name, message=f"unset it: {REMOVED[name]}")
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
@@ -88,7 +103,7 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
     """What is to be said of each WEBHOOK_ variable that is no setting."""
-    known = {variable_name(name) for name, _ in all_fields()}
+    known = {variable_name(name) for name, _ in all_fields()} | REMOVED.keys()
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)

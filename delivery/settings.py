@@ -93,13 +93,6 @@ class DeliverySettings(SettingsBlock):
         description="host:port of the HTTP listener for /metrics, /live and /ready of all engines "
         "of one `postrider delivery`; `off` for none",
     )
-    metrics_merchants: int = Field(
-        20,
-        ge=0,
-        le=1000,
-        description="merchants whose deliveries an engine's metrics tell apart: those with the "
-        "most lately; the others are one figure",
-    )
 
     _off = field_validator("delivery_metrics_address")(none_when_off)
 

@@ -56,13 +56,6 @@ def _engine(metrics: EngineMetrics) -> Iterable[Metric]:
     yield families.IN_FLIGHT_LIMIT.one(metrics.in_flight_limit)
     yield families.CLAIM_DURATION.one(metrics.claim)
     yield families.SETTLE_DURATION.one(metrics.settle)
-    yield families.MERCHANT_DELIVERIES.of(
-        {
-            (merchant_id, state.value): count
-            for merchant_id, tally in metrics.merchants.tallies().items()
-            for state, count in tally.items()
-        }
-    )
 
 
 def _database(reading: Reading) -> Iterable[Metric]:

@@ -114,12 +114,6 @@ SETTLE_DURATION = Family(
     (),
     "How long the statement that records results took, with its commit.",
 )
-MERCHANT_DELIVERIES = Family(
-    "postrider_merchant_deliveries_total",
-    "counter",
-    ("merchant_id", "state"),
-    "Deliveries that this process finished, of the merchants with most of them lately.",
-)
 QUEUE_DELIVERIES = Family(
     "postrider_queue_deliveries", "gauge", ("state",), "Open deliveries in the database."
 )

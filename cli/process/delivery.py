@@ -79,7 +79,7 @@ async def deliver(
             open_receiver_client(settings.egress, policy, idle_max=in_flight)
         )
         bounded = settings.delivery.model_copy(update={"max_in_flight": in_flight})
-        metrics = EngineMetrics(settings.delivery.metrics_merchants)
+        metrics = EngineMetrics()
         reports = AttemptReports(
             SuccessSampling(settings.logs),
             tracer,

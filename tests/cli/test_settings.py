@@ -5,10 +5,17 @@ import subprocess
 import sys
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cli.settings import BLOCKS, all_fields, load, refuse_unknown_variables
+from cli.settings import (
+    BLOCKS,
+    all_fields,
+    load,
+    refuse_unknown_variables,
+    warn_of_removed_variables,
+)
 from cli.startup import url_policy
 from core.errors import ConfigurationError
 from core.settings import DatabaseSettings, EgressSettings, EncryptionSettings, variable_name
@@ -56,6 +63,15 @@ def test_variable_like_nothing_we_know_is_an_error_too() -> None:
 
 def test_known_variables_pass() -> None:
     refuse_unknown_variables({variable_name(name): "" for name, _ in all_fields()})
+
+
+def test_removed_variable_is_ignored_with_a_warning(logged: list[Any]) -> None:
+    environment = {"WEBHOOK_METRICS_MERCHANTS": "20"}
+    refuse_unknown_variables(environment)
+    warn_of_removed_variables(environment)
+
+    [warning] = logged
+    assert (warning["log_level"], warning["setting"]) == ("warning", "WEBHOOK_METRICS_MERCHANTS")
 
 
 def test_missing_setting_is_named() -> None:

@@ -4,9 +4,8 @@ from delivery.metrics import EngineMetrics
 
 
 def test_engine_is_ready_while_it_reaches_the_database() -> None:
-    times = iter([100.0, 100.0, 100.0, 110.0, 110.1])
-    # Made, asked, reached, asked and asked.
-    metrics = EngineMetrics(20, times.__next__)
+    times = iter([100.0, 100.0, 110.0, 110.1])
+    metrics = EngineMetrics(times.__next__)
 
     before = metrics.is_ready
     metrics.database_reached()

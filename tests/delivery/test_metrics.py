@@ -62,7 +62,6 @@ async def test_metrics_count_failures_by_outcome(
     }
     assert attempts == dict.fromkeys(Outcome, 0) | {Outcome.HTTP_ERROR: 4}
     assert said.sum("postrider_deliveries_total", state="failed") == 2
-    assert said.sum("postrider_merchant_deliveries_total", merchant_id="m_1", state="failed") == 2
     assert said.sum("postrider_delivery_attempts_bucket", le="1.0") == 0
     assert said.sum("postrider_delivery_attempts_bucket", le="2.0") == 2
     assert said.sum("postrider_publish_to_first_attempt_seconds_count") == 2

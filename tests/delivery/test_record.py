@@ -22,7 +22,7 @@ from tests.support.factories import (
 
 
 def new_recorder(pool: Any) -> Recorder:
-    return Recorder(pool, DeliverySettings(), EngineMetrics(0), lambda _batch, _settled: None)
+    return Recorder(pool, DeliverySettings(), EngineMetrics(), lambda _batch, _settled: None)
 
 
 async def is_open(pool: Any, webhook_id: UUID) -> bool:

@@ -77,7 +77,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("postrider_claim_duration_seconds", ("{} => 0.",)),
         ("postrider_settle_duration_seconds", ("{} => 0.",)),
         ("DeactivateWebhookConfig", ('"deactivationReason": "DEACTIVATION_REASON_ADMIN"',)),
-        ("postrider_merchant_deliveries_total", (f'merchant_id="{WELL}"',)),
+        ("FROM events", (f"{WELL} ",)),
     ),
     "Alerts": (
         ("Check", ('"status": "SERVING"',)),
@@ -102,7 +102,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "PostriderClockSkew": (("postrider_clock_skew_seconds", ('engine="1"', 'engine="2"')),),
     "PostriderFailureRate": (
-        ("postrider_merchant_deliveries_total", ('merchant_id="$MERCHANT"',)),
+        ("FROM finished_deliveries", ("$MERCHANT ",)),
         ("postrider_attempts_total", ('outcome="http_error"', 'outcome="succeeded"')),
         ("RedeliverDeliveries", ('"alreadyRedelivered": ',)),
         ("ListDeliveries", ('"state": "DELIVERY_STATE_FAILED"', '"statusCode": 500')),
@@ -165,6 +165,7 @@ ELSEWHERE: dict[str, str] = {
     "Database failing over": "tests/faults/test_failover.py",
 }
 
+needs_psql = pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed")
 needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 
 
@@ -188,6 +189,7 @@ def test_every_line_is_run_by_some_test() -> None:
 @pytest.mark.slow
 @needs_grpcurl
 @needs_prometheus
+@needs_psql
 @needs_jq
 async def test_every_line_does_what_the_page_says(
     database_url: str, ca_file: Path, tmp_path: Path, receiver: Receiver

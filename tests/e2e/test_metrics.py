@@ -102,9 +102,6 @@ async def test_metrics_of_server_and_two_engines_add_up(
     assert of_engines.sum("postrider_attempts_total", outcome="succeeded") == 40
     assert of_engines.sum("postrider_attempts_total", outcome="http_error") == 3
     assert of_engines.sum("postrider_deliveries_total", state="delivered") == 40
-    for merchant_id in ("m_1", "m_2"):
-        labels = {"merchant_id": merchant_id, "state": "delivered"}
-        assert of_engines.sum("postrider_merchant_deliveries_total", **labels) == 20
     assert of_engines.sum("postrider_delivery_attempts_sum") == 43
     assert of_engines.sum("postrider_attempt_duration_seconds_count", phase="whole") == 43
     assert of_engines.sum("postrider_publish_to_first_attempt_seconds_count") == 40

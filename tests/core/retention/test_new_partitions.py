@@ -55,7 +55,7 @@ async def test_result_is_recorded_once_during_creation(pool: Any) -> None:
     recorder = Recorder(
         pool,
         DeliverySettings(),
-        EngineMetrics(0),
+        EngineMetrics(),
         lambda _batch, done: settled.append(len(done.delivery_ids)),
     )
     recorder.put(settlement(delivery))
