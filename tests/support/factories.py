@@ -219,6 +219,11 @@ async def health(pool: Any, webhook_id: UUID) -> tuple[bool, str | None, int]:
     return tuple(row)
 
 
+async def count_rows(pool: Any, table: str = "events") -> int:
+    rows: int = await pool.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608
+    return rows
+
+
 async def until_blocked(pool: Any, count: int = 1) -> None:
     """Return once so many sessions of this database wait for another's lock."""
     query = """

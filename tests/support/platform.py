@@ -1,7 +1,7 @@
 """A running Postrider for tests: server and engine wired as `cli` wires them, and typed stubs."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message_factory import GetMessageClass
 from pydantic import SecretStr
 
 from cli.dev.signing_key import DevelopmentKey, ensure_development_key, mint_token
@@ -45,10 +46,34 @@ ENCRYPTION_KEYS = "k1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 type Metadata = list[tuple[str, str]]
 
+_REQUEST_CLASSES = {
+    method.name: GetMessageClass(method.input_type)
+    for module in (
+        admin_service_pb2,
+        delivery_service_pb2,
+        event_service_pb2,
+        webhook_config_service_pb2,
+    )
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+
+
+class Calls:
+    """Calls of one caller by the RPC's name: `await calls.GetWebhookConfig(id="wh_1")`."""
+
+    def __init__(self, stubs: tuple[Any, ...], metadata: Metadata):
+        self._stubs = stubs
+        self._metadata = metadata
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        [rpc] = [getattr(stub, name) for stub in self._stubs if hasattr(stub, name)]
+        return lambda **fields: rpc(_REQUEST_CLASSES[name](**fields), metadata=self._metadata)
+
 
 @dataclass
 class Platform:
-    """One server, its stubs, and tokens for whoever a test wants to be."""
+    """One server, its stubs, and tokens for any caller."""
 
     address: str
     key: DevelopmentKey
@@ -63,6 +88,20 @@ class Platform:
         self.events = event_service_pb2_grpc.EventServiceStub(self.channel)
         self.deliveries = delivery_service_pb2_grpc.DeliveryServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
+
+    def calls(self, metadata: Metadata) -> Calls:
+        return Calls((self.webhooks, self.events, self.deliveries, self.admin), metadata)
+
+    def as_merchant(self, merchant_id: str = "m_1") -> Calls:
+        """Calls of a merchant's gateway."""
+        return self.calls(self.merchant(merchant_id))
+
+    def as_producer(self) -> Calls:
+        """Calls of a platform service that publishes for every merchant."""
+        return self.calls(self.producer())
+
+    def as_operator(self) -> Calls:
+        return self.calls(self.operator())
 
     def token(self, *scopes: str, merchant_id: str | None = None, **claims: Any) -> str:
         key = (scopes, merchant_id, *claims.items())
@@ -99,10 +138,9 @@ class Platform:
     ) -> webhook_config_service_pb2.CreateWebhookConfigResponse:
         """Create a webhook config."""
         config = webhook_config_pb2.WebhookConfig(url=url, events=events, **fields)
-        return await self.webhooks.CreateWebhookConfig(
-            webhook_config_service_pb2.CreateWebhookConfigRequest(webhook_config=config),
-            metadata=self.merchant(merchant_id),
-        )
+        response: webhook_config_service_pb2.CreateWebhookConfigResponse
+        response = await self.as_merchant(merchant_id).CreateWebhookConfig(webhook_config=config)
+        return response
 
     async def publish(
         self, payload: str = "{}", merchant_id: str = "m_1", **fields: Any
@@ -110,50 +148,36 @@ class Platform:
         """Publish one event."""
         fields.setdefault("type", "payment.succeeded")
         event = event_pb2.EventInput(merchant_id=merchant_id, payload_text=payload, **fields)
-        return await self.events.PublishEvent(
-            event_service_pb2.PublishEventRequest(event=event), metadata=self.producer()
-        )
+        response: event_service_pb2.PublishEventResponse
+        response = await self.as_producer().PublishEvent(event=event)
+        return response
 
     async def publish_many(self, count: int, merchant_id: str = "m_1", **fields: Any) -> list[str]:
         """Publish so many equal events in one call, and return their ids."""
         fields = {"type": "payment.succeeded", "payload_text": '{"amount": 1}', **fields}
         event = event_pb2.EventInput(merchant_id=merchant_id, **fields)
-        response = await self.events.PublishEvents(
-            event_service_pb2.PublishEventsRequest(events=[event] * count),
-            metadata=self.producer(),
-        )
+        response = await self.as_producer().PublishEvents(events=[event] * count)
         return [result.event.id for result in response.results]
 
     async def update(self, webhook_id: str, **fields: Any) -> None:
         """Change these fields of a webhook config of m_1."""
-        await self.webhooks.UpdateWebhookConfig(
-            webhook_config_service_pb2.UpdateWebhookConfigRequest(
-                webhook_config=webhook_config_pb2.WebhookConfig(id=webhook_id, **fields),
-                update_mask=FieldMask(paths=list(fields)),
-            ),
-            metadata=self.merchant(),
+        await self.as_merchant().UpdateWebhookConfig(
+            webhook_config=webhook_config_pb2.WebhookConfig(id=webhook_id, **fields),
+            update_mask=FieldMask(paths=list(fields)),
         )
 
     async def config(self, webhook_id: str) -> webhook_config_pb2.WebhookConfig:
         """Read a webhook config of m_1."""
-        response = await self.webhooks.GetWebhookConfig(
-            webhook_config_service_pb2.GetWebhookConfigRequest(id=webhook_id),
-            metadata=self.merchant(),
-        )
-        return response.webhook_config
+        config: webhook_config_pb2.WebhookConfig
+        config = (await self.as_merchant().GetWebhookConfig(id=webhook_id)).webhook_config
+        return config
 
     async def reactivate(self, webhook_id: str) -> None:
-        await self.admin.ReactivateWebhookConfig(
-            admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id),
-            metadata=self.operator(),
-        )
+        await self.as_operator().ReactivateWebhookConfig(id=webhook_id)
 
     async def list_deliveries(self) -> list[delivery_pb2.Delivery]:
         """Return the deliveries of m_1 with their attempts, at most 100."""
-        response = await self.deliveries.ListDeliveries(
-            delivery_service_pb2.ListDeliveriesRequest(page_size=100), metadata=self.merchant()
-        )
-        return list(response.deliveries)
+        return list((await self.as_merchant().ListDeliveries(page_size=100)).deliveries)
 
     @asynccontextmanager
     async def engine(
@@ -194,7 +218,7 @@ def serve_settings(
     traces: TraceSettings | None = None,
     **server_settings: Any,
 ) -> ServerProcessSettings:
-    """Of a server on a free port; receivers on loopback are allowed, on any port, by default."""
+    """Settings of a server on a free port. By default receivers on loopback are allowed."""
     return ServerProcessSettings(
         database=DatabaseSettings(database_url=SecretStr(database_url)),
         encryption=EncryptionSettings(encryption_keys=SecretStr(ENCRYPTION_KEYS)),
