@@ -1,4 +1,4 @@
-"""StreamEvents: acknowledged is committed, in order; what was not may be sent again."""
+"""StreamEvents: acknowledgements follow the commits in order; the rest may be sent again."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from postrider.v1 import event_service_pb2 as pb
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.event_service_pb2_grpc import EventServiceStub
 from server.events.ingest import Ingest
-from tests.support.factories import until_blocked
+from tests.support.factories import count_rows, until_blocked
 from tests.support.platform import ISSUER, Metadata, Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
@@ -25,7 +25,7 @@ DUPLICATE = pb.PUBLISH_STATUS_DUPLICATE
 
 
 def batch(sequence: int, size: int = 3, **fields: Any) -> pb.StreamEventsRequest:
-    """A batch whose events have keys of their own, the same for the same sequence."""
+    """A batch whose idempotency keys are derived from its sequence."""
     return pb.StreamEventsRequest(
         sequence=sequence,
         events=[
@@ -53,33 +53,24 @@ async def acknowledged(call: Any) -> list[int]:
 
 
 async def responses(call: Any) -> AsyncIterator[pb.StreamEventsResponse]:
-    """The acknowledgements, beside writes to the same call."""
+    """The acknowledgements, while the test writes to the same call."""
     while (response := await call.read()) is not grpc.aio.EOF:
         yield response
 
 
-async def count(pool: Any, table: str = "events") -> int:
-    rows: int = await pool.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608
-    return rows
-
-
 async def until_committed(pool: Any, events: int) -> None:
     async with asyncio.timeout(10):
-        while await count(pool) < events:
+        while await count_rows(pool) < events:
             pass
 
 
-async def test_every_batch_is_acknowledged_in_order_and_the_stream_ends_after_the_last(
+async def test_batches_are_acknowledged_in_order(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
     batches = [batch(n * 10, size=1 + n % 7) for n in range(50)]
 
-    async def send() -> AsyncIterator[pb.StreamEventsRequest]:
-        for one in batches:
-            yield one
-
-    call = platform.events.StreamEvents(send(), metadata=platform.producer())
+    call: Any = platform.events.StreamEvents(iter(batches), metadata=platform.producer())
     acks = [response async for response in call]
 
     assert await call.code() is StatusCode.OK
@@ -90,37 +81,33 @@ async def test_every_batch_is_acknowledged_in_order_and_the_stream_ends_after_th
         sent = [event.payload_text.encode() for event in one.events]
         assert [stored[result.event.id] for result in response.results] == sent
     assert (
-        await count(pool)
-        == await count(pool, "delivery_queue")
+        await count_rows(pool)
+        == await count_rows(pool, "delivery_queue")
         == sum(len(one.events) for one in batches)
     )
 
 
-async def test_an_acknowledgement_is_there_before_the_next_batch_is_sent_and_is_a_commit(
-    platform: Platform, pool: Any
-) -> None:
+async def test_acknowledged_batch_is_committed(platform: Platform, pool: Any) -> None:
     call = open_stream(platform)
     for sequence in (1, 2, 7):
-        before = await count(pool)
+        before = await count_rows(pool)
         await call.write(batch(sequence))
         response = await call.read()
         assert response.sequence == sequence
-        assert await count(pool) == before + 3
+        assert await count_rows(pool) == before + 3
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
     assert await call.code() is StatusCode.OK
 
 
-async def test_an_empty_stream_ends_well(platform: Platform) -> None:
+async def test_empty_stream_ends_with_ok(platform: Platform) -> None:
     call = open_stream(platform)
     await call.done_writing()
     assert await acknowledged(call) == []
     assert await call.code() is StatusCode.OK
 
 
-async def test_a_batch_has_a_result_for_each_event_and_rejected_ones_stop_nobody(
-    platform: Platform, pool: Any
-) -> None:
+async def test_response_has_a_result_for_each_event(platform: Platform, pool: Any) -> None:
     call = open_stream(platform)
     mixed = batch(1, size=4)
     mixed.events[1].type = "no.such"
@@ -137,11 +124,11 @@ async def test_a_batch_has_a_result_for_each_event_and_rejected_ones_stop_nobody
     await call.write(batch(2))
     assert (await call.read()).sequence == 2
     call.cancel()
-    assert await count(pool) == 5
+    assert await count_rows(pool) == 5
 
 
-async def test_at_most_sixteen_batches_are_taken_without_an_acknowledgement(
-    platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
+async def test_at_most_16_batches_are_unacknowledged(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[int] = []
     taking = asyncio.Condition()
@@ -160,11 +147,9 @@ async def test_at_most_sixteen_batches_are_taken_without_an_acknowledgement(
         await call.write(batch(sequence, size=1))
     async with asyncio.timeout(10), taking:
         await taking.wait_for(lambda: len(taken) >= 16)
-    # Calls that come after them are served meanwhile, so the stream had its chance to read on.
+    # During these calls the server could have read further batches.
     for _ in range(20):
-        await platform.events.ListEvents(
-            pb.ListEventsRequest(merchant_id="m_1"), metadata=platform.producer()
-        )
+        await platform.as_producer().ListEvents(merchant_id="m_1")
     assert len(taken) == 16
     may_commit.set()
     await call.done_writing()
@@ -172,13 +157,11 @@ async def test_at_most_sixteen_batches_are_taken_without_an_acknowledgement(
     assert len(taken) == 40
 
 
-async def test_a_batch_that_waits_holds_back_the_acknowledgements_after_it(
-    platform: Platform, pool: Any
-) -> None:
+async def test_waiting_batch_delays_later_acknowledgements(platform: Platform, pool: Any) -> None:
     await platform.publish(idempotency_key="0-0", payload="[0, 0]")
     call = open_stream(platform)
     async with pool.acquire() as other, other.transaction():
-        # Another transaction is about to use a key of the first batch: that batch has to wait.
+        # The first batch waits, because this transaction has inserted its key.
         await other.execute(
             "INSERT INTO idempotency_keys (merchant_id, key, content_hash, event_id) "
             "VALUES ('m_1', '1-0', '', new_uuid7())"
@@ -196,18 +179,18 @@ async def test_a_batch_that_waits_holds_back_the_acknowledgements_after_it(
     call.cancel()
 
 
-async def test_batches_with_ordering_keys_are_committed_one_after_the_other(
+async def test_batches_with_ordering_keys_are_committed_in_turn(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish, may_commit, begun = Ingest.publish, asyncio.Event(), []
 
-    async def publish_when_told(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
+    async def publish_later(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
         begun.append(drafts[0].idempotency_key)
         if drafts[0].idempotency_key == "1-0":
             await may_commit.wait()
         return await publish(ingest, drafts, *rest)
 
-    monkeypatch.setattr(Ingest, "publish", publish_when_told)
+    monkeypatch.setattr(Ingest, "publish", publish_later)
     call = open_stream(platform)
     for sequence in (1, 2, 3):
         await call.write(batch(sequence, size=1, ordering_key=f"k{sequence}"))
@@ -220,10 +203,10 @@ async def test_batches_with_ordering_keys_are_committed_one_after_the_other(
     assert begun == ["1-0", "4-0", "2-0", "3-0"]
 
 
-async def test_after_a_batch_that_failed_none_with_ordering_keys_is_committed(
+async def test_failed_ordered_batch_stops_later_ordered_batches(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sent again, the failed one would come behind what was sent after it."""
+    """Otherwise the failed batch, sent again, would follow batches that were sent after it."""
     publish, all_taken = Ingest.publish, asyncio.Event()
 
     async def publish_or_fail(ingest: Ingest, drafts: Any, *rest: Any) -> Any:
@@ -237,20 +220,20 @@ async def test_after_a_batch_that_failed_none_with_ordering_keys_is_committed(
     for sequence in range(1, 6):
         await call.write(batch(sequence, size=1, ordering_key="k"))
     assert (await call.read()).sequence == 1
-    # Those without a key are committed whatever becomes of others.
+    # A batch without ordering keys is committed even if others fail.
     await call.write(batch(6, size=1))
     await until_committed(pool, 2)
     all_taken.set()
     async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
         await acknowledged(call)
-    # Behind whatever of this key was on its way.
+    # Published with the same key, this event is committed after any batch still running.
     await platform.publish(idempotency_key="last", ordering_key="k")
     keys = await pool.fetch("SELECT key FROM idempotency_keys ORDER BY key")
     assert [row["key"] for row in keys] == ["1-0", "6-0", "last"]
 
 
 @pytest.mark.parametrize("sequence", [4, 5, -1])
-async def test_a_sequence_that_does_not_ascend_ends_the_stream_after_what_was_before_it(
+async def test_descending_sequence_ends_the_stream(
     platform: Platform, pool: Any, sequence: int
 ) -> None:
     sent = iter([batch(number) for number in (3, 5, sequence, 9)])
@@ -258,27 +241,25 @@ async def test_a_sequence_that_does_not_ascend_ends_the_stream_after_what_was_be
     acks = []
     async with refused(StatusCode.INVALID_ARGUMENT, "SEQUENCE_NOT_ASCENDING") as error:
         async for response in call:
-            acks.append(response.sequence)  # noqa: PERF401 - what came before the refusal
+            acks.append(response.sequence)  # noqa: PERF401 - the loop ends with an error
     assert acks == [3, 5]
     assert error.violations == {"sequence": "SEQUENCE_NOT_ASCENDING"}
     assert f"{sequence} after 5" in error.message
-    assert await count(pool) == 6
+    assert await count_rows(pool) == 6
 
 
 @pytest.mark.parametrize("size", [0, 1001])
-async def test_a_batch_holds_1_to_1000_events(platform: Platform, pool: Any, size: int) -> None:
+async def test_batch_holds_1_to_1000_events(platform: Platform, pool: Any, size: int) -> None:
     call = open_stream(platform)
     await call.write(batch(1, size=1000))
     assert len((await call.read()).results) == 1000
     await call.write(batch(2, size=size))
     async with refused(StatusCode.INVALID_ARGUMENT, "BATCH_SIZE"):
         await acknowledged(call)
-    assert await count(pool) == 1000
+    assert await count_rows(pool) == 1000
 
 
-async def test_a_token_of_a_merchant_streams_for_that_merchant_only(
-    platform: Platform, pool: Any
-) -> None:
+async def test_merchants_token_streams_only_for_its_merchant(platform: Platform, pool: Any) -> None:
     call = open_stream(platform, bearer(platform.token("events:publish", merchant_id="m_1")))
     await call.write(batch(1))
     assert (await call.read()).sequence == 1
@@ -287,10 +268,10 @@ async def test_a_token_of_a_merchant_streams_for_that_merchant_only(
     await call.write(foreign)
     async with refused(StatusCode.PERMISSION_DENIED, "MERCHANT_MISMATCH"):
         await acknowledged(call)
-    assert await count(pool) == 3
+    assert await count_rows(pool) == 3
 
 
-async def test_a_stream_ends_when_its_token_expires(platform: Platform, pool: Any) -> None:
+async def test_stream_ends_when_its_token_expires(platform: Platform, pool: Any) -> None:
     token = mint_token(
         platform.key.private_key_file,
         issuer=ISSUER,
@@ -308,10 +289,21 @@ async def test_a_stream_ends_when_its_token_expires(platform: Platform, pool: An
         await acknowledged(call)
     assert time.time() - began < 5
     assert "unacknowledged" in error.message
-    assert await count(pool) == 3
+    assert await count_rows(pool) == 3
 
 
-async def test_a_server_that_stops_acknowledges_what_it_has_taken_and_says_it_is_away(
+async def until_refused(channel: grpc.aio.Channel) -> None:
+    """Return when the server refuses new calls."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await EventServiceStub(channel).ListEvents(pb.ListEventsRequest())
+            except grpc.aio.AioRpcError as error:
+                if error.code() is StatusCode.UNAVAILABLE:
+                    return
+
+
+async def test_stopping_server_acknowledges_pending_batches(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     acks = []
@@ -329,24 +321,13 @@ async def test_a_server_that_stops_acknowledges_what_it_has_taken_and_says_it_is
             await holding.rollback()
         async with refused(StatusCode.UNAVAILABLE, "SERVER_STOPPING") as error:
             async for response in responses(call):
-                acks.append(response.sequence)  # noqa: PERF401 - what came before the refusal
+                acks.append(response.sequence)  # noqa: PERF401 - the loop ends with an error
     assert acks == [1]
     assert error.retry_after_seconds == 1
-    assert await count(pool) == 3
+    assert await count_rows(pool) == 3
 
 
-async def until_refused(channel: grpc.aio.Channel) -> None:
-    """Return once a server takes no calls any more."""
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                await EventServiceStub(channel).ListEvents(pb.ListEventsRequest())
-            except grpc.aio.AioRpcError as error:
-                if error.code() is StatusCode.UNAVAILABLE:
-                    return
-
-
-async def test_a_stream_cut_in_the_middle_and_sent_again_neither_loses_nor_doubles(
+async def test_resent_stream_stores_each_event_once(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -362,16 +343,14 @@ async def test_a_stream_cut_in_the_middle_and_sent_again_neither_loses_nor_doubl
                 assert {r.status for r in response.results} <= {ACCEPTED, DUPLICATE}
                 acked.append(response.sequence)
                 if len(acked) == cut_after:
-                    # Leaving the block closes the connection, whatever is on its way.
+                    # Closes the connection while batches are in flight.
                     break
     assert acked == list(range(60))
-    assert await count(pool) == await count(pool, "delivery_queue") == 1200
+    assert await count_rows(pool) == await count_rows(pool, "delivery_queue") == 1200
     assert await pool.fetchval("SELECT count(DISTINCT payload) FROM events") == 1200
 
 
-async def test_a_stream_that_meets_a_dead_connection_is_unavailable_and_what_it_acknowledged_stays(
-    platform: Platform, pool: Any
-) -> None:
+async def test_lost_database_connection_ends_the_stream(platform: Platform, pool: Any) -> None:
     call = open_stream(platform)
     await call.write(batch(1))
     assert (await call.read()).sequence == 1
@@ -385,7 +364,7 @@ async def test_a_stream_that_meets_a_dead_connection_is_unavailable_and_what_it_
         )
         async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await acknowledged(call)
-    assert await count(pool) == 3
+    assert await count_rows(pool) == 3
 
     again = open_stream(platform)
     await again.write(batch(2))
@@ -393,9 +372,7 @@ async def test_a_stream_that_meets_a_dead_connection_is_unavailable_and_what_it_
     again.cancel()
 
 
-async def test_a_caller_that_hangs_up_leaves_no_stream_behind(
-    platform: Platform, pool: Any
-) -> None:
+async def test_cancelled_stream_leaves_no_task(platform: Platform, pool: Any) -> None:
     call = open_stream(platform)
     await call.write(batch(1))
     await call.read()
@@ -404,4 +381,4 @@ async def test_a_caller_that_hangs_up_leaves_no_stream_behind(
     left = [task for task in asyncio.all_tasks() if "OrderedCommits" in repr(task.get_coro())]
     async with asyncio.timeout(5):
         await asyncio.gather(*left, return_exceptions=True)
-    assert await count(pool) == 4
+    assert await count_rows(pool) == 4
