@@ -8,11 +8,11 @@ from uuid import UUID
 import structlog
 
 from core import queue
-from core.histogram import Histogram
 from core.ids import new_id
 from core.postgres.pool import RETRYABLE_ERRORS
 from core.postgres.protocols import Pool
 from core.queue import LeasedDelivery
+from delivery.metrics import EngineMetrics
 
 #: Sweeps, one per second, that search for the deliveries of a claim without a response. A statement
 #: sent to an unreachable database can arrive a minute later.
@@ -53,13 +53,16 @@ class UnansweredClaims:
 
 
 async def claim(
-    pool: Pool, limit: int, lease_seconds: float, took: Histogram, unanswered: UnansweredClaims
+    pool: Pool,
+    limit: int,
+    lease_seconds: float,
+    metrics: EngineMetrics,
+    unanswered: UnansweredClaims,
 ) -> Claim:
     """Claim up to `limit` deliveries, and park or cancel those that may not be sent now.
 
     Those are few: the statement that stops a config parks or cancels its due deliveries, so that
-    only retries and concurrent events become ready. `took` observes the duration of the claim, and
-    `unanswered` remembers a claim that failed.
+    only retries and concurrent events become ready. `unanswered` remembers a claim that failed.
     """
     asked_at = monotonic()
     lease_id = new_id()
@@ -70,7 +73,7 @@ async def claim(
             unanswered.add(lease_id)
             raise
     seconds = monotonic() - asked_at
-    took.observe(seconds)
+    metrics.claim.observe(seconds)
     if leased and seconds > lease_seconds / 2:
         # The database was frozen. An attempt needs up to half of the lease, and another engine may
         # already have reclaimed the deliveries.

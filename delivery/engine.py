@@ -75,7 +75,7 @@ class Engine:
         self._webhooks = WebhookCache(pool, keyring, url_policy)
         self._listener = Listener(pool, settings.poll_seconds)
         self._metrics = metrics
-        metrics.in_flight_limit = settings.max_in_flight
+        metrics.in_flight_limit.set(settings.max_in_flight)
         self._recorder = Recorder(pool, settings, metrics, self._on_settled)
         self._slots = ConcurrencyLimiter(settings.max_in_flight, settings.max_in_flight_per_webhook)
         rate_limits = RateLimits(pool, self._listener.wake_in)
@@ -164,7 +164,7 @@ class Engine:
                     self._pool,
                     limit,
                     self._settings.lease_seconds,
-                    self._metrics.claim,
+                    self._metrics,
                     self._unanswered,
                 )
                 self._metrics.database_reached()
@@ -221,7 +221,7 @@ class Engine:
 
     def _start_attempt(self, delivery: LeasedDelivery, webhook: Webhook, claimed_at: float) -> None:
         self._budget.attempt_started()
-        self._metrics.in_flight += 1
+        self._metrics.in_flight.inc()
         task = asyncio.create_task(self._attempt(delivery, webhook, claimed_at))
         self._attempts[task] = delivery
         task.add_done_callback(self._on_attempt_done)
@@ -275,7 +275,7 @@ class Engine:
 
     def _on_attempt_done(self, task: asyncio.Task[None]) -> None:
         delivery = self._attempts.pop(task)
-        self._metrics.in_flight -= 1
+        self._metrics.in_flight.dec()
         self._budget.attempt_ended()
         if not task.cancelled() and (error := task.exception()):
             # A bug left no result to record. The lease expires and the delivery is retried.
@@ -288,7 +288,7 @@ class Engine:
             delivery_id = format_id("dlv", settlement.delivery_id)
             if settlement.delivery_id not in settled.delivery_ids:
                 # Another engine has the delivery, or its config was deleted.
-                self._metrics.leases_lost += 1
+                self._metrics.leases_lost.inc()
                 log.warning("lease_lost", delivery_id=delivery_id)
                 continue
             if settlement.delivery_id in settled.outdated:
@@ -299,7 +299,7 @@ class Engine:
             if settlement.final_state is None:
                 self._listener.wake_in(settlement.next_attempt_in_seconds)
         for webhook_id, reason in settled.deactivated.items():
-            self._metrics.deactivations[reason] += 1
+            self._metrics.deactivations[reason].inc()
             log.warning(
                 "webhook_deactivated", webhook_id=format_id("wh", webhook_id), reason=reason.value
             )
@@ -325,7 +325,7 @@ class Engine:
                 if released:
                     log.warning("unanswered_claims_released", deliveries=released)
                 if reclaimed:
-                    self._metrics.leases_reclaimed += reclaimed
+                    self._metrics.leases_reclaimed.inc(reclaimed)
                     log.warning("leases_reclaimed", deliveries=reclaimed)
                 if admitted:
                     self._wake_for_refill()

@@ -188,7 +188,7 @@ class Recorder:
             self._settings.breaker_cooldown_seconds,
             self._settings.breaker_cooldown_max_seconds,
         )
-        self._metrics.breakers_opened += len(opened)
+        self._metrics.breakers_opened.inc(len(opened))
         for change in changes:
             if change.webhook_id in opened:
                 log.warning(
@@ -202,7 +202,7 @@ class Recorder:
     async def _close_breakers(self, connection: Executor, webhook_ids: Sequence[UUID]) -> None:
         if webhook_ids:
             closed = await queue.close_breakers(connection, webhook_ids)
-            self._metrics.breakers_closed += len(closed)
+            self._metrics.breakers_closed.inc(len(closed))
             for webhook_id in closed:
                 log.info("breaker_closed", webhook_id=format_id("wh", webhook_id))
 

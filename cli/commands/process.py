@@ -70,8 +70,8 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     One engine uses one core at most. With --processes, a supervisor starts so many, starts one anew
     that ended, and has all of them drain after SIGTERM, or when it is itself killed.
     """
-    from cli.metrics.http import Place
-    from cli.metrics.supervisor import telling
+    from cli.metrics.http import MetricsAddress
+    from cli.metrics.supervisor import answer_supervisor
     from cli.process.delivery import EngineProcessSettings, deliver
     from cli.process.signals import stop_on_signals
     from cli.process.supervisor import supervise
@@ -89,8 +89,10 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
     )
     processes = processes or settings.delivery.delivery_processes
     if processes > 1:
-        place = Place.of(settings.delivery, "delivery_metrics_address")
-        sys.exit(asyncio.run(supervise(processes, place)))
+        metrics_address = MetricsAddress.from_settings(
+            settings.delivery, "delivery_metrics_address"
+        )
+        sys.exit(asyncio.run(supervise(processes, metrics_address)))
 
     async def run() -> None:
         stop = stop_on_signals()
@@ -99,7 +101,7 @@ def delivery(processes: int | None, lifeline: int | None) -> None:
         else:
             end = EngineEnd(lifeline)
             end.forward_stop(stop)
-            await deliver(settings, stop, end.report_ready, partial(telling, end))
+            await deliver(settings, stop, end.report_ready, partial(answer_supervisor, end))
 
     exclude_modules_from_gc()
     uvloop.run(run())

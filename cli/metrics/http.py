@@ -1,7 +1,7 @@
-"""Where Prometheus asks, and probes that speak HTTP: a listener of its own, without tokens.
+"""The HTTP listener for Prometheus and probes, without authentication.
 
-/metrics has all figures, as text or OpenMetrics. /live answers as long as the process does;
-/ready with 503 while it does not do what it is there for.
+/metrics returns all metrics, as text or OpenMetrics. /live returns 200 while the process runs, and
+/ready returns 503 while the process is not ready.
 """
 
 from collections.abc import AsyncIterator, Iterable
@@ -21,69 +21,66 @@ from core.settings import SettingsBlock, variable_name
 log = structlog.get_logger()
 
 
-class Place(NamedTuple):
-    """Where to listen, if at all, and the setting that says so."""
+class MetricsAddress(NamedTuple):
+    """The address of a listener, or None for no listener, and its setting."""
 
-    address: str | None
+    host_port: str | None
     setting: str
-    #: What nobody set, nobody relies on.
     is_default: bool
 
     @classmethod
-    def of(cls, settings: SettingsBlock, field: str) -> "Place":
+    def from_settings(cls, settings: SettingsBlock, field: str) -> "MetricsAddress":
         return cls(
             getattr(settings, field), variable_name(field), field not in settings.model_fields_set
         )
 
 
 @asynccontextmanager
-async def listening(place: Place, metrics: Metrics) -> AsyncIterator[None]:
-    """Answer as long as the context lasts, unless it is off.
+async def serve_metrics(address: MetricsAddress, metrics: Metrics) -> AsyncIterator[None]:
+    """Serve the metrics while the context lasts.
 
-    ConfigurationError when an address that was set cannot be had. By default a second process on a
-    machine finds the first one there, and works all the same.
+    Raises ConfigurationError if a configured address is in use. A default address in use is only a
+    warning, so that a second process on one machine works without settings.
     """
-    if place.address is None:
+    if address.host_port is None:
         yield
         return
     runner = web.AppRunner(_application(metrics), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        await _listen(runner, place)
+        await _listen(runner, address)
         yield
     finally:
         await runner.cleanup()
 
 
-async def _listen(runner: web.AppRunner, place: Place) -> None:
-    address = place.address or ""
-    host, _, port = address.rpartition(":")
+async def _listen(runner: web.AppRunner, address: MetricsAddress) -> None:
+    host, _, port = (address.host_port or "").rpartition(":")
     try:
         await web.TCPSite(runner, host.strip("[]"), int(port)).start()
     except (OSError, ValueError, OverflowError) as error:
-        if not place.is_default:
+        if not address.is_default:
             raise ConfigurationError(
-                f"cannot listen on {address} for metrics ({_reason(error)}): stop what uses it, "
-                f"set {place.setting} to another host:port, or to `off`"
+                f"cannot listen on {address.host_port} for metrics ({_reason(error)}): stop the "
+                f"process that uses it, set {address.setting} to another host:port, or to `off`"
             ) from None
         log.warning(
             "metrics_listener_off",
-            address=address,
-            message=f"the address is taken; set {place.setting} for a listener of its own",
+            address=address.host_port,
+            message=f"the address is in use: set {address.setting} to another host:port",
         )
         return
-    log.info("metrics_listening", address=address, port=runner.addresses[0][1])
+    log.info("metrics_listening", address=address.host_port, port=runner.addresses[0][1])
 
 
 def _reason(error: Exception) -> str:
-
     return (error.strerror or repr(error)) if isinstance(error, OSError) else "it is not host:port"
 
 
 def _application(metrics: Metrics) -> web.Application:
     async def answer_metrics(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        body = encode(_Collected(await metrics.scrape()))
+        body = encode(_Scraped(await metrics.scrape()))
         response = web.Response(body=body, headers={"Content-Type": content_type})
         response.enable_compression()
         return response
@@ -94,7 +91,7 @@ def _application(metrics: Metrics) -> web.Application:
     async def answer_ready(_: web.Request) -> web.Response:
         if await metrics.is_ready():
             return web.Response(text="ready\n")
-        return web.Response(text="not ready: the database is not reached\n", status=503)
+        return web.Response(text="not ready: the database cannot be reached\n", status=503)
 
     application = web.Application()
     application.router.add_get("/metrics", answer_metrics)
@@ -103,8 +100,8 @@ def _application(metrics: Metrics) -> web.Application:
     return application
 
 
-class _Collected(Collector):
-    """What has been collected already, for the library's encoders."""
+class _Scraped(Collector):
+    """Adapts collected metrics to the library's encoders."""
 
     def __init__(self, metrics: Iterable[Metric]):
         self._metrics = metrics

@@ -1,28 +1,37 @@
-"""What a process says when Prometheus asks, as far as it is the same of each."""
+"""Metrics that servers and engines have in common."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from cli.metrics import families
 from core.postgres.protocols import Pool
 
 
 class Metrics(Protocol):
-    """Of a process, or of several that it looks after."""
+    """The metrics of a process, or of a supervisor and its engines."""
 
     async def scrape(self) -> Sequence[Metric]:
-        """All figures of this moment; it takes a few seconds at most."""
+        """Return the current metrics, within a few seconds."""
 
     async def is_ready(self) -> bool:
-        """Whether it does what it is there for."""
+        """Return the result of the readiness probe."""
+
+
+def labelled_gauge[L: str](
+    name: str, documentation: str, label: str, values: Mapping[L, float]
+) -> GaugeMetricFamily:
+    """Return a gauge with one sample for each value of its label."""
+    family = GaugeMetricFamily(name, documentation, labels=[label])
+    for label_value, value in values.items():
+        family.add_metric([label_value], value)
+    return family
 
 
 def process_metrics() -> Iterable[Metric]:
-    """Memory, CPU, descriptors and collections of garbage of this process."""
+    """Return memory, CPU, file descriptors and garbage collections of this process."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     GCCollector(registry)
@@ -30,10 +39,27 @@ def process_metrics() -> Iterable[Metric]:
 
 
 def pool_metrics(pool: Pool, *, database_up: bool) -> Iterable[Metric]:
-    """The database as this process has it, and which release it is."""
+    """Return the state of the database connections, and the release."""
     idle = pool.get_idle_size()
-    yield families.DATABASE_UP.one(int(database_up))
-    yield families.POOL_CONNECTIONS.of({("idle",): idle, ("used",): pool.get_size() - idle})
-    yield families.POOL_SIZE.one(pool.get_max_size())
-    yield families.STATEMENTS.one(pool.statements)
-    yield families.BUILD_INFO.of({(version("postrider"),): 1})
+    yield GaugeMetricFamily(
+        "postrider_database_up", "Whether the database answers.", int(database_up)
+    )
+    yield labelled_gauge(
+        "postrider_database_pool_connections",
+        "Connections of the pool of the hot path.",
+        "state",
+        {"idle": idle, "used": pool.get_size() - idle},
+    )
+    yield GaugeMetricFamily(
+        "postrider_database_pool_size",
+        "Limit of the connections of the pool of the hot path.",
+        pool.get_max_size(),
+    )
+    yield CounterMetricFamily(
+        "postrider_statements_total",
+        "SQL statements sent on the pool of the hot path.",
+        pool.statements,
+    )
+    yield labelled_gauge(
+        "postrider_build_info", "The release; always 1.", "version", {version("postrider"): 1}
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from cli.metrics.engine import EngineCollector
-from cli.metrics.http import Place, listening
+from cli.metrics.http import MetricsAddress, serve_metrics
 from cli.metrics.process import Metrics
 from cli.process.tracing import open_tracer
 from cli.startup import (
@@ -89,7 +89,8 @@ async def deliver(
         stats = DatabaseStats(pool)
         stack.push_async_callback(stats.close)
         publish = publish or partial(
-            listening, Place.of(settings.delivery, "delivery_metrics_address")
+            serve_metrics,
+            MetricsAddress.from_settings(settings.delivery, "delivery_metrics_address"),
         )
         await stack.enter_async_context(publish(EngineCollector(metrics, pool, stats)))
         async with asyncio.TaskGroup() as group:

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 
 import structlog
 
-from cli.metrics.http import Place, listening
+from cli.metrics.http import MetricsAddress, serve_metrics
 from cli.metrics.server import ServerCollector
 from cli.process.app import ServerParts, ServerProcessSettings, build_app
 from cli.process.jwks_fetch import key_set_fetch
@@ -47,8 +47,8 @@ async def serve(
             interval_seconds=settings.server.health_interval_seconds,
         )
         await stack.enter_async_context(
-            listening(
-                Place.of(settings.server, "server_metrics_address"),
+            serve_metrics(
+                MetricsAddress.from_settings(settings.server, "server_metrics_address"),
                 ServerCollector(parts.metrics, parts.pool, parts.token_keys),
             )
         )

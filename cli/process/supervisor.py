@@ -14,7 +14,7 @@ from typing import Any
 import click
 import structlog
 
-from cli.metrics.http import Place, listening
+from cli.metrics.http import MetricsAddress, serve_metrics
 from cli.metrics.supervisor import SupervisorCollector
 from cli.process.signals import stop_on_signals
 from cli.process.supervisor_pipe import SupervisorEnd
@@ -27,15 +27,15 @@ _SETTLED_SECONDS = 60.0
 log = structlog.get_logger()
 
 
-async def supervise(count: int, place: Place) -> int:
+async def supervise(count: int, metrics_address: MetricsAddress) -> int:
     """Run `count` engines until SIGTERM, let them drain, and return the exit code.
 
     The first engine starts alone, because wrong settings, a missing schema or an unreachable
     database would stop all of them. Its exit code is then returned. Later, an engine that ends is
-    restarted after a growing delay. `place` is the address of the metrics of all engines.
+    restarted after a growing delay. `metrics_address` serves the metrics of all engines.
     """
     engines = [_EngineProcess(number) for number in range(1, count + 1)]
-    async with listening(place, SupervisorCollector(engines)):
+    async with serve_metrics(metrics_address, SupervisorCollector(engines)):
         return await _keep_all(engines)
 
 

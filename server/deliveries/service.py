@@ -154,13 +154,13 @@ class DeliveryService(delivery_service_pb2_grpc.DeliveryServiceServicer):
             expires_at=principal().expires_at,
         )
         with self._stream_slots.slot(merchant_id):
-            self._metrics.watchers += 1
+            self._metrics.watchers.inc()
             try:
                 async with aclosing(watch.follow(start)) as items:
                     async for news in items:
                         yield watch_message(news.recorded, tokens.seal(news.position))
             finally:
-                self._metrics.watchers -= 1
+                self._metrics.watchers.dec()
 
     async def _find(self, merchant_id: str, text: str) -> DeliveryRow:
         row = await find_delivery(self._pool, merchant_id, id_of("dlv", text))

@@ -76,7 +76,7 @@ class Ingest:
                 events.append(_new_event(draft, trace_parent))
             if index % _CHECKS_PER_TURN == _CHECKS_PER_TURN - 1:
                 await asyncio.sleep(0)
-        self._metrics.events_rejected += len(refused)
+        self._metrics.events_rejected.inc(len(refused))
         stored = await self._commits_for(events).submit(events) if events else ()
         if not refused:
             return stored

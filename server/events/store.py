@@ -161,7 +161,7 @@ class EventWriter:
         repeated = [
             event for event, count in zip(events, delivery_counts, strict=True) if count is None
         ]
-        self._metrics.events_accepted += len(events) - len(repeated)
+        self._metrics.events_accepted.inc(len(events) - len(repeated))
         earlier = iter(await self._commit_repeated(repeated) if repeated else ())
         return [
             next(earlier)
@@ -204,10 +204,10 @@ class EventWriter:
             if row is None:
                 results.append(None)
             elif row["content_hash"] != event.content_hash:
-                self._metrics.events_rejected += 1
+                self._metrics.events_rejected.inc()
                 results.append(_key_reused())
             else:
-                self._metrics.events_duplicate += 1
+                self._metrics.events_duplicate.inc()
                 results.append(
                     PublishedEvent(
                         id=row["event_id"],

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from core import queue
-from core.histogram import SHORT, Histogram
 from core.ids import new_id
 from delivery.claim import Claim, UnansweredClaims, claim
+from delivery.metrics import EngineMetrics
 from tests.support.factories import enqueue_events, make_webhook_config
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
@@ -25,7 +25,7 @@ async def enqueue(pool: Any, count: int) -> None:
 
 async def claim_answered_after(seconds: float, pool: Any, monkeypatch: pytest.MonkeyPatch) -> Claim:
     monkeypatch.setattr("delivery.claim.monotonic", iter([0, seconds]).__next__)
-    return await claim(pool, 10, LEASE_SECONDS, Histogram(SHORT), UnansweredClaims())
+    return await claim(pool, 10, LEASE_SECONDS, EngineMetrics(), UnansweredClaims())
 
 
 async def test_claim_answered_late_is_released(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ async def test_unanswered_claim_is_released(pool: Any) -> None:
     unanswered = UnansweredClaims()
     without_answers: Any = PoolWithoutAnswers(pool)
     with pytest.raises(ConnectionResetError):
-        await claim(without_answers, 2, LEASE_SECONDS, Histogram(SHORT), unanswered)
+        await claim(without_answers, 2, LEASE_SECONDS, EngineMetrics(), unanswered)
     # A delivery that another engine claimed meanwhile keeps its lease.
     [other] = await queue.claim(pool, 10, LEASE_SECONDS)
 

@@ -1,4 +1,4 @@
-"""What an engine counts of its deliveries, read through its listener."""
+"""Metrics of an engine, read through its listener."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from prometheus_client.metrics_core import Metric
 
-from cli.metrics.http import Place, listening
+from cli.metrics.http import MetricsAddress, serve_metrics
 from core.errors import ConfigurationError
 from core.lifecycle import Outcome
 from delivery.settings import DeliverySettings
@@ -25,9 +25,7 @@ def port_in(logged: list[Any]) -> int:
     return int(port)
 
 
-class Silent:
-    """Has nothing to say."""
-
+class NoMetrics:
     async def scrape(self) -> Sequence[Metric]:
         return []
 
@@ -35,7 +33,7 @@ class Silent:
         return False
 
 
-async def said_once_nothing_is_open(pool: Any, logged: list[Any]) -> Scrape:
+async def scrape_after_the_last_delivery(pool: Any, logged: list[Any]) -> Scrape:
     async with asyncio.timeout(20):
         while await open_deliveries(pool):
             pass
@@ -55,20 +53,20 @@ async def test_metrics_count_failures_by_outcome(
     ):
         for _ in range(2):
             await platform.publish()
-        said = await said_once_nothing_is_open(pool, logged)
+        scraped = await scrape_after_the_last_delivery(pool, logged)
 
     attempts = {
-        outcome: said.sum("postrider_attempts_total", outcome=outcome) for outcome in Outcome
+        outcome: scraped.sum("postrider_attempts_total", outcome=outcome) for outcome in Outcome
     }
     assert attempts == dict.fromkeys(Outcome, 0) | {Outcome.HTTP_ERROR: 4}
-    assert said.sum("postrider_deliveries_total", state="failed") == 2
-    assert said.sum("postrider_delivery_attempts_bucket", le="1.0") == 0
-    assert said.sum("postrider_delivery_attempts_bucket", le="2.0") == 2
-    assert said.sum("postrider_publish_to_first_attempt_seconds_count") == 2
-    assert said.sum("postrider_publish_to_delivered_seconds_count") == 0
-    assert said.sum("postrider_webhook_deactivations_total", reason="failures") == 1
-    assert said.sum("postrider_webhook_configs", status="failures") == 1
-    assert said.sum("postrider_in_flight") == 0
+    assert scraped.sum("postrider_deliveries_total", state="failed") == 2
+    assert scraped.sum("postrider_delivery_attempts_bucket", le="1.0") == 0
+    assert scraped.sum("postrider_delivery_attempts_bucket", le="2.0") == 2
+    assert scraped.sum("postrider_publish_to_first_attempt_seconds_count") == 2
+    assert scraped.sum("postrider_publish_to_delivered_seconds_count") == 0
+    assert scraped.sum("postrider_webhook_deactivations_total", reason="failures") == 1
+    assert scraped.sum("postrider_webhook_configs", status="failures") == 1
+    assert scraped.sum("postrider_in_flight") == 0
 
 
 async def test_metrics_count_breaker_changes_and_410(
@@ -86,22 +84,22 @@ async def test_metrics_count_breaker_changes_and_410(
         await platform.publish()
         await receiver.wait_for(3)
         await platform.publish()
-        said = await said_once_nothing_is_open(pool, logged)
+        scraped = await scrape_after_the_last_delivery(pool, logged)
 
-    assert said.sum("postrider_breaker_changes_total", to="open") == 1
-    assert said.sum("postrider_breaker_changes_total", to="closed") == 1
-    assert said.sum("postrider_webhook_deactivations_total", reason="gone") == 1
+    assert scraped.sum("postrider_breaker_changes_total", to="open") == 1
+    assert scraped.sum("postrider_breaker_changes_total", to="closed") == 1
+    assert scraped.sum("postrider_webhook_deactivations_total", reason="gone") == 1
 
 
 async def test_latency_metrics_start_when_delivery_is_due(
     platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
 ) -> None:
-    """By the database's clock: the delivery is accepted, and only then is there an engine."""
+    """Both times are the database's. The engine starts after the event was accepted."""
     await platform.register(receiver.url)
     await platform.publish()
     await pool.execute("UPDATE delivery_queue SET created_at = now() - interval '90 seconds'")
-    # Owed only from its not_before on, which is just past.
-    [event] = [await platform.publish()]
+    # Due from its not_before on, which has just passed.
+    await platform.publish()
     await pool.execute(
         "UPDATE events SET not_before = now() WHERE id <> (SELECT min(id::text)::uuid FROM events)"
     )
@@ -109,14 +107,13 @@ async def test_latency_metrics_start_when_delivery_is_due(
         "UPDATE delivery_queue SET created_at = now() - interval '90 seconds'"
         " WHERE event_id = (SELECT max(id::text)::uuid FROM events)"
     )
-    assert event.event.id
     async with platform.engine(delivery_metrics_address=ANYWHERE):
-        said = await said_once_nothing_is_open(pool, logged)
+        scraped = await scrape_after_the_last_delivery(pool, logged)
 
     for name in ("first_attempt", "delivered"):
         buckets = f"postrider_publish_to_{name}_seconds_bucket"
-        assert said.sum(buckets, le="60.0") == 1
-        assert said.sum(buckets, le="120.0") == 2
+        assert scraped.sum(buckets, le="60.0") == 1
+        assert scraped.sum(buckets, le="120.0") == 2
 
 
 async def test_pool_metrics_count_statements_and_connections(
@@ -125,15 +122,15 @@ async def test_pool_metrics_count_statements_and_connections(
     async with platform.engine(delivery_metrics_address=ANYWHERE, poll_seconds=0.05):
         first = await scrape(port_in(logged))
         async with asyncio.timeout(20):
-            while (said := await scrape(port_in(logged))).sum(
+            while (scraped := await scrape(port_in(logged))).sum(
                 "postrider_claim_duration_seconds_count"
             ) < 3:
                 pass
 
-    assert said.sum("postrider_statements_total") >= first.sum("postrider_statements_total") + 2
-    size = said.sum("postrider_database_pool_size")
+    assert scraped.sum("postrider_statements_total") >= first.sum("postrider_statements_total") + 2
+    size = scraped.sum("postrider_database_pool_size")
     assert size == platform.settings.database.database_pool_size
-    assert 1 <= said.sum("postrider_database_pool_connections") <= size
+    assert 1 <= scraped.sum("postrider_database_pool_connections") <= size
 
 
 async def test_openmetrics_is_served_on_request(platform: Platform, logged: list[Any]) -> None:
@@ -163,8 +160,10 @@ async def test_default_metrics_address_in_use_is_a_warning(
     platform: Platform, logged: list[Any]
 ) -> None:
     async with platform.engine(delivery_metrics_address=ANYWHERE):
-        taken = Place(f"127.0.0.1:{port_in(logged)}", "WEBHOOK_DELIVERY_METRICS_ADDRESS", True)
-        async with listening(taken, Silent()):
+        taken = MetricsAddress(
+            f"127.0.0.1:{port_in(logged)}", "WEBHOOK_DELIVERY_METRICS_ADDRESS", True
+        )
+        async with serve_metrics(taken, NoMetrics()):
             [warning] = [entry for entry in logged if entry["event"] == "metrics_listener_off"]
             assert (await scrape(port_in(logged))).sum("postrider_in_flight") == 0
 
@@ -174,8 +173,10 @@ async def test_default_metrics_address_in_use_is_a_warning(
 
 @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:http", "[::1]:99999"])
 async def test_invalid_metrics_address_is_an_error(address: str) -> None:
-    place = Place.of(DeliverySettings(delivery_metrics_address=address), "delivery_metrics_address")
+    configured = MetricsAddress.from_settings(
+        DeliverySettings(delivery_metrics_address=address), "delivery_metrics_address"
+    )
 
     with pytest.raises(ConfigurationError, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):
-        async with listening(place, Silent()):
+        async with serve_metrics(configured, NoMetrics()):
             pass

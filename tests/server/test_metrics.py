@@ -1,4 +1,4 @@
-"""What a server counts of its calls, read through its listener."""
+"""Metrics of a server, read through its listener."""
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -17,14 +17,14 @@ ANYWHERE = "127.0.0.1:0"
 
 @pytest.fixture
 async def measured(start_platform: Callable[..., Any], logged: list[Any]) -> AsyncIterator[Any]:
-    """A server, and what asks for its figures."""
+    """A server, and a function that scrapes it."""
     async with start_platform(server_metrics_address=ANYWHERE) as platform:
         [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
         yield platform, lambda: scrape(port)
 
 
-async def test_calls_are_counted_by_method_and_code_whoever_makes_them(measured: Any) -> None:
-    platform, look = measured
+async def test_calls_are_counted_by_method_and_code(measured: Any) -> None:
+    platform, read = measured
     await platform.publish()
     await platform.publish()
     await refused(platform.channel, "/postrider.v1.EventService/PublishEvent", "UNAUTHENTICATED")
@@ -36,26 +36,25 @@ async def test_calls_are_counted_by_method_and_code_whoever_makes_them(measured:
     with pytest.raises(grpc.aio.AioRpcError):
         await health.Check(health_pb2.HealthCheckRequest(service="unheard-of"))
 
-    said = await look()
+    scraped = await read()
 
     calls = "postrider_rpcs_total"
     publish = "EventService/PublishEvent"
-    assert said.sum(calls, method=publish, code="OK") == 2
-    assert said.sum(calls, method=publish, code="UNAUTHENTICATED") == 1
-    assert said.sum(calls, method="unknown", code="UNAUTHENTICATED") == 3
-    assert said.sum(calls, method="unknown", code="UNIMPLEMENTED") == 3
-    assert said.sum(calls, method="Health/Check", code="OK") == 1
-    assert said.sum(calls, method="Health/Check", code="NOT_FOUND") == 1
-    assert said.sum("postrider_rpc_duration_seconds_count", method=publish) == 3
-    assert said.values("postrider_rpc_duration_seconds_count", method="unknown") == []
-    # One for each method that is served, three of health and one of reflection among them, and one
-    # for all others.
-    methods = {sample.labels["method"] for sample in said.families["postrider_rpcs"].samples}
+    assert scraped.sum(calls, method=publish, code="OK") == 2
+    assert scraped.sum(calls, method=publish, code="UNAUTHENTICATED") == 1
+    assert scraped.sum(calls, method="unknown", code="UNAUTHENTICATED") == 3
+    assert scraped.sum(calls, method="unknown", code="UNIMPLEMENTED") == 3
+    assert scraped.sum(calls, method="Health/Check", code="OK") == 1
+    assert scraped.sum(calls, method="Health/Check", code="NOT_FOUND") == 1
+    assert scraped.sum("postrider_rpc_duration_seconds_count", method=publish) == 3
+    assert scraped.values("postrider_rpc_duration_seconds_count", method="unknown") == []
+    # The health service has three methods and reflection has one.
+    methods = {sample.labels["method"] for sample in scraped.families["postrider_rpcs"].samples}
     assert len(methods) == len(rpcs.methods()) + 4 + 1
 
 
-async def test_events_are_counted_by_what_became_of_them(measured: Any) -> None:
-    platform, look = measured
+async def test_events_are_counted_by_result(measured: Any) -> None:
+    platform, read = measured
 
     def event(key: str, payload: str = "{}", kind: str = "payment.succeeded") -> Any:
         return event_pb2.EventInput(
@@ -69,35 +68,35 @@ async def test_events_are_counted_by_what_became_of_them(measured: Any) -> None:
         await platform.events.PublishEvents(
             event_service_pb2.PublishEventsRequest(events=events), metadata=platform.producer()
         )
-    said = await look()
+    scraped = await read()
 
     results = {
-        result: said.sum("postrider_events_total", result=result)
+        result: scraped.sum("postrider_events_total", result=result)
         for result in ("accepted", "duplicate", "rejected")
     }
     assert results == {"accepted": 3, "duplicate": 1, "rejected": 2}
-    assert said.sum("postrider_commit_duration_seconds_count") == 2
-    assert said.sum("postrider_commit_events_sum") == 2 + 3
-    assert said.values("postrider_jwks_age_seconds") == []
+    assert scraped.sum("postrider_commit_duration_seconds_count") == 2
+    assert scraped.sum("postrider_commit_events_sum") == 2 + 3
+    assert scraped.values("postrider_jwks_age_seconds") == []
 
 
-async def test_watchers_are_counted_as_long_as_they_watch(measured: Any) -> None:
-    platform, look = measured
+async def test_watcher_is_counted_until_its_stream_ends(measured: Any) -> None:
+    platform, read = measured
     watching = platform.deliveries.WatchDeliveries(
         delivery_service_pb2.WatchDeliveriesRequest(), metadata=platform.merchant()
     )
     await watching.read()
-    assert (await look()).sum("postrider_watchers") == 1
+    assert (await read()).sum("postrider_watchers") == 1
 
     watching.cancel()
-    while (said := await look()).sum("postrider_watchers"):
+    while (scraped := await read()).sum("postrider_watchers"):
         pass
     watch = "DeliveryService/WatchDeliveries"
-    assert said.sum("postrider_rpcs_total", method=watch, code="CANCELLED") == 1
-    assert said.values("postrider_rpc_duration_seconds_count", method=watch) == []
+    assert scraped.sum("postrider_rpcs_total", method=watch, code="CANCELLED") == 1
+    assert scraped.values("postrider_rpc_duration_seconds_count", method=watch) == []
 
 
-async def test_a_taken_address_is_an_error_when_it_was_set(
+async def test_configured_metrics_address_in_use_is_an_error(
     measured: Any, start_platform: Callable[..., Any], logged: list[Any]
 ) -> None:
     [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
