@@ -1,8 +1,8 @@
-"""Every RPC of the contract, read from the generated descriptors, and a way to call any of them."""
+"""All RPCs of the contract, read from the generated descriptors, and functions to call them."""
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 import grpc
@@ -11,11 +11,21 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 import postrider.v1
-from tests.support.platform import Metadata
+from tests.support.platform import Metadata, Platform
+
+#: The scope that a token needs, by service.
+SCOPES = {
+    "WebhookConfigService": "webhooks:manage",
+    "DeliveryService": "webhooks:manage",
+    "EventService": "events:publish",
+    "AdminService": "webhooks:admin",
+}
+#: These services need a token of a merchant.
+MERCHANT_SERVICES = ("WebhookConfigService", "DeliveryService")
 
 
 def services() -> list[ServiceDescriptor]:
-    """Every service that a proto file of ours defines, whether or not somebody serves it."""
+    """Every service of the proto files, including those that the server does not register."""
     return [service for module in _modules() for service in module.services_by_name.values()]
 
 
@@ -33,13 +43,32 @@ def name_of(method: MethodDescriptor) -> str:
     return f"{method.containing_service.name}.{method.name}"
 
 
+def scope_of(method: MethodDescriptor) -> str:
+    return SCOPES[method.containing_service.name]
+
+
+def token_for(platform: Platform, method: MethodDescriptor) -> str:
+    """A token with the scope and, if needed, the merchant for an RPC."""
+    merchant_id = "m_1" if method.containing_service.name in MERCHANT_SERVICES else None
+    return platform.token(scope_of(method), merchant_id=merchant_id)
+
+
+async def code_of(call: Awaitable[Any]) -> grpc.StatusCode:
+    """The status code that a call ends with."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
 async def call(
     channel: grpc.aio.Channel,
     method: MethodDescriptor,
     request: Message | None = None,
     metadata: Metadata | None = None,
 ) -> Any:
-    """Send one request and read the last answer; of a stream to one request, the first."""
+    """Send one request and read the last response, or the first of a server stream."""
     request_class = GetMessageClass(method.input_type)
     sent = request_class() if request is None else request
     kind = f"{_arity(method.client_streaming)}_{_arity(method.server_streaming)}"
@@ -52,7 +81,7 @@ async def call(
     if not method.server_streaming:
         return await running
     if not method.client_streaming:
-        # Some streams end only when the caller hangs up; that they answer is what matters here.
+        # Some streams end only when the caller cancels them, so one response is enough.
         async for answer in running:
             running.cancel()
             return answer

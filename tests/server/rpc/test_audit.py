@@ -1,26 +1,30 @@
-"""Every change a caller makes is on record, once and with it; refusals are in test_refusals."""
+"""Each change has one audit entry, written in the same transaction as the change."""
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.timestamp_pb2 import Timestamp
 
-from postrider.v1 import admin_service_pb2, webhook_config_service_pb2
-from postrider.v1.delivery_service_pb2 import RedeliverDeliveryRequest
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
 from server.rpc.audit_refusals import CHANGES
 from server.webhooks.rules import FIELDS
-from tests.support.factories import fail_open_delivery
-from tests.support.platform import Metadata, Platform, bearer
+from tests.support.factories import count_rows, fail_open_delivery
+from tests.support.platform import Calls, Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refusal_of
 from tests.support.rpcs import methods
 
-pb = webhook_config_service_pb2
-
 READING = ("Check", "Get", "List", "Ping", "Publish", "Stream", "Watch")
+REACTIVATED = ["active", "consecutive_failures", "deactivation_reason"]
+
+
+@pytest.fixture
+async def config(platform: Platform, receiver: Receiver) -> WebhookConfig:
+    """A webhook config of m_1, created before the test."""
+    return (await platform.register(receiver.url)).webhook_config
 
 
 async def entries(pool: Any) -> list[dict[str, Any]]:
@@ -28,104 +32,66 @@ async def entries(pool: Any) -> list[dict[str, Any]]:
     return [dict(row) for row in rows]
 
 
-def merchant(platform: Platform) -> Metadata:
-    token = platform.token("webhooks:manage", merchant_id="m_1", subject="gateway")
-    return [*bearer(token), ("x-request-id", "request-of-the-test")]
+def merchant(platform: Platform, subject: str = "gateway", request_id: str = "request-1") -> Calls:
+    token = platform.token("webhooks:manage", merchant_id="m_1", subject=subject)
+    return platform.calls([*bearer(token), ("x-request-id", request_id)])
 
 
-def operator(platform: Platform) -> Metadata:
-    return bearer(platform.token("webhooks:admin", subject="operator-7"))
+async def update(calls: Calls, config: WebhookConfig, *paths: str) -> None:
+    await calls.UpdateWebhookConfig(webhook_config=config, update_mask=FieldMask(paths=paths))
 
 
-async def finished_delivery(pool: Any, platform: Platform) -> str:
-    """The id of a delivery that was published now and failed at once."""
-    await platform.publish()
-    return await fail_open_delivery(pool)
-
-
-def updating(config: WebhookConfig, *paths: str) -> pb.UpdateWebhookConfigRequest:
-    return pb.UpdateWebhookConfigRequest(webhook_config=config, update_mask=FieldMask(paths=paths))
-
-
-def updating_type(name: str) -> admin_service_pb2.UpdateEventTypeRequest:
-    return admin_service_pb2.UpdateEventTypeRequest(
+async def deprecate(calls: Calls, name: str) -> None:
+    await calls.UpdateEventType(
         event_type=EventType(name=name, deprecated=True),
         update_mask=FieldMask(paths=["deprecated"]),
     )
 
 
-def redelivering() -> admin_service_pb2.RedeliverDeliveriesRequest:
-    end = Timestamp()
-    end.GetCurrentTime()
-    return admin_service_pb2.RedeliverDeliveriesRequest(
-        start_time=Timestamp(seconds=1), end_time=end, merchant_id="m_1"
+async def redeliver_all(calls: Calls) -> None:
+    await calls.RedeliverDeliveries(
+        start_time=datetime.fromtimestamp(1, UTC), end_time=datetime.now(UTC), merchant_id="m_1"
     )
 
 
-def test_every_rpc_either_only_reads_or_is_tried_here() -> None:
+def test_each_changing_rpc_is_audited() -> None:
     names = {m.name for m in methods() if not m.name.startswith(READING)}
     assert names == CHANGES
 
 
-async def test_each_change_has_one_entry_with_who_what_and_which_fields(
+async def test_entry_names_actor_action_resource_and_fields(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
-    me, op = merchant(platform), operator(platform)
+    me = merchant(platform)
+    operator = platform.calls(bearer(platform.token("webhooks:admin", subject="operator-7")))
     config = WebhookConfig(url=receiver.url, events=["payment.succeeded"])
-    created = await platform.webhooks.CreateWebhookConfig(
-        pb.CreateWebhookConfigRequest(webhook_config=config), metadata=me
-    )
+    created = await me.CreateWebhookConfig(webhook_config=config)
     webhook_id = created.webhook_config.id
     config.MergeFrom(WebhookConfig(id=webhook_id, description="new", active=False))
     config.retry_schedule.append(Duration(seconds=5))
-    await platform.webhooks.UpdateWebhookConfig(
-        updating(config, "url", "events", "description", "active", "retry_schedule"), metadata=me
-    )
-    await platform.admin.DeactivateWebhookConfig(
-        admin_service_pb2.DeactivateWebhookConfigRequest(id=webhook_id, reason="Abuse"),
-        metadata=op,
-    )
-    await platform.admin.ReactivateWebhookConfig(
-        admin_service_pb2.ReactivateWebhookConfigRequest(id=webhook_id), metadata=op
-    )
-    delivery_id = await finished_delivery(pool, platform)
-    await platform.deliveries.RedeliverDelivery(
-        RedeliverDeliveryRequest(id=delivery_id), metadata=me
-    )
+    await update(me, config, "url", "events", "description", "active", "retry_schedule")
+    await operator.DeactivateWebhookConfig(id=webhook_id, reason="Abuse")
+    await operator.ReactivateWebhookConfig(id=webhook_id)
+    await platform.publish()
+    delivery_id = await fail_open_delivery(pool)
+    await me.RedeliverDelivery(id=delivery_id)
     await fail_open_delivery(pool)
-    await platform.admin.RedeliverDeliveries(redelivering(), metadata=op)
-    await platform.webhooks.RotateSecret(pb.RotateSecretRequest(id=webhook_id), metadata=me)
-    await platform.webhooks.DeleteWebhookConfig(
-        pb.DeleteWebhookConfigRequest(id=webhook_id), metadata=me
-    )
-    await platform.admin.CreateEventType(
-        admin_service_pb2.CreateEventTypeRequest(event_type=EventType(name="invoice.sent")),
-        metadata=op,
-    )
-    await platform.admin.UpdateEventType(updating_type("invoice.sent"), metadata=op)
+    await redeliver_all(operator)
+    await me.RotateSecret(id=webhook_id)
+    await me.DeleteWebhookConfig(id=webhook_id)
+    await operator.CreateEventType(event_type=EventType(name="invoice.sent"))
+    await deprecate(operator, "invoice.sent")
     before = await entries(pool)
-    await platform.admin.EraseMerchant(
-        admin_service_pb2.EraseMerchantRequest(merchant_id="m_1"), metadata=op
-    )
-    # What erasing leaves of the others is for tests/server/admin/test_erasure.py.
+    await operator.EraseMerchant(merchant_id="m_1")
+    # The erasure also changes the earlier entries of m_1.
     recorded = [*before, (await entries(pool))[-1]]
 
-    every = sorted(FIELDS)
-    reactivated = ["active", "consecutive_failures", "deactivation_reason"]
-    assert [
-        (e["actor"], e["merchant_id"], e["action"], e["resource"], e["changed_fields"])
-        for e in recorded
-    ] == [
-        ("gateway", "m_1", "CreateWebhookConfig", webhook_id, every),
-        (
-            "gateway",
-            "m_1",
-            "UpdateWebhookConfig",
-            webhook_id,
-            ["active", "deactivation_reason", "description", "retry_schedule"],
-        ),
+    updated = ["active", "deactivation_reason", "description", "retry_schedule"]
+    expected = [
+        ("gateway", "m_1", "CreateWebhookConfig", webhook_id, sorted(FIELDS)),
+        ("gateway", "m_1", "UpdateWebhookConfig", webhook_id, updated),
         ("operator-7", "m_1", "DeactivateWebhookConfig", webhook_id, ["deactivation_reason"]),
-        ("operator-7", "m_1", "ReactivateWebhookConfig", webhook_id, reactivated),
+        ("operator-7", "m_1", "ReactivateWebhookConfig", webhook_id, REACTIVATED),
         ("gateway", "m_1", "RedeliverDelivery", delivery_id, []),
         ("operator-7", "m_1", "RedeliverDeliveries", "m_1", []),
         ("gateway", "m_1", "RotateSecret", webhook_id, ["secret"]),
@@ -134,89 +100,65 @@ async def test_each_change_has_one_entry_with_who_what_and_which_fields(
         ("operator-7", None, "UpdateEventType", "invoice.sent", ["deprecated"]),
         ("operator-7", "m_1", "EraseMerchant", "m_1", []),
     ]
+    names = ("actor", "merchant_id", "action", "resource", "changed_fields")
+    assert [tuple(entry[name] for name in names) for entry in recorded] == expected
     assert {entry["action"] for entry in recorded} == CHANGES
     assert {entry["result"] for entry in recorded} == {"OK"}
-    assert [e["request_id"] == "request-of-the-test" for e in recorded] == [
-        entry["actor"] == "gateway" for entry in recorded
-    ]
+    for entry in recorded:
+        assert (entry["request_id"] == "request-1") is (entry["actor"] == "gateway")
 
 
-async def test_fields_of_an_entry_are_fields_of_the_contract(
-    platform: Platform, receiver: Receiver, pool: Any
+async def test_changed_fields_are_fields_of_the_message(
+    platform: Platform, config: WebhookConfig, pool: Any
 ) -> None:
-    config = (await platform.register(receiver.url)).webhook_config
     config.retry_schedule.append(Duration(seconds=5))
-    await platform.webhooks.UpdateWebhookConfig(
-        updating(config, "retry_schedule"), metadata=platform.merchant()
-    )
+    await update(platform.as_merchant(), config, "retry_schedule")
     for entry in await entries(pool):
         assert set(entry["changed_fields"]) <= set(WebhookConfig.DESCRIPTOR.fields_by_name)
 
 
-async def test_what_changed_nothing_is_not_on_record(
-    platform: Platform, receiver: Receiver, pool: Any
+async def test_call_without_change_has_no_entry(
+    platform: Platform, config: WebhookConfig, pool: Any
 ) -> None:
-    config = (await platform.register(receiver.url)).webhook_config
-    webhooks, me = platform.webhooks, platform.merchant()
     before = await entries(pool)
 
-    await webhooks.UpdateWebhookConfig(updating(config, "description", "active"), metadata=me)
-    await platform.admin.ReactivateWebhookConfig(
-        admin_service_pb2.ReactivateWebhookConfigRequest(id=config.id),
-        metadata=platform.operator(),
-    )
-    await webhooks.PingWebhookConfig(pb.PingWebhookConfigRequest(id=config.id), metadata=me)
+    await update(platform.as_merchant(), config, "description", "active")
+    await platform.as_operator().ReactivateWebhookConfig(id=config.id)
+    await platform.as_merchant().PingWebhookConfig(id=config.id)
 
     assert await entries(pool) == before
 
 
-async def test_an_entry_says_where_the_call_came_from(
-    platform: Platform, receiver: Receiver, pool: Any
-) -> None:
-    await platform.register(receiver.url)
+@pytest.mark.usefixtures("config")
+async def test_entry_has_the_callers_address_and_agent(pool: Any) -> None:
     [entry] = await entries(pool)
     host, _, port = entry["caller_address"].rpartition(":")
     assert (host, port.isdigit()) == ("127.0.0.1", True)
     assert entry["user_agent"].startswith("grpc-python-asyncio/")
 
 
-async def test_a_change_whose_entry_cannot_be_written_is_not_made(
-    platform: Platform, receiver: Receiver, pool: Any, logged: list[Any]
+async def test_change_fails_if_its_entry_cannot_be_written(
+    platform: Platform, receiver: Receiver, config: WebhookConfig, pool: Any, logged: list[Any]
 ) -> None:
-    config = (await platform.register(receiver.url)).webhook_config
-    delivery_id = await finished_delivery(pool, platform)
+    await platform.publish()
+    delivery_id = await fail_open_delivery(pool)
     paused = (await platform.register(receiver.url, active=False)).webhook_config
     before = await pool.fetch("SELECT * FROM webhook_configs ORDER BY id")
     await platform.publish()
     await pool.execute("ALTER TABLE audit_entries ADD CHECK (false) NOT VALID")
-    me, op = platform.merchant(), platform.operator()
-    changed = WebhookConfig(id=config.id, active=False)
+    me, operator = platform.as_merchant(), platform.as_operator()
     calls: tuple[Any, ...] = (
         platform.register(receiver.url),
-        platform.webhooks.UpdateWebhookConfig(updating(changed, "active"), metadata=me),
-        platform.webhooks.RotateSecret(pb.RotateSecretRequest(id=config.id), metadata=me),
-        platform.webhooks.DeleteWebhookConfig(
-            pb.DeleteWebhookConfigRequest(id=config.id), metadata=me
-        ),
-        platform.admin.ReactivateWebhookConfig(
-            admin_service_pb2.ReactivateWebhookConfigRequest(id=paused.id), metadata=op
-        ),
-        platform.admin.CreateEventType(
-            admin_service_pb2.CreateEventTypeRequest(event_type=EventType(name="invoice.sent")),
-            metadata=op,
-        ),
-        platform.deliveries.RedeliverDelivery(
-            RedeliverDeliveryRequest(id=delivery_id), metadata=me
-        ),
-        platform.admin.DeactivateWebhookConfig(
-            admin_service_pb2.DeactivateWebhookConfigRequest(id=config.id, reason="Abuse"),
-            metadata=op,
-        ),
-        platform.admin.RedeliverDeliveries(redelivering(), metadata=op),
-        platform.admin.UpdateEventType(updating_type("payment.succeeded"), metadata=op),
-        platform.admin.EraseMerchant(
-            admin_service_pb2.EraseMerchantRequest(merchant_id="m_1"), metadata=op
-        ),
+        update(me, WebhookConfig(id=config.id, active=False), "active"),
+        me.RotateSecret(id=config.id),
+        me.DeleteWebhookConfig(id=config.id),
+        operator.ReactivateWebhookConfig(id=paused.id),
+        operator.CreateEventType(event_type=EventType(name="invoice.sent")),
+        me.RedeliverDelivery(id=delivery_id),
+        operator.DeactivateWebhookConfig(id=config.id, reason="Abuse"),
+        redeliver_all(operator),
+        deprecate(operator, "payment.succeeded"),
+        operator.EraseMerchant(merchant_id="m_1"),
     )
     assert len(calls) == len(CHANGES)
     for call in calls:
@@ -225,22 +167,16 @@ async def test_a_change_whose_entry_cannot_be_written_is_not_made(
     assert await pool.fetch("SELECT * FROM webhook_configs ORDER BY id") == before
     states = await pool.fetch("SELECT state, webhook_id FROM delivery_queue ORDER BY state")
     assert [row["state"] for row in states] == ["parked", "ready"]
-    assert not await pool.fetchval("SELECT count(*) FROM event_types WHERE name = 'invoice.sent'")
-    assert not await pool.fetchval("SELECT count(*) FROM event_types WHERE deprecated")
-    assert not await pool.fetchval("SELECT count(*) FROM events WHERE payload = ''")
+    assert not await count_rows(pool, "event_types WHERE name = 'invoice.sent' OR deprecated")
+    assert not await count_rows(pool, "events WHERE payload = ''")
 
 
-async def test_each_of_many_changes_at_once_is_on_record_under_its_own_caller(
-    platform: Platform, receiver: Receiver, pool: Any
+async def test_concurrent_changes_keep_their_own_actor(
+    platform: Platform, config: WebhookConfig, pool: Any
 ) -> None:
-    config = (await platform.register(receiver.url)).webhook_config
-
     async def change(number: int) -> None:
-        token = platform.token("webhooks:manage", merchant_id="m_1", subject=f"caller-{number}")
-        await platform.webhooks.UpdateWebhookConfig(
-            updating(WebhookConfig(id=config.id, description=f"{number}"), "description"),
-            metadata=[*bearer(token), ("x-request-id", f"request-{number}")],
-        )
+        calls = merchant(platform, f"caller-{number}", f"request-{number}")
+        await update(calls, WebhookConfig(id=config.id, description=f"{number}"), "description")
 
     await asyncio.gather(*(change(number) for number in range(12)))
 

@@ -1,4 +1,4 @@
-"""Authentication through a real server, under an outer interceptor as in production."""
+"""Authentication in a real gRPC server, with an outer interceptor as in production."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,46 +24,47 @@ ISSUER = "https://id.example.com/"
 KINDS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream", "ReadWrite")
 UNKNOWN = "Missing"
 METHODS = (*KINDS, UNKNOWN)
+ARITY = {False: "unary", True: "stream"}
 PUBLIC = frozenset({"/test.Echo/Public", "/test.Echo/PublicByMistake"})
 
 
 class Echo:
-    """Answers every request with the caller's subject; notes what reached a handler."""
+    """Answers every request with the caller's subject and records it in `reached`."""
 
     def __init__(self) -> None:
         self.reached: list[str] = []
 
-    def _who(self) -> bytes:
+    def _subject(self) -> bytes:
         self.reached.append(principal().subject)
         return principal().subject.encode()
 
     async def unary_unary(self, _request: bytes, _context: Any) -> bytes:
         await asyncio.sleep(0)
-        return self._who()
+        return self._subject()
 
     async def unary_stream(self, _request: bytes, _context: Any) -> AsyncIterator[bytes]:
-        yield self._who()
+        yield self._subject()
         await asyncio.sleep(0)
-        yield self._who()
+        yield self._subject()
 
     async def stream_unary(self, requests: AsyncIterator[bytes], _context: Any) -> bytes:
-        return b"".join([self._who() async for _ in requests])
+        return b"".join([self._subject() async for _ in requests])
 
     async def stream_stream(
         self, requests: AsyncIterator[bytes], _context: Any
     ) -> AsyncIterator[bytes]:
         async for _ in requests:
-            yield self._who()
+            yield self._subject()
 
     async def read_write(self, _requests: AsyncIterator[bytes], context: Any) -> None:
         while await context.read() is not grpc.aio.EOF:
-            await context.write(self._who())
+            await context.write(self._subject())
 
     async def public(self, _request: bytes, _context: Any) -> bytes:
-        return b"anybody" if current_call().caller is None else self._who()
+        return b"anonymous" if current_call().caller is None else self._subject()
 
     async def public_by_mistake(self, _request: bytes, _context: Any) -> bytes:
-        return self._who()
+        return self._subject()
 
     def handlers(self) -> dict[str, Any]:
         return {
@@ -78,7 +79,7 @@ class Echo:
 
 
 class Guarded(grpc.GenericRpcHandler):
-    """What a server asks for its handlers."""
+    """Looks handlers up and guards them, as the server's dispatcher does."""
 
     def __init__(self, authentication: Authentication, handlers: dict[str, Any]):
         self._authentication = authentication
@@ -90,7 +91,7 @@ class Guarded(grpc.GenericRpcHandler):
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Stands in for the outermost one: it knows the errors only as a handler raises them."""
+    """Turns the exception of a handler into a status and records it in `raised`."""
 
     def __init__(self) -> None:
         self.raised: list[Exception] = []
@@ -101,23 +102,23 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler.response_streaming:
-            behaviour = handler and (handler.unary_unary or handler.stream_unary)
-            return handler and self._wrap_unary(handler, behaviour)
-        return self._wrap_stream(handler, handler.unary_stream or handler.stream_stream)
+        if handler is None:
+            return None
+        kind = f"{ARITY[handler.request_streaming]}_{ARITY[handler.response_streaming]}"
+        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
+        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(wrap(getattr(handler, kind)))
 
-    def _wrap_unary(self, handler: Any, behaviour: Any) -> Any:
+    def _wrap_unary(self, behaviour: Any) -> Any:
         async def wrapped(request: Any, context: Any) -> Any:
             try:
                 return await behaviour(request, context)
             except Exception as error:
                 await self._abort(error, context)
 
-        if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(wrapped)
-        return grpc.unary_unary_rpc_method_handler(wrapped)
+        return wrapped
 
-    def _wrap_stream(self, handler: Any, behaviour: Any) -> Any:
+    def _wrap_stream(self, behaviour: Any) -> Any:
         async def wrapped(request: Any, context: Any) -> None:
             try:
                 answers = behaviour(request, context)
@@ -129,9 +130,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             except Exception as error:
                 await self._abort(error, context)
 
-        if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(wrapped)
-        return grpc.unary_stream_rpc_method_handler(wrapped)
+        return wrapped
 
     async def _abort(self, error: Exception, context: Any) -> None:
         self.raised.append(error)
@@ -145,7 +144,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
 
 class BreakableKeys:
-    """The development key, until the test says otherwise."""
+    """The development key, or `fault`."""
 
     def __init__(self, keys: PemKeys):
         self._keys = keys
@@ -162,12 +161,13 @@ class Refusal(NamedTuple):
     details: str
 
 
+NO_KEYS = Unavailable("keys are away", reason="KEYS_UNAVAILABLE")
 NO_TOKEN = Refusal(grpc.StatusCode.UNAUTHENTICATED, token_refused().message)
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The running server, a channel to it, and what its parts have seen."""
+    """The running server, its parts and a channel to it."""
 
     channel: grpc.aio.Channel
     echo: Echo
@@ -176,7 +176,7 @@ class Service:
     mint: Callable[[str], str]
 
     def start(self, method: str, *metadata: tuple[str, str], size: int = 1) -> Any:
-        """A call begun; one that streams its requests has sent none yet."""
+        """Start a call. No request of a stream is sent yet."""
         path, request = f"/test.Echo/{method}", b"x" * size
         channel: Any = self.channel
         match method:
@@ -190,7 +190,7 @@ class Service:
                 return channel.unary_unary(path)(request, metadata=metadata, timeout=10)
 
     async def call(self, method: str, *metadata: tuple[str, str]) -> bytes:
-        """Two requests where they stream, one where not; the answers joined."""
+        """Send two requests of a stream, or one. Returns the joined answers."""
         call = self.start(method, *metadata)
         if method in {"StreamUnary", "StreamStream", "ReadWrite"}:
             await call.write(b"x")
@@ -201,9 +201,10 @@ class Service:
         return bytes(await call)
 
     async def refusal(self, method: str, *metadata: tuple[str, str], size: int = 1) -> Refusal:
-        """How a call ends of which no request is sent before the answer, where they stream.
+        """The status of a call that sends no request of a stream.
 
-        (A client of grpc.aio that is writing just then may report INTERNAL: grpc/grpc#36066.)
+        A grpc.aio client that is writing when the refusal arrives may report INTERNAL
+        (grpc/grpc#36066).
         """
         call = self.start(method, *metadata, size=size)
         return Refusal(await call.code(), await call.details())
@@ -241,31 +242,27 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 
 @pytest.mark.parametrize("method", KINDS)
-async def test_caller_with_a_token_reaches_the_handler_as_itself(
-    service: Service, method: str
-) -> None:
+async def test_handler_sees_the_caller_of_the_token(service: Service, method: str) -> None:
     expected = b"ann" if method == "UnaryUnary" else b"annann"
     assert await service.call(method, service.bearer("ann")) == expected
     assert set(service.echo.reached) == {"ann"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_caller_without_a_token_reaches_no_handler_and_sends_no_request(
-    service: Service, method: str
-) -> None:
+async def test_call_without_token_reaches_no_handler(service: Service, method: str) -> None:
     assert await service.refusal(method) == NO_TOKEN
     assert service.echo.reached == []
     assert [type(error) for error in service.status.raised] == [Unauthenticated]
 
 
-async def test_method_that_is_missing_is_told_to_a_known_caller_only(service: Service) -> None:
+async def test_unknown_method_is_revealed_only_with_a_token(service: Service) -> None:
     refusal = await service.refusal(UNKNOWN, service.bearer("ann"))
     assert refusal.code is grpc.StatusCode.UNIMPLEMENTED
     assert await service.refusal(UNKNOWN) == await service.refusal("UnaryUnary")
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-async def test_scheme_is_read_without_regard_to_case(service: Service, scheme: str) -> None:
+async def test_scheme_is_case_insensitive(service: Service, scheme: str) -> None:
     metadata = ("authorization", f"{scheme} {service.mint('ann')}")
     assert await service.call("UnaryUnary", metadata) == b"ann"
 
@@ -273,7 +270,7 @@ async def test_scheme_is_read_without_regard_to_case(service: Service, scheme: s
 @pytest.mark.parametrize(
     "value", ["", "Bearer", "Bearer ", "{}", "Basic {}", "Bearer  {}", "Bearer {} {}", "Bearer{}"]
 )
-async def test_other_authorization_is_refused(service: Service, value: str) -> None:
+async def test_malformed_authorization_is_refused(service: Service, value: str) -> None:
     token = service.mint("ann")
     metadata = ("authorization", value.format(token, token))
     assert await service.refusal("UnaryUnary", metadata) == NO_TOKEN
@@ -281,7 +278,7 @@ async def test_other_authorization_is_refused(service: Service, value: str) -> N
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("second", ["ann", "bob"])
-async def test_two_tokens_are_one_too_many(service: Service, method: str, second: str) -> None:
+async def test_two_tokens_are_refused(service: Service, method: str, second: str) -> None:
     metadata = (service.bearer("ann"), service.bearer(second))
     assert await service.refusal(method, *metadata) == NO_TOKEN
     assert service.echo.reached == []
@@ -295,7 +292,7 @@ async def test_refusal_does_not_wait_for_the_request(service: Service, method: s
 
 
 @pytest.mark.parametrize("method", ["UnaryUnary", "UnaryStream", UNKNOWN])
-async def test_refusal_of_a_large_request_arrives_whole(service: Service, method: str) -> None:
+async def test_refusal_of_a_large_request_has_its_details(service: Service, method: str) -> None:
     for _ in range(10):
         assert await service.refusal(method, size=3_000_000) == NO_TOKEN
 
@@ -304,49 +301,39 @@ async def test_refusal_of_a_large_request_arrives_whole(service: Service, method
 async def test_public_method_needs_no_token(
     service: Service, metadata: tuple[tuple[str, str], ...]
 ) -> None:
-    assert await service.call("Public", *metadata) == b"anybody"
+    assert await service.call("Public", *metadata) == b"anonymous"
 
 
-async def test_public_method_has_no_caller_even_right_after_another_call(service: Service) -> None:
+async def test_public_method_has_no_caller_after_another_call(service: Service) -> None:
     await service.call("UnaryUnary", service.bearer("ann"))
     assert await service.refusal("PublicByMistake", service.bearer("ann")) == NO_TOKEN
     assert service.echo.reached == ["ann"]
 
 
-async def test_callers_of_one_moment_are_not_confused(service: Service) -> None:
-    names = [f"caller-{number}" for number in range(20) for _ in KINDS]
-    answers = await asyncio.gather(
-        *(
-            service.call(method, service.bearer(name))
-            for name, method in zip(names, KINDS * 20, strict=True)
-        )
-    )
-    for name, answer in zip(names, answers, strict=True):
+async def test_concurrent_calls_keep_their_own_caller(service: Service) -> None:
+    async def call(method: str, name: str) -> None:
+        answer = await service.call(method, service.bearer(name))
         assert answer in {name.encode(), name.encode() * 2}
+
+    await asyncio.gather(*(call(method, f"caller-{n}") for method in KINDS for n in range(20)))
 
 
 @pytest.mark.parametrize("method", KINDS)
-async def test_a_caller_known_a_moment_ago_is_known_without_the_keys(
-    service: Service, method: str
-) -> None:
+async def test_recent_token_is_accepted_without_keys(service: Service, method: str) -> None:
     bearer = service.bearer("ann")
     first = await service.call(method, bearer)
-    service.keys.fault = Unavailable("keys are away", reason="KEYS_UNAVAILABLE")
+    service.keys.fault = NO_KEYS
     assert await service.call(method, bearer) == first
-    assert await service.refusal(method, service.bearer("bob")) == (
-        grpc.StatusCode.UNAVAILABLE,
-        "keys are away",
-    )
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_keys_that_are_away_make_the_call_unavailable(service: Service, method: str) -> None:
-    service.keys.fault = Unavailable("keys are away", reason="KEYS_UNAVAILABLE")
+async def test_call_is_unavailable_without_keys(service: Service, method: str) -> None:
+    service.keys.fault = NO_KEYS
     refusal = await service.refusal(method, service.bearer("ann"))
-    assert refusal == (grpc.StatusCode.UNAVAILABLE, "keys are away")
+    assert refusal == (grpc.StatusCode.UNAVAILABLE, NO_KEYS.message)
 
 
-async def test_fault_of_ours_stays_ours_and_lets_nobody_in(service: Service) -> None:
+async def test_verifier_bug_is_internal_and_refuses_the_call(service: Service) -> None:
     service.keys.fault = RuntimeError("password=hunter2")
     refusal = await service.refusal("UnaryUnary", service.bearer("ann"))
     assert refusal == (grpc.StatusCode.INTERNAL, "internal error")
