@@ -1,4 +1,4 @@
-"""The table of bad tokens over the wire: one answer to all of them, and it tells nothing."""
+"""All bad tokens get the same answer over the wire, so that it reveals nothing."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -7,30 +7,25 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from core.logs import SuccessSampling
-from core.settings import LogSettings
 from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import TokenVerifier, token_refused
-from server.metrics import ServerMetrics
-from server.rpc.audit_refusals import RefusalAudit
 from server.rpc.authenticate import Authentication
-from server.rpc.call import current_call
-from server.rpc.dispatch import Calls
-from server.rpc.report import RpcReports
 from server.settings import ServerSettings
 from tests.server.auth.test_tokens import (
     AUDIENCE,
     BAD_TOKENS,
     ISSUER,
     LIFETIME,
-    FakeClock,
+    NOW,
     FakeKeys,
     with_claims,
 )
+from tests.support.clock import ManualClock
+from tests.support.dispatch import dispatching
 from tests.support.platform import Metadata, bearer
 from tests.support.refused_calls import Refusal, refusal_of
 
-#: Metadata cannot carry the others, so no client can send them.
+#: The other tokens do not fit into metadata, so no client can send them.
 SENDABLE = {
     name: token
     for name, token in BAD_TOKENS.items()
@@ -39,47 +34,26 @@ SENDABLE = {
 REFUSAL = Refusal(StatusCode.UNAUTHENTICATED, token_refused().message, "TOKEN_INVALID")
 
 
-class NobodyIsKnown(RefusalAudit):
-    """In place of the audit log, which strangers must not write to."""
-
-    def __init__(self) -> None:
-        pass
-
-    async def record(self, *_: object) -> None:
-        assert current_call().caller is None
-
-
 @pytest.fixture
 async def call() -> AsyncIterator[Any]:
-    """Calls a server that takes the tokens of test_tokens at their time."""
+    """Calls a server that accepts the tokens of test_tokens at their time."""
     verifier = TokenVerifier(
         FakeKeys(),
         issuer=ISSUER,
         audience=AUDIENCE,
         max_lifetime_seconds=LIFETIME,
-        clock=FakeClock(),
+        clock=ManualClock(NOW),
     )
     authentication = Authentication(verifier, CallerLimits(ServerSettings()))
     options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 32_768)]
-    reports = RpcReports(ServerMetrics({}), SuccessSampling(LogSettings()))
-    server = grpc.aio.server(options=options)
 
     async def echo(request: bytes, _context: Any) -> bytes:
         return request
 
     handlers: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
-    services = [grpc.method_handlers_generic_handler("test.Echo", handlers)]
-    server.add_generic_rpc_handlers([Calls(services, authentication, NobodyIsKnown(), reports)])
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+    async with dispatching(authentication, handlers, options) as channel:
         stub: Any = channel.unary_unary("/test.Echo/Echo")
-
-        def start(metadata: Metadata) -> Any:
-            return stub(b"x", metadata=metadata, timeout=10)
-
-        yield start
-    await server.stop(None)
+        yield lambda metadata: stub(b"x", metadata=metadata, timeout=10)
 
 
 async def test_every_bad_token_has_the_same_answer(call: Any) -> None:
@@ -103,5 +77,5 @@ async def test_every_bad_token_has_the_same_answer(call: Any) -> None:
     ],
     ids=["none", "empty", "Basic", "twice", "two", "binary", "cookie", "forwarded"],
 )
-async def test_a_good_token_in_a_wrong_place_is_none(call: Any, metadata: Metadata) -> None:
+async def test_token_in_other_metadata_does_not_count(call: Any, metadata: Metadata) -> None:
     assert await refusal_of(call(metadata)) == REFUSAL

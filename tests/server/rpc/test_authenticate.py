@@ -1,7 +1,7 @@
-"""Authentication in a real gRPC server, with an outer interceptor as in production."""
+"""Authentication in a real gRPC server, for all kinds of handlers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,19 +12,19 @@ import pytest
 import pytest_asyncio
 
 from cli.dev.signing_key import ensure_development_key, mint_token
-from core.errors import Unauthenticated, Unavailable
+from core.errors import Unavailable
 from server.auth.jwks import PemKeys, VerificationKey
 from server.auth.rate_limits import CallerLimits
 from server.auth.tokens import TokenVerifier, token_refused
 from server.rpc.authenticate import Authentication, principal
-from server.rpc.call import begin_call, current_call
+from server.rpc.call import current_call
 from server.settings import ServerSettings
+from tests.support.dispatch import dispatching
 
 ISSUER = "https://id.example.com/"
 KINDS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream", "ReadWrite")
 UNKNOWN = "Missing"
 METHODS = (*KINDS, UNKNOWN)
-ARITY = {False: "unary", True: "stream"}
 PUBLIC = frozenset({"/test.Echo/Public", "/test.Echo/PublicByMistake"})
 
 
@@ -78,71 +78,6 @@ class Echo:
         }
 
 
-class Guarded(grpc.GenericRpcHandler):
-    """Looks handlers up and guards them, as the server's dispatcher does."""
-
-    def __init__(self, authentication: Authentication, handlers: dict[str, Any]):
-        self._authentication = authentication
-        self._echo = grpc.method_handlers_generic_handler("test.Echo", handlers)
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        call = begin_call(handler_call_details.method, handler_call_details.invocation_metadata)
-        return self._authentication.guard(call, self._echo.service(handler_call_details))
-
-
-class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Turns the exception of a handler into a status and records it in `raised`."""
-
-    def __init__(self) -> None:
-        self.raised: list[Exception] = []
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        kind = f"{ARITY[handler.request_streaming]}_{ARITY[handler.response_streaming]}"
-        wrap = self._wrap_stream if handler.response_streaming else self._wrap_unary
-        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(wrap(getattr(handler, kind)))
-
-    def _wrap_unary(self, behaviour: Any) -> Any:
-        async def wrapped(request: Any, context: Any) -> Any:
-            try:
-                return await behaviour(request, context)
-            except Exception as error:
-                await self._abort(error, context)
-
-        return wrapped
-
-    def _wrap_stream(self, behaviour: Any) -> Any:
-        async def wrapped(request: Any, context: Any) -> None:
-            try:
-                answers = behaviour(request, context)
-                if asyncio.iscoroutine(answers):
-                    await answers
-                    return
-                async for answer in answers:
-                    await context.write(answer)
-            except Exception as error:
-                await self._abort(error, context)
-
-        return wrapped
-
-    async def _abort(self, error: Exception, context: Any) -> None:
-        self.raised.append(error)
-        match error:
-            case Unauthenticated():
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message)
-            case Unavailable():
-                await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
-            case _:
-                await context.abort(grpc.StatusCode.INTERNAL, "internal error")
-
-
 class BreakableKeys:
     """The development key, or `fault`."""
 
@@ -171,7 +106,6 @@ class Service:
 
     channel: grpc.aio.Channel
     echo: Echo
-    status: StatusInterceptor
     keys: BreakableKeys
     mint: Callable[[str], str]
 
@@ -218,12 +152,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     pair = ensure_development_key(tmp_path)
     keys = BreakableKeys(PemKeys(pair.public_key_file))
     verifier = TokenVerifier(keys, issuer=ISSUER, audience="postrider", max_lifetime_seconds=3600)
-    echo, status = Echo(), StatusInterceptor()
     authentication = Authentication(verifier, CallerLimits(ServerSettings()), PUBLIC)
-    server = grpc.aio.server(interceptors=(status,))
-    server.add_generic_rpc_handlers([Guarded(authentication, echo.handlers())])
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
 
     def mint(subject: str) -> str:
         return mint_token(
@@ -236,9 +165,9 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
             lifetime=timedelta(minutes=5),
         )
 
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield Service(channel, echo, status, keys, mint)
-    await server.stop(None)
+    echo = Echo()
+    async with dispatching(authentication, echo.handlers()) as channel:
+        yield Service(channel, echo, keys, mint)
 
 
 @pytest.mark.parametrize("method", KINDS)
@@ -252,7 +181,6 @@ async def test_handler_sees_the_caller_of_the_token(service: Service, method: st
 async def test_call_without_token_reaches_no_handler(service: Service, method: str) -> None:
     assert await service.refusal(method) == NO_TOKEN
     assert service.echo.reached == []
-    assert [type(error) for error in service.status.raised] == [Unauthenticated]
 
 
 async def test_unknown_method_is_revealed_only_with_a_token(service: Service) -> None:
@@ -333,9 +261,12 @@ async def test_call_is_unavailable_without_keys(service: Service, method: str) -
     assert refusal == (grpc.StatusCode.UNAVAILABLE, NO_KEYS.message)
 
 
-async def test_verifier_bug_is_internal_and_refuses_the_call(service: Service) -> None:
+async def test_verifier_bug_is_internal_and_refuses_the_call(
+    service: Service, logged: list[Any]
+) -> None:
     service.keys.fault = RuntimeError("password=hunter2")
     refusal = await service.refusal("UnaryUnary", service.bearer("ann"))
-    assert refusal == (grpc.StatusCode.INTERNAL, "internal error")
-    assert service.status.raised == [service.keys.fault]
+    assert refusal.code is grpc.StatusCode.INTERNAL
+    assert "hunter2" not in refusal.details
+    assert [entry.get("exc_info") for entry in logged] == [service.keys.fault, None]
     assert service.echo.reached == []

@@ -1,22 +1,20 @@
-"""What a caller learns when we are the ones who failed: a reference, and nothing of ours."""
+"""An internal error reaches the caller as a reference, without any internals."""
 
 import asyncio
 import io
 from collections.abc import Iterator
 from typing import Any
 
-import grpc
 import pytest
 import structlog
 from grpc import StatusCode
 
 from core.logs import configure_logs
 from core.settings import LogSettings
-from postrider.v1 import delivery_service_pb2
 from tests.support.platform import Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
-from tests.support.rpcs import call, methods, name_of
+from tests.support.rpcs import call, code_of, methods, name_of
 
 SCOPES = ("webhooks:manage", "events:publish", "webhooks:admin")
 INTERNAL = "postgresql://user:password@10.0.0.5/postrider"
@@ -24,7 +22,7 @@ INTERNAL = "postgresql://user:password@10.0.0.5/postrider"
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading deliveries fails in a way nobody thought of."""
+    """Listing deliveries raises an unexpected error."""
 
     async def breaks(*_: Any) -> None:
         raise ZeroDivisionError(INTERNAL)
@@ -33,13 +31,10 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def list_deliveries(platform: Platform, *metadata: tuple[str, str]) -> Any:
-    return await platform.deliveries.ListDeliveries(
-        delivery_service_pb2.ListDeliveriesRequest(),
-        metadata=[*platform.merchant(), *metadata],
-    )
+    return await platform.calls([*platform.merchant(), *metadata]).ListDeliveries()
 
 
-async def test_an_unforeseen_error_is_internal_with_a_reference_and_tells_nothing_else(
+async def test_unexpected_error_reveals_only_a_reference(
     platform: Platform, broken: None, logged: list[Any]
 ) -> None:
     async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
@@ -56,7 +51,7 @@ async def test_an_unforeseen_error_is_internal_with_a_reference_and_tells_nothin
     assert broke["method"] == "/postrider.v1.DeliveryService/ListDeliveries"
 
 
-async def test_every_rpc_hides_what_broke_in_it(
+async def test_internal_error_of_each_rpc_is_hidden(
     platform: Platform, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
     def breaks(*_: Any) -> Any:
@@ -69,7 +64,7 @@ async def test_every_rpc_hides_what_broke_in_it(
         assert "password" not in f"{error}", name_of(method)
 
 
-async def test_the_callers_request_id_is_the_reference_if_it_is_well_formed(
+async def test_reference_is_the_request_id_if_well_formed(
     platform: Platform, broken: None, logged: list[Any]
 ) -> None:
     async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
@@ -82,7 +77,7 @@ async def test_the_callers_request_id_is_the_reference_if_it_is_well_formed(
         assert len(error.metadata["reference"]) == 16
 
 
-async def test_references_of_calls_at_once_are_their_own(
+async def test_concurrent_calls_have_different_references(
     platform: Platform, broken: None, logged: list[Any]
 ) -> None:
     async def reference() -> str:
@@ -93,18 +88,14 @@ async def test_references_of_calls_at_once_are_their_own(
     assert len(set(await asyncio.gather(*(reference() for _ in range(10))))) == 10
 
 
-async def test_each_call_is_one_line_in_the_log_with_who_and_how_it_ended(
+async def test_each_call_is_logged_with_caller_and_code(
     platform: Platform, logged: list[Any]
 ) -> None:
     await list_deliveries(platform, ("x-request-id", "trace-0123456789"))
     async with refused(StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"):
-        await platform.deliveries.ListDeliveries(
-            delivery_service_pb2.ListDeliveriesRequest(), metadata=platform.operator()
-        )
+        await platform.as_operator().ListDeliveries()
     async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_INVALID"):
-        await platform.deliveries.ListDeliveries(
-            delivery_service_pb2.ListDeliveriesRequest(), metadata=bearer("x.y.z")
-        )
+        await platform.calls(bearer("x.y.z")).ListDeliveries()
     lines = [entry for entry in logged if entry["event"] == "rpc"]
     assert [(line["code"], line["subject"], line["merchant_id"]) for line in lines] == [
         ("OK", "tester", "m_1"),
@@ -115,21 +106,17 @@ async def test_each_call_is_one_line_in_the_log_with_who_and_how_it_ended(
     assert all(line["duration_ms"] > 0 for line in lines)
 
 
-async def test_a_method_that_does_not_exist_is_unimplemented(platform: Platform) -> None:
+async def test_unknown_method_is_unimplemented(platform: Platform) -> None:
     missing: Any = platform.channel.unary_unary("/postrider.v1.DeliveryService/Nothing")
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await missing(b"", metadata=platform.merchant())
-    assert caught.value.code() is StatusCode.UNIMPLEMENTED
+    assert await code_of(missing(b"", metadata=platform.merchant())) is StatusCode.UNIMPLEMENTED
 
 
-async def test_bytes_that_are_no_message_are_the_callers_fault(
-    platform: Platform, logged: list[Any]
-) -> None:
+async def test_malformed_request_is_refused(platform: Platform, logged: list[Any]) -> None:
     untyped: Any = platform.channel.unary_unary
     for method in methods():
         path = f"/{method.containing_service.full_name}/{method.name}"
         metadata = bearer(platform.token(*SCOPES, merchant_id="m_1", subject=path))
-        # A token that is new and one that was seen before take different ways.
+        # A new token and a known token take different code paths.
         for _ in range(2):
             async with refused(StatusCode.INVALID_ARGUMENT, "REQUEST_MALFORMED"):
                 await untyped(path)(b"\xff" * 10, metadata=metadata)
@@ -139,7 +126,7 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(
 
 @pytest.fixture
 def log_stream() -> Iterator[io.BytesIO]:
-    """What production writes, as JSON."""
+    """The log in JSON, as in production."""
     stream = io.BytesIO()
     before = structlog.get_config()
     configure_logs(LogSettings(log_format="json"), stream)
@@ -147,7 +134,7 @@ def log_stream() -> Iterator[io.BytesIO]:
     structlog.configure(**before)
 
 
-async def test_the_stack_in_the_log_holds_no_secret_token_or_payload(
+async def test_logged_stack_has_no_secret_token_or_payload(
     platform: Platform,
     receiver: Receiver,
     monkeypatch: pytest.MonkeyPatch,
@@ -172,7 +159,7 @@ async def test_the_stack_in_the_log_holds_no_secret_token_or_payload(
         assert leak not in written
 
 
-async def test_the_error_of_a_statement_in_the_log_holds_nothing_it_was_given(
+async def test_logged_statement_error_has_no_arguments(
     platform: Platform, receiver: Receiver, pool: Any, log_stream: io.BytesIO
 ) -> None:
     await pool.execute(

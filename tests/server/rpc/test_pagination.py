@@ -15,39 +15,34 @@ from server.rpc.pagination import page_size, page_token, parse_page_token
 @pytest.mark.parametrize(
     ("requested", "used"), [(0, 50), (1, 1), (50, 50), (100, 100), (101, 100), (2**31 - 1, 100)]
 )
-def test_a_page_is_as_large_as_asked_for_up_to_the_maximum(requested: int, used: int) -> None:
+def test_page_size_is_bounded_by_the_maximum(requested: int, used: int) -> None:
     assert page_size(requested, default=50, maximum=100) == used
 
 
-def test_a_negative_page_size_is_refused() -> None:
+def test_negative_page_size_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="meaning 50") as refused:
         page_size(-1, default=50, maximum=100)
     assert refused.value.violations[0].field == "page_size"
 
 
-def test_no_token_is_the_first_page() -> None:
+def test_empty_token_means_the_first_page() -> None:
     assert parse_page_token("", UUID, "list") is None
 
 
-def test_a_token_brings_its_position_back_to_its_own_list() -> None:
+def test_token_returns_its_position() -> None:
     position = new_id()
-    assert (
-        parse_page_token(page_token(position.hex, "list", "m_1"), UUID, "list", "m_1") == position
-    )
+    token = page_token(position.hex, "list", "m_1")
+    assert parse_page_token(token, UUID, "list", "m_1") == position
 
 
 @pytest.mark.parametrize(
     "identity",
     [
-        ("list", "m_2"),
-        ("other", "m_1"),
-        ("list",),
-        ("list", "m_1", ""),
-        ("listm_1",),
-        ("m_1", "list"),
+        *(("list", "m_2"), ("other", "m_1"), ("m_1", "list")),
+        *(("list",), ("list", "m_1", ""), ("listm_1",)),
     ],
 )
-def test_a_token_of_another_list_is_refused(identity: tuple[str, ...]) -> None:
+def test_token_of_another_list_is_refused(identity: tuple[str, ...]) -> None:
     token = page_token(new_id().hex, "list", "m_1")
     with pytest.raises(InvalidArgument) as refused:
         parse_page_token(token, UUID, *identity)
@@ -55,12 +50,12 @@ def test_a_token_of_another_list_is_refused(identity: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("position", ["", "x", "\x00", "-" * 1000, "0" * 31])
-def test_a_forged_position_is_refused(position: str) -> None:
+def test_forged_position_is_refused(position: str) -> None:
     with pytest.raises(InvalidArgument):
         parse_page_token(page_token(position, "list"), UUID, "list")
 
 
-def test_a_position_that_is_not_ascii_is_refused() -> None:
+def test_position_must_be_ascii() -> None:
     genuine = base64.urlsafe_b64decode(page_token("x" * 7, "list") + "=")
     forged = base64.urlsafe_b64encode(genuine[:8] + b"\xff").decode()
     with pytest.raises(InvalidArgument):
@@ -68,14 +63,14 @@ def test_a_position_that_is_not_ascii_is_refused() -> None:
 
 
 @given(st.text())
-def test_no_text_is_anything_but_a_token_or_refused(text: str) -> None:
+def test_random_text_is_refused(text: str) -> None:
     if text:
         with pytest.raises(InvalidArgument):
             parse_page_token(text, UUID, "list")
 
 
 @given(st.text(alphabet=st.characters(codec="ascii")))
-def test_tokens_fit_into_a_url(position: str) -> None:
+def test_tokens_are_url_safe(position: str) -> None:
     token = page_token(position, "list")
     assert token.replace("-", "").replace("_", "").isalnum()
     assert parse_page_token(token, str, "list") == position

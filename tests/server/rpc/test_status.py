@@ -1,4 +1,4 @@
-"""From what went wrong to a gRPC status."""
+"""Conversion of errors to a gRPC status."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from core import errors
 from core.errors import FieldViolation, InvalidArgument, NotFound, PostriderError, Unavailable
 from server.rpc.status import internal_status, to_domain_error, to_status
 
-#: What a client takes by default is 8 KiB of metadata; this leaves room for the rest of it.
+#: Clients accept 8 KiB of metadata by default. The difference is for other metadata.
 METADATA_BYTES_MAX = 7500
 
 EXAMPLES: dict[type[PostriderError], tuple[PostriderError, grpc.StatusCode]] = {
@@ -40,7 +40,7 @@ def detail(status: Any, kind: type[Any]) -> Any:
     return message
 
 
-def test_every_error_of_the_tree_has_a_code_and_says_its_reason() -> None:
+def test_each_error_class_has_a_code_and_a_reason() -> None:
     assert set(PostriderError.__subclasses__()) == set(EXAMPLES)
     for error, code in EXAMPLES.values():
         status = to_status(error)
@@ -50,30 +50,36 @@ def test_every_error_of_the_tree_has_a_code_and_says_its_reason() -> None:
         assert (info.reason, info.domain) == (error.reason, "postrider")
 
 
-def test_metadata_of_an_error_reaches_programs() -> None:
+def test_metadata_is_in_the_error_info() -> None:
     status = to_status(NotFound("m", reason="R", metadata={"scope": "x"}))
     assert detail(status, error_details_pb2.ErrorInfo).metadata == {"scope": "x"}
 
 
-def test_an_unavailable_part_says_when_to_come_back() -> None:
-    status = to_status(Unavailable("m", reason="R", retry_after_seconds=2.5))
-    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 2500
+@pytest.mark.parametrize(
+    ("error", "milliseconds"),
+    [
+        (Unavailable("m", reason="R", retry_after_seconds=2.5), 2500),
+        (errors.QuotaExceeded("m", reason="R", subject="s", retry_after_seconds=0.0001), 1),
+    ],
+)
+def test_retry_delay_is_rounded_up_to_milliseconds(
+    error: PostriderError, milliseconds: int
+) -> None:
+    info = detail(to_status(error), error_details_pb2.RetryInfo)
+    assert info.retry_delay.ToMilliseconds() == milliseconds
 
 
-def test_a_rate_that_is_used_up_says_when_to_come_back_and_never_too_early() -> None:
-    limit = errors.QuotaExceeded("m", reason="R", subject="s", retry_after_seconds=0.0001)
-    status = to_status(limit)
-    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 1
+def test_quota_failure_names_its_subject() -> None:
+    status = to_status(errors.QuotaExceeded("m", reason="R", subject="s"))
     assert detail(status, error_details_pb2.QuotaFailure).violations[0].subject == "s"
-    for_good = to_status(errors.QuotaExceeded("m", reason="R", subject="s"))
-    assert not any(d.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for d in for_good.details)
+    assert not any(d.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for d in status.details)
 
 
 @pytest.mark.parametrize("letter", ["x", "漢", "\U0001f600"])
-def test_a_status_fits_into_the_metadata_that_clients_take(letter: str) -> None:
+def test_status_fits_into_the_metadata_limit(letter: str) -> None:
     violations = [FieldViolation(f"f[{n}]", letter * 100, "R") for n in range(1000)]
     status = to_status(InvalidArgument(*violations))
-    # The message goes percent-encoded, the whole in base64.
+    # gRPC sends the message percent-encoded and the whole status in base64.
     encoded = 3 * len(status.message.encode()) + status.ByteSize() * 4 // 3
     assert encoded < METADATA_BYTES_MAX
     shown = detail(status, error_details_pb2.BadRequest).field_violations
@@ -83,7 +89,7 @@ def test_a_status_fits_into_the_metadata_that_clients_take(letter: str) -> None:
     assert status.message.endswith("…")
 
 
-def test_a_bug_says_nothing_but_what_to_quote() -> None:
+def test_internal_status_has_only_a_reference() -> None:
     assert to_domain_error(ValueError("secret")) is None
     status = internal_status("abc123")
     assert status.code == grpc.StatusCode.INTERNAL.value[0]
@@ -92,7 +98,7 @@ def test_a_bug_says_nothing_but_what_to_quote() -> None:
 
 
 def wrapped(error: Exception) -> DBAPIError:
-    """As SQLAlchemy's dialect hands on an error of the driver."""
+    """An error of the driver as SQLAlchemy raises it."""
     adapted = Exception("adapted")
     adapted.__cause__ = error
     return DBAPIError("SELECT 1", None, adapted)
@@ -114,7 +120,7 @@ def wrapped(error: Exception) -> DBAPIError:
         PoolTimeoutError(),
     ],
 )
-def test_a_database_that_is_away_is_unavailable_by_either_driver(error: Exception) -> None:
+def test_lost_database_is_unavailable_with_both_drivers(error: Exception) -> None:
     for seen in (error, wrapped(error)):
         away = to_domain_error(seen)
         assert isinstance(away, Unavailable)
@@ -122,6 +128,6 @@ def test_a_database_that_is_away_is_unavailable_by_either_driver(error: Exceptio
 
 
 @pytest.mark.parametrize("error", [asyncpg.UndefinedTableError(), asyncpg.CheckViolationError()])
-def test_a_statement_that_is_wrong_is_a_bug(error: Exception) -> None:
+def test_invalid_statement_is_a_bug(error: Exception) -> None:
     assert to_domain_error(error) is None
     assert to_domain_error(wrapped(error)) is None

@@ -1,7 +1,7 @@
-"""The generated stubs also serve callers that are not asynchronous.
+"""The generated stubs also work for synchronous callers.
 
-This is what grpcio-testing is good for: its channel plays the server to a synchronous stub. Its
-server would call our async servicers without awaiting them, and pass whatever they do.
+The channel of grpcio-testing stands in for the server. Its server is not used, because it calls
+async servicers without awaiting them.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ SERVICE = event_service_pb2.DESCRIPTOR.services_by_name["EventService"]
 def publish(
     channel: grpc.Channel, request: event_service_pb2.PublishEventRequest, token: tuple[str, str]
 ) -> event_service_pb2.PublishEventResponse:
-    """As a caller writes it who has its types checked."""
+    """A type-checked synchronous call."""
     stub = event_service_pb2_grpc.EventServiceStub(channel)
     return stub.PublishEvent(request, metadata=(token,), timeout=20)
 

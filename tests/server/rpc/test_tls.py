@@ -1,4 +1,4 @@
-"""TLS on the listener: what it takes, and how its certificates change under live connections."""
+"""TLS on the listener: accepted versions, usable files and rotation of certificates."""
 
 import asyncio
 import os
@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def replace(files: Files, issued: Issued) -> None:
-    """As a well-behaved rotation does: each file whole, by a rename, one after the other."""
+    """Replace each file atomically, as a certificate rotation does."""
     contents = (issued.certificate, issued.private_key)
     for path, content in zip(files, contents, strict=True):
         fresh = path.with_suffix(".new")
@@ -55,16 +55,15 @@ async def serving(
 ) -> AsyncIterator[tuple[Platform, Issued]]:
     issued = AUTHORITY.issue(ips=("127.0.0.1",))
     replace(files, issued)
-    credentials = AUTHORITY.channel_credentials()
     async with start_platform(
         tls=TlsSettings(tls_certificate_file=files[0], tls_private_key_file=files[1]),
-        channel_credentials=credentials,
+        channel_credentials=AUTHORITY.channel_credentials(),
     ) as platform:
         yield platform, issued
 
 
 async def presented(address: str) -> bytes:
-    """The certificate a new connection is shown, in PEM."""
+    """The certificate that the server presents on a new connection, in PEM."""
     _, _, port = address.rpartition(":")
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -82,20 +81,15 @@ def same(pem: bytes, issued: Issued) -> bool:
     return len({certificate.serial_number for certificate in certificates}) == 1
 
 
-async def list_types(stub: Any, platform: Platform) -> Any:
-    return await stub.ListEventTypes(pb.ListEventTypesRequest(), metadata=platform.merchant())
-
-
-async def test_calls_go_over_tls_and_plain_text_finds_nobody(
+async def test_plain_text_connection_is_refused(
     start_platform: Callable[..., Any], files: Files
 ) -> None:
     async with serving(start_platform, files) as (platform, _):
-        assert (await list_types(platform.webhooks, platform)).event_types
+        assert (await platform.as_merchant().ListEventTypes()).event_types
         async with grpc.aio.insecure_channel(platform.address) as channel:
             stub = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(channel)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await stub.ListEventTypes(pb.ListEventTypesRequest(), timeout=10)
-            assert refused.value.code() is StatusCode.UNAVAILABLE
+            call = stub.ListEventTypes(pb.ListEventTypesRequest(), timeout=10)
+            assert await call.code() is StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
@@ -109,14 +103,11 @@ async def test_calls_go_over_tls_and_plain_text_finds_nobody(
 )
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1")
 async def test_tls_before_1_2_is_refused(
-    start_platform: Callable[..., Any],
-    files: Files,
-    version: ssl.TLSVersion,
-    accepted: bool,
+    start_platform: Callable[..., Any], files: Files, version: ssl.TLSVersion, accepted: bool
 ) -> None:
     async with serving(start_platform, files) as (platform, _):
         context = ssl.create_default_context(cadata=AUTHORITY.certificate.decode())
-        # Lets this side speak what nobody should; the refusal has to be the server's.
+        # The client allows insecure versions, so that the server has to refuse them.
         context.set_ciphers("ALL:@SECLEVEL=0")
         context.minimum_version = context.maximum_version = version
         context.set_alpn_protocols(["h2"])
@@ -134,13 +125,12 @@ async def test_tls_before_1_2_is_refused(
         writer.close()
 
 
-async def test_a_new_certificate_counts_from_the_next_connection_and_live_ones_go_on(
-    start_platform: Callable[..., Any],
-    files: Files,
-    logged: list[Any],
+async def test_rotated_certificate_is_used_by_new_connections(
+    start_platform: Callable[..., Any], files: Files, logged: list[Any]
 ) -> None:
+    """Live connections are not closed."""
     async with serving(start_platform, files) as (platform, first):
-        await list_types(platform.webhooks, platform)
+        await platform.as_merchant().ListEventTypes()
         assert same(await presented(platform.address), first)
         stream = platform.events.StreamEvents(metadata=platform.producer())
         await stream.wait_for_connection()
@@ -149,7 +139,7 @@ async def test_a_new_certificate_counts_from_the_next_connection_and_live_ones_g
             issued = AUTHORITY.issue(ips=("127.0.0.1",))
             replace(files, issued)
             assert same(await presented(platform.address), issued)
-            await list_types(platform.webhooks, platform)
+            await platform.as_merchant().ListEventTypes()
 
         assert not stream.done()
         await stream.done_writing()
@@ -157,15 +147,13 @@ async def test_a_new_certificate_counts_from_the_next_connection_and_live_ones_g
     assert len([entry for entry in logged if entry["event"] == "tls_files_loaded"]) == 3
 
 
-async def test_a_broken_file_keeps_the_old_certificate_and_says_so_once(
-    start_platform: Callable[..., Any],
-    files: Files,
-    logged: list[Any],
+async def test_broken_file_keeps_the_old_certificate(
+    start_platform: Callable[..., Any], files: Files, logged: list[Any]
 ) -> None:
     certificate, key = files
     async with serving(start_platform, files) as (platform, first):
         other = AUTHORITY.issue(ips=("127.0.0.1",))
-        for broken, mend in (
+        for broken, error in (
             (other.certificate, "is not the key of"),
             (b"nonsense", "must hold certificates in PEM"),
             (b"", "must hold certificates in PEM"),
@@ -177,11 +165,10 @@ async def test_a_broken_file_keeps_the_old_certificate_and_says_so_once(
                 certificate.write_bytes(broken)
             for _ in range(3):
                 assert same(await presented(platform.address), first)
-            errors = [entry for entry in logged if entry["event"] == "tls_files_unusable"]
-            assert len(errors) == 1
-            assert mend in errors[0]["error"]
-            assert errors[0]["log_level"] == "error"
-            assert "BEGIN" not in repr(errors)
+            [entry] = [entry for entry in logged if entry["event"] == "tls_files_unusable"]
+            assert error in entry["error"]
+            assert entry["log_level"] == "error"
+            assert "BEGIN" not in repr(entry)
         other.write(certificate, key)
         assert same(await presented(platform.address), other)
 
@@ -203,31 +190,33 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize(("issued", "mend"), UNUSABLE.values(), ids=UNUSABLE.keys())
-def test_unusable_files_are_named_at_the_start(files: Files, issued: Issued, mend: str) -> None:
+@pytest.mark.parametrize(("issued", "error"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_unusable_file_fails_the_start(files: Files, issued: Issued, error: str) -> None:
     issued.write(*files)
-    with pytest.raises(ConfigurationError, match=mend) as refused:
+    with pytest.raises(ConfigurationError, match=error) as refused:
         CertificateFiles(*files, None)
     assert refused.value.message.startswith("WEBHOOK_TLS_")
     assert "BEGIN" not in refused.value.message
 
 
-def test_authorities_of_clients_are_checked_at_the_start(files: Files, tmp_path: Path) -> None:
+def test_unusable_client_ca_fails_the_start(files: Files, tmp_path: Path) -> None:
     AUTHORITY.issue().write(*files)
     (tmp_path / "ca.pem").write_bytes(b"nonsense")
     with pytest.raises(ConfigurationError, match="WEBHOOK_TLS_CLIENT_CA_FILE"):
         CertificateFiles(*files, tmp_path / "ca.pem")
 
 
-def test_settings_that_belong_together_are_set_together(tmp_path: Path) -> None:
-    path = tmp_path / "x.pem"
-    wrong: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"tls_certificate_file": path}, "set both"),
-        ({"tls_private_key_file": path}, "set both"),
-        ({"tls_client_ca_file": path}, "needs WEBHOOK_TLS_CERTIFICATE_FILE"),
-        ({"mtls_listen_address": "[::]:1"}, "needs WEBHOOK_TLS_CLIENT_CA_FILE"),
-        ({"certificate_scopes": "a=events:publish"}, "needs WEBHOOK_TLS_CLIENT_CA_FILE"),
-    )
-    for settings, mend in wrong:
-        with pytest.raises(ValidationError, match=mend):
-            TlsSettings(**settings)
+@pytest.mark.parametrize(
+    ("setting", "value", "error"),
+    [
+        ("tls_certificate_file", "x.pem", "set both"),
+        ("tls_private_key_file", "x.pem", "set both"),
+        ("tls_client_ca_file", "x.pem", "needs WEBHOOK_TLS_CERTIFICATE_FILE"),
+        ("mtls_listen_address", "[::]:1", "needs WEBHOOK_TLS_CLIENT_CA_FILE"),
+        ("certificate_scopes", "a=events:publish", "needs WEBHOOK_TLS_CLIENT_CA_FILE"),
+    ],
+)
+def test_setting_needs_its_companions(setting: str, value: str, error: str) -> None:
+    settings: dict[str, Any] = {setting: value}
+    with pytest.raises(ValidationError, match=error):
+        TlsSettings(**settings)

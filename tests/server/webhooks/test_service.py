@@ -87,7 +87,7 @@ async def test_a_deleted_config_does_not_upset_the_pages(
     assert await list_page(platform, page_token=token) == ([made[3]], "")
 
 
-async def test_a_negative_page_size_is_refused(platform: Platform) -> None:
+async def test_negative_page_size_is_refused(platform: Platform) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_SIZE_INVALID") as error:
         await list_page(platform, page_size=-1)
     assert error.violations == {"page_size": "PAGE_SIZE_INVALID"}
