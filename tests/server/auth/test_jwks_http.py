@@ -1,10 +1,11 @@
-"""The issuer's key set over real HTTP, however badly the issuer behaves."""
+"""Fetching the issuer's key set over real HTTP, also from an issuer that misbehaves."""
 
 import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import jwt.algorithms
@@ -27,11 +28,11 @@ DOCUMENT = json.dumps({"keys": [JWK]}).encode()
 
 @asynccontextmanager
 async def issuer(answer: Handler) -> AsyncIterator[str]:
-    """URL of an issuer that answers so."""
+    """The URL of an issuer with this handler."""
     app = web.Application()
     app.router.add_get("/jwks", answer)
     app.router.add_get("/elsewhere", document)
-    # A handler ends when its client has gone, so that the silent one does.
+    # Ends the silent handler when its client disconnects.
     runner = web.AppRunner(app, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -42,29 +43,21 @@ async def issuer(answer: Handler) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def document(_request: web.Request) -> web.Response:
-    return web.Response(body=DOCUMENT)
+def returning(**response: Any) -> Handler:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(**{"body": DOCUMENT} | response)
+
+    return answer
 
 
-async def redirect(_request: web.Request) -> web.Response:
-    return web.Response(status=302, headers={"Location": "/elsewhere"}, body=DOCUMENT)
-
-
-async def partial(_request: web.Request) -> web.Response:
-    return web.Response(status=206, body=DOCUMENT)
-
-
-async def failing(_request: web.Request) -> web.Response:
-    return web.Response(status=503, body=DOCUMENT)
-
-
-async def too_large(_request: web.Request) -> web.Response:
-    return web.Response(body=b" " * (KEY_SET_BYTES_MAX + 1))
-
-
-async def bomb(_request: web.Request) -> web.Response:
-    packed = gzip.compress(b" " * 100_000_000)
-    return web.Response(body=packed, headers={"Content-Encoding": "gzip"})
+document = returning()
+INVALID = {
+    "redirect": returning(status=302, headers={"Location": "/elsewhere"}),
+    "partial": returning(status=206),
+    "failing": returning(status=503),
+    "too large": returning(body=b" " * (KEY_SET_BYTES_MAX + 1)),
+    "bomb": returning(body=gzip.compress(b" " * 100_000_000), headers={"Content-Encoding": "gzip"}),
+}
 
 
 async def endless(request: web.Request) -> web.StreamResponse:
@@ -93,20 +86,20 @@ async def fetch() -> AsyncIterator[Fetch]:
         yield fetch
 
 
-async def test_a_key_set_is_fetched_as_it_is(fetch: Fetch) -> None:
+async def test_key_set_is_fetched(fetch: Fetch) -> None:
     async with issuer(document) as url:
         assert await fetch(url) == DOCUMENT
 
 
-@pytest.mark.parametrize("answer", [redirect, partial, failing, too_large, bomb, endless])
-async def test_no_other_answer_is_a_key_set(fetch: Fetch, answer: Handler) -> None:
+@pytest.mark.parametrize("answer", [*INVALID.values(), endless], ids=[*INVALID, "endless"])
+async def test_invalid_response_is_refused(fetch: Fetch, answer: Handler) -> None:
     async with issuer(answer) as url:
         with pytest.raises((aiohttp.ClientError, ValueError)):
             await asyncio.wait_for(fetch(url), 10)
 
 
 @pytest.mark.parametrize("answer", [dripping, silent])
-async def test_an_issuer_that_takes_its_time_is_given_up(
+async def test_slow_issuer_times_out(
     fetch: Fetch, answer: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys_module, "FETCH_TIMEOUT_SECONDS", 0.2)
@@ -115,10 +108,10 @@ async def test_an_issuer_that_takes_its_time_is_given_up(
             await JwksKeys(url, fetch).keys_for("k")
 
 
-async def test_no_proxy_of_the_environment_is_asked(
+async def test_proxy_of_the_environment_is_ignored(
     fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     async with issuer(document) as url:
         assert await JwksKeys(url, fetch).keys_for("k") == (VerificationKey.of(KEY.public_key()),)

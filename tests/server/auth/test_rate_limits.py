@@ -1,6 +1,7 @@
-"""What one caller may ask of a server process, by a clock of the test's own."""
+"""Rate limits of callers and slots for pings, on a clock that the test moves."""
 
 import random
+from contextlib import suppress
 
 import pytest
 
@@ -9,42 +10,28 @@ from server.auth import rate_limits
 from server.auth.principal import Principal
 from server.auth.rate_limits import CONNECTING, CallerLimits, PingSlots, Rate
 from server.settings import ServerSettings
+from tests.support.clock import ManualClock
 from tests.support.rpcs import methods
 
 PUBLISH = "/postrider.v1.EventService/PublishEvent"
 PING = "/postrider.v1.WebhookConfigService/PingWebhookConfig"
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 def caller(subject: str = "svc", merchant_id: str | None = None) -> Principal:
     return Principal(subject, merchant_id, frozenset(), 0)
 
 
-def admitted(limits: CallerLimits, who: Principal, method: str = PUBLISH, calls: int = 1) -> int:
-    """How many of so many calls at once get in."""
+def admitted(limits: CallerLimits, who: Principal, method: str = PUBLISH, calls: int = 10) -> int:
+    """The number of admitted calls."""
     count = 0
     for _ in range(calls):
-        try:
+        with suppress(QuotaExceeded):
             limits.admit(who, method)
-        except QuotaExceeded:
-            continue
-        count += 1
+            count += 1
     return count
 
 
-def test_a_burst_gets_through_and_then_the_rate(clock: Clock) -> None:
+def test_burst_is_admitted_and_then_the_rate(clock: ManualClock) -> None:
     rate = Rate(10, 5, clock)
     assert [rate.spend("a") for _ in range(5)] == [0.0] * 5
     assert rate.spend("a") == pytest.approx(0.1)
@@ -56,7 +43,7 @@ def test_a_burst_gets_through_and_then_the_rate(clock: Clock) -> None:
     assert rate.spend("a") > 0
 
 
-def test_who_waits_as_long_as_told_gets_in_and_a_refusal_costs_nothing(clock: Clock) -> None:
+def test_returned_wait_is_enough_and_refusals_cost_nothing(clock: ManualClock) -> None:
     rate = Rate(3, 1, clock)
     assert rate.spend("a") == 0.0
     for _ in range(100):
@@ -66,9 +53,9 @@ def test_who_waits_as_long_as_told_gets_in_and_a_refusal_costs_nothing(clock: Cl
     assert rate.spend("a") == 0.0
 
 
-def test_in_any_second_no_more_gets_through_than_burst_and_rate(clock: Clock) -> None:
+def test_calls_in_any_second_are_at_most_burst_plus_rate(clock: ManualClock) -> None:
     rate, times = Rate(50, 20, clock), []
-    choice = random.Random(7)  # noqa: S311 - a repeatable walk
+    choice = random.Random(7)  # noqa: S311 - reproducible, not secret
     for _ in range(5000):
         clock.now += choice.expovariate(200)
         if rate.spend("a") == 0.0:
@@ -79,13 +66,13 @@ def test_in_any_second_no_more_gets_through_than_burst_and_rate(clock: Clock) ->
     assert len(times) >= 50 * (times[-1] - times[0])
 
 
-def test_zero_is_no_limit(clock: Clock) -> None:
+def test_zero_means_no_limit(clock: ManualClock) -> None:
     rate = Rate(0, 1, clock)
     assert {rate.spend("a") for _ in range(1000)} == {0.0}
 
 
-def test_what_is_remembered_is_bounded_and_the_idle_go_first(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_remembered_callers_are_bounded_and_idle_ones_dropped(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rate_limits, "MAX_REMEMBERED_CALLERS", 3)
     rate = Rate(1, 1, clock)
@@ -96,17 +83,17 @@ def test_what_is_remembered_is_bounded_and_the_idle_go_first(
     assert rate.spend("b") == 0.0
 
 
-def test_each_merchant_and_each_service_has_a_bucket_of_its_own(clock: Clock) -> None:
+def test_each_merchant_and_service_has_its_own_bucket(clock: ManualClock) -> None:
     settings = ServerSettings(merchant_call_burst=3, service_call_burst=7)
     limits = CallerLimits(settings, clock)
-    assert admitted(limits, caller("gateway", "m_1"), calls=10) == 3
-    assert admitted(limits, caller("another gateway", "m_1"), calls=10) == 0
-    assert admitted(limits, caller("gateway", "m_2"), calls=10) == 3
-    assert admitted(limits, caller("m_1"), calls=10) == 7
-    assert admitted(limits, caller("gateway"), calls=10) == 7
+    assert admitted(limits, caller("gateway", "m_1")) == 3
+    assert admitted(limits, caller("another gateway", "m_1")) == 0
+    assert admitted(limits, caller("gateway", "m_2")) == 3
+    assert admitted(limits, caller("m_1")) == 7
+    assert admitted(limits, caller("gateway")) == 7
 
 
-def test_calls_that_make_us_dial_have_a_smaller_bucket(clock: Clock) -> None:
+def test_calls_that_connect_have_a_smaller_bucket(clock: ManualClock) -> None:
     limits = CallerLimits(ServerSettings(registration_burst=2), clock)
     who = caller("gateway", "m_1")
     assert admitted(limits, who, PING, calls=5) == 2
@@ -122,13 +109,13 @@ def test_calls_that_make_us_dial_have_a_smaller_bucket(clock: Clock) -> None:
     assert admitted(limits, who, PING, calls=5) == 1
 
 
-def test_the_calls_that_dial_are_calls_of_the_contract() -> None:
+def test_calls_that_connect_are_rpcs_of_the_contract() -> None:
     known = {f"/{m.containing_service.full_name}/{m.name}" for m in methods()}
     assert known >= CONNECTING
     assert len(CONNECTING) == 3
 
 
-def test_a_refusal_names_the_caller_that_has_no_merchant(clock: Clock) -> None:
+def test_refusal_names_a_caller_without_merchant(clock: ManualClock) -> None:
     limits = CallerLimits(ServerSettings(service_call_burst=1, service_call_rate=2), clock)
     limits.admit(caller("svc"), PUBLISH)
     with pytest.raises(QuotaExceeded) as refused:
@@ -137,13 +124,13 @@ def test_a_refusal_names_the_caller_that_has_no_merchant(clock: Clock) -> None:
     assert refused.value.retry_after_seconds == pytest.approx(0.5)
 
 
-def test_ping_places_are_counted_by_merchant_and_given_back() -> None:
-    places = PingSlots(2)
-    with places.slot("m_1"), places.slot("m_1"), places.slot("m_2"):
-        with pytest.raises(QuotaExceeded, match="2 pings") as refused, places.slot("m_1"):
+def test_ping_slots_are_counted_by_merchant_and_released() -> None:
+    slots = PingSlots(2)
+    with slots.slot("m_1"), slots.slot("m_1"), slots.slot("m_2"):
+        with pytest.raises(QuotaExceeded, match="2 pings") as refused, slots.slot("m_1"):
             pass
         assert refused.value.reason == "PINGS_LIMIT"
         assert refused.value.retry_after_seconds == 1.0
-    with pytest.raises(RuntimeError), places.slot("m_1"):
+    with pytest.raises(RuntimeError), slots.slot("m_1"):
         raise RuntimeError
-    assert not places._used
+    assert not slots._used

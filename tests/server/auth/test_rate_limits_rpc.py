@@ -1,48 +1,45 @@
-"""Callers that ask too much are refused, by a real server, with a time to come back."""
+"""A real server refuses calls beyond a caller's limits with a retry delay."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import grpc
 import pytest
 from grpc import StatusCode
 
-from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
-from postrider.v1 import webhook_config_service_pb2 as pb
+from postrider.v1 import event_pb2, event_service_pb2
 from tests.support.platform import bearer
 from tests.support.receiver import Receiver
-from tests.support.refused_calls import Refusal, refusal_of, refused
+from tests.support.refused_calls import refusal_of, refused
+from tests.support.rpcs import code_of
 
 AMPLE = 10
-#: So slow that no place comes free during a test.
+#: A rate so low that no call is admitted by it during a test.
 NEVER = 0.0001
 
 
 class SilentReceiver:
-    """Takes connections and says nothing, until the test ends them."""
+    """Accepts connections and sends nothing until `silence` ends."""
 
     def __init__(self) -> None:
-        self.port = 0
-        self.connected = asyncio.Semaphore(0)
+        self.url = ""
+        self.connected = asyncio.Event()
         self.silence = asyncio.Event()
 
-    @property
-    def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}/hook"
-
     async def answer(self, _reader: Any, writer: asyncio.StreamWriter) -> None:
-        self.connected.release()
+        self.connected.set()
         await self.silence.wait()
         writer.close()
 
+    async def until_connected(self) -> None:
+        await asyncio.wait_for(self.connected.wait(), AMPLE)
 
-@asynccontextmanager
-async def silent_receiver() -> AsyncIterator[SilentReceiver]:
+
+@pytest.fixture
+async def silent() -> AsyncIterator[SilentReceiver]:
     receiver = SilentReceiver()
     server = await asyncio.start_server(receiver.answer, "127.0.0.1", 0)
-    receiver.port = server.sockets[0].getsockname()[1]
+    receiver.url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook"
     try:
         yield receiver
     finally:
@@ -51,93 +48,77 @@ async def silent_receiver() -> AsyncIterator[SilentReceiver]:
         await server.wait_closed()
 
 
-def assert_too_many(error: Refusal, reason: str, subject: str) -> None:
-    assert (error.code, error.reason) == (StatusCode.RESOURCE_EXHAUSTED, reason), error.message
+async def assert_too_many(call: Any, reason: str, subject: str) -> None:
+    async with refused(StatusCode.RESOURCE_EXHAUSTED, reason) as error:
+        await call
     assert error.quota_subjects == [subject]
     assert error.retry_after_seconds is not None
     assert error.retry_after_seconds > 0
 
 
-async def outcome(call: Any) -> str:
-    """OK, or the reason of the refusal."""
-    try:
-        await call
-    except grpc.aio.AioRpcError as error:
-        refusal = Refusal()
-        refusal.read(error)
-        return refusal.reason
-    return "OK"
+async def until_admitted(call: Callable[[], Awaitable[Any]]) -> None:
+    """Repeat the call while it is refused: the server notices a cancelled call a moment later."""
+    async with asyncio.timeout(AMPLE):
+        while await code_of(call()) is StatusCode.RESOURCE_EXHAUSTED:
+            pass
 
 
-async def test_one_callers_flood_is_refused_and_leaves_the_others_alone(
+async def test_call_limit_of_one_caller_does_not_affect_others(
     start_platform: Callable[..., Any],
 ) -> None:
     async with start_platform(service_call_rate=NEVER, service_call_burst=3) as platform:
         for _ in range(3):
             await platform.publish()
-        error = await refusal_of(platform.publish())
-        assert_too_many(error, "CALL_RATE_LIMIT", "caller:tester")
-        other = bearer(platform.token("webhooks:manage", subject="other"))
-        await platform.webhooks.ListEventTypes(pb.ListEventTypesRequest(), metadata=other)
+        await assert_too_many(platform.publish(), "CALL_RATE_LIMIT", "caller:tester")
+        other = platform.calls(bearer(platform.token("webhooks:manage", subject="other")))
+        await other.ListEventTypes()
 
 
-async def test_a_merchants_calls_count_together_whoever_makes_them(
+async def test_calls_of_all_callers_of_a_merchant_count_together(
     start_platform: Callable[..., Any],
 ) -> None:
     async with start_platform(merchant_call_rate=NEVER, merchant_call_burst=2) as platform:
 
-        def calling(subject: str, merchant_id: str) -> Any:
+        def call(subject: str, merchant_id: str) -> Any:
             token = platform.token("webhooks:manage", merchant_id=merchant_id, subject=subject)
-            request = pb.ListWebhookConfigsRequest()
-            return platform.webhooks.ListWebhookConfigs(request, metadata=bearer(token))
+            return platform.calls(bearer(token)).ListWebhookConfigs()
 
-        await calling("gateway", "m_1")
-        await calling("app", "m_1")
-        error = await refusal_of(calling("third", "m_1"))
-        assert_too_many(error, "CALL_RATE_LIMIT", "merchant:m_1")
-        await calling("gateway", "m_2")
+        await call("gateway", "m_1")
+        await call("app", "m_1")
+        await assert_too_many(call("third", "m_1"), "CALL_RATE_LIMIT", "merchant:m_1")
+        await call("gateway", "m_2")
 
 
-async def test_refused_streams_end_with_the_same_refusal(
+async def test_stream_beyond_the_limit_is_refused(
     start_platform: Callable[..., Any],
 ) -> None:
     async with start_platform(service_call_rate=NEVER, service_call_burst=1) as platform:
         await platform.publish()
-        async with refused(StatusCode.RESOURCE_EXHAUSTED, "CALL_RATE_LIMIT"):
-            call = platform.events.StreamEvents(metadata=platform.producer())
-            await call.read()
+        stream = platform.events.StreamEvents(metadata=platform.producer())
+        await assert_too_many(stream.read(), "CALL_RATE_LIMIT", "caller:tester")
 
 
-async def test_registrations_have_a_smaller_bucket_and_reads_go_on(
+async def test_registration_limit_does_not_affect_reads(
     start_platform: Callable[..., Any], receiver: Receiver
 ) -> None:
     async with start_platform(registration_rate=NEVER, registration_burst=2) as platform:
         config = (await platform.register(receiver.url)).webhook_config
-        await platform.webhooks.PingWebhookConfig(
-            pb.PingWebhookConfigRequest(id=config.id), metadata=platform.merchant()
-        )
+        await platform.as_merchant().PingWebhookConfig(id=config.id)
         pings = len(receiver.requests)
-        error = await refusal_of(platform.register(receiver.url))
-        assert_too_many(error, "REGISTRATION_RATE_LIMIT", "merchant:m_1")
+        register = platform.register(receiver.url)
+        await assert_too_many(register, "REGISTRATION_RATE_LIMIT", "merchant:m_1")
         assert len(receiver.requests) == pings
-        await platform.webhooks.GetWebhookConfig(
-            pb.GetWebhookConfigRequest(id=config.id), metadata=platform.merchant()
-        )
+        await platform.config(config.id)
         await platform.register(receiver.url, "m_2")
 
 
-async def test_pings_at_once_are_bounded_for_each_merchant(
-    start_platform: Callable[..., Any], receiver: Receiver
+async def test_concurrent_pings_are_limited_per_merchant(
+    start_platform: Callable[..., Any], receiver: Receiver, silent: SilentReceiver
 ) -> None:
-    async with (
-        silent_receiver() as silent,
-        start_platform(max_pings_per_merchant=1) as platform,
-    ):
+    async with start_platform(max_pings_per_merchant=1) as platform:
         waiting = asyncio.create_task(refusal_of(platform.register(silent.url)))
-        async with asyncio.timeout(AMPLE):
-            await silent.connected.acquire()
-        error = await refusal_of(platform.register(receiver.url))
-        assert_too_many(error, "PINGS_LIMIT", "merchant:m_1")
+        await silent.until_connected()
+        await assert_too_many(platform.register(receiver.url), "PINGS_LIMIT", "merchant:m_1")
         assert not receiver.requests
         await platform.register(receiver.url, "m_2")
         silent.silence.set()
@@ -145,31 +126,23 @@ async def test_pings_at_once_are_bounded_for_each_merchant(
         await platform.register(receiver.url)
 
 
-async def test_a_caller_that_hangs_up_gives_its_place_back(
-    start_platform: Callable[..., Any], receiver: Receiver
+async def test_cancelled_call_releases_its_ping_slot(
+    start_platform: Callable[..., Any], receiver: Receiver, silent: SilentReceiver
 ) -> None:
-    async with (
-        silent_receiver() as silent,
-        start_platform(max_pings_per_merchant=1) as platform,
-    ):
+    async with start_platform(max_pings_per_merchant=1) as platform:
         waiting = asyncio.create_task(platform.register(silent.url))
-        async with asyncio.timeout(AMPLE):
-            await silent.connected.acquire()
+        await silent.until_connected()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        # The server hears of it a moment later, and nobody signals that.
-        async with asyncio.timeout(AMPLE):
-            while (await outcome(platform.register(receiver.url))) == "PINGS_LIMIT":
-                pass
+        await until_admitted(lambda: platform.register(receiver.url))
 
 
-async def test_one_merchants_streams_are_bounded_and_leave_the_others_room(
+async def test_concurrent_streams_are_limited_per_merchant(
     start_platform: Callable[..., Any],
 ) -> None:
     def watch(merchant_id: str) -> Any:
-        request = delivery_service_pb2.WatchDeliveriesRequest()
-        return platform.deliveries.WatchDeliveries(request, metadata=platform.merchant(merchant_id))
+        return platform.as_merchant(merchant_id).WatchDeliveries()
 
     def publishing(**claims: str) -> Any:
         token = platform.token("events:publish", **claims)
@@ -178,24 +151,23 @@ async def test_one_merchants_streams_are_bounded_and_leave_the_others_room(
     event = event_pb2.EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
     batch = event_service_pb2.StreamEventsRequest(sequence=1, events=[event])
     async with start_platform(max_streams_per_merchant=2, max_concurrent_rpcs=5) as platform:
-        open_ = [watch("m_1"), publishing(merchant_id="m_1")]
-        await open_[0].read()
-        await open_[1].write(batch)
-        await open_[1].read()
-        for refused_ in (watch("m_1"), publishing(merchant_id="m_1")):
-            error = await refusal_of(refused_.read())
-            assert error.reason == "STREAMS_LIMIT"
+
+        async def open_both(watching: Any, publisher: Any) -> None:
+            await watching.read()
+            await publisher.write(batch)
+            await publisher.read()
+
+        first, second = watch("m_1"), publishing(merchant_id="m_1")
+        await open_both(first, second)
+        for call in (watch("m_1"), publishing(merchant_id="m_1")):
+            async with refused(StatusCode.RESOURCE_EXHAUSTED, "STREAMS_LIMIT") as error:
+                await call.read()
             assert error.quota_subjects == ["merchant:m_1"]
             assert error.retry_after_seconds is None
-        others = [watch("m_2"), publishing()]
-        await others[0].read()
-        await others[1].write(batch)
-        await others[1].read()
+        others = watch("m_2"), publishing()
+        await open_both(*others)
         assert (await platform.publish()).event.id
-        open_[0].cancel()
-        # The server hears of it a moment later, and nobody signals that.
-        async with asyncio.timeout(AMPLE):
-            while await outcome((again := watch("m_1")).read()) == "STREAMS_LIMIT":
-                pass
-        for stream in (*open_, *others, again):
+        first.cancel()
+        await until_admitted(lambda: watch("m_1").read())
+        for stream in (second, *others):
             stream.cancel()

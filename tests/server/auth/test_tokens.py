@@ -1,4 +1,4 @@
-"""What a token must be. Every bad one is signed correctly unless its signature is the point."""
+"""Verification of tokens. Bad tokens have a valid signature unless the test is about it."""
 
 import base64
 import hashlib
@@ -11,17 +11,17 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from core.errors import PermissionDenied, Unauthenticated, Unavailable
 from server.auth import tokens
 from server.auth.jwks import VerificationKey
 from server.auth.principal import Principal, Scope
 from server.auth.tokens import TokenVerifier, token_refused
+from tests.support.clock import ManualClock
+from tests.support.jwks import EC, ED, RSA, public_pem
 
 NOW = 1_800_000_000
 ISSUER = "https://id.example.com/"
@@ -29,37 +29,23 @@ AUDIENCE = "postrider"
 LIFETIME = 3600
 LEEWAY = 30
 
-ED = Ed25519PrivateKey.generate()
 OTHER_ED = Ed25519PrivateKey.generate()
-RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 OTHER_RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-EC = ec.generate_private_key(ec.SECP256R1())
 
 Signer = Callable[[bytes], bytes]
-
-
-def sign_ed(key: Ed25519PrivateKey) -> Signer:
-    return key.sign
 
 
 def sign_rsa(key: RSAPrivateKey, digest: hashes.HashAlgorithm | None = None) -> Signer:
     return lambda data: key.sign(data, padding.PKCS1v15(), digest or hashes.SHA256())
 
 
-def sign_ec(key: EllipticCurvePrivateKey) -> Signer:
-    def sign(data: bytes) -> bytes:
-        r, s = decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256())))
-        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
-
-    return sign
+def sign_ec(data: bytes) -> bytes:
+    r, s = decode_dss_signature(EC.sign(data, ec.ECDSA(hashes.SHA256())))
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 
 def sign_hmac(secret: bytes) -> Signer:
     return lambda data: hmac.digest(secret, data, hashlib.sha256)
-
-
-def public_pem(key: Ed25519PrivateKey | RSAPrivateKey) -> bytes:
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def encode(part: bytes | dict[str, Any]) -> bytes:
@@ -73,7 +59,7 @@ def make_jws(header: dict[str, Any], payload: bytes | dict[str, Any], sign: Sign
 
 
 class Absent:
-    """In place of a value: leave the claim out."""
+    """As the value of a claim: the token does not have it."""
 
 
 def make_claims(**changes: Any) -> dict[str, Any]:
@@ -90,13 +76,13 @@ def make_claims(**changes: Any) -> dict[str, Any]:
 
 
 def with_claims(**changes: Any) -> str:
-    return make_jws({"alg": "EdDSA", "kid": "ed"}, make_claims(**changes), sign_ed(ED))
+    return make_jws({"alg": "EdDSA", "kid": "ed"}, make_claims(**changes), ED.sign)
 
 
 def with_header(*, sign: Signer | None = None, **changes: Any) -> str:
     header = {"alg": "EdDSA", "kid": "ed", "typ": "JWT"} | changes
     header = {name: value for name, value in header.items() if value is not Absent}
-    return make_jws(header, make_claims(), sign or sign_ed(ED))
+    return make_jws(header, make_claims(), sign or ED.sign)
 
 
 def with_other_payload() -> str:
@@ -123,26 +109,18 @@ class FakeKeys:
         return self.keys.get(kid or "", ())
 
 
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = float(NOW)
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def keys() -> FakeKeys:
     return FakeKeys()
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
+def clock() -> ManualClock:
+    return ManualClock(NOW)
 
 
 @pytest.fixture
-def verifier(keys: FakeKeys, clock: FakeClock) -> TokenVerifier:
+def verifier(keys: FakeKeys, clock: ManualClock) -> TokenVerifier:
     return TokenVerifier(
         keys, issuer=ISSUER, audience=AUDIENCE, max_lifetime_seconds=LIFETIME, clock=clock
     )
@@ -164,20 +142,20 @@ BAD_TOKENS = {
     "no iat": with_claims(iat=Absent),
     "iat a float": with_claims(iat=NOW - 60.0),
     "iat in the future": with_claims(iat=NOW + LEEWAY + 1, exp=NOW + 600),
-    "iat in the future of nbf": with_claims(iat=NOW + LEEWAY + 1, nbf=NOW, exp=NOW + 600),
+    "iat in the future after nbf": with_claims(iat=NOW + LEEWAY + 1, nbf=NOW, exp=NOW + 600),
     "nbf in the future": with_claims(nbf=NOW + LEEWAY + 1),
     "nbf a string": with_claims(nbf="0"),
     "nbf infinite": with_claims(nbf=float("-inf")),
     "no aud": with_claims(aud=Absent),
     "aud foreign": with_claims(aud="billing"),
-    "aud an extension of ours": with_claims(aud="postrider-admin"),
-    "aud a list of foreign ones": with_claims(aud=["billing", "postrider2"]),
+    "aud with a suffix": with_claims(aud="postrider-admin"),
+    "aud a foreign list": with_claims(aud=["billing", "postrider2"]),
     "aud a list with a number": with_claims(aud=["postrider", 1]),
     "aud an object": with_claims(aud={"postrider": True}),
     "no iss": with_claims(iss=Absent),
     "iss foreign": with_claims(iss="https://id.example.org/"),
-    "iss a prefix of ours": with_claims(iss=ISSUER[:-1]),
-    "iss an extension of ours": with_claims(iss=ISSUER + "evil"),
+    "iss shortened": with_claims(iss=ISSUER[:-1]),
+    "iss with a suffix": with_claims(iss=ISSUER + "evil"),
     "iss a list": with_claims(iss=[ISSUER]),
     "no sub": with_claims(sub=Absent),
     "sub empty": with_claims(sub=""),
@@ -194,12 +172,12 @@ BAD_TOKENS = {
     "merchant_id too long": with_claims(merchant_id="m" * 65),
     "scope a number": with_claims(scope=1),
     "scope a list with a number": with_claims(scope=["webhooks:admin", 1]),
-    "payload a list": make_jws({"alg": "EdDSA", "kid": "ed"}, b"[]", sign_ed(ED)),
-    "payload not JSON": make_jws({"alg": "EdDSA", "kid": "ed"}, b"{", sign_ed(ED)),
-    "payload nested deeply": make_jws({"alg": "EdDSA", "kid": "ed"}, b"[" * 2500, sign_ed(ED)),
+    "payload a list": make_jws({"alg": "EdDSA", "kid": "ed"}, b"[]", ED.sign),
+    "payload not JSON": make_jws({"alg": "EdDSA", "kid": "ed"}, b"{", ED.sign),
+    "payload nested deeply": make_jws({"alg": "EdDSA", "kid": "ed"}, b"[" * 2500, ED.sign),
     "payload tampered with": with_other_payload(),
     "alg none without a signature": with_header(alg="none", sign=lambda _: b""),
-    "alg None with our signature": with_header(alg="None"),
+    "alg None with a valid signature": with_header(alg="None"),
     "no alg": with_header(alg=Absent),
     "alg a list": with_header(alg=["EdDSA"]),
     "HS256 with the public key as its secret": with_header(
@@ -208,10 +186,12 @@ BAD_TOKENS = {
     "HS256 with the Ed25519 public key": with_header(alg="HS256", sign=sign_hmac(public_pem(ED))),
     "HS256 with an empty secret": with_header(alg="HS256", sign=sign_hmac(b"")),
     "RS256 by another key": with_header(alg="RS256", kid="rsa", sign=sign_rsa(OTHER_RSA)),
-    "RS512 by our key": with_header(alg="RS512", kid="rsa", sign=sign_rsa(RSA, hashes.SHA512())),
-    "RS256 in the header of our EdDSA": with_header(alg="RS256"),
-    "our EdDSA under the kid of the RSA key": with_header(kid="rsa"),
-    "EdDSA by another key": with_header(sign=sign_ed(OTHER_ED)),
+    "RS512 by the RSA key": with_header(
+        alg="RS512", kid="rsa", sign=sign_rsa(RSA, hashes.SHA512())
+    ),
+    "RS256 in the header of EdDSA": with_header(alg="RS256"),
+    "EdDSA with the kid of the RSA key": with_header(kid="rsa"),
+    "EdDSA by another key": with_header(sign=OTHER_ED.sign),
     "no signature": with_header(sign=lambda _: b""),
     "no kid": with_header(kid=Absent),
     "kid unknown": with_header(kid="retired"),
@@ -223,15 +203,15 @@ BAD_TOKENS = {
     "crit b64": with_header(crit=["b64"], b64=True),
     "b64 false": with_header(b64=False),
     "jwk of the forger in the header": with_header(
-        sign=sign_ed(OTHER_ED),
+        sign=OTHER_ED.sign,
         jwk={
             "kty": "OKP",
             "crv": "Ed25519",
             "x": encode(OTHER_ED.public_key().public_bytes_raw()).decode(),
         },
     ),
-    "jku of the forger": with_header(sign=sign_ed(OTHER_ED), jku="https://evil.example/jwks"),
-    "x5u of the forger": with_header(sign=sign_ed(OTHER_ED), x5u="https://evil.example/cert"),
+    "jku of the forger": with_header(sign=OTHER_ED.sign, jku="https://evil.example/jwks"),
+    "x5u of the forger": with_header(sign=OTHER_ED.sign, x5u="https://evil.example/cert"),
     "5 KiB": with_claims(padding="x" * 3800),
     "5 MiB": "e" * 5 * 1024 * 1024,
     "empty": "",
@@ -246,9 +226,7 @@ BAD_TOKENS = {
 
 
 @pytest.mark.parametrize("token", BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
-async def test_bad_token_is_refused_in_the_one_same_way(
-    verifier: TokenVerifier, token: str
-) -> None:
+async def test_bad_token_has_the_same_error(verifier: TokenVerifier, token: str) -> None:
     with pytest.raises(Unauthenticated) as caught:
         await verifier.verify(token)
     assert caught.value.message == token_refused().message
@@ -256,7 +234,7 @@ async def test_bad_token_is_refused_in_the_one_same_way(
     assert caught.value.__cause__ is None
 
 
-async def test_any_changed_character_makes_the_token_bad(verifier: TokenVerifier) -> None:
+async def test_each_changed_character_makes_the_token_bad(verifier: TokenVerifier) -> None:
     token = with_claims()
     await verifier.verify(token)
     for position, character in enumerate(token):
@@ -268,12 +246,12 @@ async def test_any_changed_character_makes_the_token_bad(verifier: TokenVerifier
 @pytest.mark.parametrize(
     ("algorithm", "kid", "sign"),
     [
-        ("EdDSA", "ed", sign_ed(ED)),
+        ("EdDSA", "ed", ED.sign),
         ("RS256", "rsa", sign_rsa(RSA)),
-        ("ES256", "ec", sign_ec(EC)),
+        ("ES256", "ec", sign_ec),
     ],
 )
-async def test_good_token_becomes_the_principal_it_describes(
+async def test_good_token_becomes_a_principal(
     verifier: TokenVerifier, algorithm: str, kid: str, sign: Signer
 ) -> None:
     token = with_header(alg=algorithm, kid=kid, sign=sign)
@@ -299,7 +277,7 @@ async def test_good_token_becomes_the_principal_it_describes(
     ],
     ids=repr,
 )
-async def test_token_at_the_edge_is_good(verifier: TokenVerifier, changes: dict[str, Any]) -> None:
+async def test_token_at_a_limit_is_good(verifier: TokenVerifier, changes: dict[str, Any]) -> None:
     await verifier.verify(with_claims(**changes))
 
 
@@ -315,7 +293,7 @@ async def test_token_at_the_edge_is_good(verifier: TokenVerifier, changes: dict[
         ({"scope": Absent}, set()),
     ],
 )
-async def test_scopes_are_read_from_each_known_shape(
+async def test_scopes_may_have_several_forms(
     verifier: TokenVerifier, changes: dict[str, Any], scopes: set[str]
 ) -> None:
     assert (await verifier.verify(with_claims(**changes))).scopes == scopes
@@ -331,9 +309,7 @@ async def test_each_candidate_key_verifies_its_own_algorithm_only(
         await verifier.verify(with_header(kid=Absent, alg="HS256", sign=sign_hmac(public_pem(RSA))))
 
 
-async def test_missing_keys_are_our_fault_and_not_the_callers(
-    verifier: TokenVerifier, keys: FakeKeys
-) -> None:
+async def test_missing_keys_are_unavailable(verifier: TokenVerifier, keys: FakeKeys) -> None:
     keys.unavailable = True
     with pytest.raises(Unavailable):
         await verifier.verify(with_claims())
@@ -347,7 +323,7 @@ async def test_known_token_is_not_verified_again(
     assert await verifier.verify(with_claims()) is first
 
 
-async def test_known_token_still_expires(verifier: TokenVerifier, clock: FakeClock) -> None:
+async def test_known_token_still_expires(verifier: TokenVerifier, clock: ManualClock) -> None:
     await verifier.verify(with_claims())
     clock.now = NOW + 600 + LEEWAY - 1
     await verifier.verify(with_claims())
@@ -375,8 +351,8 @@ async def test_known_token_survives_the_same_key_loaded_again(
     assert keys.asked == ["ed", "ed"]
 
 
-async def test_a_token_is_recalled_for_a_moment_without_asking_for_its_key(
-    verifier: TokenVerifier, keys: FakeKeys, clock: FakeClock
+async def test_known_token_is_recalled_without_its_key(
+    verifier: TokenVerifier, keys: FakeKeys, clock: ManualClock
 ) -> None:
     assert verifier.recall(with_claims()) is None
     caller = await verifier.verify(with_claims())
@@ -389,13 +365,13 @@ async def test_a_token_is_recalled_for_a_moment_without_asking_for_its_key(
     assert verifier.recall(with_claims()) is None
     assert await verifier.verify(with_claims()) is caller
     assert verifier.recall(with_claims()) is caller
-    # The clock was set back.
+    # The clock goes backwards.
     clock.now -= 1
     assert verifier.recall(with_claims()) is None
 
 
-async def test_no_token_is_recalled_beyond_its_time_or_its_key(
-    verifier: TokenVerifier, keys: FakeKeys, clock: FakeClock
+async def test_recall_ends_with_the_token_or_its_key(
+    verifier: TokenVerifier, keys: FakeKeys, clock: ManualClock
 ) -> None:
     clock.now = NOW + 600 + LEEWAY - 0.5
     await verifier.verify(with_claims())
@@ -414,12 +390,12 @@ async def test_no_token_is_recalled_beyond_its_time_or_its_key(
 
 
 @pytest.mark.parametrize("token", ["x" * (tokens.MAX_TOKEN_BYTES + 1), "tökén"])
-def test_what_cannot_be_a_token_is_refused_at_once(verifier: TokenVerifier, token: str) -> None:
+def test_recall_refuses_an_impossible_token(verifier: TokenVerifier, token: str) -> None:
     with pytest.raises(Unauthenticated):
         verifier.recall(token)
 
 
-async def test_memory_of_tokens_is_bounded_and_forgets_the_oldest(
+async def test_known_tokens_are_bounded_and_the_oldest_is_dropped(
     verifier: TokenVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "MAX_REMEMBERED_TOKENS", 3)
@@ -448,7 +424,7 @@ def test_missing_scope_is_named() -> None:
     assert caught.value.metadata == {"scope": "webhooks:admin"}
 
 
-def test_caller_without_a_merchant_may_not_speak_for_one() -> None:
+def test_caller_without_merchant_is_refused_for_merchants() -> None:
     assert Principal("svc", "m_42", frozenset(), NOW).merchant() == "m_42"
     with pytest.raises(PermissionDenied, match="merchant_id") as caught:
         Principal("svc", None, frozenset(), NOW).merchant()
