@@ -1,4 +1,4 @@
-"""The `postrider` command: what all its subcommands share, and how each says what is wrong."""
+"""The `postrider` command: common options, and errors as one line on stderr."""
 
 import os
 import signal
@@ -23,9 +23,9 @@ from core.settings import LogSettings
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         if os.getpid() == 1:
-            # In a container. From the first process the kernel keeps what it does not handle, so a
-            # stop would wait until it kills. Servers and engines replace this by their own. As the
-            # kernel would, without an exception: one raised inside a callback of asyncpg was lost.
+            # In a container. The kernel discards signals that the first process does not handle,
+            # so a stop would take until the kill. Servers and engines install their own handlers.
+            # No exception, because asyncpg swallows one that is raised in its callbacks.
             signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
         try:
             super().invoke(ctx)
@@ -60,16 +60,16 @@ class _Group(click.Group):
 def main(ctx: click.Context) -> None:
     """Postrider delivers webhooks: gRPC in, signed HTTPS out, PostgreSQL in between.
 
-    Try it on this machine with `postrider run`. In production, `postrider migrate` once, then any
-    number of `postrider server` and `postrider delivery` on one database.
+    Try it on this machine with `postrider run`. In production, run `postrider migrate` once, then
+    any number of `postrider server` and `postrider delivery` on one database.
 
-    Settings are environment variables that begin with WEBHOOK_. docs/settings.md lists them;
+    Settings are environment variables that begin with WEBHOOK_. docs/settings.md lists them.
     `postrider config` shows their values.
     """
-    # To stderr, where it spoils nobody's JSON. The settings of logs may be what is wrong.
+    # To stderr, because stdout may be JSON. The log settings are not read, as they may be invalid.
     configure_logs(LogSettings.model_construct(log_level="warning", log_format="auto"))
     warn_of_removed_variables(os.environ)
-    # That command tells everything that is wrong, not only this.
+    # `config` reports unknown variables together with all other problems.
     if ctx.invoked_subcommand != "config":
         refuse_unknown_variables(os.environ)
 

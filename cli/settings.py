@@ -1,4 +1,4 @@
-"""Reads the environment into the frozen blocks, once, and says plainly what is wrong with it."""
+"""Reads the environment into frozen blocks of settings, and explains invalid values."""
 
 import difflib
 import os
@@ -27,7 +27,7 @@ from server.settings import AuthSettings, ServerSettings, TlsSettings
 
 
 class LocalSettings(SettingsBlock):
-    """Only for `postrider run`, `demo`, `token` and `listen`: what a single machine needs."""
+    """Only for `postrider run`, `demo`, `token` and `listen`."""
 
     data_dir: Path = Field(
         Path(".postrider"), description="where `postrider run` keeps its database, keys and log"
@@ -45,7 +45,7 @@ class LocalSettings(SettingsBlock):
 
 
 class CanarySettings(SettingsBlock):
-    """The tokens of `postrider canary`, when they are not in files."""
+    """The tokens of `postrider canary`, unless they are in files."""
 
     canary_publish_token: SecretStr | None = Field(
         None, description="a token with the scope events:publish"
@@ -55,7 +55,7 @@ class CanarySettings(SettingsBlock):
     )
 
 
-#: Every block there is, in the order of docs/settings.md.
+#: All blocks, in the order of docs/settings.md.
 BLOCKS: tuple[type[SettingsBlock], ...] = (
     DatabaseSettings,
     EncryptionSettings,
@@ -82,7 +82,10 @@ log = structlog.get_logger()
 
 
 def load[B: SettingsBlock](block: type[B], **fallbacks: Any) -> B:
-    """A block from the environment; `fallbacks` stand in for what the environment leaves out."""
+    """Return a block from the environment. `fallbacks` replace values that are not set.
+
+    Raises ConfigurationError with one line for each problem.
+    """
     given = {name: value for name, value in fallbacks.items() if not is_set(name)}
     try:
         return block(**given)
@@ -96,13 +99,13 @@ def warn_of_removed_variables(environment: Mapping[str, str]) -> None:
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    """ConfigurationError for WEBHOOK_ variables that are no setting: most likely misspelt."""
+    """Raise ConfigurationError for WEBHOOK_ variables that are no settings, as when misspelt."""
     if unknown := list(unknown_variables(environment)):
         raise ConfigurationError("\n".join(unknown))
 
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
-    """What is to be said of each WEBHOOK_ variable that is no setting."""
+    """Yield a message for each WEBHOOK_ variable that is no setting."""
     known = {variable_name(name) for name, _ in all_fields()} | REMOVED.keys()
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in known:
@@ -112,19 +115,19 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def all_fields() -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting's field name and description, block by block."""
+    """Yield the field name and description of each setting."""
     for block in BLOCKS:
         yield from block.model_fields.items()
 
 
 def is_set(field_name: str) -> bool:
-    """Whether the environment says anything of it, for a secret also by naming its file."""
+    """Return whether the environment has a value, or for a secret the path of a file."""
     name = variable_name(field_name)
     return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
 
 
 def explain(error: ValidationError) -> Iterator[str]:
-    """A line for each fault, with its variable and without its value."""
+    """Yield a line for each problem, with its variable and without its value."""
     for fault in error.errors(include_input=False, include_url=False):
         # The value stays out of the message: it may be a secret.
         message = fault["msg"].removeprefix("Value error, ")
@@ -136,7 +139,7 @@ def explain(error: ValidationError) -> Iterator[str]:
 
 
 def plain(value: Any) -> str:
-    """A value of a setting as somebody would write it into the environment."""
+    """Return the value as it is written in the environment."""
     match value:
         case None:
             return ""

@@ -1,1 +1,1 @@
-"""What `postrider canary` does: the check, the calls it makes, and the receiver it is called at."""
+"""The work of `postrider canary`. Begin with `check`, which lists the steps."""

@@ -1,4 +1,4 @@
-"""The calls of a canary: two tokens, read anew for each call, and what every call may take."""
+"""The calls of a canary, with two tokens that are read for each call."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ type Token = Callable[[], str]
 
 
 class CanaryApi:
-    """As a merchant (`manage`) and as a platform service (`publish`) of one merchant."""
+    """Calls as a merchant (`manage`) and as a platform service (`publish`)."""
 
     def __init__(
         self,

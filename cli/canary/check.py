@@ -1,8 +1,8 @@
-"""`postrider canary`: what merchants and producers rely on, tried through the public API alone.
+"""Checks the promises to merchants and producers through the public API.
 
-It creates a webhook config at a receiver of its own, publishes, rotates, pauses and deletes, and
-times each step. What it made is removed in any case; what a killed one left is known by its
-description, which says until when it may live, and is removed by the next.
+A canary creates a webhook config at its own receiver, publishes, rotates, pauses and deletes, and
+times each step. It always deletes its config. The description contains an expiry, so that the next
+canary deletes the config of a killed one.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from core.errors import PostriderError
 from postrider.v1 import delivery_pb2
 from postrider_client import VerificationKey
 
-#: Beyond the timeout: to say why nothing arrived, and to remove what was made.
+#: Time after the timeout, to find the reason and to delete the config.
 REASON_SECONDS, CLEANUP_SECONDS = 5.0, 10.0
-#: Nothing may arrive for so long, after a pause and after the deletion.
+#: How long nothing may arrive after a pause and after the deletion.
 QUIET_SECONDS = 1.0
 
 _DESCRIPTION = re.compile(r"postrider canary [0-9a-f]{16} until ([0-9]{10})")
 
 
 class CanaryError(Exception):
-    """The service did not do what it promises."""
+    """The service broke a promise."""
 
 
 @dataclass
 class CanaryReport:
-    """One line for programs; `steps` are seconds, in order, of those that were finished."""
+    """The result. `steps` has the seconds of each completed step, in order."""
 
     ok: bool = False
     run: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -54,7 +54,7 @@ class CanaryReport:
 
 
 class Canary:
-    """One check; `report` tells how far it came."""
+    """One check. `report` is filled step by step."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Canary:
         self._keys: list[str] = []
 
     async def run(self, stop: asyncio.Event) -> CanaryReport:
-        """Go through the steps until one fails, the time is up, or `stop` is set; then clean up."""
+        """Run the steps until one fails, the time is up or `stop` is set. Then clean up."""
         began = time.monotonic()
         task = asyncio.create_task(self._steps())
         stopping = asyncio.create_task(stop.wait())
@@ -85,7 +85,9 @@ class Canary:
             task.cancel()
             await asyncio.wait({task})
             self.report.error = (
-                "interrupted" if stop.is_set() else await self._why(f"{self._timeout:g} s are over")
+                "interrupted"
+                if stop.is_set()
+                else await self._why(f"the timeout of {self._timeout:g} s is over")
             )
         elif error := task.exception():
             self.report.error = await self._explained(error)
@@ -124,7 +126,7 @@ class Canary:
     async def _create(self) -> None:
         until = int(time.time() + self._timeout + REASON_SECONDS + CLEANUP_SECONDS)
         description = f"postrider canary {self.report.run} until {until}"
-        # To its end even when cancelled, or nobody would know the id of what was made.
+        # Completed even when cancelled, because the id is needed to delete the config.
         creating = asyncio.create_task(
             self._api.create(self._receiver.url(self.report.run), description)
         )
@@ -166,7 +168,7 @@ class Canary:
             raise CanaryError(f"{first} was published twice and has {len(found)} deliveries")
 
     async def _history(self) -> None:
-        """Settled soon after the answer, so it is looked at until it is."""
+        """Wait until the delivery is settled, shortly after the response."""
         while True:
             [delivery] = await self._api.deliveries(self._webhook_id, self._event_id)
             if delivery.state == delivery_pb2.DELIVERY_STATE_DELIVERED:
@@ -193,10 +195,10 @@ class Canary:
         self._event_id = (await self._api.publish(self._key("delete"))).event.id
         await self._quiet("the deleted webhook config")
 
-    async def _quiet(self, of: str) -> None:
+    async def _quiet(self, config: str) -> None:
         await asyncio.sleep(QUIET_SECONDS)
         if self._receiver.has(self._event_id):
-            raise CanaryError(f"{self._event_id} arrived for {of}")
+            raise CanaryError(f"{self._event_id} arrived for {config}")
 
     def _key(self, name: str) -> str:
         return f"canary-{self.report.run}-{name}"
@@ -210,23 +212,23 @@ class Canary:
             return error.message
         return f"{type(error).__name__}: {error}"
 
-    async def _why(self, trouble: str) -> str:
-        """With what the service itself says of the delivery that is waited for."""
+    async def _why(self, problem: str) -> str:
+        """Add the state of the expected delivery to the problem."""
         if not (self._webhook_id and self._event_id):
-            return trouble
+            return problem
         try:
             async with asyncio.timeout(REASON_SECONDS):
                 found = await self._api.deliveries(self._webhook_id, self._event_id)
         except (TimeoutError, grpc.aio.AioRpcError, PostriderError):
-            return trouble
+            return problem
         for delivery in found:
             state = delivery_pb2.DeliveryState.Name(delivery.state).removeprefix("DELIVERY_STATE_")
-            trouble += f"; {delivery.id} is {state} after {delivery.attempt_count} attempts"
+            problem += f"; {delivery.id} is {state} after {delivery.attempt_count} attempts"
             if delivery.attempts:
-                trouble += f", the last: {delivery.attempts[-1].detail}"
+                problem += f", the last: {delivery.attempts[-1].detail}"
             elif state == "READY":
-                trouble += ": does any engine run?"
-        return trouble
+                problem += ": check that an engine runs"
+        return problem
 
     async def _clean_up(self) -> None:
         if not self._webhook_id:
@@ -236,7 +238,9 @@ class Canary:
                 await self._api.delete(self._webhook_id)
         except (TimeoutError, grpc.aio.AioRpcError, PostriderError) as error:
             self.report.cleaned = False
-            self._announce(f"{self._webhook_id} is left for the next canary: {error!r}")
+            self._announce(
+                f"{self._webhook_id} remains until the next canary deletes it: {error!r}"
+            )
 
 
 async def check(
@@ -246,7 +250,7 @@ async def check(
     announce: Callable[[str], None],
     stop: asyncio.Event,
 ) -> CanaryReport:
-    """Run one canary with its receiver up. ConfigurationError when that cannot listen."""
+    """Run one canary and its receiver. Raises ConfigurationError if the port is in use."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(receiver.listening())
         stack.push_async_callback(api.close)

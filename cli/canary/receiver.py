@@ -1,4 +1,4 @@
-"""The receiver of a canary, which engines call by a public URL or directly."""
+"""The receiver of a canary. Engines reach it at a public URL or directly."""
 
 import asyncio
 import ssl
@@ -17,7 +17,7 @@ type Inspect = Callable[[Sequence[VerificationKey]], Inspection]
 
 
 class CanaryReceiver:
-    """Keeps what arrived at the path of this run."""
+    """Stores the webhooks that arrive at the path of this run."""
 
     def __init__(self, host: str, port: int, public_url: str, tls: ssl.SSLContext | None):
         self._host = host
@@ -29,14 +29,14 @@ class CanaryReceiver:
         self._arrived = asyncio.Condition()
 
     def url(self, run: str) -> str:
-        """The URL to register; other paths are those of canaries that are gone."""
+        """Return the URL to register. Other paths belong to earlier canaries."""
         self._path = f"/{run}"
         return f"{self._public_url or f'https://{self._host}:{self._port}'}{self._path}"
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        mend = "stop what uses it, or choose another with --listen"
-        async with accepting(self._handle, self._host, self._port, self._tls, mend) as self._port:
+        advice = "stop the process that uses it, or choose another with --listen"
+        async with accepting(self._handle, self._host, self._port, self._tls, advice) as self._port:
             yield
 
     def has(self, message_id: str) -> bool:
@@ -51,7 +51,7 @@ class CanaryReceiver:
     async def _handle(self, request: web.Request) -> web.Response:
         body = await request.read()
         if not self._path or not request.path.endswith(self._path):
-            # 410 has the webhook config of a killed canary deactivated at once.
+            # 410 deactivates the webhook config of a killed canary at once.
             return web.Response(status=410)
         headers, now = dict(request.headers), time.time()
         if request.headers.get("X-Webhook-Event") != "webhook.ping":

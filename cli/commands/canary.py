@@ -1,4 +1,4 @@
-"""The options of `postrider canary`, and what they come to."""
+"""The options of `postrider canary`."""
 
 import asyncio
 import ssl
@@ -19,28 +19,30 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.option("--address", default="127.0.0.1:50051", show_default=True, help="The gRPC server.")
-@click.option("--tls", is_flag=True, help="Speak TLS to it, trusting the system's authorities.")
-@click.option("--server-ca-file", type=_FILE, help="Speak TLS to it, trusting this file's.")
-@click.option("--client-certificate-file", type=_FILE, help="Shown to the server (mTLS).")
+@click.option("--tls", is_flag=True, help="Use TLS, and trust the system's CAs.")
+@click.option("--server-ca-file", type=_FILE, help="Use TLS, and trust the CAs of this file.")
+@click.option("--client-certificate-file", type=_FILE, help="For mTLS.")
 @click.option("--client-key-file", type=_FILE, help="The private key of that certificate.")
-@click.option("--publish-token-file", type=_FILE, help="Read for every call: events:publish.")
-@click.option("--manage-token-file", type=_FILE, help="webhooks:manage, of the merchant.")
+@click.option("--publish-token-file", type=_FILE, help="Scope events:publish. Read for every call.")
+@click.option("--manage-token-file", type=_FILE, help="Scope webhooks:manage, for the merchant.")
 @click.option("--token-file", type=_FILE, help="One token for both.")
-@click.option("--merchant", default="canary", show_default=True, help="Reserved for canaries.")
+@click.option("--merchant", default="canary", show_default=True, help="Use it for canaries only.")
 @click.option("--event-type", default="payment.succeeded", show_default=True)
 @click.option("--listen", default="127.0.0.1:8445", show_default=True, help="host:port.")
-@click.option("--public-url", default="", help="https://… by which engines reach that.")
-@click.option("--certificate-file", type=_FILE, help="Of the receiver; else an own authority's.")
+@click.option("--public-url", default="", help="https://… at which engines reach it.")
+@click.option(
+    "--certificate-file", type=_FILE, help="Of the receiver. Default: signed by a local authority."
+)
 @click.option("--key-file", type=_FILE, help="The private key of that certificate.")
-@click.option("--plain-http", is_flag=True, help="When TLS ends before it; needs --public-url.")
+@click.option("--plain-http", is_flag=True, help="For a proxy that ends TLS. Needs --public-url.")
 @click.option("--timeout", default=60.0, show_default=True, type=click.FloatRange(1, 3600))
 def canary(**given: Any) -> None:
-    """Check the running service through its API, and print one JSON line.
+    """Check a running service through its API.
 
-    Creates a webhook config at a receiver of its own, publishes to it, rotates its secret, pauses
-    and deletes it. Tokens are read from files, or from WEBHOOK_CANARY_PUBLISH_TOKEN and
-    WEBHOOK_CANARY_MANAGE_TOKEN; without any they are made with the key of `postrider run`.
-    Exits with 0 when all is well, 1 when a step failed, and 2 when it could not start. After
+    Prints one JSON line. Creates a webhook config at its own receiver, publishes to it, rotates its
+    secret, pauses and deletes it. Tokens are read from files, or from WEBHOOK_CANARY_PUBLISH_TOKEN
+    and WEBHOOK_CANARY_MANAGE_TOKEN. Without any, it signs tokens with the key of `postrider run`.
+    Exits with 0 if all steps succeeded, 1 if one failed, and 2 if it could not start. After
     --timeout it takes at most 15 s more, to clean up.
     """
     from cli.canary.check import CanaryReport
@@ -64,12 +66,14 @@ async def _run(given: dict[str, Any]) -> Any:
     stop: asyncio.Event = stop_on_signals()
     host, _, port = given["listen"].rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigurationError("--listen is host:port, such as 0.0.0.0:8443")
+        raise ConfigurationError("--listen must be host:port, such as 0.0.0.0:8443")
     public_url = given["public_url"].rstrip("/")
     if public_url and not public_url.startswith("https://"):
-        raise ConfigurationError("--public-url begins with https://, as every webhook's URL")
+        raise ConfigurationError("--public-url must begin with https://, as every webhook URL")
     if given["plain_http"] and not public_url:
-        raise ConfigurationError("--plain-http needs the --public-url where its TLS ends")
+        raise ConfigurationError(
+            "--plain-http needs --public-url, the address of the proxy that ends TLS"
+        )
     publish, manage = _tokens(given)
     receiver = CanaryReceiver(host.strip("[]"), int(port), public_url, _receiver_tls(given, host))
     api = CanaryApi(_channel(given), given["merchant"], given["event_type"], publish, manage)
@@ -80,8 +84,7 @@ async def _run(given: dict[str, Any]) -> Any:
 
 
 def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
-    from cli.dev.authority import ensure_authority
-    from cli.dev.platform import AUTHORITY_FILE
+    from cli.authority import AUTHORITY_FILE, ensure_authority
 
     if given["plain_http"]:
         return None
@@ -94,7 +97,7 @@ def _receiver_tls(given: dict[str, Any], host: str) -> ssl.SSLContext | None:
     except OSError as error:
         raise ConfigurationError(
             f"--certificate-file and --key-file cannot be used ({error.strerror or error}): name "
-            "a certificate in PEM and its key"
+            "a PEM certificate and its key"
         ) from None
     return context
 
@@ -110,9 +113,11 @@ def _channel(given: dict[str, Any]) -> Any:
     if not (given["tls"] or any(given[name] is not None for name in names)):
         return grpc.aio.insecure_channel(given["address"])
     authorities, certificate, key = (read(name) for name in names)
-    # gRPC ends the whole process over half a pair, and of files that are no good says nothing.
+    # gRPC aborts the process for half a pair, and does not report unusable files.
     if (certificate is None) != (key is None):
-        raise ConfigurationError("--client-certificate-file and --client-key-file go together")
+        raise ConfigurationError(
+            "--client-certificate-file and --client-key-file need each other: give both"
+        )
     _check_pem(given)
     credentials = grpc.ssl_channel_credentials(authorities, key, certificate)
     return grpc.aio.secure_channel(given["address"], credentials)
@@ -126,14 +131,14 @@ def _check_pem(given: dict[str, Any]) -> None:
             context.load_verify_locations(given["server_ca_file"])
         if given["client_certificate_file"] is not None:
             options = "--client-certificate-file and --client-key-file"
-            # Or it asks the terminal for the password of a key that is encrypted.
+            # The password keeps OpenSSL from prompting for that of an encrypted key.
             context.load_cert_chain(
                 given["client_certificate_file"], given["client_key_file"], password=bytes
             )
     except OSError as error:
         raise ConfigurationError(
-            f"{options} cannot be used ({error.strerror or error}): name what is in PEM, and a "
-            "certificate with its own key"
+            f"{options} cannot be used ({error.strerror or error}): name PEM files, and the "
+            "key that belongs to the certificate"
         ) from None
 
 
@@ -158,14 +163,15 @@ def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]
 
 
 def _development_token(name: str, scope: str, merchant: str | None) -> Callable[[], str]:
-    from cli.dev.platform import DEVELOPMENT_ISSUER
-    from cli.dev.signing_key import mint_token
-
     key_file = load(LocalSettings).data_dir / "keys" / "private.pem"
     if not key_file.exists():
         raise ConfigurationError(
             f"no token: give --{name}-token-file, or set WEBHOOK_CANARY_{name.upper()}_TOKEN"
         )
+    # After the check, because an installation without development code has no such key either.
+    from cli.dev.platform import DEVELOPMENT_ISSUER
+    from cli.dev.signing_key import mint_token
+
     token = mint_token(
         key_file,
         issuer=DEVELOPMENT_ISSUER,

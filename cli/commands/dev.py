@@ -1,9 +1,11 @@
-"""What runs on one machine: `postrider run`, `demo`, `token` and `listen`."""
+"""The development commands: `postrider run`, `demo`, `token` and `listen`."""
 
+import importlib.util
 import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 import uvloop
@@ -12,28 +14,40 @@ from cli.settings import LocalSettings, load
 from core.errors import ConfigurationError
 
 
-@click.command()
+class _DevelopmentCommand(click.Command):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, if this installation has `cli.dev`. The production image does not."""
+        if importlib.util.find_spec("cli.dev") is None:
+            raise ConfigurationError(
+                f"`postrider {self.name}` is for development, and this installation has no "
+                "development code: install Postrider with the extra, as in "
+                "`pip install 'postrider[dev]'`"
+            )
+        return super().invoke(ctx)
+
+
+@click.command(cls=_DevelopmentCommand)
 @click.option("--events", default=6, show_default=True, type=click.IntRange(1, 10_000))
 def run(events: int) -> None:
-    """Run everything on this machine, and deliver a first webhook.
+    """Run everything on this machine.
 
-    Starts a PostgreSQL of its own (or uses WEBHOOK_DATABASE_URL), migrates it, starts the gRPC
-    server, the delivery engine and a demo receiver on HTTPS, registers a webhook, publishes EVENTS
-    events and shows each as it arrives. Stays up until Ctrl-C; data stays in .postrider/.
+    Starts PostgreSQL (or uses WEBHOOK_DATABASE_URL), migrates it, starts the gRPC server, the
+    delivery engine and a demo receiver on HTTPS, registers a webhook, publishes EVENTS events and
+    shows each as it arrives. Runs until Ctrl-C. Data stays in .postrider/.
     """
     from cli.dev.run import run_everything
 
     run_everything(events)
 
 
-@click.command()
+@click.command(cls=_DevelopmentCommand)
 @click.option("--events", default=20, show_default=True, type=click.IntRange(1, 10_000))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def demo(events: int, as_json: bool) -> None:
-    """Do what `run` shows, once, and exit: 0 when every event arrived.
+    """Deliver demo events on this machine, and exit.
 
-    Uses a database of its own in a temporary directory (or WEBHOOK_DATABASE_URL) and free ports,
-    so it can run beside anything. Its figures are counted by the receiver.
+    Uses a database in a temporary directory (or WEBHOOK_DATABASE_URL) and free ports, so several
+    can run at once. The receiver counts the figures. Exits with 0 if every event arrived.
     """
     from cli.dev.run import demo_once
 
@@ -41,7 +55,7 @@ def demo(events: int, as_json: bool) -> None:
         sys.exit(1)
 
 
-@click.command()
+@click.command(cls=_DevelopmentCommand)
 @click.option(
     "--scope",
     "scopes",
@@ -49,18 +63,19 @@ def demo(events: int, as_json: bool) -> None:
     type=click.Choice(["webhooks:manage", "events:publish", "webhooks:admin"]),
     default=["webhooks:manage", "events:publish"],
     show_default=True,
-    help="What the token may do; repeat it for several.",
+    help="Repeat it for several.",
 )
 @click.option(
-    "--merchant", "merchant_id", help="The merchant_id claim; none for platform services."
+    "--merchant", "merchant_id", help="The merchant_id claim. Leave it out for platform services."
 )
 @click.option("--subject", default="developer", show_default=True, help="The sub claim.")
 @click.option("--hours", default=1.0, show_default=True, type=click.FloatRange(0.01, 24))
 def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours: float) -> None:
-    """Print a token for development, signed with the key that `postrider run` made.
+    """Print a token for development.
 
-    A server accepts it when its WEBHOOK_JWT_PUBLIC_KEY_FILE is .postrider/keys/public.pem and its
-    WEBHOOK_JWT_ISSUER is postrider-development, as `postrider run` sets them.
+    It is signed with the key of `postrider run`. A server accepts it if its
+    WEBHOOK_JWT_PUBLIC_KEY_FILE is .postrider/keys/public.pem and its WEBHOOK_JWT_ISSUER is
+    postrider-development, as with `postrider run`.
     """
     from cli.dev.platform import DEVELOPMENT_ISSUER
     from cli.dev.signing_key import mint_token
@@ -68,7 +83,7 @@ def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours:
     key_file: Path = load(LocalSettings).data_dir / "keys" / "private.pem"
     if not key_file.exists():
         raise ConfigurationError(
-            f"there is no development key in {key_file.parent}; `postrider run` makes one"
+            f"there is no development key in {key_file.parent}: `postrider run` creates one"
         )
     click.echo(
         mint_token(
@@ -83,17 +98,24 @@ def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours:
     )
 
 
-@click.command()
+@click.command(cls=_DevelopmentCommand)
 @click.option("--port", default=8444, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--name", "names", multiple=True, help="Callers know it by this; repeatable.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="A name or address in the certificate. Repeat it for several.",
+)
 @click.option(
     "--ca-file",
     type=click.Path(path_type=Path),
-    help="The authority's certificate, made when missing.  [default: .postrider/receiver-ca.pem]",
+    help="The authority's certificate, created if missing.  [default: .postrider/receiver-ca.pem]",
 )
-@click.option("--plain-http", is_flag=True, help="For tunnels that end the TLS before it.")
-@click.option("--secret", "secrets", multiple=True, help="A secret or whpk_ key; repeatable.")
+@click.option("--plain-http", is_flag=True, help="For a tunnel that ends TLS.")
+@click.option(
+    "--secret", "secrets", multiple=True, help="A secret or whpk_ key. Repeat it for several."
+)
 @click.option(
     "--secret-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -102,11 +124,14 @@ def token(scopes: tuple[str, ...], merchant_id: str | None, subject: str, hours:
 @click.option("--status", default=200, show_default=True, type=click.IntRange(200, 599))
 @click.option("--answer-after", default=0.0, type=click.FloatRange(0, 600), help="Seconds.")
 @click.option(
-    "--fail-first", default=0, type=click.IntRange(0), help="503 to so many tries of each event."
+    "--fail-first",
+    default=0,
+    type=click.IntRange(0),
+    help="Respond 503 to this many attempts of each event.",
 )
-@click.option("--forward-to", metavar="URL", help="Send each request on, and answer as that does.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a webhook.")
-@click.option("--count", type=click.IntRange(1), help="Exit after so many webhooks.")
+@click.option("--forward-to", metavar="URL", help="Forward each request, and return its response.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per webhook.")
+@click.option("--count", type=click.IntRange(1), help="Exit after this many webhooks.")
 def listen(
     *,
     port: int,
@@ -123,26 +148,26 @@ def listen(
     as_json: bool,
     count: int | None,
 ) -> None:
-    """Receive webhooks on this machine, and say of each whether it is genuine, and why not.
+    """Receive and verify webhooks on this machine.
 
-    Verifies every signature header with the secrets of --secret, --secret-file and
-    WEBHOOK_RECEIVER_SECRETS. An invalid webhook is answered 401, pings always 200. Exits with 0
-    after Ctrl-C, and with 1 when one of --count webhooks was invalid.
+    Shows whether each is genuine, with the reason. Verifies every signature header with the secrets
+    of --secret, --secret-file and WEBHOOK_RECEIVER_SECRETS. Responds 401 to an invalid webhook, and
+    200 to every ping. Exits with 0 after Ctrl-C, and with 1 if one of --count webhooks was invalid.
     """
+    from cli.authority import AUTHORITY_FILE
     from cli.dev.listen import ListenOptions
     from cli.dev.listen import listen as receive
     from cli.dev.listen_receiver import Answers
-    from cli.dev.platform import AUTHORITY_FILE
 
     local = load(LocalSettings)
-    told = local.receiver_secrets.get_secret_value() if local.receiver_secrets else ""
+    listed = local.receiver_secrets.get_secret_value() if local.receiver_secrets else ""
     options = ListenOptions(
         host=host,
         port=port,
         names=names,
         ca_file=ca_file or local.data_dir / AUTHORITY_FILE,
         plain_http=plain_http,
-        secrets=[*secrets, *(text.strip() for text in told.split(",") if text.strip())],
+        secrets=[*secrets, *(text.strip() for text in listed.split(",") if text.strip())],
         secret_file=secret_file,
         answers=Answers(status, answer_after, fail_first),
         forward_to=forward_to,

@@ -18,20 +18,20 @@ def encryption_key() -> None:
 
 @click.group()
 def keys() -> None:
-    """Look after the keys that encrypt signing secrets at rest.
+    """Manage the keys that encrypt signing secrets at rest.
 
-    To change the key: add the new one behind the others (`postrider encryption-key` makes one);
-    when every server and engine has it, put it first; `postrider keys rotate`; when `postrider keys
-    status` calls the old one not needed, remove it. They take what changes in
-    WEBHOOK_ENCRYPTION_KEYS_FILE by themselves, and need a restart after each step without it.
+    To change the key: add a new one after the others (`postrider encryption-key` creates one). When
+    every server and engine has it, put it first and run `postrider keys rotate`. Remove the old one
+    when `postrider keys status` calls it not needed. Processes reload WEBHOOK_ENCRYPTION_KEYS_FILE.
+    Without a file, they need a restart after each step.
     """
 
 
 @keys.command("status")
 def keys_status() -> None:
-    """Say how many records each encryption key has.
+    """Show how many records each encryption key has.
 
-    Needs WEBHOOK_DATABASE_URL and the encryption keys, as the servers have them.
+    Needs WEBHOOK_DATABASE_URL and the encryption keys of the servers.
     """
     from cli.ops.keys import report
 
@@ -39,12 +39,12 @@ def keys_status() -> None:
 
 
 @keys.command("rotate")
-@click.option("--to", metavar="KEY_ID", help="Refuse unless this is the first key.")
+@click.option("--to", metavar="KEY_ID", help="Fail unless this is the first key.")
 def keys_rotate(to: str | None) -> None:
     """Encrypt every signing secret with the first key.
 
-    Needs WEBHOOK_DATABASE_URL and the encryption keys. Safe while everything runs, page by page;
-    interrupted, it goes on where it was. Exit code 1 when a record could not be read.
+    Needs WEBHOOK_DATABASE_URL and the encryption keys. It is safe while everything runs. An
+    interrupted run continues at the next start. Exits with 1 if a record could not be read.
     """
     from cli.ops.keys import rotate
 

@@ -1,4 +1,4 @@
-"""What an operator does beside the processes: migrate, look, check, and keep house."""
+"""The operator's commands: `migrate`, `config`, `verify`, `health` and `retention`."""
 
 import asyncio
 import sys
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 @click.option(
     "--down-to",
     metavar="REVISION",
-    help='Undo migrations down to REVISION, or all of them with "base". Undoing drops data.',
+    help='Undo migrations down to REVISION, or all with "base". This drops data.',
 )
 def migrate(down_to: str | None) -> None:
-    """Bring the database schema to this release's version.
+    """Migrate the database schema.
 
-    Needs WEBHOOK_DATABASE_URL. Safe to run while the previous release serves, and from several
-    places at once: one migrates, the others wait. Each step is a transaction of its own.
+    Migrates to the version of this release. Needs WEBHOOK_DATABASE_URL. It is safe while the
+    previous release serves. If several run at once, one migrates and the others wait. Each step is
+    one transaction.
     """
     from cli.ops.migrate import migrate as run_migrations
     from cli.startup import head
@@ -42,16 +43,16 @@ def migrate(down_to: str | None) -> None:
     type=click.Choice(["server", "delivery", "all"]),
     default="all",
     show_default=True,
-    help="Whose settings to look at.",
+    help="The process whose settings are shown.",
 )
-@click.option("--check", is_flag=True, help="Ask the database and the issuer, too.")
+@click.option("--check", is_flag=True, help="Also connect to the database and the issuer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def config(process: str, check: bool, as_json: bool) -> None:
-    """Show every setting, where it comes from, and all that is wrong with them.
+    """Show every setting, its source, and all problems.
 
-    Secrets are masked. With --check, it connects: is the database there, at this release's schema,
-    with keys that read its secrets, and a clock like this machine's; can the issuer's keys be had.
-    Exits with 0 when nothing is wrong and 1 when something is.
+    Secrets are masked. With --check, it also checks the database (reachable, this release's schema,
+    readable secrets, the same clock) and fetches the issuer's keys. Exits with 0 without problems,
+    and with 1 otherwise.
     """
     from cli.ops.configuration import read_configuration
     from cli.ops.configuration_faults import faults_outside
@@ -70,21 +71,21 @@ def config(process: str, check: bool, as_json: bool) -> None:
     default=60.0,
     show_default=True,
     type=click.FloatRange(1, 86_400),
-    help="How long to go on looking, the newest first.",
+    help="The time limit. The newest rows come first.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def verify(seconds: float, as_json: bool) -> None:
-    """Check what must hold of everything accepted, in a database at work.
+    """Check the invariants of the database.
 
     Needs WEBHOOK_DATABASE_URL. Every event has all its deliveries, attempts have no gaps, nothing
-    is stuck, and so on: prints what it looked at, and ids of what is not so. Reads only, in short
-    statements, and may run at any time. Exits with 0 when nothing is broken, 1 when something is,
-    and 2 when it could not look.
+    is stuck, and so on. Prints the number of checked rows and the ids of broken ones. It only
+    reads, in short statements, and may run at any time. Exits with 0 if nothing is broken, 1 if
+    something is, and 2 if it could not check.
     """
-    from cli.ops.verify import verify as look
+    from cli.ops.verify import verify as check_database
 
     try:
-        report, clean = look(load(DatabaseSettings), seconds, as_json=as_json)
+        report, clean = check_database(load(DatabaseSettings), seconds, as_json=as_json)
     except Unavailable as error:
         raise ConfigurationError(error.message) from error
     click.echo(report)
@@ -95,13 +96,13 @@ def verify(seconds: float, as_json: bool) -> None:
 @click.command()
 @click.argument("process", type=click.Choice(["server", "delivery"]), required=False)
 @click.argument("question", required=False)
-@click.option("--address", metavar="HOST:PORT", help="Where to ask, instead of what is set.")
+@click.option("--address", metavar="HOST:PORT", help="The address, instead of the setting.")
 @click.option(
     "--seconds",
     default=4.0,
     show_default=True,
     type=click.FloatRange(0.1, 60),
-    help="How long an answer may take.",
+    help="The time limit of a response.",
 )
 def health(
     process: "Process | None",
@@ -109,15 +110,13 @@ def health(
     address: str | None,
     seconds: float,
 ) -> None:
-    """Ask the processes on this machine whether they are well.
+    """Check the processes on this machine.
 
     `health server [SERVICE]` asks grpc.health.v1 at WEBHOOK_ADMIN_ADDRESS: for all services, for
-    one by its name, or for `liveness`, which is not about the database. `health delivery
-    [live|ready]` asks the engines at WEBHOOK_DELIVERY_METRICS_ADDRESS. `health` alone asks
-    whichever run here.
+    one by its name, or for `liveness`, which ignores the database. `health delivery [live|ready]`
+    asks the engines at WEBHOOK_DELIVERY_METRICS_ADDRESS. Without arguments, it asks all that run.
 
-    Exits with 0 when what was asked is well, 1 when it is not or does not answer, and 2 when the
-    question was wrong.
+    Exits with 0 if healthy, 1 if unhealthy or without a response, and 2 if an argument is invalid.
     """
     from cli.ops.health import ask, ask_all
 
@@ -130,18 +129,20 @@ def health(
     elif address is None:
         click.echo(ask_all(addresses, seconds))
     else:
-        raise ConfigurationError("say who is at --address: `health server` or `health delivery`")
+        raise ConfigurationError(
+            "--address needs the process: `health server` or `health delivery`"
+        )
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Say what a run would do, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the effects of a run, and change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def retention(dry_run: bool, as_json: bool) -> None:
-    """Make the days ahead, and remove what has been kept for long enough.
+    """Create partitions and remove expired data.
 
-    Needs WEBHOOK_DATABASE_URL, and the WEBHOOK_RETENTION_ settings as the engines have them: these
-    do the same by themselves every hour. Safe beside everything that runs, in short steps;
-    interrupted, the next run goes on with what is left. A run is in the audit log.
+    Needs WEBHOOK_DATABASE_URL, and the WEBHOOK_RETENTION_ settings of the engines, which do the
+    same every hour. It is safe while everything runs, and works in short steps. After an
+    interruption, the next run continues. The audit log records each run.
     """
     from cli.ops.retention import retain_once
 

@@ -28,7 +28,7 @@ def server() -> None:
 
     Needs WEBHOOK_DATABASE_URL, WEBHOOK_ENCRYPTION_KEYS, WEBHOOK_JWT_ISSUER, and
     WEBHOOK_JWT_JWKS_URL or WEBHOOK_JWT_PUBLIC_KEY_FILE. Any number may run on one database. After
-    SIGTERM, health says NOT_SERVING and running calls finish.
+    SIGTERM, health is NOT_SERVING and running calls finish.
     """
     from cli.process.app import ServerProcessSettings
     from cli.process.server import serve
@@ -57,18 +57,18 @@ def server() -> None:
 @click.option(
     "--processes",
     type=click.IntRange(1, MAX_PROCESSES),
-    help="Engine processes to keep running here, instead of WEBHOOK_DELIVERY_PROCESSES.",
+    help="Engine processes, instead of WEBHOOK_DELIVERY_PROCESSES.",
 )
 @click.option("--lifeline", type=int, hidden=True, help="For an engine that a supervisor starts.")
 def delivery(processes: int | None, lifeline: int | None) -> None:
     """Deliver webhooks until SIGTERM.
 
     Needs WEBHOOK_DATABASE_URL and WEBHOOK_ENCRYPTION_KEYS. Any number may run on one database,
-    also on many machines. After SIGTERM nothing new is claimed and attempts in flight finish; what
-    a killed engine had in flight is sent again by the others when its lease ends.
+    also on several machines. After SIGTERM it claims nothing and finishes open attempts. After a
+    kill, other engines repeat its open attempts when their leases end.
 
-    One engine uses one core at most. With --processes, a supervisor starts so many, starts one anew
-    that ended, and has all of them drain after SIGTERM, or when it is itself killed.
+    One engine uses one core at most. With --processes, a supervisor starts that many and restarts
+    those that end. They drain after SIGTERM, and when the supervisor is killed.
     """
     from cli.metrics.http import MetricsAddress
     from cli.metrics.supervisor import answer_supervisor

@@ -1,1 +1,5 @@
-"""What the commands for one machine do: everything at once, its demo, its tokens, a receiver."""
+"""Development on one machine: `run`, `demo`, `token`, `listen`. Begin with `run`.
+
+Only `cli.commands` imports this package, when a command runs. The production image does not carry
+it. The extra `dev` installs its dependencies.
+"""

@@ -1,4 +1,4 @@
-"""What `postrider run` and `postrider demo` show: a registered webhook, and events that arrive."""
+"""The demo of `postrider run` and `postrider demo`: registers a webhook and publishes events."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from postrider.v1 import (
 EVENT_TYPES = ("payment.created", "payment.succeeded", "refund.created")
 
 _CALL_SECONDS = 30
-#: Longer than all waits of the default retry schedule, with their jitter.
+#: Longer than the default retry schedule with jitter.
 _ARRIVAL_SECONDS = 120
 
 pb = webhook_config_service_pb2
@@ -33,7 +33,7 @@ pb = webhook_config_service_pb2
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Counted by the receiver, but for `published`: events acknowledged over gRPC."""
+    """Counts of the receiver. `published` counts the events that gRPC calls acknowledged."""
 
     published: int
     delivered: int
@@ -64,7 +64,7 @@ class DemoMerchant:
         await self._channel.close()
 
     async def register(self) -> str:
-        """Create the webhook; the receiver learns the secret. Returns its id."""
+        """Create the webhook, give its secret to the receiver, and return its id."""
         config = webhook_config_pb2.WebhookConfig(
             url=self._receiver.url, events=EVENT_TYPES, description="Demo receiver on loopback"
         )
@@ -77,7 +77,7 @@ class DemoMerchant:
         return created.webhook_config.id
 
     async def resume(self, state_file: Path) -> str:
-        """The webhook of an earlier run, moved to the receiver's present URL; else a new one."""
+        """Move the webhook of an earlier run to this receiver, or create one. Returns its id."""
         webhook_id = await self._resumed(_read_state(state_file))
         if webhook_id is None:
             webhook_id = await self.register()
@@ -98,7 +98,7 @@ class DemoMerchant:
                 timeout=_CALL_SECONDS,
             )
         except grpc.aio.AioRpcError as error:
-            # The database may be another one than last time.
+            # The earlier run may have used another database.
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return None
             raise
@@ -112,7 +112,7 @@ class DemoMerchant:
         )
 
     async def publish(self, count: int) -> list[str]:
-        """Publish `count` events, the first by itself, the others in batches; returns the ids."""
+        """Publish the first event alone and the others in batches. Returns the ids."""
         inputs = [self._event(number) for number in range(count)]
         first = await self._events.PublishEvent(
             event_service_pb2.PublishEventRequest(event=inputs[0]),
@@ -140,7 +140,7 @@ class DemoMerchant:
 
 
 async def play(merchant: DemoMerchant, receiver: DemoReceiver, events: int) -> DemoResult:
-    """Publish, let the first attempt of one event fail, and count what arrived."""
+    """Publish events, refuse the first attempt of one, and count the arrivals."""
     began = perf_counter()
     receiver.refusals_left = 1
     published = await merchant.publish(events)
@@ -150,7 +150,7 @@ async def play(merchant: DemoMerchant, receiver: DemoReceiver, events: int) -> D
 
 
 def count(receiver: DemoReceiver, published: Sequence[str], seconds: float) -> DemoResult:
-    """The receiver's ledger against the acknowledged ids."""
+    """Compare the receiver's receipts with the acknowledged ids."""
     expected = set(published)
     delivered = receiver.accepted_ids & expected
     receipts = [r for r in receiver.receipts if r.message_id in expected]

@@ -1,7 +1,7 @@
-"""The receiver of `postrider run` and `demo`: what a merchant would run, on loopback.
+"""The receiver of `postrider run` and `demo`, an example of a merchant's receiver.
 
-It speaks HTTPS with a certificate of its own authority, verifies every signature, refuses one
-delivery on purpose so that a retry can be seen, and keeps the ledger the demo's figures come from.
+It listens on HTTPS with a certificate of the local authority and verifies every signature. It
+refuses one delivery on purpose, so that the demo shows a retry.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from cli.dev.authority import Authority
+from cli.authority import Authority
 from cli.receiver import accepting
 from core.signing import ID_HEADER
 from postrider_client import VerificationKey, inspect_webhook
@@ -23,7 +23,7 @@ PATH = "/webhooks"
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """One webhook as it arrived, and what it was answered."""
+    """A received webhook, and the status of the response."""
 
     message_id: str
     event_type: str
@@ -35,12 +35,12 @@ class Receipt:
 
 @dataclass
 class DemoReceiver:
-    """Verifies with `secret`, which is known once the webhook is registered."""
+    """Verifies with `secret`, which is set after the registration."""
 
     on_receipt: Callable[[Receipt], None]
     port: int = 0
     secret: str = ""
-    #: How many of the next new events are refused at their first attempt.
+    #: How many new events to refuse at their first attempt.
     refusals_left: int = 0
     receipts: list[Receipt] = field(default_factory=list)
     _arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -51,7 +51,7 @@ class DemoReceiver:
 
     @property
     def accepted_ids(self) -> set[str]:
-        """Events that arrived with a valid signature and were answered 200."""
+        """The events with a valid signature that got 200."""
         return {r.message_id for r in self.receipts if r.verified and r.status == 200}
 
     @property
@@ -59,7 +59,7 @@ class DemoReceiver:
         return Counter(r.message_id for r in self.receipts)
 
     async def wait_for(self, message_ids: set[str], timeout_seconds: float) -> None:
-        """Until all of these were accepted; TimeoutError when that takes too long."""
+        """Wait until all of these were accepted. Raises TimeoutError."""
         async with asyncio.timeout(timeout_seconds), self._arrived:
             await self._arrived.wait_for(lambda: message_ids <= self.accepted_ids)
 
@@ -94,9 +94,9 @@ class DemoReceiver:
 async def receiving(
     port: int, authority: Authority, on_receipt: Callable[[Receipt], None]
 ) -> AsyncIterator[DemoReceiver]:
-    """A receiver on `port` of loopback (0: a free one), with a certificate of `authority`."""
+    """Listen on `port` of loopback with a certificate of `authority`. Port 0 selects a free one."""
     receiver = DemoReceiver(on_receipt)
     tls = authority.server_context(["127.0.0.1"])
-    mend = "stop what uses it, or set WEBHOOK_RECEIVER_PORT"
-    async with accepting(receiver.handle, "127.0.0.1", port, tls, mend) as receiver.port:
+    advice = "stop the process that uses it, or set WEBHOOK_RECEIVER_PORT"
+    async with accepting(receiver.handle, "127.0.0.1", port, tls, advice) as receiver.port:
         yield receiver

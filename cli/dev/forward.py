@@ -1,4 +1,4 @@
-"""Sends a webhook on to an application under development, as it came."""
+"""Forwards webhooks unchanged to an application under development."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,8 +10,8 @@ from aiohttp import web
 from cli.receiver import MAX_BODY_BYTES
 
 _SECONDS = 30
-#: Headers of one connection, and what is computed anew.
-_OURS = frozenset(
+#: Headers of one connection, and headers that are computed again.
+_NOT_FORWARDED = frozenset(
     {"connection", "content-length", "host", "keep-alive", "proxy-connection", "te", "trailer"}
     | {"transfer-encoding", "upgrade"}
 )
@@ -20,7 +20,7 @@ _BACK = ("Content-Type", "Retry-After")
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """What the application answered; 502 and the reason when it did not."""
+    """The application's response, or 502 and the reason without one."""
 
     response: web.Response
     reason: str = ""
@@ -31,10 +31,10 @@ type Forward = Callable[[web.Request, bytes], Awaitable[Forwarded]]
 
 @asynccontextmanager
 async def forwarding(url: str) -> AsyncIterator[Forward]:
-    """Sends requests to `url`, whatever path they came to; neither proxies nor redirects."""
+    """Yield a function that sends requests to `url`, for every path. It follows no redirects."""
 
     async def forward(request: web.Request, body: bytes) -> Forwarded:
-        headers = [(n, v) for n, v in request.headers.items() if n.lower() not in _OURS]
+        headers = [(n, v) for n, v in request.headers.items() if n.lower() not in _NOT_FORWARDED]
         try:
             async with session.request(
                 request.method, url, data=body, headers=headers, allow_redirects=False
@@ -46,7 +46,7 @@ async def forwarding(url: str) -> AsyncIterator[Forward]:
             reason = str(error) or f"no answer within {_SECONDS} s"
             return Forwarded(web.Response(status=502, text=reason), reason)
 
-    # Not the guarded dialler: it goes where the developer who started this says.
+    # Not the guarded client, because the developer chose the URL.
     async with aiohttp.ClientSession(  # nosemgrep: unguarded-session
         timeout=aiohttp.ClientTimeout(total=_SECONDS),
         auto_decompress=False,

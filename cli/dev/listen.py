@@ -1,4 +1,4 @@
-"""`postrider listen`: what it is asked for, and what it tells whoever wants to send to it."""
+"""Runs `postrider listen`: opens the receiver, and prints how to send webhooks to it."""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cli.dev.authority import LOOPBACK, ensure_authority
+from cli.authority import LOOPBACK, ensure_authority
 from cli.dev.forward import forwarding
 from cli.dev.listen_receiver import Answers, Listener, ListenerKeys
 from cli.process.signals import stop_on_signals
@@ -19,7 +19,7 @@ from cli.receiver import accepting
 
 @dataclass(frozen=True)
 class ListenOptions:
-    """Where to listen, what to verify with and what to answer."""
+    """The options of the command."""
 
     host: str
     port: int
@@ -35,12 +35,12 @@ class ListenOptions:
 
 
 async def listen(options: ListenOptions) -> bool:
-    """Show webhooks until Ctrl-C or `count` of them; whether none of them was invalid.
+    """Show webhooks until Ctrl-C or `count` of them. Returns whether all were valid.
 
-    ConfigurationError when a secret is none, or the port cannot be had.
+    Raises ConfigurationError for a malformed secret or a port in use.
     """
     stop = stop_on_signals()
-    # What is not an object for programs goes past them.
+    # stdout is for JSON objects only.
     say = _to_stderr if options.as_json else click.echo
     keys = ListenerKeys(options.secrets, options.secret_file)
     name = options.names[0] if options.names else options.host
@@ -55,9 +55,9 @@ async def listen(options: ListenOptions) -> bool:
         if not options.plain_http:
             authority = ensure_authority(options.ca_file, [name, *options.names])
             tls = authority.server_context(list(dict.fromkeys([*LOOPBACK, name, *options.names])))
-        mend = "stop what uses it, or choose another with --port"
+        advice = "stop the process that uses it, or choose another with --port"
         port = await stack.enter_async_context(
-            accepting(listener.handle, options.host, options.port, tls, mend)
+            accepting(listener.handle, options.host, options.port, tls, advice)
         )
         for line in _welcome(options, name, port, keys):
             say(line)
@@ -78,8 +78,8 @@ def _welcome(options: ListenOptions, name: str, port: int, keys: ListenerKeys) -
     lines = [
         f"Listening on {url} ; Ctrl-C ends it.",
         "",
-        "Servers and engines that are to call it need these settings, and a restart (those of",
-        "`postrider run` have them already, for ports 8000 to 8999 of loopback):",
+        "Servers and engines need these settings and a restart to call it (`postrider run` has",
+        "them already, for ports 8000 to 8999 of loopback):",
         f"  WEBHOOK_CA_FILE={options.ca_file.resolve()}",
         f"  WEBHOOK_ALLOWED_CIDRS={_network(name)}",
         f"  WEBHOOK_ALLOWED_PORTS=443,8443,{port}",
@@ -93,8 +93,8 @@ def _welcome(options: ListenOptions, name: str, port: int, keys: ListenerKeys) -
     ]
     if not keys.current():
         lines += [
-            "No secret is given yet, so nothing is verified: put the secret that this call returns",
-            "into a file and name it by --secret-file, which is read again for every webhook.",
+            "Without a secret, nothing is verified. Write the secret that this call returns to a",
+            "file, and give it by --secret-file. The file is read for every webhook.",
             "",
         ]
     return lines
@@ -104,7 +104,11 @@ def _network(name: str) -> str:
     try:
         address = ip_address(name)
     except ValueError:
-        return "127.0.0.0/8" if name == "localhost" else f"(the network of {name}, if it is inner)"
+        return (
+            "127.0.0.0/8"
+            if name == "localhost"
+            else f"(the network of {name}, if it is a private one)"
+        )
     if address.is_loopback:
         return "127.0.0.0/8" if address.version == 4 else "::1/128"
     return f"{address}/{address.max_prefixlen}"

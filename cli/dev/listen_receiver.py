@@ -20,22 +20,22 @@ from core.errors import ConfigurationError
 from core.signing import ID_HEADER
 from postrider_client import Inspection, VerificationKey, inspect_webhook
 
-#: Of so many events it is remembered how often they came.
-_REMEMBERED = 10_000
+#: Events whose arrivals are counted.
+_COUNTED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What is answered when nothing is forwarded; pings get 200 at once."""
+    """The responses unless requests are forwarded. Pings get 200 at once."""
 
     status: int = 200
     after_seconds: float = 0.0
-    #: So many requests of each event are answered 503 first.
+    #: This many requests of each event get 503 first.
     fail_first: int = 0
 
 
 class ListenerKeys:
-    """The secrets given, and those of a file, which may come and change meanwhile."""
+    """The secrets of the options, and those of a file that may appear and change."""
 
     def __init__(self, secrets: Sequence[str], file: Path | None):
         self._given = [_key(secret) for secret in secrets]
@@ -58,7 +58,7 @@ class _Seen:
 
 
 class Listener:
-    """Handles requests; `done` is set when `count` webhooks were answered."""
+    """Handles requests. Sets `done` after `count` webhooks."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Listener:
         times = seen.times if duplicate else 0
         show(request, body, inspection, times=times, status=response.status, note=note)
         if self._count is not None and self.webhooks >= self._count:
-            # The answer first.
+            # Later, so that the response is sent first.
             asyncio.get_running_loop().call_later(0.1, self.done.set)
         return response
 
@@ -118,12 +118,12 @@ class Listener:
 
     def _seen_before(self, message_id: str, *, counts: bool) -> _Seen:
         if not message_id or not counts:
-            # Not to be believed, so it changes nothing.
+            # An invalid webhook must not affect the counts.
             return _Seen(1)
         seen = self._seen.setdefault(message_id, _Seen())
         self._seen.move_to_end(message_id)
         seen.times += 1
-        if len(self._seen) > _REMEMBERED:
+        if len(self._seen) > _COUNTED_MAX:
             self._seen.popitem(last=False)
         return seen
 
@@ -158,10 +158,10 @@ class Listener:
         tail = f" ({printable(note)})" if note else ""
         self._write(
             f"{time.strftime('%H:%M:%S')}  {event_type[:100]}  {message_id[:100]}  "
-            f"attempt {attempt[:10]}  {_spoken(inspection)}  answered {status}{tail}"
+            f"attempt {attempt[:10]}  {_verdict(inspection)}  answered {status}{tail}"
         )
         if times:
-            self._write(f"  DUPLICATE: it came {times} times; drop it by its webhook-id")
+            self._write(f"  DUPLICATE: it arrived {times} times; drop it by its webhook-id")
         for line in payload_lines(body):
             self._write(f"  {line}")
 
@@ -206,7 +206,7 @@ def _key(text: str) -> VerificationKey:
         raise ConfigurationError(f"a secret cannot be used: {error}") from None
 
 
-def _spoken(inspection: Inspection | None) -> str:
+def _verdict(inspection: Inspection | None) -> str:
     if inspection is None:
         return "not verified (no secret given)"
     if (wrong := inspection.failed) is None:

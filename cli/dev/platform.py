@@ -1,6 +1,6 @@
-"""All of Postrider on one machine: a database, a server and an engine with development settings.
+"""Runs a database, a server and an engine on one machine, with development settings.
 
-What the environment sets is used; what it leaves out is made and kept in the data directory.
+Settings of the environment are used. Missing keys are created and kept in the data directory.
 """
 
 import asyncio
@@ -35,10 +35,8 @@ from delivery.settings import DeliverySettings
 from server.settings import AuthSettings, ServerSettings
 
 DEVELOPMENT_ISSUER = "postrider-development"
-#: Where receivers on this machine may listen, those of `postrider listen` and `canary` among them.
+#: Ports of receivers on this machine, such as those of `postrider listen` and `canary`.
 DEVELOPMENT_PORTS = (8000, 8999)
-#: In the data directory: the certificate of the authority that all of them share.
-AUTHORITY_FILE = "receiver-ca.pem"
 
 type Announce = Callable[[str], None]
 
@@ -50,7 +48,7 @@ class LocalPlatform:
     port: int
     key: DevelopmentKey
     auth: AuthSettings
-    #: Server and engine; one that is done while the platform runs has failed.
+    #: Server and engine. A task that ends while the platform runs has failed.
     processes: tuple[asyncio.Task[None], ...]
 
     def token(self, *scopes: str, merchant_id: str | None = None, hours: float = 24) -> str:
@@ -69,7 +67,7 @@ class LocalPlatform:
 def local_database(
     directory: Path, pg_bin: Path | None, announce: Announce
 ) -> Iterator[DatabaseSettings]:
-    """WEBHOOK_DATABASE_URL if it is set, else a PostgreSQL of our own; migrated either way."""
+    """Yield WEBHOOK_DATABASE_URL if it is set, else an embedded PostgreSQL. Migrates either."""
     if is_set("database_url"):
         settings = load(DatabaseSettings)
         migrate(settings, announce=announce)
@@ -93,7 +91,7 @@ async def running_platform(
     operator_listeners: bool = True,
     retention: RetentionSettings | None = None,
 ) -> AsyncIterator[LocalPlatform]:
-    """Server and engine until the end of the context; without `retention` nothing is removed."""
+    """Run server and engine. Without `retention` no data is removed."""
     key = ensure_development_key(directory / "keys")
     encryption = load(EncryptionSettings, encryption_keys=_encryption_keys(directory))
     egress = _egress_to(receiver_port, ca_file)
@@ -132,7 +130,7 @@ async def running_platform(
                 process.result()
         yield LocalPlatform(await listening, key, auth, processes)
     finally:
-        # The server first: what it has accepted, the engine may still deliver.
+        # The server first, so that the engine can deliver the last accepted events.
         stop_serving.set()
         await asyncio.wait({serving})
         stop_delivering.set()
@@ -142,7 +140,7 @@ async def running_platform(
 
 
 def _egress_to(receiver_port: int, ca_file: Path) -> EgressSettings:
-    """What the environment allows, and receivers on this machine with our own authority."""
+    """Return the egress settings, plus receivers on this machine and the local authority."""
     settings = load(EgressSettings)
     if settings.ca_file is not None:
         both = ca_file.with_name("trusted-cas.pem")
@@ -162,7 +160,7 @@ def _egress_to(receiver_port: int, ca_file: Path) -> EgressSettings:
 
 
 def _encryption_keys(directory: Path) -> SecretStr | None:
-    """The development key of this data directory, made once."""
+    """Return the encryption key of this data directory. Creates it once."""
     if is_set("encryption_keys"):
         return None
     path = directory / "encryption-key"
@@ -173,18 +171,18 @@ def _encryption_keys(directory: Path) -> SecretStr | None:
         return SecretStr(path.read_text().strip())
     except OSError as error:
         raise ConfigurationError(
-            f"cannot keep an encryption key in {path} ({error.strerror}): set WEBHOOK_DATA_DIR to "
-            "a directory that can be written"
+            f"cannot write an encryption key to {path} ({error.strerror}): set WEBHOOK_DATA_DIR "
+            "to a writable directory"
         ) from error
 
 
 def make_directory(settings: LocalSettings) -> Path:
-    """The data directory, made when missing; ConfigurationError when it cannot be."""
+    """Create the data directory if needed, and return it. Raises ConfigurationError."""
     directory = settings.data_dir.resolve()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot make the data directory {directory} ({error.strerror}): set WEBHOOK_DATA_DIR"
+            f"cannot create the data directory {directory} ({error.strerror}): set WEBHOOK_DATA_DIR"
         ) from error
     return directory

@@ -1,19 +1,19 @@
-"""What somebody else sent, as text that cannot drive a terminal."""
+"""Makes received text safe for a terminal."""
 
 import json
 import re
 import unicodedata
 
 _INDENT = "  "
-#: In JSON: strings, what is empty, structure, white space, and all else (numbers and words).
+#: Tokens of JSON: strings, empty containers, punctuation, white space, numbers and words.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\{\s*\}|\[\s*\]|[{}\[\],:]|\s+|[^\s{}\[\],:"]+')
 
 
 def printable(text: str) -> str:
-    """`text` with what is no plain character as \\u escapes.
+    """Return `text` with \\u escapes for characters that are not printable.
 
-    Control and format characters move the cursor, turn the direction of writing or hide; lone
-    surrogates stand for bytes that are no text.
+    Control and format characters move the cursor, change the writing direction or hide text. Lone
+    surrogates stand for bytes that are not UTF-8.
     """
     if text.isprintable():
         return text
@@ -21,9 +21,9 @@ def printable(text: str) -> str:
 
 
 def payload_lines(body: bytes, most: int = 200) -> list[str]:
-    """A payload for people: indented when it is JSON, its numbers and keys as they were sent.
+    """Return the lines of a payload, indented if it is JSON, with numbers and keys as received.
 
-    At most so many lines, of at most 500 characters each; then it says how much is left out.
+    Returns at most `most` lines of at most 500 characters, and one with the number left out.
     """
     text = body.decode(errors="backslashreplace")
     lines = _indented(text) if _is_json(body) else text.splitlines()
@@ -34,7 +34,7 @@ def payload_lines(body: bytes, most: int = 200) -> list[str]:
 
 
 def _indented(text: str) -> list[str]:
-    # Not parsed and written again: that would round numbers and drop keys that come twice.
+    # Not parsed, because that would round numbers and drop repeated keys.
     lines, line, depth = [], "", 0
     for part in _TOKEN.findall(text):
         if part in "}]":

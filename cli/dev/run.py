@@ -1,4 +1,4 @@
-"""`postrider run` and `postrider demo`: everything on this machine, and a first delivery."""
+"""Runs `postrider run` and `demo`: all processes on this machine, and a first delivery."""
 
 import asyncio
 import secrets
@@ -13,11 +13,10 @@ from typing import Any
 import click
 import uvloop
 
-from cli.dev.authority import ensure_authority
+from cli.authority import AUTHORITY_FILE, ensure_authority
 from cli.dev.demo import DemoMerchant, DemoResult, play
 from cli.dev.demo_receiver import Receipt, receiving
 from cli.dev.platform import (
-    AUTHORITY_FILE,
     LocalPlatform,
     local_database,
     make_directory,
@@ -33,13 +32,13 @@ MERCHANT_ID = "demo-merchant"
 
 
 def run_everything(events: int) -> None:
-    """Start all of it, play the demo, and stay until Ctrl-C."""
+    """Start all processes, play the demo, and run until Ctrl-C."""
     settings = load(LocalSettings)
     directory = make_directory(settings)
     with ExitStack() as stack:
         log = stack.enter_context((directory / "postrider.log").open("ab", buffering=0))
         configure_logs(load(LogSettings, log_format="json"), log)
-        click.echo("Postrider is starting; Ctrl-C stops all of it.")
+        click.echo("Postrider is starting. Press Ctrl-C to stop it.")
         database = stack.enter_context(local_database(directory, settings.pg_bin, _step))
         _step("PostgreSQL is ready")
         uvloop.run(_run(settings, database, directory, events))
@@ -48,11 +47,11 @@ def run_everything(events: int) -> None:
 
 
 def demo_once(events: int, *, as_json: bool) -> bool:
-    """Play the demo on a database of its own and free ports; returns whether nothing was lost."""
+    """Play the demo on a temporary database and free ports. Returns whether all events arrived."""
     announce = (lambda _: None) if as_json else _step
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="postrider-")))
-        # For root, PostgreSQL runs as somebody else, who has to get there.
+        # If root runs this, PostgreSQL runs as another user, which needs access.
         directory.chmod(0o711)
         log = stack.enter_context((directory / "postrider.log").open("ab", buffering=0))
         configure_logs(load(LogSettings, log_format="json"), log)
@@ -87,14 +86,14 @@ async def _run(
         try:
             webhook_id = await merchant.resume(directory / "demo.json")
             _step(f"{MERCHANT_ID} registered {receiver.url} as {webhook_id}")
-            _step(f"publishing {events} events; one is refused once, on purpose\n")
+            _step(f"publishing {events} events; the receiver refuses one once, on purpose\n")
             result = await _until_stopped(stop, platform, play(merchant, receiver, events))
             if result is not None:
                 click.echo(f"\n{_summary(result)}\n\n{_what_next(platform)}\n")
                 await _until_stopped(stop, platform, asyncio.Event().wait())
         finally:
             await merchant.close()
-        click.echo("\nStopping: attempts in flight finish first (Ctrl-C again: at once).")
+        click.echo("\nStopping after the open attempts. Ctrl-C again stops at once.")
 
 
 async def _demo(
@@ -113,7 +112,7 @@ async def _demo(
             operator_listeners=False,
         ) as platform,
     ):
-        # Its own merchant, so that it disturbs nobody on a database that is not its own.
+        # A new merchant, because WEBHOOK_DATABASE_URL may be a shared database.
         merchant = DemoMerchant(platform, f"demo-{secrets.token_hex(4)}", receiver)
         try:
             webhook_id = await merchant.register()
@@ -127,7 +126,7 @@ async def _demo(
 async def _until_stopped[T](
     stop: asyncio.Event, platform: LocalPlatform, work: Coroutine[Any, Any, T]
 ) -> T | None:
-    """The result of `work`; None when told to stop. A process that failed raises its error."""
+    """Return the result of `work`, or None after a stop. Raises the error of a failed process."""
     task = asyncio.create_task(work)
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopping, *platform.processes}, return_when=asyncio.FIRST_COMPLETED)
@@ -171,16 +170,16 @@ def _what_next(platform: LocalPlatform) -> str:
         f'{{"event": {{"merchant_id": "{MERCHANT_ID}", "type": "payment.succeeded", '
         '"payload_text": "{\\"amount\\": 4200}"}}'
     )
-    return f"""Try next, in another terminal (the token is good for a day):
+    return f"""Try next, in another terminal (the token is valid for a day):
 
 TOKEN={token}
 
-# publish an event; it appears here
+# publish an event, which appears here
 {bin_dir}/buf curl --protocol grpc --http2-prior-knowledge -H "authorization: Bearer $TOKEN" \\
   -d '{event}' \\
   http://127.0.0.1:{platform.port}/postrider.v1.EventService/PublishEvent
 
-# or with grpcurl: what was delivered, and every attempt
+# or with grpcurl: list the deliveries
 grpcurl -plaintext -H "authorization: Bearer $TOKEN" \\
   127.0.0.1:{platform.port} postrider.v1.DeliveryService/ListDeliveries
 

@@ -1,6 +1,6 @@
 """A key pair and tokens for development, so that one machine needs no identity provider.
 
-The pair is made once and kept: a private key, once there, is never replaced.
+The pair is created once. An existing private key is never replaced.
 """
 
 import time
@@ -21,33 +21,33 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from cli.dev.atomic_file import create_file, replace_file
+from cli.atomic_file import create_file, replace_file
 from core.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True)
 class DevelopmentKey:
-    """The two files of a pair; the public one is for WEBHOOK_JWT_PUBLIC_KEY_FILE."""
+    """The files of a pair. The public one is for WEBHOOK_JWT_PUBLIC_KEY_FILE."""
 
     private_key_file: Path
     public_key_file: Path
 
 
 def ensure_development_key(directory: Path) -> DevelopmentKey:
-    """Make the pair unless it is there; several processes may do so at once and agree."""
+    """Create the pair unless it exists. Safe in several processes at once."""
     pair = DevelopmentKey(directory / "private.pem", directory / "public.pem")
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not pair.private_key_file.exists():
             create_file(pair.private_key_file, _private_pem(Ed25519PrivateKey.generate()))
         public_pem = _public_pem(_read_private_key(pair.private_key_file))
-        # Of a public key that does not fit, only the private one can be right.
+        # If the two do not match, the private key is the right one.
         if not pair.public_key_file.exists() or pair.public_key_file.read_bytes() != public_pem:
             replace_file(pair.public_key_file, public_pem)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot keep a development key in {directory} ({error.strerror}): "
-            "choose a directory that can be written"
+            f"cannot write a development key to {directory} ({error.strerror}): "
+            "choose a writable directory"
         ) from error
     return pair
 
@@ -62,7 +62,7 @@ def mint_token(
     merchant_id: str | None,
     lifetime: timedelta,
 ) -> str:
-    """A token signed with a development key, issued now, as an identity provider would."""
+    """Return a token (JWT, RFC 7519) signed with a development key, issued now."""
     key = _read_private_key(private_key_file)
     now = int(time.time())
     claims: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _read_private_key(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigurationError(
-            f"{path} is not an Ed25519 private key in PEM: delete it to have a new one made"
+            f"{path} is not an Ed25519 private key in PEM: delete it, and a new one is created"
         )
     return key
 

@@ -1,1 +1,1 @@
-"""What the operator's commands do, each in a module of its name."""
+"""The work of the operator's commands. Each has a module of its name."""

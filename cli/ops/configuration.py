@@ -1,6 +1,6 @@
-"""`postrider config`: every setting as a process would find it, and all that is wrong with them.
+"""Reads every setting as a process would, and lists all problems, for `postrider config`.
 
-Nothing is started and nothing is changed. Secrets are masked, those inside URLs as well.
+Nothing is started or changed. Secrets are masked, also inside URLs.
 """
 
 import os
@@ -25,7 +25,7 @@ _QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&]*")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: `value` is masked; `source` is default, environment, or the path of a file."""
+    """A setting. `value` is masked. `source` is default, environment, or the path of a file."""
 
     block: str
     name: str
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What a process would find; `blocks` holds those that are valid, by their class."""
+    """The settings of a process, their problems, and the valid blocks by class."""
 
     settings: Sequence[Setting]
     problems: Sequence[str]
@@ -49,42 +49,42 @@ class Configuration:
 
 
 def read_configuration(process: str) -> Configuration:
-    """What `process` reads ("server", "delivery", or "all"), with everything wrong with it."""
+    """Return the settings and problems of `process`: "server", "delivery" or "all"."""
     environment = os.environ
     settings: list[Setting] = []
     problems = list(unknown_variables(environment))
     blocks = Blocks()
     for block in blocks_of(process):
         settings += _settings_of(block, environment)
-        valid, told = _load(block)
-        problems += told
+        valid, messages = _load(block)
+        problems += messages
         if valid is not None:
             blocks.add(valid)
     return Configuration(settings, [*problems, *faults(blocks)], blocks)
 
 
 def _load(block: type[SettingsBlock]) -> tuple[SettingsBlock | None, list[str]]:
-    """The block, and what is wrong with it.
+    """Return the block and its problems.
 
-    Defaults stand in for what is wrong, so that one fault does not hide what comes after it.
+    Defaults replace invalid values, so that one problem does not hide others.
     """
     try:
         return block(), []
     except ValidationError as error:
-        told = list(explain(error))
+        messages = list(explain(error))
         wrong = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
     fields = {name: block.model_fields[name] for name in wrong}
     stand_ins: dict[str, Any] = {
         name: "?" if field.is_required() else field.get_default() for name, field in fields.items()
     }
     try:
-        return (block(**stand_ins) if stand_ins else None), told
+        return (block(**stand_ins) if stand_ins else None), messages
     except ValidationError as error:
-        return None, told + list(explain(error))
+        return None, messages + list(explain(error))
 
 
 def blocks_of(process: str) -> Iterator[type[SettingsBlock]]:
-    """The blocks that it reads: those of `core` belong to every process, others to their own."""
+    """Yield the blocks that a process reads. Every process reads those of `core`."""
     for block in BLOCKS:
         package = block.__module__.partition(".")[0]
         if process == "all" or package in {"core", process}:
@@ -118,7 +118,7 @@ def _content(name: str, file: Path) -> str:
 
 
 def masked(name: str, secret: str) -> str:
-    """What may be shown of a secret: of a URL all but its password, of keys their ids."""
+    """Mask a secret. URLs stay visible except for passwords, and keys keep their ids."""
     if name == "encryption_keys":
         pairs = [pair.partition(":") for pair in secret.replace("\n", ",").split(",") if pair]
         return ",".join(f"{key_id.strip()}:***" if colon else "***" for key_id, colon, _ in pairs)
@@ -126,7 +126,7 @@ def masked(name: str, secret: str) -> str:
 
 
 def mask_urls(text: str) -> str:
-    """Rather too much than too little: everything from the first colon to the last @."""
+    """Mask passwords in URLs: everything from the first colon to the last @."""
     return _QUERY_PASSWORD.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
 
 
@@ -141,10 +141,10 @@ def _as_text(configuration: Configuration) -> str:
         lines.append(f"{setting.name:<{width}}  {setting.value or '-'}  ({setting.source})")
     lines.append("")
     if configuration.problems:
-        lines.append(f"wrong: {len(configuration.problems)}")
+        lines.append(f"problems: {len(configuration.problems)}")
         lines += [f"  - {problem}" for problem in configuration.problems]
     else:
-        lines.append("nothing is wrong with them")
+        lines.append("no problems")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with settings that are valid each by itself: offline, and by asking around."""
+"""Finds problems of settings that are each valid: offline, and by connecting to their targets."""
 
 import asyncio
 import resource
@@ -22,14 +22,14 @@ from server.auth.jwks import FETCH_TIMEOUT_SECONDS, JwksKeys, KeySource, PemKeys
 from server.rpc.tls import listeners
 from server.settings import AuthSettings, TlsSettings
 
-#: One to LISTEN, and one each to claim, record, admit and sweep.
+#: One each to listen, claim, record, admit and sweep.
 _ENGINE_CONNECTIONS = 5
 _OLDEST_POSTGRESQL = 15
 _CLOCK_SKEW_SECONDS_MAX = 1.0
 
 
 class Blocks:
-    """The blocks of settings that are valid, by their class."""
+    """The valid blocks of settings, by class."""
 
     def __init__(self) -> None:
         self._blocks: dict[type[SettingsBlock], Any] = {}
@@ -46,19 +46,19 @@ class Blocks:
 
 
 def faults(blocks: Blocks) -> Iterator[str]:
-    """Everything that can be told without asking anybody."""
+    """Yield the problems that are found without a connection."""
     for check in (_unusable, _readable_by_all, _too_small):
         yield from check(blocks)
 
 
 async def faults_outside(blocks: Blocks) -> list[str]:
-    """What the database and the issuer say to these settings."""
-    told = await asyncio.gather(_database_faults(blocks), _key_set_faults(blocks))
-    return [fault for faults in told for fault in faults]
+    """Return the problems that the database and the issuer show."""
+    found = await asyncio.gather(_database_faults(blocks), _key_set_faults(blocks))
+    return [fault for faults in found for fault in faults]
 
 
 def _unusable(blocks: Blocks) -> Iterator[str]:
-    """What keeps a process from starting although each value by itself is valid."""
+    """Yield the errors that would stop a process at its start."""
     attempts: list[Callable[[], object]] = []
     if database := blocks.get(DatabaseSettings):
         attempts.append(lambda: Connector(database, "postrider-config"))
@@ -98,28 +98,28 @@ def _too_small(blocks: Blocks) -> Iterator[str]:
     if database.database_pool_size < _ENGINE_CONNECTIONS:
         yield (
             f"WEBHOOK_DATABASE_POOL_SIZE is {database.database_pool_size}: an engine uses up to "
-            f"{_ENGINE_CONNECTIONS} connections at once and with fewer waits for itself: set "
+            f"{_ENGINE_CONNECTIONS} connections at once: set "
             f"{_ENGINE_CONNECTIONS} or more"
         )
     needed = files_for(delivery.max_in_flight, database.database_pool_size)
     _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         yield (
-            f"WEBHOOK_MAX_IN_FLIGHT is {delivery.max_in_flight}, for which an engine opens up to "
-            f"{needed} files, and it may open {allowed}: raise that (ulimit -n, LimitNOFILE=) or "
-            "lower the setting"
+            f"WEBHOOK_MAX_IN_FLIGHT is {delivery.max_in_flight}, so an engine opens up to "
+            f"{needed} files, but it may open only {allowed}: raise the limit (ulimit -n, "
+            "LimitNOFILE=) or lower the setting"
         )
 
 
 def _key_source(settings: AuthSettings) -> KeySource:
-    """The issuer's keys, none of them fetched; ConfigurationError when they cannot be had so."""
+    """Return the issuer's keys without a fetch. Raises ConfigurationError."""
     if settings.jwt_public_key_file is not None:
         return PemKeys(settings.jwt_public_key_file)
     return JwksKeys(settings.jwt_jwks_url or "", _fetch_nothing)
 
 
 async def _fetch_nothing(_: str) -> bytes:
-    raise OSError("nothing is fetched here")
+    raise OSError("`postrider config` fetches no keys without --check")
 
 
 async def _database_faults(blocks: Blocks) -> list[str]:
@@ -132,10 +132,12 @@ async def _database_faults(blocks: Blocks) -> list[str]:
         return [error.message]
     found: list[str] = []
     try:
-        for look in (_server_faults, _schema_faults, _key_faults):
-            found += await look(pool, blocks)
+        for check in (_server_faults, _schema_faults, _key_faults):
+            found += await check(pool, blocks)
     except CONNECTION_ERRORS as error:
-        found.append(f"the database went away while it was asked ({type(error).__name__})")
+        found.append(
+            f"the connection to the database was lost (check again) ({type(error).__name__})"
+        )
     finally:
         await close_soon(pool.close)
     return found
@@ -159,7 +161,7 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
     if abs(skew) - (answered - asked) / 2 > _CLOCK_SKEW_SECONDS_MAX:
         found.append(
             f"this machine's clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the "
-            "database's: set both by NTP; signatures carry this one's time and receivers judge it"
+            "database's: set both by NTP, because receivers check the time in signatures"
         )
     if row["version"] < _OLDEST_POSTGRESQL:
         found.append(
@@ -167,12 +169,12 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
         )
     if not row["fsync"]:
         found.append(
-            "the database runs with fsync = off, so a crash of its machine loses events that were "
-            "accepted: turn it on"
+            "the database runs with fsync = off, so a crash of its machine loses accepted "
+            "events: turn it on"
         )
     if not row["settings_arrived"]:
         found.append(
-            "a pooler keeps back what our sessions ask for, timeouts among it: give that to the "
+            "a pooler drops session settings such as timeouts: set them for the "
             "role (docs/operate/postgresql.md)"
         )
     database, delivery = blocks.get(DatabaseSettings), blocks.get(DeliverySettings)
@@ -180,9 +182,9 @@ async def _server_faults(pool: Pool, blocks: Blocks) -> list[str]:
     wanted = size * (delivery.delivery_processes if delivery else 1)
     if wanted > row["connections"]:
         found.append(
-            f"processes with these settings may open {wanted} connections, and PostgreSQL takes "
-            f"{row['connections']} in all: lower WEBHOOK_DATABASE_POOL_SIZE or raise its "
-            "max_connections (docs/operate/postgresql.md has the sum)"
+            f"processes with these settings may open {wanted} connections, and PostgreSQL allows "
+            f"{row['connections']}: lower WEBHOOK_DATABASE_POOL_SIZE or raise its "
+            "max_connections (docs/operate/postgresql.md)"
         )
     return found
 
@@ -213,11 +215,11 @@ async def _key_set_faults(blocks: Blocks) -> list[str]:
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_SECONDS), key_set_fetch() as fetch:
             keys_from_jwks(await fetch(settings.jwt_jwks_url))
-    # Whatever is wrong out there, it is told.
+    # Any failure of the issuer is a result of this check.
     except Exception as error:
         fault = (
-            f"WEBHOOK_JWT_JWKS_URL: the key set cannot be had ({type(error).__name__}: {error}); "
-            "without it every token is refused: check the URL, and the way there from here"
+            f"WEBHOOK_JWT_JWKS_URL: no key set ({type(error).__name__}: {error}), so each token is "
+            "refused: check the URL and the network"
         )
         return [fault]
     return []

@@ -1,7 +1,7 @@
-"""`postrider health`: asks the processes of this machine how they are, for containers and people.
+"""Checks the processes of this machine, for `postrider health`.
 
-A server by grpc.health.v1 on its admin listener, which wants neither TLS nor a token; engines by
-HTTP on their metrics listener.
+A server is checked by grpc.health.v1 on its admin listener, which needs neither TLS nor a token.
+Engines are checked by HTTP on their metrics listener.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,77 +16,76 @@ from core.errors import ConfigurationError, Unavailable
 
 type Process = Literal["server", "delivery"]
 
-_WILDCARDS = {"", "*", "0.0.0.0", "::"}  # noqa: S104 # nosec B104 - compared with, never listened on
+#: Compared with, never listened on.
+_WILDCARDS = {"", "*", "0.0.0.0", "::"}  # noqa: S104 # nosec B104
 
 
 class NothingListens(Unavailable):
-    """Nobody is at the address; without a process to ask for, that is no fault yet."""
+    """No process listens at the address. Without arguments, `health` then skips the process."""
 
 
 def ask(process: Process, address: str | None, question: str | None, seconds: float) -> str:
-    """What the process at host:port says when it is well.
+    """Return the status of a healthy process at host:port.
 
-    A server is asked for a service by name (the empty one stands for all), engines whether they are
-    "live" or "ready". Unavailable when it is not well or does not answer; ConfigurationError when
-    its listener is off (None) or the question makes no sense to it.
+    For a server `question` is a service name, and empty for all. For engines it is "live" or
+    "ready". Raises Unavailable if it is unhealthy or does not respond, and ConfigurationError if
+    its listener is off (None) or the question is invalid.
     """
     if address is None:
-        raise ConfigurationError(
-            f"{_SETTING[process]} is off, so there is nothing to ask: set it, or give --address"
-        )
+        raise ConfigurationError(f"{_SETTING[process]} is off: set it, or give --address")
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     if not port.isdecimal():
-        raise ConfigurationError(f"{address!r} is no host:port to ask at")
-    # Who listens everywhere listens here.
+        raise ConfigurationError(f"{address!r} is not host:port")
+    # A listener on all addresses is on loopback too.
     return _ASK[process]("127.0.0.1" if host in _WILDCARDS else host, int(port), question, seconds)
 
 
 def ask_all(addresses: Mapping[Process, str | None], seconds: float) -> str:
-    """What each process here says; Unavailable when one is not well, or when there is none."""
-    said, missing = [], []
+    """Return the status of each process. Raises Unavailable if one is unhealthy, or none runs."""
+    statuses, missing = [], []
     for process, address in addresses.items():
         if address is not None:
             try:
-                said.append(ask(process, address, None, seconds))
+                statuses.append(ask(process, address, None, seconds))
             except NothingListens as error:
                 missing.append(error.message)
-    if not said:
+    if not statuses:
         raise Unavailable("\n".join(missing) or "every listener is off", reason="NOTHING_LISTENS")
-    return "\n".join(said)
+    return "\n".join(statuses)
 
 
 def _ask_server(host: str, port: int, service: str | None, seconds: float) -> str:
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     request = health_pb2.HealthCheckRequest(service=service or "")
-    # A proxy that the environment names is for the world outside.
+    # A proxy of the environment is for other hosts.
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(request, timeout=seconds)
         except grpc.RpcError as error:
-            raise _silence(target, service, error.code()) from None
+            raise _no_response(target, service, error.code()) from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     if status != "SERVING":
         raise Unavailable(
-            f"the server at {target} says {status}: its database is away or it is stopping, and "
-            "its log says which",
+            f"the server at {target} is {status}: its database is unavailable, or it is stopping "
+            "(see its log)",
             reason="NOT_SERVING",
         )
     return f"server: {status}"
 
 
-def _silence(target: str, service: str | None, code: grpc.StatusCode) -> Exception:
+def _no_response(target: str, service: str | None, code: grpc.StatusCode) -> Exception:
     if code is grpc.StatusCode.NOT_FOUND:
         return ConfigurationError(
-            f"the server at {target} knows no service {service!r}: ask for `liveness`, for one "
+            f"the server at {target} has no service {service!r}: use `liveness`, for one "
             "such as postrider.v1.EventService, or for none"
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return _nothing("server", target)
     return Unavailable(
-        f"the server at {target} does not answer ({code.name}): it hangs, or something else is "
-        "there",
+        f"the server at {target} does not respond ({code.name}): it hangs, or another program "
+        "uses the port",
         reason="SILENT",
     )
 
@@ -94,7 +93,7 @@ def _silence(target: str, service: str | None, code: grpc.StatusCode) -> Excepti
 def _ask_engines(host: str, port: int, question: str | None, seconds: float) -> str:
     question = question or "ready"
     if question not in {"live", "ready"}:
-        raise ConfigurationError(f"engines are asked if they are live or ready, not {question!r}")
+        raise ConfigurationError(f"unknown check {question!r}: use live or ready")
     connection = HTTPConnection(host, port, timeout=seconds)
     try:
         connection.request("GET", f"/{question}")
@@ -104,8 +103,8 @@ def _ask_engines(host: str, port: int, question: str | None, seconds: float) -> 
         raise _nothing("delivery", f"{host}:{port}") from None
     except (OSError, HTTPException) as error:
         raise Unavailable(
-            f"the engines at {host}:{port} do not answer ({type(error).__name__}): they hang, or "
-            "something else is there",
+            f"the engines at {host}:{port} do not respond ({type(error).__name__}): they hang, or "
+            "another program uses the port",
             reason="SILENT",
         ) from None
     finally:
@@ -121,7 +120,7 @@ def _ask_engines(host: str, port: int, question: str | None, seconds: float) -> 
 def _nothing(process: Process, target: str) -> NothingListens:
     return NothingListens(
         f"no `postrider {process}` answers at {target} ({_SETTING[process]}): it does not run "
-        "here, or is not up yet",
+        "here, or is still starting",
         reason="NOTHING_LISTENS",
     )
 

@@ -1,4 +1,4 @@
-"""`postrider keys`: which encryption keys are in use, and moving records to the first of them."""
+"""Counts the records of each encryption key, and rotates them, for `postrider keys`."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ _APPLICATION = "postrider-keys"
 async def report(
     database: DatabaseSettings, encryption: EncryptionSettings, announce: Callable[[str], None]
 ) -> None:
-    """Say how many records each key has, of those configured and those that only records name."""
+    """Announce the number of records of each key, configured or not."""
     keyring = load_keyring(encryption)
     async with await open_pool(database, _APPLICATION, 2) as pool:
         await require_schema(pool)
@@ -33,15 +33,15 @@ async def rotate(
     to: str | None,
     announce: Callable[[str], None],
 ) -> bool:
-    """Encrypt every record with the first key; False when some could not be read.
+    """Encrypt every record with the first key. Returns False if some could not be read.
 
-    ConfigurationError, and nothing changed, when `to` is not the first key or one is missing.
+    Raises ConfigurationError before any change if `to` is not the first key or a key is missing.
     """
     keyring = load_keyring(encryption)
     first = keyring.current_key_id
     if to is not None and to != first:
         raise ConfigurationError(
-            f"{to} is not the first key of the setting, {first} is: the first one encrypts, so put "
+            f"{to} is not the first key of the setting, {first} is: put "
             f"{to} before it (and restart servers and engines, unless a file holds the keys), "
             "then rotate"
         )
@@ -56,12 +56,12 @@ async def rotate(
             announce(f"{done} of {max(left, done)} records are encrypted with {first} now")
         counts = await count_records(pool)
     for webhook_id in unreadable:
-        announce(f"{format_id('wh', webhook_id)}: its secret cannot be read and was left as it is")
+        announce(f"{format_id('wh', webhook_id)}: its secret cannot be read and is unchanged")
     if not done and not unreadable:
         announce(f"nothing to do: every record is encrypted with {first}, the first key")
     for key_id in keyring.key_ids:
         if not counts.get(key_id) and key_id != first:
-            announce(f"{key_id} is used by no record: remove it, or put it first to rotate to it")
+            announce(f"{key_id} is not used: remove it, or put it first to rotate to it")
     return not unreadable
 
 

@@ -1,4 +1,4 @@
-"""Runs the migrations, for `postrider migrate` and the local database."""
+"""Runs the migrations, for `postrider migrate` and `postrider run`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +36,11 @@ def migrate(
     lock_timeout_seconds: float = 4.0,
     announce: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Bring the schema to this release's revision, or down to `down_to` (a revision, or "base").
+    """Migrate the schema to this release's revision, or down to `down_to` (a revision or "base").
 
-    Runs its own event loop. Each step is announced, and in the audit log unless the database was
-    empty at the beginning; a step that fails leaves nothing of itself. A
-    step that does not get a lock soon gives way: behind it, every query would queue.
+    Runs an event loop. Each step is announced, and audited unless the database was empty. A failed
+    step is rolled back. So is one that waits too long for a lock, because all queries would queue
+    behind it. Raises ConfigurationError and Unavailable.
     """
 
     recorder = _Recorder(present_operator())
@@ -51,7 +51,7 @@ def migrate(
         announce(f"{verb} {step.up_revision_id}")
 
     config = _config()
-    # No limit of the client's own: a migration may take longer than any query; env.py bounds it.
+    # Without the limit of queries, because a migration may take longer. env.py sets its own.
     config.attributes["connector"] = Connector(
         settings, "postrider-migrate", limit_statements=False
     )
@@ -67,12 +67,12 @@ def migrate(
     except DBAPIError as error:
         if error.statement is None:
             raise ConfigurationError(
-                f"cannot connect as WEBHOOK_DATABASE_URL says: {error.orig}"
+                f"cannot connect to WEBHOOK_DATABASE_URL: {error.orig}"
             ) from error
         if getattr(error.orig, "sqlstate", None) == asyncpg.LockNotAvailableError.sqlstate:
             raise ConfigurationError(
-                "the migration gave way and was rolled back: something else holds a lock on what "
-                "it changes; run `postrider migrate` again when that has ended"
+                "the migration was rolled back, because another session locks its tables: "
+                "run `postrider migrate` again when that session has ended"
             ) from error
         raise ConfigurationError(
             f"the migration failed and was rolled back: {error.orig}"
@@ -84,7 +84,7 @@ def migrate(
             reason="DATABASE_UNAVAILABLE",
         ) from error
     except ValueError:
-        # The text of the error may hold a part of the password.
+        # The error text may contain a part of the password.
         raise ConfigurationError("WEBHOOK_DATABASE_URL is not a PostgreSQL URL") from None
 
 
@@ -98,7 +98,7 @@ class _Recorder:
     def record(self, connection: Connection, verb: str, step: Any) -> None:
         if step.is_upgrade and not step.source_revision_ids:
             self._began_empty = True
-        # Far enough back there is no audit log, or one without all the columns.
+        # Old revisions have no audit log, or one with fewer columns.
         if self._began_empty or not connection.scalar(text(_CAN_RECORD)):
             return
         entry = operator_entry(

@@ -1,4 +1,4 @@
-"""Who runs this command, for the audit log."""
+"""The user that runs a command, for the audit log."""
 
 import getpass
 import os
@@ -9,7 +9,7 @@ from core.operator_audit import Operator
 
 
 def present_operator() -> Operator:
-    """The user of this machine; in a container that knows no names, by number."""
+    """Return the user of this machine. In a container without user names it is a number."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):

@@ -1,4 +1,4 @@
-"""`postrider retention`: one run of it, or a look at what one would do, for people or programs."""
+"""Runs retention once, or previews a run, for `postrider retention`."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,21 +23,21 @@ def retain_once(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Run or look, and tell it; Unavailable when the database cannot be asked to the end."""
-    tell = (lambda _: None) if as_json else announce
+    """Run or preview, and announce the result. Raises Unavailable if the database is lost."""
+    progress = (lambda _: None) if as_json else announce
     try:
-        report = asyncio.run(_retain(database, settings, tell, dry_run=dry_run))
+        report = asyncio.run(_retain(database, settings, progress, dry_run=dry_run))
     except (*CONNECTION_ERRORS, asyncpg.exceptions.LockNotAvailableError) as error:
         raise Unavailable(
-            "the database went away, or something holds a lock for long; run `postrider "
-            f"retention` again ({type(error).__name__}: {error})",
+            "the database connection was lost, or another session holds a lock: run "
+            f"`postrider retention` again ({type(error).__name__}: {error})",
             reason="DATABASE_UNAVAILABLE",
         ) from error
     if as_json:
         fields = (report or RunReport()).as_dict()
         announce(orjson.dumps({"ran": report is not None, **fields}).decode())
     elif report is None:
-        announce("nothing done: another process is at it right now")
+        announce("nothing done: another process runs retention right now")
     else:
         announce(_summary(report, dry_run=dry_run))
 
@@ -67,14 +67,14 @@ def _summary(report: RunReport, *, dry_run: bool) -> str:
     )
     kept = f"{report.deliveries_kept:,} deliveries, {report.events_kept:,} events"
     lines = [
-        f"days {would}made: {', '.join(report.days_made) or 'none'}",
-        f"parts {would}dropped: {dropped} ({report.bytes_dropped:,} bytes)",
+        f"days {would}created: {', '.join(report.days_made) or 'none'}",
+        f"partitions {would}dropped: {dropped} ({report.bytes_dropped:,} bytes)",
         f"{would}kept beyond their day: {kept}",
         f"{would}removed one by one: {', '.join(removed)}",
     ]
     if report.days_waiting:
         lines.append(
-            f"left to the next run: {', '.join(report.days_waiting)} (still in use, or rows of a "
-            "day to be made are in the default part; see the log)"
+            f"left for the next run: {', '.join(report.days_waiting)} (still in use, or their rows "
+            "are in the default partition; see the log)"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`postrider verify`: the invariants of the database as it is now, for people or for programs."""
+"""Checks the invariants of the database, and reports them, for `postrider verify`."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,30 +14,28 @@ from core.postgres.pool import CONNECTION_ERRORS, open_pool
 from core.queue import Finding
 from core.settings import DatabaseSettings
 
-#: Of each invariant that is broken, so many ids are told.
+#: Printed ids for each broken invariant.
 _EXAMPLES = 10
 
 
 def verify(settings: DatabaseSettings, budget_seconds: float, *, as_json: bool) -> tuple[str, bool]:
-    """What was looked at and found, as text; and whether nothing was found to be broken.
-
-    Unavailable when the database cannot be asked.
-    """
+    """Return the report, and whether nothing is broken. Raises Unavailable."""
     began = monotonic()
-    findings = asyncio.run(_look(settings, budget_seconds))
+    findings = asyncio.run(_check(settings, budget_seconds))
     seconds = round(monotonic() - began, 1)
     report = _as_json(findings, seconds) if as_json else _as_table(findings, seconds)
     return report, not any(finding.broken for finding in findings)
 
 
-async def _look(settings: DatabaseSettings, budget_seconds: float) -> Sequence[Finding]:
+async def _check(settings: DatabaseSettings, budget_seconds: float) -> Sequence[Finding]:
     pool = await open_pool(settings, "postrider-verify", size=1)
     try:
         await require_schema(pool)
         return await queue.check_invariants(pool, budget_seconds)
     except CONNECTION_ERRORS as error:
         raise Unavailable(
-            "the database went away or a statement took too long; run `postrider verify` again "
+            "the database connection was lost, or a statement took too long: run `postrider "
+            "verify` again "
             f"({type(error).__name__}: {error})",
             reason="DATABASE_UNAVAILABLE",
         ) from error
@@ -78,9 +76,11 @@ def _as_table(findings: Sequence[Finding], seconds: float) -> str:
         if finding.broken:
             lines.append(f"{'':>23}{finding.invariant.advice}")
     if all(finding.complete for finding in findings):
-        lines.append(f"everything was looked at, in {seconds} s")
+        lines.append(f"everything was checked, in {seconds} s")
     else:
-        lines.append(f"the newest were looked at, in {seconds} s; + has more, with more --seconds")
+        lines.append(
+            f"the newest rows were checked, in {seconds} s; + marks more rows: raise --seconds"
+        )
     return "\n".join(lines)
 
 

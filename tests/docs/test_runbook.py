@@ -44,11 +44,11 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("migrate", ("the schema is at",)),
         ("health server", ("server: SERVING", "delivery: ready")),
         ("up{", ('job="postrider-server"', 'job="postrider-delivery"', "=> 1")),
-        ("verify", ("everything was looked at",)),
+        ("verify", ("everything was checked",)),
     ),
     "Upgrade": (
         ("migrate", ("the schema is at",)),
-        ("verify", ("everything was looked at",)),
+        ("verify", ("everything was checked",)),
     ),
     "Scale": (
         ("postrider_attempts_total", ("{} => ",)),
@@ -81,7 +81,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "Alerts": (
         ("Check", ('"status": "SERVING"',)),
-        ("verify", ("everything was looked at",)),
+        ("verify", ("everything was checked",)),
     ),
     "PostriderNoServer": (
         ("Check", ('"status": "SERVING"',)),
@@ -98,7 +98,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "PostriderDatabaseAway": (
         ("postrider_database_up", ('job="postrider-server"', 'engine="1"', "=> 1")),
         ("Check", ('"status": "SERVING"',)),
-        ("verify", ("everything was looked at",)),
+        ("verify", ("everything was checked",)),
     ),
     "PostriderClockSkew": (("postrider_clock_skew_seconds", ('engine="1"', 'engine="2"')),),
     "PostriderFailureRate": (
@@ -150,11 +150,11 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     ),
     "PostriderPartitionMissing": (
         ("postrider_partition_days_ahead", ("{} => ",)),
-        ("retention --dry-run", ("days would be made: ",)),
+        ("retention --dry-run", ("days would be created: ",)),
     ),
     "PostriderRetentionStopped": (
         ("postrider_retention_last_run_timestamp_seconds", ()),
-        ("retention", ("days made: ",)),
+        ("retention", ("days created: ",)),
     ),
 }
 #: Sections whose lines another test runs, since they need a scene of their own.

@@ -127,7 +127,7 @@ async def test_check_names_missing_role_settings(
         blocks = Blocks()
         blocks.add(database_settings(url))
         found = await faults_outside(blocks)
-    assert [fault for fault in found if "give that to the role" in fault]
+    assert [fault for fault in found if "set them for the role" in fault]
 
 
 async def own_settings(url: str) -> None:

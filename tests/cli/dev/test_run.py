@@ -206,7 +206,7 @@ def test_token_without_a_development_key_says_who_makes_one(environment: Environ
     refused = postrider(environment, "token")
 
     assert refused.returncode == 2
-    assert "`postrider run` makes one" in refused.stderr
+    assert "`postrider run` creates one" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["server", "delivery", "migrate", "run", "demo", "token"])

@@ -130,5 +130,5 @@ def test_absent_key_and_unusable_directory_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent\.pem cannot be read"):
         mint(DevelopmentKey(absent, absent))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match="cannot keep a development key"):
+    with pytest.raises(ConfigurationError, match="cannot write a development key"):
         ensure_development_key(tmp_path / "file")

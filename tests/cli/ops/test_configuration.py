@@ -63,13 +63,13 @@ def test_the_text_says_the_same(environment: dict[str, str]) -> None:
     done = config(environment)
 
     assert done.exit_code == 0
-    assert done.stdout.endswith("\nnothing is wrong with them\n")
+    assert done.stdout.endswith("\nno problems\n")
     for block in BLOCKS:
         assert f"# {(block.__doc__ or '').splitlines()[0].rstrip('.')}\n" in done.stdout
     assert "WEBHOOK_MAX_RETRIES  " in done.stdout
     wrong = config(environment | {"WEBHOOK_MAX_RETRYS": "5", "WEBHOOK_MAX_RETRIES": "x"})
     assert wrong.exit_code == 1
-    assert "\nwrong: 2\n  - WEBHOOK_MAX_RETRYS is not a setting; did you mean" in wrong.stdout
+    assert "\nproblems: 2\n  - WEBHOOK_MAX_RETRYS is not a setting; did you mean" in wrong.stdout
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,6 @@ def test_a_limit_of_files_that_is_too_low_is_told(
 
     [problem] = problems
     assert problem.startswith(
-        "WEBHOOK_MAX_IN_FLIGHT is 500, for which an engine opens up to 1042 files, and it may open "
-        "1024: raise that"
+        "WEBHOOK_MAX_IN_FLIGHT is 500, so an engine opens up to 1042 files, but it may open only "
+        "1024: raise the limit"
     )

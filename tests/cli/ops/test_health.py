@@ -92,17 +92,17 @@ async def test_a_server_that_is_there_and_not_well_is_told_from_none(
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    with pytest.raises(Unavailable, match="says NOT_SERVING: its database is away") as raised:
+    with pytest.raises(Unavailable, match="is NOT_SERVING: its database is unavailable") as raised:
         await said("server", f"127.0.0.1:{port}", None)
     assert not isinstance(raised.value, NothingListens)
     async with engines_saying(200, "") as well:
-        with pytest.raises(Unavailable, match="says NOT_SERVING"):
+        with pytest.raises(Unavailable, match="is NOT_SERVING"):
             await all_said({"server": f"127.0.0.1:{port}", "delivery": well})
     await server.stop(0)
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        with pytest.raises(Unavailable, match="does not answer"):
+        with pytest.raises(Unavailable, match="does not respond"):
             await asyncio.to_thread(ask, "server", f"127.0.0.1:{mute.getsockname()[1]}", None, 0.2)
     with pytest.raises(NothingListens, match=r"no `postrider server`.*WEBHOOK_ADMIN_ADDRESS"):
         await said("server", f"127.0.0.1:{closed_port}", None)
@@ -115,7 +115,7 @@ async def test_engines_are_asked_whether_they_are_ready_or_live(closed_port: int
         assert await said("delivery", address, "live") == "delivery: live"
         with pytest.raises(Unavailable, match=r"not ready \(503\): engine 2 reaches no database"):
             await said("delivery", address, None)
-        with pytest.raises(ConfigurationError, match="not 'steady'"):
+        with pytest.raises(ConfigurationError, match="unknown check 'steady'"):
             await said("delivery", address, "steady")
     with pytest.raises(NothingListens, match="WEBHOOK_DELIVERY_METRICS_ADDRESS"):
         await said("delivery", f"127.0.0.1:{closed_port}", None)
@@ -144,4 +144,4 @@ async def test_the_exit_code_tells_well_from_not_from_a_wrong_question(closed_po
     assert [code for code, _, _ in answers] == [0, 1, 2]
     assert answers[0][1] == "delivery: ready\n"
     assert answers[1][2].startswith("postrider: no `postrider server` answers at 127.0.0.1:")
-    assert answers[2][2].startswith("postrider: engines are asked")
+    assert answers[2][2].startswith("postrider: unknown check")

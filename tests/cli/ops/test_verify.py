@@ -35,7 +35,7 @@ async def test_a_sound_database_is_0_and_a_table(database_url: str, events: list
     code, out, err = await verify(database_url)
     assert (code, err) == (0, "")
     assert "           3        0  every accepted event has all its deliveries" in out
-    assert out.splitlines()[-1].startswith("everything was looked at")
+    assert out.splitlines()[-1].startswith("everything was checked")
 
 
 async def test_a_broken_invariant_is_1_with_the_ids_in_the_table_and_in_json(

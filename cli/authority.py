@@ -1,7 +1,7 @@
-"""A certificate authority of our own, for receivers on a developer's machine or of a canary.
+"""A local certificate authority, for receivers on a developer's machine or of a canary.
 
-It is made once and kept, so that engines which trust its file go on trusting it, and it can speak
-for the names it was made for alone: whoever steals its key cannot pass for a merchant.
+It is created once and kept, so that engines keep trusting its file. Name constraints (RFC 5280)
+limit it to its own names, so that a stolen key cannot impersonate a merchant.
 """
 
 import ssl
@@ -27,22 +27,24 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cli.dev.atomic_file import replace_file
+from cli.atomic_file import replace_file
 from core.errors import ConfigurationError
 
-#: What every one of them may speak for.
+#: In the data directory: the certificate of the authority that all receivers share.
+AUTHORITY_FILE = "receiver-ca.pem"
+#: Names of every authority.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 _LIFETIME = timedelta(days=365)
-#: One that ends sooner is made anew.
+#: An authority that ends sooner is replaced.
 _REMAINDER = timedelta(days=7)
-#: For clocks that are a little behind.
-_AGO = timedelta(hours=1)
+#: For clocks that are slow.
+_BACKDATED = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Authority:
-    """An authority whose certificate is in `ca_file`; `new` when it was made just now."""
+    """An authority whose certificate is in `ca_file`. `new` if it was created just now."""
 
     ca_file: Path
     certificate: x509.Certificate
@@ -50,7 +52,7 @@ class Authority:
     new: bool
 
     def server_context(self, names: Sequence[str]) -> ssl.SSLContext:
-        """TLS for a listener that callers know by one of these names or addresses."""
+        """Return a TLS context for a listener with these names or addresses."""
         key = generate_private_key(SECP256R1())
         certificate = (
             _builder("Postrider receiver", self.certificate.subject, key, self._end)
@@ -76,9 +78,10 @@ class Authority:
 
 
 def ensure_authority(ca_file: Path, names: Collection[str] = ()) -> Authority:
-    """The authority of this file, for loopback and `names`; made, or made anew, when it has to be.
+    """Return the authority of this file, for loopback and `names`, created if needed.
 
-    Its key is beside it, readable by us alone. ConfigurationError when they cannot be kept there.
+    Its key is in a file beside it with mode 0600. Raises ConfigurationError if the directory is not
+    writable.
     """
     key_file = ca_file.with_name(f"{ca_file.stem}-key.pem")
     wanted = {*LOOPBACK, *names}
@@ -93,8 +96,8 @@ def ensure_authority(ca_file: Path, names: Collection[str] = ()) -> Authority:
         replace_file(ca_file, made.certificate.public_bytes(Encoding.PEM), mode=0o644)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot keep a certificate authority in {ca_file} ({error.strerror}): "
-            "choose a file in a directory that can be written"
+            f"cannot write a certificate authority to {ca_file} ({error.strerror}): "
+            "name a file in a writable directory"
         ) from error
     return made
 
@@ -122,7 +125,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - _AGO)
+        .not_valid_before(datetime.now(UTC) - _BACKDATED)
         .not_valid_after(end)
     )
 
@@ -141,7 +144,7 @@ _KEY_CERT_SIGN = x509.KeyUsage(
 
 
 def _read(ca_file: Path, key_file: Path) -> Authority | None:
-    """What is kept; None when there is none, or none that can be used."""
+    """Return the stored authority, or None without a usable one."""
     try:
         certificate = x509.load_pem_x509_certificate(ca_file.read_bytes())
         key = load_pem_private_key(key_file.read_bytes(), password=None)

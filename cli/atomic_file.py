@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and never open to others, not even briefly."""
+"""Writes files atomically, and keeps keys unreadable for other users from the start."""
 
 import os
 import tempfile
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def create_file(path: Path, content: bytes) -> None:
-    """Make it with mode 0600, and never over a file that somebody else made meanwhile."""
+    """Create a file with mode 0600. A file that exists by then is kept."""
     temporary = _write_beside(path, content)
     try:
-        # Unlike a rename, a link fails when the name is taken.
+        # Unlike a rename, a link fails if the name exists.
         os.link(temporary, path)
     except FileExistsError:
         pass
@@ -18,14 +18,14 @@ def create_file(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Make it, or put it in the place of the one that is there."""
+    """Create or replace a file."""
     temporary = _write_beside(path, content)
     temporary.chmod(mode)
     temporary.replace(path)
 
 
 def _write_beside(path: Path, content: bytes) -> Path:
-    # mkstemp makes the file with mode 0600, so a key is never readable by others, even briefly.
+    # mkstemp creates the file with mode 0600.
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)

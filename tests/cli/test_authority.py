@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.dev import authority as development_authority
-from cli.dev.authority import Authority, ensure_authority
+from cli import authority as authority_module
+from cli.authority import Authority, ensure_authority
 from core.errors import ConfigurationError
 
 
@@ -61,9 +61,9 @@ def test_it_is_kept_and_made_anew_only_when_it_has_to_be(
     assert not ensure_authority(ca_file, ["laptop.example"]).new
 
     late = datetime.now(UTC) + timedelta(days=360)
-    monkeypatch.setattr(development_authority, "_soon", lambda: late)
+    monkeypatch.setattr(authority_module, "_soon", lambda: late)
     assert ensure_authority(ca_file).new is False
-    monkeypatch.setattr(development_authority, "_soon", lambda: late + timedelta(days=6))
+    monkeypatch.setattr(authority_module, "_soon", lambda: late + timedelta(days=6))
     assert ensure_authority(ca_file).new
 
 
@@ -87,5 +87,5 @@ def test_the_key_is_for_us_alone(ca_file: Path) -> None:
 def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(ConfigurationError, match="choose a file in a directory"):
+    with pytest.raises(ConfigurationError, match="name a file in a writable directory"):
         ensure_authority(tmp_path / "file" / "ca.pem")
