@@ -31,7 +31,7 @@ class ReactivateWebhookConfigRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the webhook config, of any merchant."""
+    """The id of the webhook config, of any merchant."""
     def __init__(
         self,
         *,
@@ -54,7 +54,7 @@ class ReactivateWebhookConfigResponse(_message.Message):
     WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The webhook config as it is now."""
+        """The webhook config after the change."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class CreateEventTypeRequest(_message.Message):
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event_type(self) -> _webhook_config_pb2.EventType:
-        """The event type: a name, and whatever else of it is known."""
+        """The event type. Only its name is required."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class CreateEventTypeResponse(_message.Message):
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event_type(self) -> _webhook_config_pb2.EventType:
-        """What was registered."""
+        """The registered event type."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class DeactivateWebhookConfigRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the webhook config, of any merchant."""
+    """The id of the webhook config, of any merchant."""
     reason: _builtins.str
-    """Why, for the audit log; 1 to 500 printable characters."""
+    """The reason for the audit log, 1 to 500 printable characters."""
     def __init__(
         self,
         *,
@@ -152,7 +152,7 @@ class DeactivateWebhookConfigResponse(_message.Message):
     WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The webhook config as it is now."""
+        """The webhook config after the change."""
 
     def __init__(
         self,
@@ -179,15 +179,15 @@ class ListAllWebhookConfigsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     DEACTIVATION_REASON_FIELD_NUMBER: _builtins.int
     merchant_id: _builtins.str
-    """Only those of this merchant; empty: of all."""
+    """Filters by merchant. Empty matches all."""
     inactive_only: _builtins.bool
-    """Only those that are not active."""
+    """Only inactive webhook configs."""
     page_size: _builtins.int
-    """At most this many, 1 to 100; 0 means 50."""
+    """The maximum number of results, 1 to 100. 0 selects 50."""
     page_token: _builtins.str
-    """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    """The next_page_token of the previous page, with the same filters. Empty for the first page."""
     deactivation_reason: _webhook_config_pb2.DeactivationReason.ValueType
-    """Only those that went inactive for this reason; unspecified: for any, or active."""
+    """Only webhook configs that are inactive for this reason. Unspecified matches all."""
     def __init__(
         self,
         *,
@@ -214,7 +214,7 @@ class ListAllWebhookConfigsResponse(_message.Message):
     WEBHOOK_CONFIGS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def webhook_configs(self) -> _containers.RepeatedCompositeFieldContainer[_webhook_config_pb2.WebhookConfig]:
         """The webhook configs of this page."""
@@ -247,27 +247,26 @@ class RedeliverDeliveriesRequest(_message.Message):
     DRY_RUN_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     merchant_id: _builtins.str
-    """Only those of this merchant; empty: of all."""
+    """Filters by merchant. Empty matches all."""
     webhook_id: _builtins.str
-    """Only those to this webhook config; empty: to all."""
+    """Filters by webhook config. Empty matches all."""
     dry_run: _builtins.bool
-    """Makes nothing, and counts what would be made."""
+    """Creates nothing, and returns the counts of a real call."""
     page_token: _builtins.str
-    """The next_page_token of the call before; empty for the first. All else must be the same."""
+    """The next_page_token of the previous call, with the same other fields. Empty for the first call."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only deliveries made at or after this time, which is when their events were accepted, or they were
-        asked for again. Required. What failed in an outage may have been accepted before it, by as long
-        as its retries took.
+        """Only deliveries that were created at or after this time. Required. Deliveries that failed in an
+        outage may have been created before it, by the length of the retry schedule.
         """
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only deliveries made before this time; required, and not in the future."""
+        """Only deliveries that were created before this time. Required, and not in the future."""
 
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedScalarFieldContainer[_delivery_pb2.Outcome.ValueType]:
-        """Only those whose last attempt came to one of these; none: whatever it came to."""
+        """Filters by the outcome of the last attempt. Empty matches all."""
 
     def __init__(
         self,
@@ -290,7 +289,7 @@ Global___RedeliverDeliveriesRequest: _TypeAlias = RedeliverDeliveriesRequest  # 
 
 @_typing.final
 class RedeliverDeliveriesResponse(_message.Message):
-    """Response of RedeliverDeliveries. The counts are of this call alone, in deliveries that failed."""
+    """Response of RedeliverDeliveries. Counts failed deliveries of this call only."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -299,13 +298,13 @@ class RedeliverDeliveriesResponse(_message.Message):
     SKIPPED_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     redelivered: _builtins.int
-    """Redelivered, or of a dry run: that would be."""
+    """Redelivered, or in a dry run those that would be."""
     already_redelivered: _builtins.int
-    """Redelivered before, by whomever, and open or delivered by now."""
+    """Skipped, because an earlier redelivery is open or delivered."""
     skipped: _builtins.int
-    """Not to be redelivered: the webhook config is deleted, or the event no longer stored."""
+    """Skipped, because the webhook config is deleted or the event is no longer stored."""
     next_page_token: _builtins.str
-    """There is more to look at, and this is the token for it; empty at the end."""
+    """The token for the next call. Empty if all deliveries were examined."""
     def __init__(
         self,
         *,
@@ -332,11 +331,11 @@ class UpdateEventTypeRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event_type(self) -> _webhook_config_pb2.EventType:
-        """The new values, with the name."""
+        """The new values and the name."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change: description, json_schema, enforce_schema, example, deprecated. Required."""
+        """The fields to change: description, json_schema, enforce_schema, example, deprecated. Required."""
 
     def __init__(
         self,
@@ -361,7 +360,7 @@ class UpdateEventTypeResponse(_message.Message):
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event_type(self) -> _webhook_config_pb2.EventType:
-        """The event type as it is now."""
+        """The event type after the change."""
 
     def __init__(
         self,
@@ -385,9 +384,9 @@ class GetQueueStatusRequest(_message.Message):
     WEBHOOK_ID_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
-    """Only this webhook config, also a deleted one; empty: all of them."""
+    """Filters by webhook config, also a deleted one. Empty matches all."""
     top: _builtins.int
-    """For how many webhook configs to tell, 1 to 100; 0 means 20."""
+    """The maximum number of webhook configs, 1 to 100. 0 selects 20."""
     def __init__(
         self,
         *,
@@ -412,11 +411,11 @@ class GetQueueStatusResponse(_message.Message):
     WEBHOOKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def total(self) -> Global___QueueStatus:
-        """All that was asked for together."""
+        """The sum of all matches."""
 
     @_builtins.property
     def webhooks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueStatus]:
-        """One for each webhook config that has open deliveries, most of them first."""
+        """One for each webhook config with open deliveries. The largest comes first."""
 
     def __init__(
         self,
@@ -434,7 +433,7 @@ Global___GetQueueStatusResponse: _TypeAlias = GetQueueStatusResponse  # noqa: Y0
 
 @_typing.final
 class QueueStatus(_message.Message):
-    """How a part of the queue stands."""
+    """The state of a part of the queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -447,9 +446,9 @@ class QueueStatus(_message.Message):
     BLOCKED_FIELD_NUMBER: _builtins.int
     BREAKER_OPEN_UNTIL_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
-    """The webhook config; empty for the total."""
+    """The webhook config. Empty for the total."""
     merchant_id: _builtins.str
-    """Its merchant; empty for the total."""
+    """Its merchant. Empty for the total."""
     ready: _builtins.int
     """Deliveries that are due or wait for their due time."""
     parked: _builtins.int
@@ -457,17 +456,17 @@ class QueueStatus(_message.Message):
     leased: _builtins.int
     """Deliveries that an engine is attempting."""
     blocked: _builtins.int
-    """Deliveries that wait for the one before them of the same ordering key."""
+    """Deliveries that wait for the previous one of the same ordering key."""
     @_builtins.property
     def oldest_due_age(self) -> _duration_pb2.Duration:
-        """How long the ready delivery that is due longest has been waiting; 0 when none is due. A backlog
-        waits for its webhook config, so what is parked does not count.
+        """The age of the oldest due delivery that is ready, or 0. Parked deliveries do not count, because
+        they wait for their webhook config.
         """
 
     @_builtins.property
     def breaker_open_until(self) -> _timestamp_pb2.Timestamp:
-        """Set while the webhook config's breaker is not closed: nothing is sent before this time, and after
-        it one delivery at a time, until one finds the endpoint working. Unset for the total.
+        """Set while the breaker of the webhook config is not closed. Nothing is sent before this time, and
+        then one delivery at a time until one succeeds. Unset for the total.
         """
 
     def __init__(
@@ -499,8 +498,8 @@ class CheckInvariantsRequest(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def budget(self) -> _duration_pb2.Duration:
-        """How long to go on looking, the newest first: 1 to 60 seconds; unset: 10 seconds. A page of
-        everything is looked at in any case.
+        """The time limit, 1 to 60 seconds. Unset selects 10 seconds. The newest rows come first, and at
+        least one page is checked.
         """
 
     def __init__(
@@ -542,7 +541,7 @@ Global___CheckInvariantsResponse: _TypeAlias = CheckInvariantsResponse  # noqa: 
 
 @_typing.final
 class InvariantCheck(_message.Message):
-    """What came of looking at one invariant."""
+    """The result of one invariant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -555,16 +554,16 @@ class InvariantCheck(_message.Message):
     name: _builtins.str
     """Its name, such as `event_has_deliveries`."""
     description: _builtins.str
-    """What has to hold, in words."""
+    """The invariant in words."""
     examined: _builtins.int
-    """How many events, deliveries or webhook configs were looked at."""
+    """The number of checked events, deliveries or webhook configs."""
     broken: _builtins.int
-    """How many of them break it. 10,000 of a kind are enough, and the look at it ends."""
+    """The number of violations. The check of an invariant ends at 10,000."""
     complete: _builtins.bool
-    """Whether all there are were looked at, and not only the newest."""
+    """Whether all rows were checked, and not only the newest."""
     @_builtins.property
     def examples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The ids of the newest ten of these."""
+        """The ids of the newest ten violations."""
 
     def __init__(
         self,
@@ -586,7 +585,7 @@ Global___InvariantCheck: _TypeAlias = InvariantCheck  # noqa: Y015
 
 @_typing.final
 class AuditEntry(_message.Message):
-    """One change, or one attempt that was refused, as the audit log has it."""
+    """One change, or one refused call, in the audit log."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -602,34 +601,34 @@ class AuditEntry(_message.Message):
     CALLER_ADDRESS_FIELD_NUMBER: _builtins.int
     USER_AGENT_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
-    """The `sub` claim of the caller's token, or `certificate:` and the name in its certificate;
-    `cli:` and a user's name for a command of ours; `erased` for one of an erased merchant's people.
+    """The `sub` claim of the caller's token, or `certificate:` and the name in its certificate. A
+    command of Postrider has `cli:` and a user name. `erased` replaces users of an erased merchant.
     """
     action: _builtins.str
-    """The RPC, such as UpdateWebhookConfig, or what a command did: RotateEncryptionKey, Migrate,
+    """The RPC, such as UpdateWebhookConfig, or the action of a command: RotateEncryptionKey, Migrate or
     RunRetention.
     """
     resource: _builtins.str
-    """Id or name of what was changed, or was to be; empty when the request named none."""
+    """The id or name of the resource. Empty if the request named none."""
     merchant_id: _builtins.str
-    """Whose resource, of a refusal whose caller; empty: nobody's."""
+    """The merchant of the resource, or of a refused caller. Empty without a merchant."""
     result: _builtins.str
     """OK, or the reason of the refusal."""
     comment: _builtins.str
-    """The reason the caller gave, where the call asks for one."""
+    """The reason that the caller gave, for calls that require one."""
     request_id: _builtins.str
-    """The same as in the log line of the call."""
+    """The request id in the log line of the call."""
     caller_address: _builtins.str
-    """Host and port of the caller, or of the gateway before it; of a command, the machine's name."""
+    """The host and port of the caller or of its gateway. For a command, the name of the machine."""
     user_agent: _builtins.str
-    """What the caller's library calls itself."""
+    """The user agent of the caller's library."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was made."""
+        """When the call was made."""
 
     @_builtins.property
     def changed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the fields that changed."""
+        """The names of the changed fields."""
 
     def __init__(
         self,
@@ -667,20 +666,20 @@ class ListAuditEntriesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
-    """Only changes by this actor; empty: by all."""
+    """Filters by actor. Empty matches all."""
     resource: _builtins.str
-    """Only changes of this resource; empty: of all."""
+    """Filters by resource. Empty matches all."""
     page_size: _builtins.int
-    """At most this many, 1 to 100; 0 means 50."""
+    """The maximum number of results, 1 to 100. 0 selects 50."""
     page_token: _builtins.str
-    """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    """The next_page_token of the previous page, with the same filters. Empty for the first page."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only changes at or after this time; unset: from the oldest."""
+        """Only entries at or after this time. Unset starts at the oldest."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only changes before this time; unset: to the newest."""
+        """Only entries before this time. Unset ends at the newest."""
 
     def __init__(
         self,
@@ -709,7 +708,7 @@ class ListAuditEntriesResponse(_message.Message):
     AUDIT_ENTRIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def audit_entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
         """The entries of this page."""
@@ -759,9 +758,9 @@ class EraseMerchantResponse(_message.Message):
     DELETED_WEBHOOK_CONFIGS_FIELD_NUMBER: _builtins.int
     ERASED_EVENTS_FIELD_NUMBER: _builtins.int
     deleted_webhook_configs: _builtins.int
-    """Webhook configs that this call deleted."""
+    """The number of webhook configs that this call deleted."""
     erased_events: _builtins.int
-    """Events whose payloads this call erased."""
+    """The number of events whose payloads this call erased."""
     def __init__(
         self,
         *,

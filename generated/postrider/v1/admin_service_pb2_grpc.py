@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`.
+    """Serves operators, across merchants. Every call needs the scope `webhooks:admin`.
     """
 
     def __init__(self, channel):
@@ -88,21 +88,21 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`.
+    """Serves operators, across merchants. Every call needs the scope `webhooks:admin`.
     """
 
     def ReactivateWebhookConfig(self, request, context):
-        """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
-        anew and its parked deliveries are let back in. Already active: nothing changes.
+        """Activates an inactive webhook config, for every reason of its deactivation. Its failure count
+        restarts at 0, and its parked deliveries are sent. Changes nothing if it is active.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeactivateWebhookConfig(self, request, context):
-        """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-        only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
-        operator: nothing changes.
+        """Deactivates a webhook config, and keeps the reason in the audit log. Its deliveries are parked.
+        Only ReactivateWebhookConfig activates it again, also if the merchant had paused it. Changes
+        nothing if an operator deactivated it before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,11 +116,11 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RedeliverDeliveries(self, request, context):
-        """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
-        is over. Each failed delivery's event gets a new delivery with its own retries, as by
-        DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
-        What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
-        goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+        """Redelivers failed deliveries of one merchant or of all, for the time after an outage. Each event
+        gets a new delivery with all retries, as by DeliveryService.RedeliverDelivery, which may wait in
+        the backlog of its webhook config. Deliveries with an open or successful redelivery are skipped,
+        so the call can be repeated after an interruption. One call examines some thousand deliveries, and
+        next_page_token continues with the others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,25 +135,25 @@ class AdminServiceServicer:
 
     def UpdateEventType(self, request, context):
         """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
-        server process honours the change in calls that begin a second later, or sooner.
+        server process applies the change within a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetQueueStatus(self, request, context):
-        """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
-        The numbers are exact and of one moment; counting a million open deliveries takes about half
-        a second, so ask for all of them at most every few seconds.
+        """Returns the state of the queue, in total and for the webhook configs with the most open
+        deliveries. The numbers are exact and from one snapshot. A count of a million open deliveries
+        takes about 0.5 s, so leave a few seconds between calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CheckInvariants(self, request, context):
-        """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
-        tells what does not. Reads only, in short statements, and may be called at any time; what is
-        suspect is looked at again some seconds later, so the call may take that much longer.
+        """Checks the invariants of accepted events, such as that every event has all its deliveries, and
+        returns violations. It only reads, in short statements, and may run at any time. Suspect rows are
+        checked again some seconds later, so the call may take that much longer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -168,9 +168,9 @@ class AdminServiceServicer:
 
     def EraseMerchant(self, request, context):
         """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
-        events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
-        is sent but what is on the wire. What remains says that something was delivered, not what. Works
-        in small transactions: when the call breaks off, another one ends it. Final.
+        events, and the responses of its receivers. Its deliveries are cancelled, and after this call only
+        requests that are on the wire arrive. The remaining history has no content. Works in small
+        transactions, so repeat the call if it is interrupted. Irreversible.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -238,7 +238,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`.
+    """Serves operators, across merchants. Every call needs the scope `webhooks:admin`.
     """
 
     @staticmethod

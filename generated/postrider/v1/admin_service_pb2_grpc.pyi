@@ -27,105 +27,105 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`."""
+    """Serves operators, across merchants. Every call needs the scope `webhooks:admin`."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     ReactivateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReactivateWebhookConfigRequest, _admin_service_pb2.ReactivateWebhookConfigResponse]
-    """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
-    anew and its parked deliveries are let back in. Already active: nothing changes.
+    """Activates an inactive webhook config, for every reason of its deactivation. Its failure count
+    restarts at 0, and its parked deliveries are sent. Changes nothing if it is active.
     """
     DeactivateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]
-    """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-    only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
-    operator: nothing changes.
+    """Deactivates a webhook config, and keeps the reason in the audit log. Its deliveries are parked.
+    Only ReactivateWebhookConfig activates it again, also if the merchant had paused it. Changes
+    nothing if an operator deactivated it before.
     """
     ListAllWebhookConfigs: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]
     """Lists webhook configs across merchants, newest first."""
     RedeliverDeliveries: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.RedeliverDeliveriesRequest, _admin_service_pb2.RedeliverDeliveriesResponse]
-    """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
-    is over. Each failed delivery's event gets a new delivery with its own retries, as by
-    DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
-    What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
-    goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+    """Redelivers failed deliveries of one merchant or of all, for the time after an outage. Each event
+    gets a new delivery with all retries, as by DeliveryService.RedeliverDelivery, which may wait in
+    the backlog of its webhook config. Deliveries with an open or successful redelivery are skipped,
+    so the call can be repeated after an interruption. One call examines some thousand deliveries, and
+    next_page_token continues with the others.
     """
     CreateEventType: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]
     """Registers an event type that producers may publish and merchants may subscribe to."""
     UpdateEventType: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]
     """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
-    server process honours the change in calls that begin a second later, or sooner.
+    server process applies the change within a second.
     """
     GetQueueStatus: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]
-    """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
-    The numbers are exact and of one moment; counting a million open deliveries takes about half
-    a second, so ask for all of them at most every few seconds.
+    """Returns the state of the queue, in total and for the webhook configs with the most open
+    deliveries. The numbers are exact and from one snapshot. A count of a million open deliveries
+    takes about 0.5 s, so leave a few seconds between calls.
     """
     CheckInvariants: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CheckInvariantsRequest, _admin_service_pb2.CheckInvariantsResponse]
-    """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
-    tells what does not. Reads only, in short statements, and may be called at any time; what is
-    suspect is looked at again some seconds later, so the call may take that much longer.
+    """Checks the invariants of accepted events, such as that every event has all its deliveries, and
+    returns violations. It only reads, in short statements, and may run at any time. Suspect rows are
+    checked again some seconds later, so the call may take that much longer.
     """
     ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]
     """Lists audit entries, newest first."""
     EraseMerchant: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]
     """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
-    events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
-    is sent but what is on the wire. What remains says that something was delivered, not what. Works
-    in small transactions: when the call breaks off, another one ends it. Final.
+    events, and the responses of its receivers. Its deliveries are cancelled, and after this call only
+    requests that are on the wire arrive. The remaining history has no content. Works in small
+    transactions, so repeat the call if it is interrupted. Irreversible.
     """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`."""
+    """Serves operators, across merchants. Every call needs the scope `webhooks:admin`."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ReactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReactivateWebhookConfigRequest, _admin_service_pb2.ReactivateWebhookConfigResponse]  # type: ignore[assignment]
-    """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
-    anew and its parked deliveries are let back in. Already active: nothing changes.
+    """Activates an inactive webhook config, for every reason of its deactivation. Its failure count
+    restarts at 0, and its parked deliveries are sent. Changes nothing if it is active.
     """
     DeactivateWebhookConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DeactivateWebhookConfigRequest, _admin_service_pb2.DeactivateWebhookConfigResponse]  # type: ignore[assignment]
-    """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-    only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
-    operator: nothing changes.
+    """Deactivates a webhook config, and keeps the reason in the audit log. Its deliveries are parked.
+    Only ReactivateWebhookConfig activates it again, also if the merchant had paused it. Changes
+    nothing if an operator deactivated it before.
     """
     ListAllWebhookConfigs: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAllWebhookConfigsRequest, _admin_service_pb2.ListAllWebhookConfigsResponse]  # type: ignore[assignment]
     """Lists webhook configs across merchants, newest first."""
     RedeliverDeliveries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RedeliverDeliveriesRequest, _admin_service_pb2.RedeliverDeliveriesResponse]  # type: ignore[assignment]
-    """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
-    is over. Each failed delivery's event gets a new delivery with its own retries, as by
-    DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
-    What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
-    goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+    """Redelivers failed deliveries of one merchant or of all, for the time after an outage. Each event
+    gets a new delivery with all retries, as by DeliveryService.RedeliverDelivery, which may wait in
+    the backlog of its webhook config. Deliveries with an open or successful redelivery are skipped,
+    so the call can be repeated after an interruption. One call examines some thousand deliveries, and
+    next_page_token continues with the others.
     """
     CreateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreateEventTypeRequest, _admin_service_pb2.CreateEventTypeResponse]  # type: ignore[assignment]
     """Registers an event type that producers may publish and merchants may subscribe to."""
     UpdateEventType: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UpdateEventTypeRequest, _admin_service_pb2.UpdateEventTypeResponse]  # type: ignore[assignment]
     """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
-    server process honours the change in calls that begin a second later, or sooner.
+    server process applies the change within a second.
     """
     GetQueueStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetQueueStatusRequest, _admin_service_pb2.GetQueueStatusResponse]  # type: ignore[assignment]
-    """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
-    The numbers are exact and of one moment; counting a million open deliveries takes about half
-    a second, so ask for all of them at most every few seconds.
+    """Returns the state of the queue, in total and for the webhook configs with the most open
+    deliveries. The numbers are exact and from one snapshot. A count of a million open deliveries
+    takes about 0.5 s, so leave a few seconds between calls.
     """
     CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CheckInvariantsRequest, _admin_service_pb2.CheckInvariantsResponse]  # type: ignore[assignment]
-    """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
-    tells what does not. Reads only, in short statements, and may be called at any time; what is
-    suspect is looked at again some seconds later, so the call may take that much longer.
+    """Checks the invariants of accepted events, such as that every event has all its deliveries, and
+    returns violations. It only reads, in short statements, and may run at any time. Suspect rows are
+    checked again some seconds later, so the call may take that much longer.
     """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEntriesRequest, _admin_service_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
     """Lists audit entries, newest first."""
     EraseMerchant: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EraseMerchantRequest, _admin_service_pb2.EraseMerchantResponse]  # type: ignore[assignment]
     """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
-    events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
-    is sent but what is on the wire. What remains says that something was delivered, not what. Works
-    in small transactions: when the call breaks off, another one ends it. Final.
+    events, and the responses of its receivers. Its deliveries are cancelled, and after this call only
+    requests that are on the wire arrive. The remaining history has no content. Works in small
+    transactions, so repeat the call if it is interrupted. Irreversible.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Calls of operators, across merchants. Every call needs the scope `webhooks:admin`."""
+    """Serves operators, across merchants. Every call needs the scope `webhooks:admin`."""
 
     @_abc_1.abstractmethod
     def ReactivateWebhookConfig(
@@ -133,8 +133,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ReactivateWebhookConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ReactivateWebhookConfigResponse, _abc.Awaitable[_admin_service_pb2.ReactivateWebhookConfigResponse]]:
-        """Brings a webhook config back that went inactive, whatever the reason; its failure count starts
-        anew and its parked deliveries are let back in. Already active: nothing changes.
+        """Activates an inactive webhook config, for every reason of its deactivation. Its failure count
+        restarts at 0, and its parked deliveries are sent. Changes nothing if it is active.
         """
 
     @_abc_1.abstractmethod
@@ -143,9 +143,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.DeactivateWebhookConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.DeactivateWebhookConfigResponse, _abc.Awaitable[_admin_service_pb2.DeactivateWebhookConfigResponse]]:
-        """Stops a webhook config for a reason that is kept in the audit log; its deliveries are parked, and
-        only Reactivate brings it back, also when the merchant had paused it. Already deactivated by an
-        operator: nothing changes.
+        """Deactivates a webhook config, and keeps the reason in the audit log. Its deliveries are parked.
+        Only ReactivateWebhookConfig activates it again, also if the merchant had paused it. Changes
+        nothing if an operator deactivated it before.
         """
 
     @_abc_1.abstractmethod
@@ -162,11 +162,11 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RedeliverDeliveriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.RedeliverDeliveriesResponse, _abc.Awaitable[_admin_service_pb2.RedeliverDeliveriesResponse]]:
-        """Sends again what failed for good, for one merchant or for all, when the outage that made it fail
-        is over. Each failed delivery's event gets a new delivery with its own retries, as by
-        DeliveryService.RedeliverDelivery, and waits in its webhook config's backlog where it has to.
-        What was redelivered since, and is open or delivered, is not again: the call may be repeated, and
-        goes on where it broke off. One call looks at some thousands; next_page_token leads to the rest.
+        """Redelivers failed deliveries of one merchant or of all, for the time after an outage. Each event
+        gets a new delivery with all retries, as by DeliveryService.RedeliverDelivery, which may wait in
+        the backlog of its webhook config. Deliveries with an open or successful redelivery are skipped,
+        so the call can be repeated after an interruption. One call examines some thousand deliveries, and
+        next_page_token continues with the others.
         """
 
     @_abc_1.abstractmethod
@@ -184,7 +184,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.UpdateEventTypeResponse, _abc.Awaitable[_admin_service_pb2.UpdateEventTypeResponse]]:
         """Changes description, JSON Schema, enforcement, example or deprecation of an event type. Every
-        server process honours the change in calls that begin a second later, or sooner.
+        server process applies the change within a second.
         """
 
     @_abc_1.abstractmethod
@@ -193,9 +193,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.GetQueueStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetQueueStatusResponse, _abc.Awaitable[_admin_service_pb2.GetQueueStatusResponse]]:
-        """Tells how the queue stands, in all and for the webhook configs with the most open deliveries.
-        The numbers are exact and of one moment; counting a million open deliveries takes about half
-        a second, so ask for all of them at most every few seconds.
+        """Returns the state of the queue, in total and for the webhook configs with the most open
+        deliveries. The numbers are exact and from one snapshot. A count of a million open deliveries
+        takes about 0.5 s, so leave a few seconds between calls.
         """
 
     @_abc_1.abstractmethod
@@ -204,9 +204,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.CheckInvariantsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.CheckInvariantsResponse, _abc.Awaitable[_admin_service_pb2.CheckInvariantsResponse]]:
-        """Checks what must hold of everything accepted, such as that every event has all its deliveries, and
-        tells what does not. Reads only, in short statements, and may be called at any time; what is
-        suspect is looked at again some seconds later, so the call may take that much longer.
+        """Checks the invariants of accepted events, such as that every event has all its deliveries, and
+        returns violations. It only reads, in short statements, and may run at any time. Suspect rows are
+        checked again some seconds later, so the call may take that much longer.
         """
 
     @_abc_1.abstractmethod
@@ -224,9 +224,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.EraseMerchantResponse, _abc.Awaitable[_admin_service_pb2.EraseMerchantResponse]]:
         """Deletes a merchant's webhook configs with their secrets, the payloads and idempotency keys of its
-        events, and what its receivers answered. Its deliveries are cancelled: once this returns, nothing
-        is sent but what is on the wire. What remains says that something was delivered, not what. Works
-        in small transactions: when the call breaks off, another one ends it. Final.
+        events, and the responses of its receivers. Its deliveries are cancelled, and after this call only
+        requests that are on the wire arrive. The remaining history has no content. Works in small
+        transactions, so repeat the call if it is interrupted. Irreversible.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,41 +28,41 @@ class _DeliveryState:
 class _DeliveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeliveryState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DELIVERY_STATE_UNSPECIFIED: _DeliveryState.ValueType  # 0
-    """Never returned; in a filter: every state."""
+    """Never returned. In a filter it matches every state."""
     DELIVERY_STATE_READY: _DeliveryState.ValueType  # 1
     """Waits for its due time in the queue."""
     DELIVERY_STATE_PARKED: _DeliveryState.ValueType  # 2
-    """Waits in its webhook config's own backlog (inactive, or more than it can take now)."""
+    """Waits in the backlog of its webhook config, which is inactive or at its limits."""
     DELIVERY_STATE_LEASED: _DeliveryState.ValueType  # 3
-    """An engine holds it and is attempting it."""
+    """An engine is attempting it."""
     DELIVERY_STATE_DELIVERED: _DeliveryState.ValueType  # 4
-    """The receiver answered 2xx. Final."""
+    """The receiver responded with 2xx. Final."""
     DELIVERY_STATE_FAILED: _DeliveryState.ValueType  # 5
     """Every attempt failed. Final."""
     DELIVERY_STATE_CANCELLED: _DeliveryState.ValueType  # 6
-    """The webhook config was deleted before it was delivered, or before that was on record. Final."""
+    """The webhook config was deleted before the delivery was recorded. Final."""
     DELIVERY_STATE_BLOCKED: _DeliveryState.ValueType  # 7
-    """Waits for the delivery before it of the same ordering key."""
+    """Waits for the previous delivery of the same ordering key."""
 
 class DeliveryState(_DeliveryState, metaclass=_DeliveryStateEnumTypeWrapper):
-    """Where a delivery stands."""
+    """The state of a delivery."""
 
 DELIVERY_STATE_UNSPECIFIED: DeliveryState.ValueType  # 0
-"""Never returned; in a filter: every state."""
+"""Never returned. In a filter it matches every state."""
 DELIVERY_STATE_READY: DeliveryState.ValueType  # 1
 """Waits for its due time in the queue."""
 DELIVERY_STATE_PARKED: DeliveryState.ValueType  # 2
-"""Waits in its webhook config's own backlog (inactive, or more than it can take now)."""
+"""Waits in the backlog of its webhook config, which is inactive or at its limits."""
 DELIVERY_STATE_LEASED: DeliveryState.ValueType  # 3
-"""An engine holds it and is attempting it."""
+"""An engine is attempting it."""
 DELIVERY_STATE_DELIVERED: DeliveryState.ValueType  # 4
-"""The receiver answered 2xx. Final."""
+"""The receiver responded with 2xx. Final."""
 DELIVERY_STATE_FAILED: DeliveryState.ValueType  # 5
 """Every attempt failed. Final."""
 DELIVERY_STATE_CANCELLED: DeliveryState.ValueType  # 6
-"""The webhook config was deleted before it was delivered, or before that was on record. Final."""
+"""The webhook config was deleted before the delivery was recorded. Final."""
 DELIVERY_STATE_BLOCKED: DeliveryState.ValueType  # 7
-"""Waits for the delivery before it of the same ordering key."""
+"""Waits for the previous delivery of the same ordering key."""
 Global___DeliveryState: _TypeAlias = DeliveryState  # noqa: Y015
 
 class _Outcome:
@@ -74,56 +74,56 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_UNSPECIFIED: _Outcome.ValueType  # 0
     """Never returned."""
     OUTCOME_SUCCEEDED: _Outcome.ValueType  # 1
-    """A 2xx answer."""
+    """A 2xx response."""
     OUTCOME_HTTP_ERROR: _Outcome.ValueType  # 2
-    """An answer outside 2xx; redirects are not followed."""
+    """A response other than 2xx. Redirects are not followed."""
     OUTCOME_TIMEOUT: _Outcome.ValueType  # 3
     """No status line within the timeout."""
     OUTCOME_DNS_ERROR: _Outcome.ValueType  # 4
     """The host name did not resolve."""
     OUTCOME_CONNECTION_ERROR: _Outcome.ValueType  # 5
-    """The connection was refused, reset or not possible."""
+    """The connection was refused, reset or impossible."""
     OUTCOME_TLS_ERROR: _Outcome.ValueType  # 6
     """The TLS handshake failed, or the certificate did not verify."""
     OUTCOME_PROTOCOL_ERROR: _Outcome.ValueType  # 7
-    """The answer was not valid HTTP."""
+    """The response was not valid HTTP."""
     OUTCOME_REFUSED: _Outcome.ValueType  # 8
-    """The URL or its address is one Postrider does not call: private, loopback, metadata, a port that is
-    not allowed, or nothing that can be called. Not retried.
+    """Postrider does not call this URL or its address: a private, loopback or metadata address, a port
+    that is not allowed, or an invalid URL. Not retried.
     """
     OUTCOME_INTERNAL_ERROR: _Outcome.ValueType  # 9
-    """A fault of Postrider itself; uses up no retries, and is never counted against the webhook config."""
+    """A failure inside Postrider. It uses no retry and does not count against the webhook config."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-    """What came of an attempt."""
+    """The outcome of an attempt."""
 
 OUTCOME_UNSPECIFIED: Outcome.ValueType  # 0
 """Never returned."""
 OUTCOME_SUCCEEDED: Outcome.ValueType  # 1
-"""A 2xx answer."""
+"""A 2xx response."""
 OUTCOME_HTTP_ERROR: Outcome.ValueType  # 2
-"""An answer outside 2xx; redirects are not followed."""
+"""A response other than 2xx. Redirects are not followed."""
 OUTCOME_TIMEOUT: Outcome.ValueType  # 3
 """No status line within the timeout."""
 OUTCOME_DNS_ERROR: Outcome.ValueType  # 4
 """The host name did not resolve."""
 OUTCOME_CONNECTION_ERROR: Outcome.ValueType  # 5
-"""The connection was refused, reset or not possible."""
+"""The connection was refused, reset or impossible."""
 OUTCOME_TLS_ERROR: Outcome.ValueType  # 6
 """The TLS handshake failed, or the certificate did not verify."""
 OUTCOME_PROTOCOL_ERROR: Outcome.ValueType  # 7
-"""The answer was not valid HTTP."""
+"""The response was not valid HTTP."""
 OUTCOME_REFUSED: Outcome.ValueType  # 8
-"""The URL or its address is one Postrider does not call: private, loopback, metadata, a port that is
-not allowed, or nothing that can be called. Not retried.
+"""Postrider does not call this URL or its address: a private, loopback or metadata address, a port
+that is not allowed, or an invalid URL. Not retried.
 """
 OUTCOME_INTERNAL_ERROR: Outcome.ValueType  # 9
-"""A fault of Postrider itself; uses up no retries, and is never counted against the webhook config."""
+"""A failure inside Postrider. It uses no retry and does not count against the webhook config."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
 class Delivery(_message.Message):
-    """The duty to get one event to one webhook config."""
+    """One event for one webhook config, with its attempts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -139,32 +139,30 @@ class Delivery(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     REDELIVERY_OF_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Made by the server, `dlv_` and 32 hexadecimal digits."""
+    """Assigned by the server: `dlv_` and 32 hexadecimal digits."""
     webhook_id: _builtins.str
-    """The webhook config it goes to."""
+    """Its webhook config."""
     event_id: _builtins.str
-    """The event it carries."""
+    """Its event."""
     event_type: _builtins.str
-    """The event's type."""
+    """The type of the event."""
     state: Global___DeliveryState.ValueType
-    """Where it stands."""
+    """Its state."""
     attempt_count: _builtins.int
-    """Attempts made so far."""
+    """The number of attempts so far."""
     redelivery_of: _builtins.str
-    """The delivery this one repeats at somebody's request; empty when it came of the event itself."""
+    """The delivery that this redelivery repeats. Empty if the event itself created this delivery."""
     @_builtins.property
     def next_attempt_time(self) -> _timestamp_pb2.Timestamp:
-        """When the next attempt is due; unset when the delivery is finished, parked or
-        blocked.
-        """
+        """When the next attempt is due. Unset if the delivery is finished, parked or blocked."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the event was accepted, or the redelivery was asked for."""
+        """When the event was accepted, or the redelivery was requested."""
 
     @_builtins.property
     def finish_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was delivered, failed or was cancelled; unset before."""
+        """When it was delivered, failed or cancelled. Unset before."""
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]:
@@ -195,7 +193,7 @@ Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
 
 @_typing.final
 class Attempt(_message.Message):
-    """One HTTP request made for a delivery; never changes."""
+    """One HTTP request of a delivery. It never changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -214,38 +212,38 @@ class Attempt(_message.Message):
     number: _builtins.int
     """1 for the first attempt of the delivery."""
     outcome: Global___Outcome.ValueType
-    """What came of it."""
+    """Its outcome."""
     status_code: _builtins.int
-    """The HTTP status, 0 when there was no answer."""
+    """The HTTP status, or 0 without a response."""
     detail: _builtins.str
-    """The same in words, for people."""
+    """The outcome in words."""
     remote_address: _builtins.str
-    """The address that was dialled; empty when none was."""
+    """The connected address. Empty without a connection."""
     response_excerpt: _builtins.str
-    """The first 1 KiB of the answer's body, control characters escaped; empty when there was none."""
+    """The first 1 KiB of the response body, with control characters escaped."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When it began."""
+        """When it started."""
 
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """From its beginning to the status line, or to the failure."""
+        """From the start to the status line or the failure."""
 
     @_builtins.property
     def dns_duration(self) -> _duration_pb2.Duration:
-        """Of it, the look-up of the host name; unset when a connection was there already."""
+        """The part for the look-up of the host name. Unset on a reused connection."""
 
     @_builtins.property
     def connect_duration(self) -> _duration_pb2.Duration:
-        """Of it, the TCP connection and the TLS handshake; unset when a connection was there already."""
+        """The part for the TCP connection and the TLS handshake. Unset on a reused connection."""
 
     @_builtins.property
     def first_byte_duration(self) -> _duration_pb2.Duration:
-        """Of it, the wait from the request sent to the status line; unset when none came."""
+        """The part between the sent request and the status line. Unset without a response."""
 
     @_builtins.property
     def tls_duration(self) -> _duration_pb2.Duration:
-        """Of connect_duration, the TLS handshake; unset when it never began, or was not told apart yet."""
+        """The part of connect_duration for the TLS handshake. Unset without a handshake, and in old attempts."""
 
     def __init__(
         self,

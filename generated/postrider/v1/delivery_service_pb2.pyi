@@ -28,7 +28,7 @@ class GetDeliveryRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the delivery."""
+    """The id of the delivery."""
     def __init__(
         self,
         *,
@@ -81,27 +81,27 @@ class ListDeliveriesRequest(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
-    """Only those to this webhook config, also a deleted one; empty: to all."""
+    """Filters by webhook config, also a deleted one. Empty matches all."""
     event_id: _builtins.str
-    """Only those of this event; empty: of all."""
+    """Filters by event. Empty matches all."""
     state: _delivery_pb2.DeliveryState.ValueType
-    """Only those in this state; unspecified: in all."""
+    """Filters by state. Unspecified matches all."""
     page_size: _builtins.int
-    """At most this many, 1 to 100; 0 means 50."""
+    """The maximum number of results, 1 to 100. 0 selects 50."""
     page_token: _builtins.str
-    """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    """The next_page_token of the previous page, with the same filters. Empty for the first page."""
     event_type: _builtins.str
-    """Only those of events of this type; empty: of all."""
+    """Filters by event type. Empty matches all."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those made at or after this time: when the event was accepted, or the redelivery was asked
-        for. Told by the delivery's id, which a large batch has a tenth of a second after create_time;
-        ranges that follow one another miss and repeat nothing. Unset: from the oldest.
+        """Only deliveries that were created at or after this time. Unset starts at the oldest. The time is
+        that of the delivery's id, up to 0.1 s after create_time in a large batch. Adjacent ranges neither
+        miss nor repeat a delivery.
         """
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only those made before this time; unset: to the newest."""
+        """Only deliveries that were created before this time. Unset ends at the newest."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class ListDeliveriesResponse(_message.Message):
     DELIVERIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_delivery_pb2.Delivery]:
         """The deliveries of this page."""
@@ -159,7 +159,7 @@ class RedeliverDeliveryRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the delivery to repeat."""
+    """The id of the delivery to repeat."""
     def __init__(
         self,
         *,
@@ -207,11 +207,11 @@ class WatchDeliveriesRequest(_message.Message):
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     webhook_id: _builtins.str
-    """Only deliveries to this webhook config; empty: to all."""
+    """Filters by webhook config. Empty matches all."""
     event_type: _builtins.str
-    """Only deliveries of events of this type; empty: of all."""
+    """Filters by event type. Empty matches all."""
     resume_token: _builtins.str
-    """The resume_token of the last response that was read; empty: from now on."""
+    """The resume_token of the last response. Empty starts now."""
     def __init__(
         self,
         *,
@@ -229,18 +229,18 @@ Global___WatchDeliveriesRequest: _TypeAlias = WatchDeliveriesRequest  # noqa: Y0
 
 @_typing.final
 class WatchDeliveriesResponse(_message.Message):
-    """Response of WatchDeliveries: a delivery whose attempt was just recorded, or a sign of life."""
+    """Response of WatchDeliveries: a delivery with a new attempt, or a keep-alive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DELIVERY_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
-    """Goes on after this response."""
+    """Continues after this response."""
     @_builtins.property
     def delivery(self) -> _delivery_pb2.Delivery:
-        """The delivery with the attempt just recorded; unset in a sign of life, which is the first response
-        and comes every 15 s (unless the operator says otherwise) without news.
+        """The delivery with the new attempt. Unset in a keep-alive, which is the first response, and is sent
+        after 15 s without an attempt (configurable by the operator).
         """
 
     def __init__(

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class DeliveryServiceStub:
-    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
-    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Reads a merchant's deliveries. Every call needs the scope `webhooks:manage` and applies to the
+    merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -59,8 +59,8 @@ class DeliveryServiceStub:
 
 
 class DeliveryServiceServicer:
-    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
-    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Reads a merchant's deliveries. Every call needs the scope `webhooks:manage` and applies to the
+    merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     def GetDelivery(self, request, context):
@@ -78,17 +78,17 @@ class DeliveryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RedeliverDelivery(self, request, context):
-        """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
-        schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+        """Sends the event of a finished delivery again, as a new delivery with the same `webhook-id` and all
+        retries. FAILED_PRECONDITION if the delivery is open or its config is deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchDeliveries(self, request, context):
-        """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
-        or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
-        is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+        """Streams attempts in the order of their recording, until the caller cancels, its token expires or
+        the server stops. An unknown webhook_id is NOT_FOUND. A caller that reads too slowly gets
+        RESOURCE_EXHAUSTED, and can continue with its last resume token, which is valid for an hour.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,8 +126,8 @@ def add_DeliveryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DeliveryService:
-    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
-    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Reads a merchant's deliveries. Every call needs the scope `webhooks:manage` and applies to the
+    merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     @staticmethod

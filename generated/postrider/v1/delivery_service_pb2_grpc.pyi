@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DeliveryServiceStub:
-    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
-    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Reads a merchant's deliveries. Every call needs the scope `webhooks:manage` and applies to the
+    merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     @_typing.overload
@@ -40,19 +40,19 @@ class DeliveryServiceStub:
     ListDeliveries: _grpc.UnaryUnaryMultiCallable[_delivery_service_pb2.ListDeliveriesRequest, _delivery_service_pb2.ListDeliveriesResponse]
     """Lists deliveries with their attempts, newest first."""
     RedeliverDelivery: _grpc.UnaryUnaryMultiCallable[_delivery_service_pb2.RedeliverDeliveryRequest, _delivery_service_pb2.RedeliverDeliveryResponse]
-    """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
-    schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+    """Sends the event of a finished delivery again, as a new delivery with the same `webhook-id` and all
+    retries. FAILED_PRECONDITION if the delivery is open or its config is deleted.
     """
     WatchDeliveries: _grpc.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]
-    """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
-    or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
-    is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+    """Streams attempts in the order of their recording, until the caller cancels, its token expires or
+    the server stops. An unknown webhook_id is NOT_FOUND. A caller that reads too slowly gets
+    RESOURCE_EXHAUSTED, and can continue with its last resume token, which is valid for an hour.
     """
 
 @_typing.type_check_only
 class DeliveryServiceAsyncStub(DeliveryServiceStub):
-    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
-    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Reads a merchant's deliveries. Every call needs the scope `webhooks:manage` and applies to the
+    merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -61,18 +61,18 @@ class DeliveryServiceAsyncStub(DeliveryServiceStub):
     ListDeliveries: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.ListDeliveriesRequest, _delivery_service_pb2.ListDeliveriesResponse]  # type: ignore[assignment]
     """Lists deliveries with their attempts, newest first."""
     RedeliverDelivery: _aio.UnaryUnaryMultiCallable[_delivery_service_pb2.RedeliverDeliveryRequest, _delivery_service_pb2.RedeliverDeliveryResponse]  # type: ignore[assignment]
-    """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
-    schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+    """Sends the event of a finished delivery again, as a new delivery with the same `webhook-id` and all
+    retries. FAILED_PRECONDITION if the delivery is open or its config is deleted.
     """
     WatchDeliveries: _aio.UnaryStreamMultiCallable[_delivery_service_pb2.WatchDeliveriesRequest, _delivery_service_pb2.WatchDeliveriesResponse]  # type: ignore[assignment]
-    """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
-    or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
-    is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+    """Streams attempts in the order of their recording, until the caller cancels, its token expires or
+    the server stops. An unknown webhook_id is NOT_FOUND. A caller that reads too slowly gets
+    RESOURCE_EXHAUSTED, and can continue with its last resume token, which is valid for an hour.
     """
 
 class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """A merchant's deliveries. Every call needs the scope `webhooks:manage` and acts for
-    the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Reads a merchant's deliveries. Every call needs the scope `webhooks:manage` and applies to the
+    merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     @_abc_1.abstractmethod
@@ -97,8 +97,8 @@ class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _delivery_service_pb2.RedeliverDeliveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_delivery_service_pb2.RedeliverDeliveryResponse, _abc.Awaitable[_delivery_service_pb2.RedeliverDeliveryResponse]]:
-        """Sends a finished delivery's event again, as a new delivery with the same `webhook-id` and a retry
-        schedule of its own. FAILED_PRECONDITION while the delivery is open or its config is deleted.
+        """Sends the event of a finished delivery again, as a new delivery with the same `webhook-id` and all
+        retries. FAILED_PRECONDITION if the delivery is open or its config is deleted.
         """
 
     @_abc_1.abstractmethod
@@ -107,9 +107,9 @@ class DeliveryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _delivery_service_pb2.WatchDeliveriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_delivery_service_pb2.WatchDeliveriesResponse], _abc.AsyncIterator[_delivery_service_pb2.WatchDeliveriesResponse]]:
-        """Streams attempts as they are recorded, in that order, until the caller hangs up, its token expires
-        or the server stops. An unknown webhook_id answers NOT_FOUND. A caller that reads too slowly
-        is dropped with RESOURCE_EXHAUSTED and goes on with its last resume token, good for an hour.
+        """Streams attempts in the order of their recording, until the caller cancels, its token expires or
+        the server stops. An unknown webhook_id is NOT_FOUND. A caller that reads too slowly gets
+        RESOURCE_EXHAUSTED, and can continue with its last resume token, which is valid for an hour.
         """
 
 def add_DeliveryServiceServicer_to_server(servicer: DeliveryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -19,7 +19,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EventInput(_message.Message):
-    """Something that happened, as a producer publishes it."""
+    """An event to publish."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -32,7 +32,7 @@ class EventInput(_message.Message):
     NOT_BEFORE_FIELD_NUMBER: _builtins.int
     ORDERING_KEY_FIELD_NUMBER: _builtins.int
     merchant_id: _builtins.str
-    """The merchant it concerns: 1 to 64 of `A-Z a-z 0-9 _ -`."""
+    """Its merchant: 1 to 64 of `A-Z a-z 0-9 _ -`."""
     type: _builtins.str
     """A registered event type, such as `payment.succeeded`."""
     payload: _builtins.bytes
@@ -40,20 +40,20 @@ class EventInput(_message.Message):
     payload_text: _builtins.str
     """The payload as text, sent as UTF-8."""
     content_type: _builtins.str
-    """Media type of the payload; empty means `application/json`, and then the payload must be JSON."""
+    """The media type of the payload. Empty selects `application/json`, which requires valid JSON."""
     idempotency_key: _builtins.str
-    """Makes publishing safe to repeat: the same key and event of a merchant give the same
-    event id, another event under the same key is an error. At most 128 printable ASCII
-    characters, remembered for at least 24 hours. Empty: every call makes a new event.
+    """Makes repeated calls safe. The same key and event of a merchant return the same event id, and
+    another event with the same key is an error. At most 128 printable ASCII characters, stored for at
+    least 24 hours. If it is empty, every call creates an event.
     """
     ordering_key: _builtins.str
-    """Events of one merchant and key are delivered in the order of their acceptance, one at a time, to
-    those of its webhook configs that are `ordered`. At most 128 printable ASCII characters, such as a
-    payment's id. Empty: in no order.
+    """Webhook configs that are `ordered` receive the events of one merchant and key one at a time, in
+    the order of acceptance. At most 128 printable ASCII characters, such as a payment id. Events with
+    an empty key have no order.
     """
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
-        """Not delivered before this time, at most 30 days ahead; unset or past: at once."""
+        """Not delivered before this time, at most 30 days ahead. Unset or past means at once."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ Global___EventInput: _TypeAlias = EventInput  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
-    """An accepted event; immutable."""
+    """An accepted event. It never changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -91,24 +91,24 @@ class Event(_message.Message):
     NOT_BEFORE_FIELD_NUMBER: _builtins.int
     ORDERING_KEY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Made by the server, `evt_` and 32 hexadecimal digits; receivers see it as `webhook-id`."""
+    """Assigned by the server: `evt_` and 32 hexadecimal digits. Receivers see it as `webhook-id`."""
     merchant_id: _builtins.str
-    """The merchant it concerns."""
+    """Its merchant."""
     type: _builtins.str
     """Its event type."""
     delivery_count: _builtins.int
-    """How many webhook configs it is delivered to; 0 when nobody subscribed, or when the event was
-    published before under its idempotency key and is no longer stored.
+    """The number of webhook configs that receive it. 0 without subscriptions, and for a duplicate whose
+    first event is no longer stored.
     """
     ordering_key: _builtins.str
-    """In order with the others of this key, where a webhook config is `ordered`; empty: in no order."""
+    """The key of its order for `ordered` webhook configs. Empty without an order."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was accepted."""
 
     @_builtins.property
     def not_before(self) -> _timestamp_pb2.Timestamp:
-        """Not delivered before this time; unset: at once."""
+        """Not delivered before this time. Unset means at once."""
 
     def __init__(
         self,

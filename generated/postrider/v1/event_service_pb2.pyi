@@ -34,10 +34,10 @@ class _PublishStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Publish
     PUBLISH_STATUS_DUPLICATE: _PublishStatus.ValueType  # 2
     """Committed earlier under the same idempotency key."""
     PUBLISH_STATUS_REJECTED: _PublishStatus.ValueType  # 3
-    """Not accepted; see reason and message."""
+    """Not accepted. See reason and message."""
 
 class PublishStatus(_PublishStatus, metaclass=_PublishStatusEnumTypeWrapper):
-    """What became of one event of a batch."""
+    """The status of one event of a batch."""
 
 PUBLISH_STATUS_UNSPECIFIED: PublishStatus.ValueType  # 0
 """Never returned."""
@@ -46,7 +46,7 @@ PUBLISH_STATUS_ACCEPTED: PublishStatus.ValueType  # 1
 PUBLISH_STATUS_DUPLICATE: PublishStatus.ValueType  # 2
 """Committed earlier under the same idempotency key."""
 PUBLISH_STATUS_REJECTED: PublishStatus.ValueType  # 3
-"""Not accepted; see reason and message."""
+"""Not accepted. See reason and message."""
 Global___PublishStatus: _TypeAlias = PublishStatus  # noqa: Y015
 
 @_typing.final
@@ -82,10 +82,10 @@ class PublishEventResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
     duplicate: _builtins.bool
-    """Whether an earlier call had published it under the same idempotency key."""
+    """Whether an earlier call published it with the same idempotency key."""
     @_builtins.property
     def event(self) -> _event_pb2.Event:
-        """The event as accepted, now or by the earlier call with this idempotency key."""
+        """The event, accepted by this call or by an earlier one with the same idempotency key."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class StreamEventsRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The caller's own number for this batch, greater than the one before."""
+    """The caller's number of this batch, greater than that of the previous batch."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.EventInput]:
         """1 to 1,000 events."""
@@ -179,7 +179,7 @@ Global___StreamEventsRequest: _TypeAlias = StreamEventsRequest  # noqa: Y015
 
 @_typing.final
 class StreamEventsResponse(_message.Message):
-    """Response of StreamEvents: what became of one batch."""
+    """Response of StreamEvents: the result of one batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -213,7 +213,7 @@ class GetEventRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the event."""
+    """The id of the event."""
     def __init__(
         self,
         *,
@@ -264,20 +264,20 @@ class ListEventsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     merchant_id: _builtins.str
-    """The merchant; may be empty when the token has a `merchant_id` claim."""
+    """The merchant. May be empty if the token has a `merchant_id` claim."""
     type: _builtins.str
-    """Only events of this type; empty: of all."""
+    """Filters by event type. Empty matches all."""
     page_size: _builtins.int
-    """At most this many, 1 to 100; 0 means 50."""
+    """The maximum number of results, 1 to 100. 0 selects 50."""
     page_token: _builtins.str
-    """The next_page_token of the page before; empty for the first. The filters must be the same."""
+    """The next_page_token of the previous page, with the same filters. Empty for the first page."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Only events accepted at or after this time; unset: from the oldest."""
+        """Only events that were accepted at or after this time. Unset starts at the oldest."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Only events accepted before this time; unset: to the newest."""
+        """Only events that were accepted before this time. Unset ends at the newest."""
 
     def __init__(
         self,
@@ -306,7 +306,7 @@ class ListEventsResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.Event]:
         """The events of this page."""
@@ -327,7 +327,7 @@ Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
 
 @_typing.final
 class PublishResult(_message.Message):
-    """What became of one event of a batch."""
+    """The result of one event of a batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -336,14 +336,14 @@ class PublishResult(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     status: Global___PublishStatus.ValueType
-    """What became of it."""
+    """Its status."""
     reason: _builtins.str
-    """Why it was rejected, for programs; the same words as ErrorInfo.reason."""
+    """The reason of a rejection for programs, as in ErrorInfo.reason."""
     message: _builtins.str
-    """Why it was rejected and what to do, for people."""
+    """The reason of a rejection and the next step, in words."""
     @_builtins.property
     def event(self) -> _event_pb2.Event:
-        """The event; unset when rejected."""
+        """The event. Unset if rejected."""
 
     def __init__(
         self,

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class EventServiceStub:
-    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
-    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
-    OK means durable: the event and all its deliveries are committed.
+    """Accepts events of platform services. Every call needs the scope `events:publish`. A token with a
+    `merchant_id` claim publishes for that merchant only, one without it for every merchant. OK means
+    that the event and all its deliveries are committed.
     """
 
     def __init__(self, channel):
@@ -65,9 +65,9 @@ class EventServiceStub:
 
 
 class EventServiceServicer:
-    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
-    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
-    OK means durable: the event and all its deliveries are committed.
+    """Accepts events of platform services. Every call needs the scope `events:publish`. A token with a
+    `merchant_id` claim publishes for that merchant only, one without it for every merchant. OK means
+    that the event and all its deliveries are committed.
     """
 
     def PublishEvent(self, request, context):
@@ -78,20 +78,20 @@ class EventServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PublishEvents(self, request, context):
-        """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-        not stop the others. After an error of the call itself, send all of it again: with idempotency
-        keys nothing is doubled, even if a commit had gone through that the answer was lost of.
+        """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does not
+        affect the others. After an error of the call, repeat the whole call. With idempotency keys this
+        creates no duplicates, even if the first commit succeeded and its response was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamEvents(self, request_iterator, context):
-        """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
-        order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-        server reads no further until one is. Batches with ordering keys are committed in the order they
-        were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
-        same order: with idempotency keys nothing is lost or doubled.
+        """Accepts a stream of batches, each in its own transaction. Batches are acknowledged after their
+        commit, in the order in which they were sent. The server stops reading while 16 batches are
+        unacknowledged. Batches with ordering keys are committed one at a time, in that order. If the
+        stream breaks, repeat the unacknowledged batches in the same order. With idempotency keys this
+        loses and duplicates nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,9 +148,9 @@ def add_EventServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EventService:
-    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
-    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
-    OK means durable: the event and all its deliveries are committed.
+    """Accepts events of platform services. Every call needs the scope `events:publish`. A token with a
+    `merchant_id` claim publishes for that merchant only, one without it for every merchant. OK means
+    that the event and all its deliveries are committed.
     """
 
     @staticmethod

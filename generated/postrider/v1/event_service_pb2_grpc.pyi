@@ -27,9 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EventServiceStub:
-    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
-    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
-    OK means durable: the event and all its deliveries are committed.
+    """Accepts events of platform services. Every call needs the scope `events:publish`. A token with a
+    `merchant_id` claim publishes for that merchant only, one without it for every merchant. OK means
+    that the event and all its deliveries are committed.
     """
 
     @_typing.overload
@@ -39,16 +39,16 @@ class EventServiceStub:
     PublishEvent: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventRequest, _event_service_pb2.PublishEventResponse]
     """Accepts one event."""
     PublishEvents: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventsRequest, _event_service_pb2.PublishEventsResponse]
-    """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-    not stop the others. After an error of the call itself, send all of it again: with idempotency
-    keys nothing is doubled, even if a commit had gone through that the answer was lost of.
+    """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does not
+    affect the others. After an error of the call, repeat the whole call. With idempotency keys this
+    creates no duplicates, even if the first commit succeeded and its response was lost.
     """
     StreamEvents: _grpc.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]
-    """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
-    order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-    server reads no further until one is. Batches with ordering keys are committed in the order they
-    were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
-    same order: with idempotency keys nothing is lost or doubled.
+    """Accepts a stream of batches, each in its own transaction. Batches are acknowledged after their
+    commit, in the order in which they were sent. The server stops reading while 16 batches are
+    unacknowledged. Batches with ordering keys are committed one at a time, in that order. If the
+    stream breaks, repeat the unacknowledged batches in the same order. With idempotency keys this
+    loses and duplicates nothing.
     """
     GetEvent: _grpc.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]
     """Returns an event, without its payload."""
@@ -57,25 +57,25 @@ class EventServiceStub:
 
 @_typing.type_check_only
 class EventServiceAsyncStub(EventServiceStub):
-    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
-    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
-    OK means durable: the event and all its deliveries are committed.
+    """Accepts events of platform services. Every call needs the scope `events:publish`. A token with a
+    `merchant_id` claim publishes for that merchant only, one without it for every merchant. OK means
+    that the event and all its deliveries are committed.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PublishEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventRequest, _event_service_pb2.PublishEventResponse]  # type: ignore[assignment]
     """Accepts one event."""
     PublishEvents: _aio.UnaryUnaryMultiCallable[_event_service_pb2.PublishEventsRequest, _event_service_pb2.PublishEventsResponse]  # type: ignore[assignment]
-    """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-    not stop the others. After an error of the call itself, send all of it again: with idempotency
-    keys nothing is doubled, even if a commit had gone through that the answer was lost of.
+    """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does not
+    affect the others. After an error of the call, repeat the whole call. With idempotency keys this
+    creates no duplicates, even if the first commit succeeded and its response was lost.
     """
     StreamEvents: _aio.StreamStreamMultiCallable[_event_service_pb2.StreamEventsRequest, _event_service_pb2.StreamEventsResponse]  # type: ignore[assignment]
-    """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
-    order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-    server reads no further until one is. Batches with ordering keys are committed in the order they
-    were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
-    same order: with idempotency keys nothing is lost or doubled.
+    """Accepts a stream of batches, each in its own transaction. Batches are acknowledged after their
+    commit, in the order in which they were sent. The server stops reading while 16 batches are
+    unacknowledged. Batches with ordering keys are committed one at a time, in that order. If the
+    stream breaks, repeat the unacknowledged batches in the same order. With idempotency keys this
+    loses and duplicates nothing.
     """
     GetEvent: _aio.UnaryUnaryMultiCallable[_event_service_pb2.GetEventRequest, _event_service_pb2.GetEventResponse]  # type: ignore[assignment]
     """Returns an event, without its payload."""
@@ -83,9 +83,9 @@ class EventServiceAsyncStub(EventServiceStub):
     """Lists the events of a merchant, newest first, without their payloads."""
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Ingestion of events from platform services. Every call needs the scope `events:publish`. A token
-    with a `merchant_id` claim publishes for that merchant only, one without it for every merchant.
-    OK means durable: the event and all its deliveries are committed.
+    """Accepts events of platform services. Every call needs the scope `events:publish`. A token with a
+    `merchant_id` claim publishes for that merchant only, one without it for every merchant. OK means
+    that the event and all its deliveries are committed.
     """
 
     @_abc_1.abstractmethod
@@ -102,9 +102,9 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _event_service_pb2.PublishEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_event_service_pb2.PublishEventsResponse, _abc.Awaitable[_event_service_pb2.PublishEventsResponse]]:
-        """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does
-        not stop the others. After an error of the call itself, send all of it again: with idempotency
-        keys nothing is doubled, even if a commit had gone through that the answer was lost of.
+        """Accepts up to 1,000 events in one transaction, with a result for each. A rejected event does not
+        affect the others. After an error of the call, repeat the whole call. With idempotency keys this
+        creates no duplicates, even if the first commit succeeded and its response was lost.
         """
 
     @_abc_1.abstractmethod
@@ -113,11 +113,11 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_event_service_pb2.StreamEventsRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_event_service_pb2.StreamEventsResponse], _abc.AsyncIterator[_event_service_pb2.StreamEventsResponse]]:
-        """Accepts batches as they come, each in a transaction of its own. Batches are acknowledged in the
-        order they were sent, each only after its commit; at most 16 may be unacknowledged, and the
-        server reads no further until one is. Batches with ordering keys are committed in the order they
-        were sent, one at a time. When the stream breaks, send what was not acknowledged again, in the
-        same order: with idempotency keys nothing is lost or doubled.
+        """Accepts a stream of batches, each in its own transaction. Batches are acknowledged after their
+        commit, in the order in which they were sent. The server stops reading while 16 batches are
+        unacknowledged. Batches with ordering keys are committed one at a time, in that order. If the
+        stream breaks, repeat the unacknowledged batches in the same order. With idempotency keys this
+        loses and duplicates nothing.
         """
 
     @_abc_1.abstractmethod

@@ -28,24 +28,24 @@ class _SignatureScheme:
 class _SignatureSchemeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SignatureScheme.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SIGNATURE_SCHEME_UNSPECIFIED: _SignatureScheme.ValueType  # 0
-    """In RotateSecret: as before."""
+    """Keeps the scheme in RotateSecret."""
     SIGNATURE_SCHEME_HMAC_SHA256: _SignatureScheme.ValueType  # 1
-    """`v1`: HMAC-SHA256 with a secret that the merchant has, too."""
+    """`v1`: HMAC-SHA256 with a secret that the merchant shares."""
     SIGNATURE_SCHEME_ED25519: _SignatureScheme.ValueType  # 2
-    """`v1a`: an Ed25519 key pair. The private key never leaves the service, so that nobody else can
-    sign; the public key is part of the webhook config.
+    """`v1a`: an Ed25519 key pair. The private key never leaves the service, so only it can sign. The
+    public key is part of the webhook config.
     """
 
 class SignatureScheme(_SignatureScheme, metaclass=_SignatureSchemeEnumTypeWrapper):
-    """How webhooks are signed."""
+    """The signature of webhooks."""
 
 SIGNATURE_SCHEME_UNSPECIFIED: SignatureScheme.ValueType  # 0
-"""In RotateSecret: as before."""
+"""Keeps the scheme in RotateSecret."""
 SIGNATURE_SCHEME_HMAC_SHA256: SignatureScheme.ValueType  # 1
-"""`v1`: HMAC-SHA256 with a secret that the merchant has, too."""
+"""`v1`: HMAC-SHA256 with a secret that the merchant shares."""
 SIGNATURE_SCHEME_ED25519: SignatureScheme.ValueType  # 2
-"""`v1a`: an Ed25519 key pair. The private key never leaves the service, so that nobody else can
-sign; the public key is part of the webhook config.
+"""`v1a`: an Ed25519 key pair. The private key never leaves the service, so only it can sign. The
+public key is part of the webhook config.
 """
 Global___SignatureScheme: _TypeAlias = SignatureScheme  # noqa: Y015
 
@@ -64,10 +64,10 @@ class _DeactivationReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_De
     DEACTIVATION_REASON_ADMIN: _DeactivationReason.ValueType  # 3
     """An operator deactivated it."""
     DEACTIVATION_REASON_GONE: _DeactivationReason.ValueType  # 4
-    """Its endpoint answered 410 Gone."""
+    """Its endpoint responded with 410 Gone."""
 
 class DeactivationReason(_DeactivationReason, metaclass=_DeactivationReasonEnumTypeWrapper):
-    """Why a webhook config is not active."""
+    """The reason why a webhook config is not active."""
 
 DEACTIVATION_REASON_UNSPECIFIED: DeactivationReason.ValueType  # 0
 """It is active."""
@@ -78,13 +78,13 @@ DEACTIVATION_REASON_FAILURES: DeactivationReason.ValueType  # 2
 DEACTIVATION_REASON_ADMIN: DeactivationReason.ValueType  # 3
 """An operator deactivated it."""
 DEACTIVATION_REASON_GONE: DeactivationReason.ValueType  # 4
-"""Its endpoint answered 410 Gone."""
+"""Its endpoint responded with 410 Gone."""
 Global___DeactivationReason: _TypeAlias = DeactivationReason  # noqa: Y015
 
 @_typing.final
 class WebhookConfig(_message.Message):
-    """A URL a merchant registered, with the event types it wants. Its signing secret is shown once,
-    by the call that made it, and is not part of this message.
+    """A merchant's URL and the event types that it receives. Only the calls that create a signing secret
+    return it; this message does not contain it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -132,65 +132,65 @@ class WebhookConfig(_message.Message):
     PREVIOUS_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     HEADER_PREFIX_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Made by the server, `wh_` and 32 hexadecimal digits. Read-only."""
+    """Assigned by the server: `wh_` and 32 hexadecimal digits. Read-only."""
     merchant_id: _builtins.str
-    """The merchant it belongs to: the `merchant_id` claim of the token that made it. Read-only."""
+    """Its merchant: the `merchant_id` claim of the token that created it. Read-only."""
     url: _builtins.str
-    """Where webhooks are sent: https only, at most 2,048 bytes, a public host, stored in canonical form."""
+    """The target of webhooks: https only, at most 2,048 bytes, a public host. Stored in canonical form."""
     description: _builtins.str
     """Free text for people, at most 500 characters."""
     active: _builtins.bool
-    """Whether webhooks are sent. A merchant may pause (false) and resume (true). While it is
-    false, deliveries are parked, not lost. A config that was deactivated after consecutive
-    failures or a 410, or by an operator, comes back only by AdminService.ReactivateWebhookConfig.
+    """Whether webhooks are sent. A merchant pauses with false and resumes with true. While it is false,
+    deliveries are parked and not lost. Only AdminService.ReactivateWebhookConfig activates a config
+    that was deactivated after consecutive failures, after a 410, or by an operator.
     """
     deactivation_reason: Global___DeactivationReason.ValueType
-    """Why it is not active; unspecified while it is. Read-only."""
+    """The reason why it is not active. Unspecified while it is active. Read-only."""
     consecutive_failures: _builtins.int
-    """Deliveries that failed, with all retries spent, since the last one that succeeded. Read-only."""
+    """Failed deliveries (all retries used) since the last success. Read-only."""
     etag: _builtins.str
-    """Changes with every change; send it back in an update to be sure nobody else changed it first."""
+    """A new value after each change. Send it in an update to fail if the config changed in between."""
     rate_limit: _builtins.float
-    """Webhooks a second at the most, 0.001 to 10,000, by all engines together; retries count. After
-    a pause, those of one second and one more may come at once. What exceeds it waits. 0: no limit.
+    """The maximum of webhooks per second by all engines together, 0.001 to 10,000. Retries count. After
+    a pause, a burst of one second's webhooks plus one is possible. The others wait. 0 is no limit.
     """
     max_in_flight: _builtins.int
-    """Requests open at once at the most, up to 1,000, in each engine process, and never more than the
-    operator's cap. 0: the operator's cap.
+    """The maximum of concurrent requests of each engine process, up to 1,000 and the operator's cap.
+    0 selects the operator's cap.
     """
     ordered: _builtins.bool
-    """Whether events with an `ordering_key` are delivered in order: of each key one at a time, the next
-    when the one before was delivered, or has failed with its retries spent. A change is about events
-    that are accepted after it; what is in the queue stays in its order, or in none.
+    """Whether events with an `ordering_key` are delivered in order. For each key, the next delivery
+    starts when the one before is delivered or failed. A change applies to events that are accepted
+    after it. Deliveries that are in the queue keep their order, or have none.
     """
     signature_scheme: Global___SignatureScheme.ValueType
-    """How its webhooks are signed: chosen at creation, where unspecified means HMAC_SHA256, and
-    changed by RotateSecret. Read-only otherwise.
+    """The signature of its webhooks. Set at creation, where unspecified selects HMAC_SHA256, and changed
+    by RotateSecret. Otherwise read-only.
     """
     public_key: _builtins.str
-    """With ED25519, what verifies the `v1a` signatures: `whpk_` and base64 of the 32 bytes. Read-only."""
+    """The public key of `v1a` signatures (ED25519): `whpk_` and base64 of the 32 bytes. Read-only."""
     previous_public_key: _builtins.str
-    """The same of the secret before the present one, while that signs, too. Read-only."""
+    """The public key of the previous secret, while that also signs. Read-only."""
     header_prefix: _builtins.str
-    """For receivers that were written for another sender: with `acme`, every webhook and ping has
-    `acme-id`, `acme-timestamp` and `acme-signature` beside the `webhook-` headers, with the same
-    values. Lower-case letters, digits and hyphens, at most 32. Empty: none.
+    """For receivers that were written for another sender. With `acme`, every webhook and ping also has
+    `acme-id`, `acme-timestamp` and `acme-signature`, with the values of the `webhook-` headers. At
+    most 32 lower-case letters, digits and hyphens. Empty adds no headers.
     """
     @_builtins.property
     def events(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The event types it receives, 1 to 100: known names (see ListEventTypes), or prefixes of them
-        that end in `.*`, such as `payment.*`, which also match types that are registered later.
+        """The event types that it receives, 1 to 100: registered names (see ListEventTypes), or prefixes
+        that end in `.*`, such as `payment.*`. A prefix also matches types that are registered later.
         """
 
     @_builtins.property
     def retry_schedule(self) -> _containers.RepeatedCompositeFieldContainer[_duration_pb2.Duration]:
-        """The waits before each retry, 1 s to 24 h each, at most 20; their number is the number of
-        retries. Empty: the operator's schedule (by default 1 s, 10 s, 60 s).
+        """The wait before each retry, 1 s to 24 h. At most 20 waits, and as many retries. Empty selects the
+        operator's schedule (default: 1 s, 10 s, 60 s).
         """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was made. Read-only."""
+        """When it was created. Read-only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
@@ -198,20 +198,20 @@ class WebhookConfig(_message.Message):
 
     @_builtins.property
     def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Headers sent with every webhook and ping beside Postrider's own: at most 20 and 16 KiB, names as
-        RFC 9110 tokens, values in printable ASCII of at most 4 KiB. Names that frame the request or
-        that Postrider sends are refused. They are shown to whoever may read the config.
+        """Additional headers of every webhook and ping, at most 20 and 16 KiB. Names are RFC 9110 tokens,
+        values are printable ASCII of at most 4 KiB. Names that frame the request or that Postrider sends
+        are refused. Every caller that may read the config sees them.
         """
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """How long one attempt may take, 1 s to 30 s, and at most half of the operator's lease. Unset: the
-        operator's timeout.
+        """The time limit of one attempt, 1 s to 30 s, and at most half of the operator's lease. Unset
+        selects the operator's timeout.
         """
 
     @_builtins.property
     def previous_secret_expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when the secret before the present one signs, too; unset when it does not. Read-only."""
+        """When the previous secret stops signing. Unset if it does not sign. Read-only."""
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ Global___WebhookConfig: _TypeAlias = WebhookConfig  # noqa: Y015
 
 @_typing.final
 class EventType(_message.Message):
-    """A kind of event that producers publish and merchants subscribe to."""
+    """A type of event that producers publish and merchants subscribe to."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -265,21 +265,21 @@ class EventType(_message.Message):
     name: _builtins.str
     """Dotted lower-case name, such as `payment.succeeded`."""
     description: _builtins.str
-    """What it means, for merchants."""
+    """Its meaning, for merchants."""
     json_schema: _builtins.str
-    """JSON Schema (draft 2020-12) of its payloads, as JSON text; empty: none. At most 64 KiB and 1,000
-    subschemas, each counted as often as it is referred to; `$ref` only as `#/…` and never in a
-    circle, no `$dynamicRef`, and patterns without look-around and back-references.
+    """JSON Schema (draft 2020-12) of its payloads, as JSON text. Empty is no schema. At most 64 KiB and
+    1,000 subschemas, each counted once per reference. `$ref` must be `#/…` without circles.
+    `$dynamicRef`, and patterns with look-around or back-references, are refused.
     """
     enforce_schema: _builtins.bool
-    """Whether payloads that do not match the schema are refused at publish, with PAYLOAD_SCHEMA; what
-    is not JSON does not match. Else the schema is for readers. Needs a schema.
+    """Whether publishing refuses payloads that do not match the schema, with PAYLOAD_SCHEMA. A payload
+    that is not JSON does not match. If false, the schema is documentation. Requires a schema.
     """
     example: _builtins.str
-    """An example payload, as JSON text that matches the schema; empty: none."""
+    """An example payload, as JSON text that matches the schema. Empty is no example."""
     deprecated: _builtins.bool
-    """Whether it is to be used no longer: merchants cannot newly subscribe to its name, subscriptions
-    there are stay (also by a prefix), and producers still publish.
+    """Whether it should no longer be used. Merchants cannot subscribe to its name again. Existing
+    subscriptions, also by a prefix, stay, and producers can still publish.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

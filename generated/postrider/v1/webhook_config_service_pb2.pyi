@@ -30,7 +30,7 @@ class CreateWebhookConfigRequest(_message.Message):
     WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The config to make: url and events are required; read-only fields are ignored."""
+        """The new config. url and events are required, read-only fields are ignored."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class CreateWebhookConfigResponse(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     STANDARD_WEBHOOKS_SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The signing secret, 64 hexadecimal digits. It is shown here and never again: store it now.
-    Empty with ED25519, where the webhook config has the public key.
+    """The signing secret, 64 hexadecimal digits. No other call returns it, so store it now. Empty with
+    ED25519, where the webhook config has the public key.
     """
     standard_webhooks_secret: _builtins.str
-    """The same secret as Standard Webhooks libraries take it (`whsec_…`)."""
+    """The same secret in the format of Standard Webhooks libraries (`whsec_…`)."""
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """What was made."""
+        """The new webhook config."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class GetWebhookConfigRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the webhook config."""
+    """The id of the webhook config."""
     def __init__(
         self,
         *,
@@ -134,9 +134,9 @@ class ListWebhookConfigsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many, 1 to 100; 0 means 50."""
+    """The maximum number of results, 1 to 100. 0 selects 50."""
     page_token: _builtins.str
-    """The next_page_token of the page before; empty for the first."""
+    """The next_page_token of the previous page. Empty for the first page."""
     def __init__(
         self,
         *,
@@ -160,7 +160,7 @@ class ListWebhookConfigsResponse(_message.Message):
     WEBHOOK_CONFIGS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def webhook_configs(self) -> _containers.RepeatedCompositeFieldContainer[_webhook_config_pb2.WebhookConfig]:
         """The webhook configs of this page."""
@@ -189,11 +189,11 @@ class UpdateWebhookConfigRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The new values, with the id; with an etag, the change is made only if it still matches."""
+        """The new values and the id. With an etag, the call fails if the config changed since."""
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields to change: url, events, description, active, retry_schedule, headers, timeout,
+        """The fields to change: url, events, description, active, retry_schedule, headers, timeout,
         rate_limit, max_in_flight, ordered, header_prefix. Required.
         """
 
@@ -220,7 +220,7 @@ class UpdateWebhookConfigResponse(_message.Message):
     WEBHOOK_CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The webhook config as it is now."""
+        """The webhook config after the change."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class DeleteWebhookConfigRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the webhook config."""
+    """The id of the webhook config."""
     def __init__(
         self,
         *,
@@ -289,14 +289,14 @@ class RotateSecretRequest(_message.Message):
     OVERLAP_FIELD_NUMBER: _builtins.int
     SIGNATURE_SCHEME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the webhook config."""
+    """The id of the webhook config."""
     signature_scheme: _webhook_config_pb2.SignatureScheme.ValueType
-    """How webhooks are signed from now on. Unspecified: as before. During the overlap after a change
-    of scheme, a `v1` and a `v1a` signature are there side by side.
+    """The new signature scheme. Unspecified keeps the current one. During the overlap after a change of
+    scheme, webhooks have a `v1` and a `v1a` signature.
     """
     @_builtins.property
     def overlap(self) -> _duration_pb2.Duration:
-        """How long the present secret keeps signing, 0 s to 7 days. Unset: 24 hours."""
+        """How long the current secret keeps signing, 0 s to 7 days. Unset selects 24 hours."""
 
     def __init__(
         self,
@@ -323,14 +323,14 @@ class RotateSecretResponse(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     STANDARD_WEBHOOKS_SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The new secret, 64 hexadecimal digits. It is shown here and never again: store it now.
-    Empty with ED25519, where the webhook config has the new public key.
+    """The new secret, 64 hexadecimal digits. No other call returns it, so store it now. Empty with
+    ED25519, where the webhook config has the new public key.
     """
     standard_webhooks_secret: _builtins.str
-    """The same secret as Standard Webhooks libraries take it (`whsec_…`)."""
+    """The same secret in the format of Standard Webhooks libraries (`whsec_…`)."""
     @_builtins.property
     def webhook_config(self) -> _webhook_config_pb2.WebhookConfig:
-        """The webhook config as it is now."""
+        """The webhook config after the change."""
 
     def __init__(
         self,
@@ -355,7 +355,7 @@ class PingWebhookConfigRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the webhook config."""
+    """The id of the webhook config."""
     def __init__(
         self,
         *,
@@ -380,11 +380,11 @@ class PingWebhookConfigResponse(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     reachable: _builtins.bool
-    """Whether an HTTP answer came that deliveries could succeed with."""
+    """Whether the response shows that deliveries could succeed."""
     status_code: _builtins.int
-    """The HTTP status, 0 when there was no answer."""
+    """The HTTP status, or 0 without a response."""
     detail: _builtins.str
-    """What came back, or why nothing did, for people."""
+    """The result in words."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """From the first packet to the status line."""
@@ -414,9 +414,9 @@ class ListEventTypesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many, 1 to 1000; 0 means 100."""
+    """The maximum number of results, 1 to 1,000. 0 selects 100."""
     page_token: _builtins.str
-    """The next_page_token of the page before; empty for the first."""
+    """The next_page_token of the previous page. Empty for the first page."""
     def __init__(
         self,
         *,
@@ -440,7 +440,7 @@ class ListEventTypesResponse(_message.Message):
     EVENT_TYPES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; empty at the end."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def event_types(self) -> _containers.RepeatedCompositeFieldContainer[_webhook_config_pb2.EventType]:
         """The event types of this page, by name."""

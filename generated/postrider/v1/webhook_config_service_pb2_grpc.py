@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class WebhookConfigServiceStub:
-    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
-    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Manages a merchant's webhook configs. Every call needs the scope `webhooks:manage` and applies to
+    the merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -79,13 +79,13 @@ class WebhookConfigServiceStub:
 
 
 class WebhookConfigServiceServicer:
-    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
-    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Manages a merchant's webhook configs. Every call needs the scope `webhooks:manage` and applies to
+    the merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     def CreateWebhookConfig(self, request, context):
-        """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
-        refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
+        """Registers a URL. The server pings it first, with the same address checks as for deliveries, and
+        refuses it with a reason unless the response is usable. RESOURCE_EXHAUSTED at 10 configs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,40 +106,39 @@ class WebhookConfigServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateWebhookConfig(self, request, context):
-        """Changes the fields that the mask names. A new URL is pinged like at creation.
+        """Changes the fields of the mask. A new URL is pinged as at creation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteWebhookConfig(self, request, context):
-        """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
-        readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+        """Deletes a webhook config permanently. Its open deliveries are cancelled, and its history stays
+        readable. A request that is on the wire may still arrive, and its result is not recorded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateSecret(self, request, context):
-        """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-        merchant can change over without a gap. Two sign at most: to rotate again within the overlap
-        ends the older one at once, so before you repeat a call whose answer was lost, look at the
-        config's previous_secret_expire_time.
+        """Creates a signing secret. During the overlap, the previous secret also signs, so that the merchant
+        can change without a gap. At most two secrets sign: a second rotation ends the older one at once.
+        If a response was lost, check previous_secret_expire_time before you repeat the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PingWebhookConfig(self, request, context):
-        """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
-        is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+        """Sends a signed `webhook.ping` and returns the result. Nothing is stored or retried. If the
+        endpoint is reachable, deliveries that waited for it to recover are sent at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListEventTypes(self, request, context):
-        """Lists the event types a webhook config may name.
+        """Lists the event types that a webhook config may subscribe to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,8 +196,8 @@ def add_WebhookConfigServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WebhookConfigService:
-    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
-    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Manages a merchant's webhook configs. Every call needs the scope `webhooks:manage` and applies to
+    the merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class WebhookConfigServiceStub:
-    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
-    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Manages a merchant's webhook configs. Every call needs the scope `webhooks:manage` and applies to
+    the merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     @_typing.overload
@@ -36,69 +36,67 @@ class WebhookConfigServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WebhookConfigServiceAsyncStub: ...
     CreateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.CreateWebhookConfigRequest, _webhook_config_service_pb2.CreateWebhookConfigResponse]
-    """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
-    refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
+    """Registers a URL. The server pings it first, with the same address checks as for deliveries, and
+    refuses it with a reason unless the response is usable. RESOURCE_EXHAUSTED at 10 configs.
     """
     GetWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.GetWebhookConfigRequest, _webhook_config_service_pb2.GetWebhookConfigResponse]
     """Returns one webhook config."""
     ListWebhookConfigs: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListWebhookConfigsRequest, _webhook_config_service_pb2.ListWebhookConfigsResponse]
     """Lists the merchant's webhook configs, oldest first."""
     UpdateWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _webhook_config_service_pb2.UpdateWebhookConfigResponse]
-    """Changes the fields that the mask names. A new URL is pinged like at creation."""
+    """Changes the fields of the mask. A new URL is pinged as at creation."""
     DeleteWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]
-    """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
-    readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+    """Deletes a webhook config permanently. Its open deliveries are cancelled, and its history stays
+    readable. A request that is on the wire may still arrive, and its result is not recorded.
     """
     RotateSecret: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]
-    """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-    merchant can change over without a gap. Two sign at most: to rotate again within the overlap
-    ends the older one at once, so before you repeat a call whose answer was lost, look at the
-    config's previous_secret_expire_time.
+    """Creates a signing secret. During the overlap, the previous secret also signs, so that the merchant
+    can change without a gap. At most two secrets sign: a second rotation ends the older one at once.
+    If a response was lost, check previous_secret_expire_time before you repeat the call.
     """
     PingWebhookConfig: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]
-    """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
-    is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+    """Sends a signed `webhook.ping` and returns the result. Nothing is stored or retried. If the
+    endpoint is reachable, deliveries that waited for it to recover are sent at once.
     """
     ListEventTypes: _grpc.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]
-    """Lists the event types a webhook config may name."""
+    """Lists the event types that a webhook config may subscribe to."""
 
 @_typing.type_check_only
 class WebhookConfigServiceAsyncStub(WebhookConfigServiceStub):
-    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
-    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Manages a merchant's webhook configs. Every call needs the scope `webhooks:manage` and applies to
+    the merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.CreateWebhookConfigRequest, _webhook_config_service_pb2.CreateWebhookConfigResponse]  # type: ignore[assignment]
-    """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
-    refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
+    """Registers a URL. The server pings it first, with the same address checks as for deliveries, and
+    refuses it with a reason unless the response is usable. RESOURCE_EXHAUSTED at 10 configs.
     """
     GetWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.GetWebhookConfigRequest, _webhook_config_service_pb2.GetWebhookConfigResponse]  # type: ignore[assignment]
     """Returns one webhook config."""
     ListWebhookConfigs: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListWebhookConfigsRequest, _webhook_config_service_pb2.ListWebhookConfigsResponse]  # type: ignore[assignment]
     """Lists the merchant's webhook configs, oldest first."""
     UpdateWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.UpdateWebhookConfigRequest, _webhook_config_service_pb2.UpdateWebhookConfigResponse]  # type: ignore[assignment]
-    """Changes the fields that the mask names. A new URL is pinged like at creation."""
+    """Changes the fields of the mask. A new URL is pinged as at creation."""
     DeleteWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.DeleteWebhookConfigRequest, _webhook_config_service_pb2.DeleteWebhookConfigResponse]  # type: ignore[assignment]
-    """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
-    readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+    """Deletes a webhook config permanently. Its open deliveries are cancelled, and its history stays
+    readable. A request that is on the wire may still arrive, and its result is not recorded.
     """
     RotateSecret: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.RotateSecretRequest, _webhook_config_service_pb2.RotateSecretResponse]  # type: ignore[assignment]
-    """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-    merchant can change over without a gap. Two sign at most: to rotate again within the overlap
-    ends the older one at once, so before you repeat a call whose answer was lost, look at the
-    config's previous_secret_expire_time.
+    """Creates a signing secret. During the overlap, the previous secret also signs, so that the merchant
+    can change without a gap. At most two secrets sign: a second rotation ends the older one at once.
+    If a response was lost, check previous_secret_expire_time before you repeat the call.
     """
     PingWebhookConfig: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.PingWebhookConfigRequest, _webhook_config_service_pb2.PingWebhookConfigResponse]  # type: ignore[assignment]
-    """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
-    is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+    """Sends a signed `webhook.ping` and returns the result. Nothing is stored or retried. If the
+    endpoint is reachable, deliveries that waited for it to recover are sent at once.
     """
     ListEventTypes: _aio.UnaryUnaryMultiCallable[_webhook_config_service_pb2.ListEventTypesRequest, _webhook_config_service_pb2.ListEventTypesResponse]  # type: ignore[assignment]
-    """Lists the event types a webhook config may name."""
+    """Lists the event types that a webhook config may subscribe to."""
 
 class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Management of a merchant's webhook configs. Every call needs the scope `webhooks:manage` and
-    acts for the merchant of the token's `merchant_id` claim; ids of other merchants answer NOT_FOUND.
+    """Manages a merchant's webhook configs. Every call needs the scope `webhooks:manage` and applies to
+    the merchant of the token's `merchant_id` claim. Ids of other merchants are NOT_FOUND.
     """
 
     @_abc_1.abstractmethod
@@ -107,8 +105,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.CreateWebhookConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_config_service_pb2.CreateWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.CreateWebhookConfigResponse]]:
-        """Registers a URL. The URL is pinged first, through the same guard as every delivery, and is
-        refused with the reason when no usable answer comes. RESOURCE_EXHAUSTED at 10 configs.
+        """Registers a URL. The server pings it first, with the same address checks as for deliveries, and
+        refuses it with a reason unless the response is usable. RESOURCE_EXHAUSTED at 10 configs.
         """
 
     @_abc_1.abstractmethod
@@ -133,7 +131,7 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.UpdateWebhookConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_config_service_pb2.UpdateWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.UpdateWebhookConfigResponse]]:
-        """Changes the fields that the mask names. A new URL is pinged like at creation."""
+        """Changes the fields of the mask. A new URL is pinged as at creation."""
 
     @_abc_1.abstractmethod
     def DeleteWebhookConfig(
@@ -141,8 +139,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.DeleteWebhookConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_config_service_pb2.DeleteWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.DeleteWebhookConfigResponse]]:
-        """Removes a webhook config, for good. Its open deliveries are cancelled, and its history stays
-        readable. A request that is on the wire may still arrive, and what comes of it is not on record.
+        """Deletes a webhook config permanently. Its open deliveries are cancelled, and its history stays
+        readable. A request that is on the wire may still arrive, and its result is not recorded.
         """
 
     @_abc_1.abstractmethod
@@ -151,10 +149,9 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.RotateSecretRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_config_service_pb2.RotateSecretResponse, _abc.Awaitable[_webhook_config_service_pb2.RotateSecretResponse]]:
-        """Makes a new signing secret. The one before keeps signing beside it for the overlap, so that the
-        merchant can change over without a gap. Two sign at most: to rotate again within the overlap
-        ends the older one at once, so before you repeat a call whose answer was lost, look at the
-        config's previous_secret_expire_time.
+        """Creates a signing secret. During the overlap, the previous secret also signs, so that the merchant
+        can change without a gap. At most two secrets sign: a second rotation ends the older one at once.
+        If a response was lost, check previous_secret_expire_time before you repeat the call.
         """
 
     @_abc_1.abstractmethod
@@ -163,8 +160,8 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.PingWebhookConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_config_service_pb2.PingWebhookConfigResponse, _abc.Awaitable[_webhook_config_service_pb2.PingWebhookConfigResponse]]:
-        """Sends a signed `webhook.ping` now and says what came back. Nothing is stored or retried. When it
-        is reachable, deliveries that waited because the endpoint had kept failing go out at once.
+        """Sends a signed `webhook.ping` and returns the result. Nothing is stored or retried. If the
+        endpoint is reachable, deliveries that waited for it to recover are sent at once.
         """
 
     @_abc_1.abstractmethod
@@ -173,6 +170,6 @@ class WebhookConfigServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _webhook_config_service_pb2.ListEventTypesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_webhook_config_service_pb2.ListEventTypesResponse, _abc.Awaitable[_webhook_config_service_pb2.ListEventTypesResponse]]:
-        """Lists the event types a webhook config may name."""
+        """Lists the event types that a webhook config may subscribe to."""
 
 def add_WebhookConfigServiceServicer_to_server(servicer: WebhookConfigServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
