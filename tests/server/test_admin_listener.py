@@ -1,6 +1,6 @@
-"""The operator's listener: what it serves without a token, and to whom."""
+"""The operator's listener: health, reflection and channelz on loopback, without a token."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,7 +15,8 @@ from core.errors import ConfigurationError
 from server.admin_listener import AdminListener, is_loopback
 from server.app import SERVICE_NAMES
 from server.settings import ServerSettings
-from tests.support.rpcs import call, methods
+from tests.support.platform import Platform
+from tests.support.rpcs import call, code_of, methods
 
 FREE_PORT = "127.0.0.1:0"
 
@@ -23,10 +24,6 @@ FREE_PORT = "127.0.0.1:0"
 def admin_port(logged: list[Any]) -> int:
     [port] = [entry["port"] for entry in logged if entry["event"] == "admin_listening"]
     return int(port)
-
-
-def channelz_of(channel: Any) -> Any:
-    return channelz_pb2_grpc.ChannelzStub(channel)
 
 
 async def described(channel: Any) -> set[str]:
@@ -37,65 +34,59 @@ async def described(channel: Any) -> set[str]:
     return set()
 
 
-async def servers_seen(channel: grpc.aio.Channel) -> list[Any]:
-    """All pages: those of earlier tests in this process are among them, and come first."""
-    seen: list[Any] = []
+async def servers(channel: Any) -> list[Any]:
+    """The servers of this process in channelz. Servers of earlier tests come first."""
+    stub = channelz_pb2_grpc.ChannelzStub(channel)
+    found: list[Any] = []
     while True:
-        start = seen[-1].ref.server_id + 1 if seen else 0
-        page = await channelz_of(channel).GetServers(
-            channelz_pb2.GetServersRequest(start_server_id=start)
-        )
-        seen += page.server
+        start = found[-1].ref.server_id + 1 if found else 0
+        page = await stub.GetServers(channelz_pb2.GetServersRequest(start_server_id=start))
+        found += page.server
         if page.end:
-            return seen
+            return found
 
 
-async def test_it_answers_health_reflection_and_channelz_without_a_token(
+@pytest.fixture
+async def platform(
     start_platform: Callable[..., Any], logged: list[Any]
-) -> None:
-    async with (
-        start_platform(admin_address=FREE_PORT) as platform,
-        grpc.aio.insecure_channel(f"127.0.0.1:{admin_port(logged)}") as channel,
-    ):
-        health: Any = health_pb2_grpc.HealthStub(channel)
-        for name in ("", *SERVICE_NAMES):
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
-        assert {"grpc.channelz.v1.Channelz", *SERVICE_NAMES} <= await described(channel)
-
-        await platform.publish()
-        # The main listener is seen from here, with the call it has served.
-        assert 1 in [server.data.calls_succeeded for server in await servers_seen(channel)]
-        assert "admin_listener_exposed" not in [entry["event"] for entry in logged]
-
-
-async def test_it_serves_nothing_of_the_contract(
-    start_platform: Callable[..., Any], logged: list[Any]
-) -> None:
-    async with (
-        start_platform(admin_address=FREE_PORT) as platform,
-        grpc.aio.insecure_channel(f"127.0.0.1:{admin_port(logged)}") as channel,
-    ):
-        for method in methods():
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await call(channel, method, metadata=platform.operator())
-            assert refused.value.code() is StatusCode.UNIMPLEMENTED, method.full_name
-
-
-async def test_the_main_listener_shows_neither_channelz_nor_reflection(
-    start_platform: Callable[..., Any],
-) -> None:
+) -> AsyncIterator[Platform]:
     async with start_platform(admin_address=FREE_PORT) as platform:
-        stub = channelz_of(platform.channel)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stub.GetServers(channelz_pb2.GetServersRequest())
-        assert refused.value.code() is StatusCode.UNAUTHENTICATED
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await described(platform.channel)
-        assert refused.value.code() is StatusCode.UNAUTHENTICATED
+        yield platform
 
 
-async def test_an_address_beyond_loopback_is_warned_of(
+@pytest.fixture
+async def admin_channel(platform: Platform, logged: list[Any]) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{admin_port(logged)}") as channel:
+        yield channel
+
+
+async def test_health_reflection_and_channelz_need_no_token(
+    platform: Platform, admin_channel: Any, logged: list[Any]
+) -> None:
+    health: Any = health_pb2_grpc.HealthStub(admin_channel)
+    for name in ("", *SERVICE_NAMES):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    assert {"grpc.channelz.v1.Channelz", *SERVICE_NAMES} <= await described(admin_channel)
+
+    await platform.publish()
+    # The main listener is among the servers, with the call it has served.
+    assert 1 in [server.data.calls_succeeded for server in await servers(admin_channel)]
+    assert "admin_listener_exposed" not in [entry["event"] for entry in logged]
+
+
+async def test_rpcs_of_the_contract_are_not_served(platform: Platform, admin_channel: Any) -> None:
+    for method in methods():
+        calling = call(admin_channel, method, metadata=platform.operator())
+        assert await code_of(calling) is StatusCode.UNIMPLEMENTED, method.full_name
+
+
+async def test_main_listener_has_no_channelz_or_reflection(platform: Platform) -> None:
+    for calling in (servers(platform.channel), described(platform.channel)):
+        assert await code_of(calling) is StatusCode.UNAUTHENTICATED
+
+
+async def test_address_beyond_loopback_is_logged_as_a_warning(
     start_platform: Callable[..., Any], logged: list[Any]
 ) -> None:
     async with start_platform(admin_address="0.0.0.0:0"):
@@ -118,24 +109,24 @@ async def test_an_address_beyond_loopback_is_warned_of(
         ("admin.example.org:50052", False),
     ],
 )
-def test_only_addresses_of_this_machine_alone_are_loopback(address: str, loopback: bool) -> None:
+def test_loopback_addresses_are_recognized(address: str, loopback: bool) -> None:
     assert is_loopback(address) is loopback
 
 
-async def test_an_address_that_was_set_and_is_taken_stops_the_start(
-    start_platform: Callable[..., Any], logged: list[Any]
+async def test_configured_address_in_use_fails_the_start(
+    start_platform: Callable[..., Any], logged: list[Any], platform: Platform
 ) -> None:
-    async with start_platform(admin_address=FREE_PORT):
-        taken = f"127.0.0.1:{admin_port(logged)}"
-        with pytest.raises(ConfigurationError, match="WEBHOOK_ADMIN_ADDRESS") as refused:
-            async with start_platform(admin_address=taken):
-                pass
-        assert taken in refused.value.message
+    taken = f"127.0.0.1:{admin_port(logged)}"
+    with pytest.raises(ConfigurationError, match="WEBHOOK_ADMIN_ADDRESS") as refused:
+        async with start_platform(admin_address=taken):
+            pass
+    assert taken in refused.value.message
 
 
-async def test_a_second_server_finds_the_default_taken_and_does_without(
-    logged: list[Any],
-) -> None:
+async def test_second_server_starts_without_the_default_address(logged: list[Any]) -> None:
+    def listener(settings: ServerSettings) -> AdminListener:
+        return AdminListener(settings, health_aio.HealthServicer(), SERVICE_NAMES)
+
     first = listener(ServerSettings(admin_address=FREE_PORT))
     await first.start()
     by_default = ServerSettings.model_construct(
@@ -149,11 +140,7 @@ async def test_a_second_server_finds_the_default_taken_and_does_without(
         await either.stop()
 
 
-def listener(settings: ServerSettings) -> AdminListener:
-    return AdminListener(settings, health_aio.HealthServicer(), SERVICE_NAMES)
-
-
 @pytest.mark.parametrize("text", ["off", "OFF"])
-def test_it_can_be_turned_off(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_can_be_turned_off(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEBHOOK_ADMIN_ADDRESS", text)
     assert ServerSettings().admin_address is None

@@ -3,13 +3,13 @@
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import grpc
 import pytest
+from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from core.errors import ConfigurationError
-from postrider.v1 import delivery_service_pb2, event_pb2, event_service_pb2
-from tests.support import rpcs
+from postrider.v1 import event_pb2
+from tests.support.rpcs import code_of, methods
 from tests.support.scrape import scrape
 
 ANYWHERE = "127.0.0.1:0"
@@ -27,14 +27,17 @@ async def test_calls_are_counted_by_method_and_code(measured: Any) -> None:
     platform, read = measured
     await platform.publish()
     await platform.publish()
-    await refused(platform.channel, "/postrider.v1.EventService/PublishEvent", "UNAUTHENTICATED")
-    for invented in ("/postrider.v1.EventService/Invented", "/a/b", "/x.Y/" + "z" * 500):
-        await refused(platform.channel, invented, "UNAUTHENTICATED")
-        await refused(platform.channel, invented, "UNIMPLEMENTED", platform.producer())
+
+    async def call(path: str, metadata: Any = None) -> StatusCode:
+        return await code_of(platform.channel.unary_unary(path)(b"", metadata=metadata))
+
+    assert await call("/postrider.v1.EventService/PublishEvent") is StatusCode.UNAUTHENTICATED
+    for unknown in ("/postrider.v1.EventService/Unknown", "/a/b", "/x.Y/" + "z" * 500):
+        assert await call(unknown) is StatusCode.UNAUTHENTICATED
+        assert await call(unknown, platform.producer()) is StatusCode.UNIMPLEMENTED
     health: Any = health_pb2_grpc.HealthStub(platform.channel)
     await health.Check(health_pb2.HealthCheckRequest())
-    with pytest.raises(grpc.aio.AioRpcError):
-        await health.Check(health_pb2.HealthCheckRequest(service="unheard-of"))
+    await code_of(health.Check(health_pb2.HealthCheckRequest(service="unknown")))
 
     scraped = await read()
 
@@ -49,8 +52,8 @@ async def test_calls_are_counted_by_method_and_code(measured: Any) -> None:
     assert scraped.sum("postrider_rpc_duration_seconds_count", method=publish) == 3
     assert scraped.values("postrider_rpc_duration_seconds_count", method="unknown") == []
     # The health service has three methods and reflection has one.
-    methods = {sample.labels["method"] for sample in scraped.families["postrider_rpcs"].samples}
-    assert len(methods) == len(rpcs.methods()) + 4 + 1
+    counted = {sample.labels["method"] for sample in scraped.families["postrider_rpcs"].samples}
+    assert len(counted) == len(methods()) + 4 + 1
 
 
 async def test_events_are_counted_by_result(measured: Any) -> None:
@@ -65,9 +68,7 @@ async def test_events_are_counted_by_result(measured: Any) -> None:
         [event("a"), event("b"), event("c", kind="never.registered")],
         [event("a"), event("b", payload='{"other": 1}'), event("d")],
     ):
-        await platform.events.PublishEvents(
-            event_service_pb2.PublishEventsRequest(events=events), metadata=platform.producer()
-        )
+        await platform.as_producer().PublishEvents(events=events)
     scraped = await read()
 
     results = {
@@ -82,9 +83,7 @@ async def test_events_are_counted_by_result(measured: Any) -> None:
 
 async def test_watcher_is_counted_until_its_stream_ends(measured: Any) -> None:
     platform, read = measured
-    watching = platform.deliveries.WatchDeliveries(
-        delivery_service_pb2.WatchDeliveriesRequest(), metadata=platform.merchant()
-    )
+    watching = platform.as_merchant().WatchDeliveries()
     await watching.read()
     assert (await read()).sum("postrider_watchers") == 1
 
@@ -103,10 +102,3 @@ async def test_configured_metrics_address_in_use_is_an_error(
     with pytest.raises(ConfigurationError, match="WEBHOOK_SERVER_METRICS_ADDRESS"):
         async with start_platform(server_metrics_address=f"127.0.0.1:{port}"):
             pass
-
-
-async def refused(channel: grpc.aio.Channel, path: str, code: str, metadata: Any = None) -> None:
-    call: Any = channel.unary_unary(path)
-    with pytest.raises(grpc.aio.AioRpcError) as failed:
-        await call(b"", metadata=metadata)
-    assert failed.value.code().name == code

@@ -23,7 +23,7 @@ def publish(
     return stub.PublishEvent(request, metadata=(token,), timeout=20)
 
 
-def test_synchronous_stub_sends_the_request_and_returns_the_response() -> None:
+def test_sync_stub_sends_the_request_and_returns_the_response() -> None:
     channel: Any = grpc_testing.channel([SERVICE], grpc_testing.strict_real_time())
     event = event_pb2.EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
     request = event_service_pb2.PublishEventRequest(event=event)
