@@ -1,4 +1,4 @@
-"""Asks a metrics listener as Prometheus does."""
+"""Reads a metrics listener like Prometheus."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 class Scrape:
-    """What one answer of /metrics said."""
+    """One response of /metrics."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -17,7 +17,7 @@ class Scrape:
         }
 
     def sum(self, name: str, **labels: str) -> float:
-        """Of all samples of this name with these labels; fails when there is none."""
+        """Return the sum of the samples with this name and these labels. Fails without any."""
         found = self.values(name, **labels)
         assert found, f"{name}{labels} is absent"
         return sum(found)
