@@ -5,12 +5,20 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from grpc import StatusCode
 
+from postrider.v1.event_pb2 import EventInput
 from postrider_client import CallPolicy, PostriderClient, Token, TokenSource
-from tests.support.event_service import FakeEventService, serving
+from tests.support.event_service import FakeEventService, Refusal, serving
 
 #: Short backoff with the default deadlines.
 QUICK = CallPolicy(backoff_seconds=0.001, backoff_max_seconds=0.01)
+UNAVAILABLE = Refusal(StatusCode.UNAVAILABLE)
+
+
+def event(key: str = "", **fields: Any) -> EventInput:
+    fields = {"merchant_id": "m_1", "type": "payment.succeeded", "payload": b"{}", **fields}
+    return EventInput(idempotency_key=key, **fields)
 
 
 async def token() -> Token:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 
 from postrider.v1.delivery_service_pb2 import WatchDeliveriesRequest
-from postrider.v1.event_pb2 import EventInput
 from postrider.v1.event_service_pb2 import GetEventRequest
 from postrider_client import PostriderClient, Publisher, WrongEventLoop
-from tests.client.conftest import token
+from tests.client.conftest import event, token
 from tests.support.event_service import FakeEventService, serving
 
-EVENT = EventInput(merchant_id="m_1", type="payment.succeeded", payload=b"{}")
+EVENT = event()
 
 
 async def on_another_loop(use: Callable[[], Awaitable[Any]]) -> None:
@@ -59,9 +58,7 @@ async def test_every_use_on_another_loop_is_refused(
     assert (await client.publish(EVENT)).id
 
 
-async def test_publisher_in_a_second_asyncio_run_is_refused(
-    service: FakeEventService,
-) -> None:
+async def test_publisher_in_a_second_asyncio_run_is_refused(service: FakeEventService) -> None:
     """Its sending task ended with the first loop, so the future would never end."""
     async with serving(service) as address:
 

@@ -11,15 +11,10 @@ from postrider.v1 import event_service_pb2
 from postrider.v1.event_pb2 import Event, EventInput
 from postrider_client import EventRejected, PostriderClient, PublisherClosed, PublishFailed
 from postrider_client.publisher import Publisher
+from tests.client.conftest import UNAVAILABLE, event
 from tests.support.event_service import FakeEventService, Refusal
 
 pb = event_service_pb2
-UNAVAILABLE = Refusal(StatusCode.UNAVAILABLE)
-
-
-def event(key: str = "", **fields: Any) -> EventInput:
-    fields.setdefault("type", "payment.succeeded")
-    return EventInput(merchant_id="m_1", payload=b"{}", idempotency_key=key, **fields)
 
 
 class HeldTransport:
@@ -55,6 +50,12 @@ class HeldTransport:
 @pytest.fixture
 async def held() -> HeldTransport:
     return HeldTransport()
+
+
+def refuse(service: FakeEventService, refusal: Refusal, calls: int) -> None:
+    """Refuse the next calls, whether unary or streams."""
+    service.refusals.extend([refusal] * calls)
+    service.stream_refusals.extend([refusal] * calls)
 
 
 @pytest.fixture(params=["unary", "stream"])
@@ -189,8 +190,7 @@ async def test_error_is_raised_once(client: PostriderClient) -> None:
 async def test_outage_creates_no_duplicates(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
-    service.refusals.extend([UNAVAILABLE] * 5)
-    service.stream_refusals.extend([UNAVAILABLE] * 5)
+    refuse(service, UNAVAILABLE, calls=5)
     async with client.publisher(stream=streaming, max_batch=10) as publisher:
         futures = [await publisher.publish(event()) for _ in range(35)]
     assert len({(await future).id for future in futures}) == 35
@@ -200,8 +200,7 @@ async def test_outage_creates_no_duplicates(
 async def test_event_unsent_in_time_fails_with_its_key(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
-    service.refusals.extend([UNAVAILABLE] * 100_000)
-    service.stream_refusals.extend([UNAVAILABLE] * 100_000)
+    refuse(service, UNAVAILABLE, calls=100_000)
     publisher = client.publisher(stream=streaming, delivery_seconds=0.3)
     future = await publisher.publish(event("pay_1"))
     with pytest.raises(ExceptionGroup):
@@ -215,8 +214,7 @@ async def test_event_unsent_in_time_fails_with_its_key(
 async def test_outage_fails_all_events_after_one_timeout(
     client: PostriderClient, service: FakeEventService, streaming: bool, ordering_key: str
 ) -> None:
-    service.refusals.extend([UNAVAILABLE] * 100_000)
-    service.stream_refusals.extend([UNAVAILABLE] * 100_000)
+    refuse(service, UNAVAILABLE, calls=100_000)
     publisher = client.publisher(
         stream=streaming, max_batch=1, max_in_flight=2, delivery_seconds=0.3
     )
@@ -230,9 +228,7 @@ async def test_outage_fails_all_events_after_one_timeout(
 async def test_refused_batch_fails_alone_with_its_error(
     client: PostriderClient, service: FakeEventService, streaming: bool
 ) -> None:
-    denied = Refusal(StatusCode.PERMISSION_DENIED)
-    service.stream_refusals.append(denied)
-    service.refusals.append(denied)
+    refuse(service, Refusal(StatusCode.PERMISSION_DENIED), calls=1)
     publisher = client.publisher(stream=streaming, max_batch=1, max_in_flight=1)
     first, second = [await publisher.publish(event()) for _ in range(2)]
     with pytest.raises(ExceptionGroup, match="1 events"):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import grpc
@@ -10,21 +10,14 @@ import pytest
 from grpc import StatusCode
 from grpc.aio import Metadata
 
-from postrider.v1 import event_service_pb2, event_service_pb2_grpc
-from postrider.v1.event_pb2 import EventInput
+from postrider.v1 import event_service_pb2
 from postrider_client import PostriderClient
 from postrider_client.stream import StreamTransport
 from postrider_client.transport import UnaryTransport
-from tests.client.conftest import QUICK, client_of, token
-from tests.support.event_service import FakeEventService, Refusal
+from tests.client.conftest import QUICK, client_of, event, token
+from tests.support.event_service import FakeEventService, Refusal, serving
 
 pb = event_service_pb2
-
-
-def event(key: str = "") -> EventInput:
-    return EventInput(
-        merchant_id="m_1", type="payment.succeeded", payload=b"{}", idempotency_key=key
-    )
 
 
 async def publish(client: PostriderClient, count: int, **options: Any) -> list[str]:
@@ -191,24 +184,16 @@ async def test_close_ends_when_grpc_swallows_a_cancellation() -> None:
         await transport.close()
 
 
-async def test_server_restart_under_load_stores_events_once() -> None:
-    service = FakeEventService()
-    first = grpc.aio.server()
-    add = event_service_pb2_grpc.add_EventServiceServicer_to_server
-    add(service, first)
-    port = first.add_insecure_port("127.0.0.1:0")
-    await first.start()
-    async with PostriderClient(f"127.0.0.1:{port}", token, tls=False, policy=QUICK) as client:
-        publisher = client.publisher(linger_ms=0, max_batch=10)
-        futures = [await publisher.publish(event()) for _ in range(200)]
-        await futures[0]
-        await first.stop(0)
+async def test_server_restart_under_load_stores_events_once(service: FakeEventService) -> None:
+    async with AsyncExitStack() as stack:
+        async with serving(service) as address:
+            client = PostriderClient(address, token, tls=False, policy=QUICK)
+            await stack.enter_async_context(client)
+            publisher = client.publisher(linger_ms=0, max_batch=10)
+            futures = [await publisher.publish(event()) for _ in range(200)]
+            await futures[0]
         futures += [await publisher.publish(event()) for _ in range(200)]
-        second = grpc.aio.server()
-        add(service, second)
-        second.add_insecure_port(f"127.0.0.1:{port}")
-        await second.start()
-        await publisher.close()
-        assert len({(await future).id for future in futures}) == 400
-        assert len(service.stored) == 400
-    await second.stop(0)
+        async with serving(service, address=address):
+            await publisher.close()
+            assert len({(await future).id for future in futures}) == 400
+            assert len(service.stored) == 400

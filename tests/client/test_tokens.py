@@ -6,20 +6,13 @@ import pytest
 
 from postrider_client import Token, TokenUnavailable
 from postrider_client.tokens import TokenCache
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import ManualClock
 
 
 class Source:
     """Numbered tokens that expire after 100 s. `gate` delays a fetch, `error` makes it fail."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: ManualClock):
         self.clock = clock
         self.count = 0
         self.error: Exception | None = None
@@ -38,17 +31,17 @@ class Source:
 
 
 @pytest.fixture
-async def clock() -> Clock:
-    return Clock()
+async def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-async def source(clock: Clock) -> Source:
+async def source(clock: ManualClock) -> Source:
     return Source(clock)
 
 
 @pytest.fixture
-async def cache(source: Source, clock: Clock) -> TokenCache:
+async def cache(source: Source, clock: ManualClock) -> TokenCache:
     return TokenCache(source, refresh_ahead_seconds=30, clock=clock)
 
 
@@ -82,7 +75,7 @@ async def test_cancelled_caller_does_not_cancel_the_fetch(
 
 
 async def test_token_is_refreshed_in_background_before_expiry(
-    cache: TokenCache, source: Source, clock: Clock
+    cache: TokenCache, source: Source, clock: ManualClock
 ) -> None:
     assert await cache.get() == "t-1"
     clock.now += 69
@@ -98,7 +91,7 @@ async def test_token_is_refreshed_in_background_before_expiry(
 
 
 async def test_failed_refresh_keeps_the_valid_token(
-    cache: TokenCache, source: Source, clock: Clock
+    cache: TokenCache, source: Source, clock: ManualClock
 ) -> None:
     await cache.get()
     clock.now += 80
@@ -115,7 +108,7 @@ async def test_failed_refresh_keeps_the_valid_token(
 
 
 async def test_expired_token_is_never_returned(
-    cache: TokenCache, source: Source, clock: Clock
+    cache: TokenCache, source: Source, clock: ManualClock
 ) -> None:
     await cache.get()
     clock.now += 100
@@ -131,7 +124,7 @@ def test_repr_hides_the_token() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "ey.ey.s\n", "ey.ey.s ", "ey.ey\x00s", "ey.é.s"])
-async def test_token_with_invalid_characters_is_refused(value: str, clock: Clock) -> None:
+async def test_token_with_invalid_characters_is_refused(value: str, clock: ManualClock) -> None:
     async def source() -> Token:
         return Token(value)
 

@@ -1,4 +1,4 @@
-"""An EventService that keeps the contract of publishing, and breaks when a test tells it to."""
+"""A fake EventService with the contract of publishing. Tests set its failures."""
 
 import asyncio
 from collections import deque
@@ -20,14 +20,14 @@ type Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True)
 class Refusal:
-    """What the next call is answered instead."""
+    """The error that the next call ends with."""
 
     code: grpc.StatusCode
     retry_seconds: float | None = None
 
 
 class FakeEventService(event_service_pb2_grpc.EventServiceServicer):
-    """`stored` maps keys to ids: what it holds once is there exactly once."""
+    """`stored` maps idempotency keys to event ids."""
 
     def __init__(self) -> None:
         self.stored: dict[str, str] = {}
@@ -37,7 +37,7 @@ class FakeEventService(event_service_pb2_grpc.EventServiceServicer):
         self.sequences: list[list[int]] = []
         self.refusals: deque[Refusal] = deque()
         self.stream_refusals: deque[Refusal] = deque()
-        #: Streams break after so many stored batches, before the acknowledgement of the last.
+        #: How many batches each stream stores before it breaks. It does not acknowledge the last.
         self.break_after: deque[int] = deque()
         self.open_gate = asyncio.Event()
         self.open_gate.set()
@@ -122,11 +122,12 @@ class FakeEventService(event_service_pb2_grpc.EventServiceServicer):
 async def serving(
     service: Any,
     add: Callable[[Any, Any], None] = event_service_pb2_grpc.add_EventServiceServicer_to_server,
+    address: str = "127.0.0.1:0",
 ) -> AsyncIterator[str]:
     """The address of a grpc.aio server with this service."""
     server = grpc.aio.server()
     add(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(address)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
