@@ -74,21 +74,6 @@ async def test_call_limit_of_one_caller_does_not_affect_others(
         await other.ListEventTypes()
 
 
-async def test_calls_of_all_callers_of_a_merchant_count_together(
-    start_platform: Callable[..., Any],
-) -> None:
-    async with start_platform(merchant_call_rate=NEVER, merchant_call_burst=2) as platform:
-
-        def call(subject: str, merchant_id: str) -> Any:
-            token = platform.token("webhooks:manage", merchant_id=merchant_id, subject=subject)
-            return platform.calls(bearer(token)).ListWebhookConfigs()
-
-        await call("gateway", "m_1")
-        await call("app", "m_1")
-        await assert_too_many(call("third", "m_1"), "CALL_RATE_LIMIT", "merchant:m_1")
-        await call("gateway", "m_2")
-
-
 async def test_stream_beyond_the_limit_is_refused(
     start_platform: Callable[..., Any],
 ) -> None:

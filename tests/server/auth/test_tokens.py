@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from core.errors import PermissionDenied, Unauthenticated, Unavailable
+from core.errors import Unauthenticated, Unavailable
 from server.auth import tokens
 from server.auth.jwks import VerificationKey
 from server.auth.principal import Principal, Scope
@@ -413,19 +413,3 @@ async def test_bad_token_is_not_remembered(verifier: TokenVerifier) -> None:
     with pytest.raises(Unauthenticated):
         await verifier.verify(BAD_TOKENS["kid unknown"])
     assert verifier._remembered == {}
-
-
-def test_missing_scope_is_named() -> None:
-    caller = Principal("svc", None, frozenset({"webhooks:manage"}), NOW)
-    caller.require(Scope.MANAGE)
-    with pytest.raises(PermissionDenied, match="webhooks:admin") as caught:
-        caller.require(Scope.ADMIN)
-    assert caught.value.reason == "SCOPE_MISSING"
-    assert caught.value.metadata == {"scope": "webhooks:admin"}
-
-
-def test_caller_without_merchant_is_refused_for_merchants() -> None:
-    assert Principal("svc", "m_42", frozenset(), NOW).merchant() == "m_42"
-    with pytest.raises(PermissionDenied, match="merchant_id") as caught:
-        Principal("svc", None, frozenset(), NOW).merchant()
-    assert caught.value.reason == "MERCHANT_MISSING"

@@ -177,12 +177,6 @@ async def test_handler_sees_the_caller_of_the_token(service: Service, method: st
     assert set(service.echo.reached) == {"ann"}
 
 
-@pytest.mark.parametrize("method", METHODS)
-async def test_call_without_token_reaches_no_handler(service: Service, method: str) -> None:
-    assert await service.refusal(method) == NO_TOKEN
-    assert service.echo.reached == []
-
-
 async def test_unknown_method_is_revealed_only_with_a_token(service: Service) -> None:
     refusal = await service.refusal(UNKNOWN, service.bearer("ann"))
     assert refusal.code is grpc.StatusCode.UNIMPLEMENTED
@@ -213,10 +207,14 @@ async def test_two_tokens_are_refused(service: Service, method: str, second: str
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_refusal_does_not_wait_for_the_request(service: Service, method: str) -> None:
+async def test_call_without_token_is_refused_before_the_request(
+    service: Service, method: str
+) -> None:
     channel: Any = service.channel
     call = channel.stream_stream(f"/test.Echo/{method}")(timeout=10)
     assert Refusal(await call.code(), await call.details()) == NO_TOKEN
+    assert await service.refusal(method) == NO_TOKEN
+    assert service.echo.reached == []
 
 
 @pytest.mark.parametrize("method", ["UnaryUnary", "UnaryStream", UNKNOWN])

@@ -6,7 +6,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc import StatusCode
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from server.app import SERVICE_NAMES
@@ -90,13 +89,6 @@ async def test_scope_is_checked_before_the_database_is_read(
     for method in methods():
         async with refused(StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"):
             await call(platform.channel, method, metadata=bearer(platform.token("other")))
-
-
-async def test_health_needs_no_token(platform: Platform) -> None:
-    health: Any = health_pb2_grpc.HealthStub(platform.channel)
-    for service in ("", *SERVICE_NAMES):
-        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_reflection_is_served_only_when_enabled(

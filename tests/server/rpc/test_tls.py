@@ -4,7 +4,6 @@ import asyncio
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace as with_parts
 from datetime import timedelta
 from pathlib import Path
@@ -49,17 +48,23 @@ def replace(files: Files, issued: Issued) -> None:
         os.replace(fresh, path)
 
 
-@asynccontextmanager
-async def serving(
-    start_platform: Callable[..., Any], files: Files
-) -> AsyncIterator[tuple[Platform, Issued]]:
+@pytest.fixture
+def first(files: Files) -> Issued:
+    """The certificate at the start of the server."""
     issued = AUTHORITY.issue(ips=("127.0.0.1",))
     replace(files, issued)
+    return issued
+
+
+@pytest.fixture
+async def platform(
+    start_platform: Callable[..., Any], files: Files, first: Issued
+) -> AsyncIterator[Platform]:
     async with start_platform(
         tls=TlsSettings(tls_certificate_file=files[0], tls_private_key_file=files[1]),
         channel_credentials=AUTHORITY.channel_credentials(),
     ) as platform:
-        yield platform, issued
+        yield platform
 
 
 async def presented(address: str) -> bytes:
@@ -76,101 +81,87 @@ async def presented(address: str) -> bytes:
     return ssl.DER_cert_to_PEM_cert(der).encode()
 
 
-def same(pem: bytes, issued: Issued) -> bool:
-    certificates = (x509.load_pem_x509_certificate(text) for text in (pem, issued.certificate))
+async def presents(platform: Platform, issued: Issued) -> bool:
+    pem = await presented(platform.address)
+    certificates = [x509.load_pem_x509_certificate(text) for text in (pem, issued.certificate)]
     return len({certificate.serial_number for certificate in certificates}) == 1
 
 
-async def test_plain_text_connection_is_refused(
-    start_platform: Callable[..., Any], files: Files
-) -> None:
-    async with serving(start_platform, files) as (platform, _):
-        assert (await platform.as_merchant().ListEventTypes()).event_types
-        async with grpc.aio.insecure_channel(platform.address) as channel:
-            stub = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(channel)
-            call = stub.ListEventTypes(pb.ListEventTypesRequest(), timeout=10)
-            assert await call.code() is StatusCode.UNAVAILABLE
+async def test_plain_text_connection_is_refused(platform: Platform) -> None:
+    assert (await platform.as_merchant().ListEventTypes()).event_types
+    async with grpc.aio.insecure_channel(platform.address) as channel:
+        stub = webhook_config_service_pb2_grpc.WebhookConfigServiceStub(channel)
+        call = stub.ListEventTypes(pb.ListEventTypesRequest(), timeout=10)
+        assert await call.code() is StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize(
-    ("version", "accepted"),
-    [
-        (ssl.TLSVersion.TLSv1, False),
-        (ssl.TLSVersion.TLSv1_1, False),
-        (ssl.TLSVersion.TLSv1_2, True),
-        (ssl.TLSVersion.TLSv1_3, True),
-    ],
-)
+async def connected_version(platform: Platform, version: ssl.TLSVersion) -> str:
+    """Connect with one version of TLS."""
+    context = ssl.create_default_context(cadata=AUTHORITY.certificate.decode())
+    # The client allows insecure versions, so that the server has to refuse them.
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    host, _, port = platform.address.rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname=host)
+    writer.close()
+    return str(writer.get_extra_info("ssl_object").version())
+
+
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1")
-async def test_tls_before_1_2_is_refused(
-    start_platform: Callable[..., Any], files: Files, version: ssl.TLSVersion, accepted: bool
-) -> None:
-    async with serving(start_platform, files) as (platform, _):
-        context = ssl.create_default_context(cadata=AUTHORITY.certificate.decode())
-        # The client allows insecure versions, so that the server has to refuse them.
-        context.set_ciphers("ALL:@SECLEVEL=0")
-        context.minimum_version = context.maximum_version = version
-        context.set_alpn_protocols(["h2"])
-        port = int(platform.address.rpartition(":")[2])
-        connecting = asyncio.open_connection(
-            "127.0.0.1", port, ssl=context, server_hostname="127.0.0.1"
-        )
-        if not accepted:
-            with pytest.raises((ssl.SSLError, ConnectionError)) as refused:
-                await connecting
-            assert "NO_PROTOCOLS_AVAILABLE" not in str(refused.value)
-            return
-        _, writer = await connecting
-        assert writer.get_extra_info("ssl_object").version() == version.name.replace("_", ".")
-        writer.close()
+async def test_tls_before_1_2_is_refused(platform: Platform) -> None:
+    assert await connected_version(platform, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+    assert await connected_version(platform, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
+        with pytest.raises((ssl.SSLError, ConnectionError)) as refused:
+            await connected_version(platform, version)
+        assert "NO_PROTOCOLS_AVAILABLE" not in str(refused.value)
 
 
 async def test_rotated_certificate_is_used_by_new_connections(
-    start_platform: Callable[..., Any], files: Files, logged: list[Any]
+    platform: Platform, files: Files, first: Issued, logged: list[Any]
 ) -> None:
     """Live connections are not closed."""
-    async with serving(start_platform, files) as (platform, first):
+    await platform.as_merchant().ListEventTypes()
+    assert await presents(platform, first)
+    stream = platform.events.StreamEvents(metadata=platform.producer())
+    await stream.wait_for_connection()
+
+    for _ in range(3):
+        issued = AUTHORITY.issue(ips=("127.0.0.1",))
+        replace(files, issued)
+        assert await presents(platform, issued)
         await platform.as_merchant().ListEventTypes()
-        assert same(await presented(platform.address), first)
-        stream = platform.events.StreamEvents(metadata=platform.producer())
-        await stream.wait_for_connection()
 
-        for _ in range(3):
-            issued = AUTHORITY.issue(ips=("127.0.0.1",))
-            replace(files, issued)
-            assert same(await presented(platform.address), issued)
-            await platform.as_merchant().ListEventTypes()
-
-        assert not stream.done()
-        await stream.done_writing()
-        assert await stream.code() is StatusCode.OK
+    assert not stream.done()
+    await stream.done_writing()
+    assert await stream.code() is StatusCode.OK
     assert len([entry for entry in logged if entry["event"] == "tls_files_loaded"]) == 3
 
 
 async def test_broken_file_keeps_the_old_certificate(
-    start_platform: Callable[..., Any], files: Files, logged: list[Any]
+    platform: Platform, files: Files, first: Issued, logged: list[Any]
 ) -> None:
     certificate, key = files
-    async with serving(start_platform, files) as (platform, first):
-        other = AUTHORITY.issue(ips=("127.0.0.1",))
-        for broken, error in (
-            (other.certificate, "is not the key of"),
-            (b"nonsense", "must hold certificates in PEM"),
-            (b"", "must hold certificates in PEM"),
-            (None, "cannot be read"),
-        ):
-            logged.clear()
-            certificate.unlink(missing_ok=True)
-            if broken is not None:
-                certificate.write_bytes(broken)
-            for _ in range(3):
-                assert same(await presented(platform.address), first)
-            [entry] = [entry for entry in logged if entry["event"] == "tls_files_unusable"]
-            assert error in entry["error"]
-            assert entry["log_level"] == "error"
-            assert "BEGIN" not in repr(entry)
-        other.write(certificate, key)
-        assert same(await presented(platform.address), other)
+    other = AUTHORITY.issue(ips=("127.0.0.1",))
+    for broken, error in (
+        (other.certificate, "is not the key of"),
+        (b"nonsense", "must hold certificates in PEM"),
+        (b"", "must hold certificates in PEM"),
+        (None, "cannot be read"),
+    ):
+        logged.clear()
+        certificate.unlink(missing_ok=True)
+        if broken is not None:
+            certificate.write_bytes(broken)
+        for _ in range(3):
+            assert await presents(platform, first)
+        [entry] = [entry for entry in logged if entry["event"] == "tls_files_unusable"]
+        assert error in entry["error"]
+        assert entry["log_level"] == "error"
+        assert "BEGIN" not in repr(entry)
+    other.write(certificate, key)
+    assert await presents(platform, other)
 
 
 def locked_key() -> bytes:
