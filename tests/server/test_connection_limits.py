@@ -10,7 +10,7 @@ import pytest
 from grpc import StatusCode
 
 from postrider.v1 import event_pb2
-from tests.support.factories import count_rows, until_blocked
+from tests.support.factories import count_rows, locked, until_blocked
 from tests.support.platform import Platform, bearer
 from tests.support.refused_calls import refused
 from tests.support.rpcs import code_of
@@ -162,12 +162,7 @@ async def test_missing_message_is_not_an_internal_error(
 async def test_concurrent_calls_beyond_the_limit_are_refused(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
-    async with (
-        start_platform(max_concurrent_rpcs=1) as platform,
-        pool.acquire() as other,
-        other.transaction(),
-    ):
-        await other.execute("LOCK TABLE events")
+    async with start_platform(max_concurrent_rpcs=1) as platform, locked(pool):
         held = asyncio.create_task(platform.publish())
         await until_blocked(pool)
         assert await code_of(platform.publish()) is StatusCode.RESOURCE_EXHAUSTED

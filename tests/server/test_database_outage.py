@@ -20,7 +20,7 @@ from core.tasks import cancel_and_wait
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
 from server.notify import Notifier
-from tests.support.factories import count_rows, until_blocked
+from tests.support.factories import count_rows, locked, terminate_blocked
 from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, bearer, running_platform
 from tests.support.receiver import Receiver
@@ -158,14 +158,9 @@ async def test_closed_idle_connections_are_replaced(
 async def test_lost_connection_fails_the_call_and_stores_nothing(
     platform: Platform, pool: Any
 ) -> None:
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE events")
+    async with locked(pool):
         publishing = asyncio.create_task(platform.publish())
-        await until_blocked(pool)
-        await pool.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
+        await terminate_blocked(pool)
         async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await publishing
     assert await count_rows(pool) == 0
@@ -176,10 +171,9 @@ async def test_call_blocked_by_a_lock_is_unavailable(
     start_platform: Callable[..., Any], pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WEBHOOK_DATABASE_STATEMENT_TIMEOUT_SECONDS", "0.2")
-    async with start_platform() as platform, pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE events")
-        async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
-            await platform.publish()
+    unavailable = refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+    async with start_platform() as platform, locked(pool), unavailable:
+        await platform.publish()
 
 
 @pytest.mark.slow

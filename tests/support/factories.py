@@ -1,7 +1,8 @@
 """Valid rows and values by default; a test names only what it is about."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -233,6 +234,23 @@ async def until_blocked(pool: Any, count: int = 1) -> None:
     async with asyncio.timeout(10):
         while await pool.fetchval(query) < count:
             pass
+
+
+@asynccontextmanager
+async def locked(pool: Any, table: str = "events") -> AsyncIterator[None]:
+    """Lock a table against changes."""
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute(f"LOCK TABLE {table} IN SHARE MODE")
+        yield
+
+
+async def terminate_blocked(pool: Any) -> None:
+    """Terminate the sessions of this database that wait for a lock, once there is one."""
+    await until_blocked(pool)
+    await pool.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
 
 
 async def promptly[T](awaitable: Awaitable[T]) -> T:

@@ -113,7 +113,7 @@ class Platform:
                 subject=claims.get("subject", "tester"),
                 scopes=scopes,
                 merchant_id=merchant_id,
-                lifetime=timedelta(minutes=10),
+                lifetime=claims.get("lifetime", timedelta(minutes=10)),
             )
         return self.tokens[key]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -10,15 +10,15 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from cli.dev.signing_key import mint_token
 from postrider.v1 import event_service_pb2 as pb
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.event_service_pb2_grpc import EventServiceStub
 from server.events.ingest import Ingest
-from tests.support.factories import count_rows, until_blocked
-from tests.support.platform import ISSUER, Metadata, Platform, bearer
+from tests.support.factories import count_rows, locked, terminate_blocked, until_blocked
+from tests.support.platform import Metadata, Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
+from tests.support.rpcs import code_of
 
 ACCEPTED = pb.PUBLISH_STATUS_ACCEPTED
 DUPLICATE = pb.PUBLISH_STATUS_DUPLICATE
@@ -45,6 +45,14 @@ def batch(sequence: int, size: int = 3, **fields: Any) -> pb.StreamEventsRequest
 
 def open_stream(platform: Platform, metadata: Metadata | None = None, **options: Any) -> Any:
     return platform.events.StreamEvents(metadata=metadata or platform.producer(), **options)
+
+
+async def send(call: Any, request: pb.StreamEventsRequest) -> pb.StreamEventsResponse:
+    """Send a batch and read its acknowledgement."""
+    await call.write(request)
+    response: pb.StreamEventsResponse = await call.read()
+    assert response.sequence == request.sequence
+    return response
 
 
 async def acknowledged(call: Any) -> list[int]:
@@ -91,9 +99,7 @@ async def test_acknowledged_batch_is_committed(platform: Platform, pool: Any) ->
     call = open_stream(platform)
     for sequence in (1, 2, 7):
         before = await count_rows(pool)
-        await call.write(batch(sequence))
-        response = await call.read()
-        assert response.sequence == sequence
+        await send(call, batch(sequence))
         assert await count_rows(pool) == before + 3
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
@@ -112,8 +118,7 @@ async def test_response_has_a_result_for_each_event(platform: Platform, pool: An
     mixed = batch(1, size=4)
     mixed.events[1].type = "no.such"
     mixed.events[2].idempotency_key = mixed.events[0].idempotency_key
-    await call.write(mixed)
-    response = await call.read()
+    response = await send(call, mixed)
     assert [(result.status, result.reason) for result in response.results] == [
         (ACCEPTED, ""),
         (pb.PUBLISH_STATUS_REJECTED, "EVENT_TYPE_UNKNOWN"),
@@ -121,8 +126,7 @@ async def test_response_has_a_result_for_each_event(platform: Platform, pool: An
         (ACCEPTED, ""),
     ]
     assert "events[1].type" in response.results[1].message
-    await call.write(batch(2))
-    assert (await call.read()).sequence == 2
+    await send(call, batch(2))
     call.cancel()
     assert await count_rows(pool) == 5
 
@@ -251,8 +255,7 @@ async def test_descending_sequence_ends_the_stream(
 @pytest.mark.parametrize("size", [0, 1001])
 async def test_batch_holds_1_to_1000_events(platform: Platform, pool: Any, size: int) -> None:
     call = open_stream(platform)
-    await call.write(batch(1, size=1000))
-    assert len((await call.read()).results) == 1000
+    assert len((await send(call, batch(1, size=1000))).results) == 1000
     await call.write(batch(2, size=size))
     async with refused(StatusCode.INVALID_ARGUMENT, "BATCH_SIZE"):
         await acknowledged(call)
@@ -261,8 +264,7 @@ async def test_batch_holds_1_to_1000_events(platform: Platform, pool: Any, size:
 
 async def test_merchants_token_streams_only_for_its_merchant(platform: Platform, pool: Any) -> None:
     call = open_stream(platform, bearer(platform.token("events:publish", merchant_id="m_1")))
-    await call.write(batch(1))
-    assert (await call.read()).sequence == 1
+    await send(call, batch(1))
     foreign = batch(2)
     foreign.events[2].merchant_id = "m_2"
     await call.write(foreign)
@@ -272,18 +274,9 @@ async def test_merchants_token_streams_only_for_its_merchant(platform: Platform,
 
 
 async def test_stream_ends_when_its_token_expires(platform: Platform, pool: Any) -> None:
-    token = mint_token(
-        platform.key.private_key_file,
-        issuer=ISSUER,
-        audience="postrider",
-        subject="tester",
-        scopes=("events:publish",),
-        merchant_id=None,
-        lifetime=timedelta(seconds=3),
-    )
+    token = platform.token("events:publish", lifetime=timedelta(seconds=3))
     call = open_stream(platform, bearer(token))
-    await call.write(batch(1))
-    assert (await call.read()).sequence == 1
+    await send(call, batch(1))
     began = time.time()
     async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED") as error, asyncio.timeout(10):
         await acknowledged(call)
@@ -292,37 +285,24 @@ async def test_stream_ends_when_its_token_expires(platform: Platform, pool: Any)
     assert await count_rows(pool) == 3
 
 
-async def until_refused(channel: grpc.aio.Channel) -> None:
+async def until_refused(address: str) -> None:
     """Return when the server refuses new calls."""
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                await EventServiceStub(channel).ListEvents(pb.ListEventsRequest())
-            except grpc.aio.AioRpcError as error:
-                if error.code() is StatusCode.UNAVAILABLE:
-                    return
+    async with asyncio.timeout(10), grpc.aio.insecure_channel(address) as channel:
+        stub = EventServiceStub(channel)
+        while await code_of(stub.ListEvents(pb.ListEventsRequest())) is not StatusCode.UNAVAILABLE:
+            pass
 
 
-async def test_stopping_server_acknowledges_pending_batches(
-    start_platform: Callable[..., Any], pool: Any
-) -> None:
-    acks = []
-    async with start_platform() as platform:
-        async with pool.acquire() as other:
-            holding = other.transaction()
-            await holding.start()
-            await other.execute("LOCK TABLE events IN SHARE MODE")
-            call = open_stream(platform)
-            await call.write(batch(1))
-            await until_blocked(pool)
-            platform.stop.set()
-            async with grpc.aio.insecure_channel(platform.address) as probe:
-                await until_refused(probe)
-            await holding.rollback()
-        async with refused(StatusCode.UNAVAILABLE, "SERVER_STOPPING") as error:
-            async for response in responses(call):
-                acks.append(response.sequence)  # noqa: PERF401 - the loop ends with an error
-    assert acks == [1]
+async def test_stopping_server_acknowledges_pending_batches(platform: Platform, pool: Any) -> None:
+    call = open_stream(platform)
+    async with locked(pool):
+        await call.write(batch(1))
+        await until_blocked(pool)
+        platform.stop.set()
+        await until_refused(platform.address)
+    assert (await call.read()).sequence == 1
+    async with refused(StatusCode.UNAVAILABLE, "SERVER_STOPPING") as error:
+        await call.read()
     assert error.retry_after_seconds == 1
     assert await count_rows(pool) == 3
 
@@ -352,30 +332,22 @@ async def test_resent_stream_stores_each_event_once(
 
 async def test_lost_database_connection_ends_the_stream(platform: Platform, pool: Any) -> None:
     call = open_stream(platform)
-    await call.write(batch(1))
-    assert (await call.read()).sequence == 1
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE events IN SHARE MODE")
+    await send(call, batch(1))
+    async with locked(pool):
         await call.write(batch(2))
-        await until_blocked(pool)
-        await pool.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
+        await terminate_blocked(pool)
         async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await acknowledged(call)
     assert await count_rows(pool) == 3
 
     again = open_stream(platform)
-    await again.write(batch(2))
-    assert {result.status for result in (await again.read()).results} == {ACCEPTED}
+    assert {result.status for result in (await send(again, batch(2))).results} == {ACCEPTED}
     again.cancel()
 
 
 async def test_cancelled_stream_leaves_no_task(platform: Platform, pool: Any) -> None:
     call = open_stream(platform)
-    await call.write(batch(1))
-    await call.read()
+    await send(call, batch(1))
     call.cancel()
     await platform.publish()
     left = [task for task in asyncio.all_tasks() if "OrderedCommits" in repr(task.get_coro())]

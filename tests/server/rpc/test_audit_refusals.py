@@ -12,7 +12,7 @@ from grpc import StatusCode
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
 from server.rpc import audit_refusals
-from tests.support.factories import count_rows, until_blocked
+from tests.support.factories import count_rows, locked, until_blocked
 from tests.support.platform import Calls, Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refusal_of, refused
@@ -163,10 +163,9 @@ async def test_refusal_does_not_wait_for_a_slow_database(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_refusals, "WRITE_SECONDS", 0.1)
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE audit_entries")
-        async with refused(StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"), asyncio.timeout(10):
-            await platform.as_merchant().EraseMerchant(merchant_id="m_1")
+    denied = refused(StatusCode.PERMISSION_DENIED, "SCOPE_MISSING")
+    async with locked(pool, "audit_entries"), denied, asyncio.timeout(10):
+        await platform.as_merchant().EraseMerchant(merchant_id="m_1")
     await until_recorded(pool)
 
 
@@ -174,8 +173,7 @@ async def test_refusal_of_a_cancelled_call_is_audited(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_refusals, "WRITE_SECONDS", 20.0)
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE audit_entries")
+    async with locked(pool, "audit_entries"):
         call = platform.as_merchant().EraseMerchant(merchant_id="m_1")
         await until_blocked(pool)
         call.cancel()

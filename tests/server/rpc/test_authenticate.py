@@ -63,9 +63,6 @@ class Echo:
     async def public(self, _request: bytes, _context: Any) -> bytes:
         return b"anonymous" if current_call().caller is None else self._subject()
 
-    async def public_by_mistake(self, _request: bytes, _context: Any) -> bytes:
-        return self._subject()
-
     def handlers(self) -> dict[str, Any]:
         return {
             "UnaryUnary": grpc.unary_unary_rpc_method_handler(self.unary_unary),
@@ -74,7 +71,7 @@ class Echo:
             "StreamStream": grpc.stream_stream_rpc_method_handler(self.stream_stream),
             "ReadWrite": grpc.stream_stream_rpc_method_handler(self.read_write),
             "Public": grpc.unary_unary_rpc_method_handler(self.public),
-            "PublicByMistake": grpc.unary_unary_rpc_method_handler(self.public_by_mistake),
+            "PublicByMistake": grpc.stream_stream_rpc_method_handler(self.unary_stream),
         }
 
 
@@ -104,43 +101,30 @@ NO_TOKEN = Refusal(grpc.StatusCode.UNAUTHENTICATED, token_refused().message)
 class Service:
     """The running server, its parts and a channel to it."""
 
-    channel: grpc.aio.Channel
+    channel: Any
     echo: Echo
     keys: BreakableKeys
     mint: Callable[[str], str]
 
-    def start(self, method: str, *metadata: tuple[str, str], size: int = 1) -> Any:
-        """Start a call. No request of a stream is sent yet."""
-        path, request = f"/test.Echo/{method}", b"x" * size
-        channel: Any = self.channel
-        match method:
-            case "UnaryStream":
-                return channel.unary_stream(path)(request, metadata=metadata, timeout=10)
-            case "StreamUnary":
-                return channel.stream_unary(path)(metadata=metadata, timeout=10)
-            case "StreamStream" | "ReadWrite":
-                return channel.stream_stream(path)(metadata=metadata, timeout=10)
-            case _:
-                return channel.unary_unary(path)(request, metadata=metadata, timeout=10)
+    def start(self, method: str, *metadata: tuple[str, str]) -> Any:
+        """Start a call without a request. All kinds of calls are the same on the wire."""
+        return self.channel.stream_stream(f"/test.Echo/{method}")(metadata=metadata, timeout=10)
 
     async def call(self, method: str, *metadata: tuple[str, str]) -> bytes:
         """Send two requests of a stream, or one. Returns the joined answers."""
         call = self.start(method, *metadata)
-        if method in {"StreamUnary", "StreamStream", "ReadWrite"}:
+        for _ in range(2 if method in {"StreamUnary", "StreamStream", "ReadWrite"} else 1):
             await call.write(b"x")
-            await call.write(b"x")
-            await call.done_writing()
-        if method in {"UnaryStream", "StreamStream", "ReadWrite"}:
-            return b"".join([answer async for answer in call])
-        return bytes(await call)
+        await call.done_writing()
+        return b"".join([answer async for answer in call])
 
-    async def refusal(self, method: str, *metadata: tuple[str, str], size: int = 1) -> Refusal:
-        """The status of a call that sends no request of a stream.
+    async def refusal(self, method: str, *metadata: tuple[str, str]) -> Refusal:
+        """The status of a call that sends no request.
 
         A grpc.aio client that is writing when the refusal arrives may report INTERNAL
         (grpc/grpc#36066).
         """
-        call = self.start(method, *metadata, size=size)
+        call = self.start(method, *metadata)
         return Refusal(await call.code(), await call.details())
 
     def bearer(self, subject: str) -> tuple[str, str]:
@@ -210,9 +194,6 @@ async def test_two_tokens_are_refused(service: Service, method: str, second: str
 async def test_call_without_token_is_refused_before_the_request(
     service: Service, method: str
 ) -> None:
-    channel: Any = service.channel
-    call = channel.stream_stream(f"/test.Echo/{method}")(timeout=10)
-    assert Refusal(await call.code(), await call.details()) == NO_TOKEN
     assert await service.refusal(method) == NO_TOKEN
     assert service.echo.reached == []
 
@@ -220,7 +201,8 @@ async def test_call_without_token_is_refused_before_the_request(
 @pytest.mark.parametrize("method", ["UnaryUnary", "UnaryStream", UNKNOWN])
 async def test_refusal_of_a_large_request_has_its_details(service: Service, method: str) -> None:
     for _ in range(10):
-        assert await service.refusal(method, size=3_000_000) == NO_TOKEN
+        call = service.channel.unary_unary(f"/test.Echo/{method}")(bytes(3_000_000), timeout=10)
+        assert Refusal(await call.code(), await call.details()) == NO_TOKEN
 
 
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer junk"),)])
