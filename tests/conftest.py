@@ -1,4 +1,4 @@
-"""Real parts for every test: PostgreSQL with a database of its own, a CA, a receiver, a server."""
+"""Real parts for each test: PostgreSQL with its own database, a CA, a receiver, a server."""
 
 import asyncio
 import itertools
@@ -156,9 +156,13 @@ def start_receiver(authority: trustme.CA) -> Callable[[], Any]:
 
 
 @pytest.fixture
-async def platform(database_url: str, ca_file: Path, tmp_path: Path) -> AsyncIterator[Platform]:
-    """A running gRPC server with its default limits, on the test's database."""
-    async with running_platform(database_url, ca_file, tmp_path) as platform:
+async def platform(
+    request: pytest.FixtureRequest, database_url: str, ca_file: Path, tmp_path: Path
+) -> AsyncIterator[Platform]:
+    """A running gRPC server on the test's database, with the settings of a `server` mark."""
+    mark = request.node.get_closest_marker("server")
+    settings = mark.kwargs if mark else {}
+    async with running_platform(database_url, ca_file, tmp_path, **settings) as platform:
         yield platform
 
 

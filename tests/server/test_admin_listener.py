@@ -19,6 +19,8 @@ from tests.support.platform import Platform
 from tests.support.rpcs import call, code_of, methods
 
 FREE_PORT = "127.0.0.1:0"
+# The port of the listener is in the log, so `logged` starts before the platform.
+pytestmark = [pytest.mark.usefixtures("logged"), pytest.mark.server(admin_address=FREE_PORT)]
 
 
 def admin_port(logged: list[Any]) -> int:
@@ -44,14 +46,6 @@ async def servers(channel: Any) -> list[Any]:
         found += page.server
         if page.end:
             return found
-
-
-@pytest.fixture
-async def platform(
-    start_platform: Callable[..., Any], logged: list[Any]
-) -> AsyncIterator[Platform]:
-    async with start_platform(admin_address=FREE_PORT) as platform:
-        yield platform
 
 
 @pytest.fixture

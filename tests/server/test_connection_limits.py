@@ -3,7 +3,7 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -41,9 +41,9 @@ class Connection:
                     return payload
 
 
-@asynccontextmanager
-async def connected(address: str) -> AsyncIterator[Connection]:
-    host, _, port = address.rpartition(":")
+@pytest.fixture
+async def connection(platform: Platform) -> AsyncIterator[Connection]:
+    host, _, port = platform.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         connection = Connection(reader, writer)
@@ -56,87 +56,73 @@ async def connected(address: str) -> AsyncIterator[Connection]:
             await writer.wait_closed()
 
 
-@pytest.fixture
-def connect(start_platform: Callable[..., Any]) -> Callable[..., Any]:
-    """Connects to a server with these settings."""
-
-    @asynccontextmanager
-    async def start(**settings: Any) -> AsyncIterator[Connection]:
-        async with (
-            start_platform(**settings) as platform,
-            connected(platform.address) as connection,
-        ):
-            yield connection
-
-    return start
-
-
-async def test_too_many_pings_close_the_connection(platform: Platform) -> None:
-    async with connected(platform.address) as connection:
-        # The server tolerates `max_ping_strikes` pings that come too early.
-        for _ in range(2 + platform.settings.server.max_ping_strikes):
-            connection.send(PING, bytes(8))
-        goaway = await connection.read_until(GOAWAY)
-        assert int.from_bytes(goaway[4:8]) == ENHANCE_YOUR_CALM
-        assert goaway[8:] == b"too_many_pings"
-
-
-async def test_pings_within_the_limit_are_answered(connect: Callable[..., Any]) -> None:
-    async with connect(min_ping_interval_seconds=0.001) as connection:
-        loop = asyncio.get_running_loop()
-        for number in range(10):
-            # The interval has no event, so the test waits for its time.
-            connection.send(PING, number.to_bytes(8))
-            assert await connection.read_until(PING, acknowledged=True) == number.to_bytes(8)
-            passed = loop.create_future()
-            loop.call_later(0.005, passed.set_result, None)
-            await passed
-
-
-async def test_stream_limit_is_announced(connect: Callable[..., Any]) -> None:
-    async with connect(max_streams_per_connection=7) as connection:
-        settings = dict(struct.iter_unpack(">HI", await connection.read_until(SETTINGS)))
-        max_concurrent_streams = 3
-        assert settings[max_concurrent_streams] == 7
-
-
-async def test_calls_beyond_the_stream_limit_are_not_executed_in_part(
-    start_platform: Callable[..., Any], pool: Any
+async def test_too_many_pings_close_the_connection(
+    platform: Platform, connection: Connection
 ) -> None:
-    async with start_platform(max_streams_per_connection=7) as platform:
-        await platform.publish()
-        codes = await asyncio.gather(*(code_of(platform.publish()) for _ in range(60)))
+    # The server tolerates `max_ping_strikes` pings that come too early.
+    for _ in range(2 + platform.settings.server.max_ping_strikes):
+        connection.send(PING, bytes(8))
+    goaway = await connection.read_until(GOAWAY)
+    assert int.from_bytes(goaway[4:8]) == ENHANCE_YOUR_CALM
+    assert goaway[8:] == b"too_many_pings"
+
+
+@pytest.mark.server(min_ping_interval_seconds=0.001)
+async def test_pings_within_the_limit_are_answered(connection: Connection) -> None:
+    loop = asyncio.get_running_loop()
+    for number in range(10):
+        # The interval has no event, so the test waits for its time.
+        connection.send(PING, number.to_bytes(8))
+        assert await connection.read_until(PING, acknowledged=True) == number.to_bytes(8)
+        passed = loop.create_future()
+        loop.call_later(0.005, passed.set_result, None)
+        await passed
+
+
+@pytest.mark.server(max_streams_per_connection=7)
+async def test_stream_limit_is_announced(connection: Connection) -> None:
+    settings = dict(struct.iter_unpack(">HI", await connection.read_until(SETTINGS)))
+    max_concurrent_streams = 3
+    assert settings[max_concurrent_streams] == 7
+
+
+@pytest.mark.server(max_streams_per_connection=7)
+async def test_calls_beyond_the_stream_limit_are_not_executed_in_part(
+    platform: Platform, pool: Any
+) -> None:
+    await platform.publish()
+    codes = await asyncio.gather(*(code_of(platform.publish()) for _ in range(60)))
     assert set(codes) <= {StatusCode.OK, StatusCode.UNAVAILABLE}
     assert await count_rows(pool) == 1 + codes.count(StatusCode.OK)
 
 
-async def test_old_connection_is_closed(connect: Callable[..., Any]) -> None:
-    async with connect(max_connection_age_seconds=0.2) as connection:
-        goaway = await connection.read_until(GOAWAY)
-        assert int.from_bytes(goaway[4:8]) == NO_ERROR
+@pytest.mark.server(max_connection_age_seconds=0.2)
+async def test_old_connection_is_closed(connection: Connection) -> None:
+    goaway = await connection.read_until(GOAWAY)
+    assert int.from_bytes(goaway[4:8]) == NO_ERROR
 
 
-async def test_idle_connection_is_closed(connect: Callable[..., Any]) -> None:
-    async with connect(max_connection_idle_seconds=0.2) as connection:
-        goaway = await connection.read_until(GOAWAY)
-        assert goaway[8:] == b"connection idle"
+@pytest.mark.server(max_connection_idle_seconds=0.2)
+async def test_idle_connection_is_closed(connection: Connection) -> None:
+    goaway = await connection.read_until(GOAWAY)
+    assert goaway[8:] == b"connection idle"
 
 
-async def test_connection_without_ping_response_is_closed(connect: Callable[..., Any]) -> None:
-    async with connect(keepalive_seconds=0.1, keepalive_timeout_seconds=0.1) as connection:
-        assert await connection.read_until(PING)
-        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-            await connection.read_until(GOAWAY + 100)
+@pytest.mark.server(keepalive_seconds=0.1, keepalive_timeout_seconds=0.1)
+async def test_connection_without_ping_response_is_closed(connection: Connection) -> None:
+    assert await connection.read_until(PING)
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await connection.read_until(GOAWAY + 100)
 
 
-async def test_too_large_message_is_refused(start_platform: Callable[..., Any]) -> None:
-    async with start_platform(max_message_bytes=1_310_720) as platform:
-        event = event_pb2.EventInput(
-            merchant_id="m_1", type="payment.succeeded", payload_text='"' + "x" * 250_000 + '"'
-        )
-        for count, expected in ((5, StatusCode.OK), (6, StatusCode.RESOURCE_EXHAUSTED)):
-            call = platform.as_producer().PublishEvents(events=[event] * count)
-            assert await call.code() is expected, count
+@pytest.mark.server(max_message_bytes=1_310_720)
+async def test_too_large_message_is_refused(platform: Platform) -> None:
+    event = event_pb2.EventInput(
+        merchant_id="m_1", type="payment.succeeded", payload_text='"' + "x" * 250_000 + '"'
+    )
+    for count, expected in ((5, StatusCode.OK), (6, StatusCode.RESOURCE_EXHAUSTED)):
+        call = platform.as_producer().PublishEvents(events=[event] * count)
+        assert await call.code() is expected, count
 
 
 async def test_missing_message_is_not_an_internal_error(
@@ -159,10 +145,9 @@ async def test_missing_message_is_not_an_internal_error(
     assert not caplog.records
 
 
-async def test_concurrent_calls_beyond_the_limit_are_refused(
-    start_platform: Callable[..., Any], pool: Any
-) -> None:
-    async with start_platform(max_concurrent_rpcs=1) as platform, locked(pool):
+@pytest.mark.server(max_concurrent_rpcs=1)
+async def test_concurrent_calls_beyond_the_limit_are_refused(platform: Platform, pool: Any) -> None:
+    async with locked(pool):
         held = asyncio.create_task(platform.publish())
         await until_blocked(pool)
         assert await code_of(platform.publish()) is StatusCode.RESOURCE_EXHAUSTED

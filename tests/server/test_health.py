@@ -1,10 +1,10 @@
 """grpc.health.v1 while the server starts, loses its database and drains."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.app import LIVENESS, SERVICE_NAMES
@@ -77,18 +77,18 @@ async def test_services_stop_serving_while_the_database_is_frozen(
     assert await watched.next() == SERVING
 
 
+@pytest.mark.server(health_interval_seconds=0.01)
 async def test_terminated_session_is_not_an_outage(
-    start_platform: Callable[..., Any], pool: Any, logged: list[Any]
+    platform: Platform, pool: Any, logged: list[Any]
 ) -> None:
-    async with start_platform(health_interval_seconds=0.01) as platform:
-        watched = Watched(platform.channel, "")
-        assert await watched.next() == SERVING
-        first = await _health_session(pool, None)
-        await pool.execute("SELECT pg_terminate_backend($1, 5000)", first)
-        # The next session shows that the server has noticed the lost one.
-        await _health_session(pool, first)
-        silences = [entry for entry in logged if entry["event"].startswith("database_")]
-        assert [entry["event"] for entry in silences] == ["database_silent"], silences
+    watched = Watched(platform.channel, "")
+    assert await watched.next() == SERVING
+    first = await _health_session(pool, None)
+    await pool.execute("SELECT pg_terminate_backend($1, 5000)", first)
+    # The next session shows that the server has noticed the lost one.
+    await _health_session(pool, first)
+    silences = [entry for entry in logged if entry["event"].startswith("database_")]
+    assert [entry["event"] for entry in silences] == ["database_silent"], silences
 
 
 async def _health_session(pool: Any, other_than: int | None) -> int:

@@ -1,6 +1,6 @@
 """Metrics of a server, read through its listener."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,27 +9,29 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from core.errors import ConfigurationError
 from postrider.v1 import event_pb2
+from tests.support.platform import Platform
 from tests.support.rpcs import code_of, methods
 from tests.support.scrape import scrape
 
-ANYWHERE = "127.0.0.1:0"
+# The port of the listener is in the log, so `logged` starts before the platform.
+pytestmark = [
+    pytest.mark.usefixtures("logged"),
+    pytest.mark.server(server_metrics_address="127.0.0.1:0"),
+]
 
 
-@pytest.fixture
-async def measured(start_platform: Callable[..., Any], logged: list[Any]) -> AsyncIterator[Any]:
-    """A server, and a function that scrapes it."""
-    async with start_platform(server_metrics_address=ANYWHERE) as platform:
-        [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
-        yield platform, lambda: scrape(port)
+def port_of(logged: list[Any]) -> int:
+    [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
+    return int(port)
 
 
-async def test_calls_are_counted_by_method_and_code(measured: Any) -> None:
-    platform, read = measured
+async def test_calls_are_counted_by_method_and_code(platform: Platform, logged: list[Any]) -> None:
     await platform.publish()
     await platform.publish()
 
     async def call(path: str, metadata: Any = None) -> StatusCode:
-        return await code_of(platform.channel.unary_unary(path)(b"", metadata=metadata))
+        channel: Any = platform.channel
+        return await code_of(channel.unary_unary(path)(b"", metadata=metadata))
 
     assert await call("/postrider.v1.EventService/PublishEvent") is StatusCode.UNAUTHENTICATED
     for unknown in ("/postrider.v1.EventService/Unknown", "/a/b", "/x.Y/" + "z" * 500):
@@ -39,7 +41,7 @@ async def test_calls_are_counted_by_method_and_code(measured: Any) -> None:
     await health.Check(health_pb2.HealthCheckRequest())
     await code_of(health.Check(health_pb2.HealthCheckRequest(service="unknown")))
 
-    scraped = await read()
+    scraped = await scrape(port_of(logged))
 
     calls = "postrider_rpcs_total"
     publish = "EventService/PublishEvent"
@@ -56,8 +58,7 @@ async def test_calls_are_counted_by_method_and_code(measured: Any) -> None:
     assert len(counted) == len(methods()) + 4 + 1
 
 
-async def test_events_are_counted_by_result(measured: Any) -> None:
-    platform, read = measured
+async def test_events_are_counted_by_result(platform: Platform, logged: list[Any]) -> None:
 
     def event(key: str, payload: str = "{}", kind: str = "payment.succeeded") -> Any:
         return event_pb2.EventInput(
@@ -69,7 +70,7 @@ async def test_events_are_counted_by_result(measured: Any) -> None:
         [event("a"), event("b", payload='{"other": 1}'), event("d")],
     ):
         await platform.as_producer().PublishEvents(events=events)
-    scraped = await read()
+    scraped = await scrape(port_of(logged))
 
     results = {
         result: scraped.sum("postrider_events_total", result=result)
@@ -81,14 +82,15 @@ async def test_events_are_counted_by_result(measured: Any) -> None:
     assert scraped.values("postrider_jwks_age_seconds") == []
 
 
-async def test_watcher_is_counted_until_its_stream_ends(measured: Any) -> None:
-    platform, read = measured
+async def test_watcher_is_counted_until_its_stream_ends(
+    platform: Platform, logged: list[Any]
+) -> None:
     watching = platform.as_merchant().WatchDeliveries()
     await watching.read()
-    assert (await read()).sum("postrider_watchers") == 1
+    assert (await scrape(port_of(logged))).sum("postrider_watchers") == 1
 
     watching.cancel()
-    while (scraped := await read()).sum("postrider_watchers"):
+    while (scraped := await scrape(port_of(logged))).sum("postrider_watchers"):
         pass
     watch = "DeliveryService/WatchDeliveries"
     assert scraped.sum("postrider_rpcs_total", method=watch, code="CANCELLED") == 1
@@ -96,9 +98,9 @@ async def test_watcher_is_counted_until_its_stream_ends(measured: Any) -> None:
 
 
 async def test_configured_metrics_address_in_use_is_an_error(
-    measured: Any, start_platform: Callable[..., Any], logged: list[Any]
+    platform: Platform, start_platform: Callable[..., Any], logged: list[Any]
 ) -> None:
-    [port] = [entry["port"] for entry in logged if entry["event"] == "metrics_listening"]
+    port = port_of(logged)
     with pytest.raises(ConfigurationError, match="WEBHOOK_SERVER_METRICS_ADDRESS"):
         async with start_platform(server_metrics_address=f"127.0.0.1:{port}"):
             pass

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -226,11 +225,11 @@ async def test_payload_has_at_most_256_kib(producer: Calls, pool: Any) -> None:
     assert await count_rows(pool) == 1
 
 
-async def test_payload_limit_is_a_setting(start_platform: Callable[..., Any]) -> None:
-    async with start_platform(max_payload_bytes=4) as platform:
-        await publish(platform.as_producer(), payload=b"1234")
-        async with refused(StatusCode.INVALID_ARGUMENT, "PAYLOAD_TOO_LARGE"):
-            await publish(platform.as_producer(), payload=b"12345")
+@pytest.mark.server(max_payload_bytes=4)
+async def test_payload_limit_is_a_setting(platform: Platform) -> None:
+    await publish(platform.as_producer(), payload=b"1234")
+    async with refused(StatusCode.INVALID_ARGUMENT, "PAYLOAD_TOO_LARGE"):
+        await publish(platform.as_producer(), payload=b"12345")
 
 
 @pytest.mark.parametrize(
