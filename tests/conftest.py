@@ -25,14 +25,14 @@ from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, running_platform
 from tests.support.receiver import Receiver, receiving
 
-#: For the servers of all workers, with their logs.
+#: For the databases and logs of all workers.
 _ROOM_BYTES = 4 << 30
 _TEMPLATE = "postrider_template"
 _database_numbers = itertools.count(1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The ledger of each test that kept one, whether it passed or failed."""
+    """Print the ledgers that tests kept."""
     lines = [
         value
         for outcome in ("passed", "failed")
@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment() -> None:
-    """No test depends on what the shell that runs it has set."""
+    """No test depends on the environment of the shell."""
     for name in list(os.environ):
         if name.startswith("WEBHOOK_"):
             del os.environ[name]
@@ -56,7 +56,7 @@ def _clean_environment() -> None:
 
 @pytest.fixture(autouse=True)
 def _logs_as_they_were() -> Iterator[None]:
-    """No test depends on how a command that ran in this process has set its logs up."""
+    """No test depends on the log configuration of an earlier test."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -66,8 +66,8 @@ def _logs_as_they_were() -> Iterator[None]:
 
 
 def _memory() -> str | None:
-    """Where files need no disk, if there is room: each test makes and drops a database of 8 MB."""
-    memory = Path("/dev/shm")  # noqa: S108 - a directory of its own is made in it
+    """A directory in memory if it has space, because each test creates a database of 8 MB."""
+    memory = Path("/dev/shm")  # noqa: S108 - only the parent of a temporary directory
     enough = memory.is_dir() and shutil.disk_usage(memory).free > _ROOM_BYTES
     return str(memory) if enough else None
 
@@ -79,10 +79,10 @@ def postgres() -> Iterator[EmbeddedPostgres]:
     TEST_PG_BIN names another PostgreSQL's programs, to run the tests on another version.
     """
     bin_dir = Path(os.environ["TEST_PG_BIN"]) if "TEST_PG_BIN" in os.environ else None
-    # Nothing here survives the session; the tests of durability start servers of their own.
+    # This server need not survive a crash. Tests of durability start other servers.
     options = {"fsync": "off", "max_connections": "300", "log_min_messages": "fatal"}
     with tempfile.TemporaryDirectory(prefix="postrider-tests-", dir=_memory()) as directory:
-        # PostgreSQL refuses root, so for root it runs as somebody else, who has to get there.
+        # PostgreSQL refuses root, so root runs it as another user, who must reach the directory.
         Path(directory).chmod(0o711)
         data_dir = Path(directory, "data")
         with embedded_postgres(
@@ -108,9 +108,9 @@ def own_postgres() -> Iterator[OwnPostgres]:
 
 @pytest.fixture
 async def database_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
-    """A database of this test's own, migrated."""
+    """A migrated database for one test."""
     name = f"test_{next(_database_numbers)}"
-    # Copying files is a third of the work of writing what they hold to the log.
+    # Copying the files takes a third of the time of writing their content to the WAL.
     copied = f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE} STRATEGY file_copy"
     await _execute(postgres.url(), copied)
     yield postgres.url(name)
@@ -180,7 +180,7 @@ def start_platform(database_url: str, ca_file: Path, tmp_path: Path) -> Callable
 
 @pytest.fixture
 def logged() -> Iterator[list[Any]]:
-    """What is logged during the test, as dictionaries."""
+    """The log entries of the test, as dictionaries."""
     with structlog.testing.capture_logs() as entries:
         yield entries
 

@@ -89,22 +89,12 @@ async def test_address_beyond_loopback_is_logged_as_a_warning(
     assert warning["setting"] == "WEBHOOK_ADMIN_ADDRESS"
 
 
-@pytest.mark.parametrize(
-    ("address", "loopback"),
-    [
-        ("127.0.0.1:50052", True),
-        ("127.9.9.9:1", True),
-        ("[::1]:50052", True),
-        ("localhost:50052", True),
-        ("unix:/run/postrider/admin.sock", True),
-        ("0.0.0.0:50052", False),
-        ("[::]:50052", False),
-        ("10.0.0.4:50052", False),
-        ("admin.example.org:50052", False),
-    ],
-)
-def test_loopback_addresses_are_recognized(address: str, loopback: bool) -> None:
-    assert is_loopback(address) is loopback
+def test_loopback_addresses_are_recognized() -> None:
+    for host in ("127.0.0.1", "127.9.9.9", "[::1]", "localhost"):
+        assert is_loopback(f"{host}:50052"), host
+    assert is_loopback("unix:/run/postrider/admin.sock")
+    for host in ("0.0.0.0", "[::]", "10.0.0.4", "admin.example.org"):  # noqa: S104
+        assert not is_loopback(f"{host}:50052"), host
 
 
 async def test_configured_address_in_use_fails_the_start(

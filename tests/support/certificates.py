@@ -1,4 +1,4 @@
-"""A certificate authority whose certificates say what a test wants, URIs among it."""
+"""A certificate authority for servers and clients, with names and URIs of the test's choice."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""Valid rows and values by default; a test names only what it is about."""
+"""Valid rows and values. A test passes only the fields that it is about."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
@@ -20,7 +20,7 @@ STARTED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a delivery stands, in the queue or finished, as the database has it."""
+    """The state of a delivery in the database, in the queue or finished."""
 
     state: str
     attempt_count: int
@@ -66,14 +66,14 @@ def make_event(**overrides: Any) -> NewEvent:
 
 
 async def enqueue_events(pool: Any, count: int = 1, **overrides: Any) -> list[NewEvent]:
-    """So many events, accepted in one batch."""
+    """Accept events in one batch."""
     events = [make_event(**overrides) for _ in range(count)]
     await queue.enqueue(pool, events)
     return events
 
 
 async def make_delivery(pool: Any, webhook_id: UUID, **overrides: Any) -> UUID:
-    """A row of the queue with an event behind it, in any state; ready and due by default.
+    """A queue row and its event, in any state. It is ready and due by default.
 
     `due_in` and `lease_in` are seconds from the database's now.
     """
@@ -104,7 +104,7 @@ async def make_delivery(pool: Any, webhook_id: UUID, **overrides: Any) -> UUID:
 
 
 async def lease_one(pool: Any, webhook_id: UUID, **overrides: Any) -> LeasedDelivery:
-    """A delivery of its own, claimed; nothing else may be due."""
+    """A claimed delivery. No other delivery may be due."""
     delivery_id = await make_delivery(pool, webhook_id, **overrides)
     [delivery] = await queue.claim(pool, 10, 60)
     assert delivery.id == delivery_id
@@ -112,14 +112,14 @@ async def lease_one(pool: Any, webhook_id: UUID, **overrides: Any) -> LeasedDeli
 
 
 async def lease_many(pool: Any, webhook_id: UUID, count: int) -> list[LeasedDelivery]:
-    """So many deliveries of a config, claimed under one lease; nothing else may be due."""
+    """Deliveries of a config, claimed with one lease. No other delivery may be due."""
     for _ in range(count):
         await make_delivery(pool, webhook_id)
     return await queue.claim(pool, count, 60)
 
 
 def settlement(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
-    """A 200 that finishes the delivery. Overrides are fields of the settlement or of its result."""
+    """A 200 that finishes the delivery. Overrides are fields of the settlement or its result."""
     result: dict[str, Any] = {"outcome": Outcome.SUCCEEDED, "status_code": 200, "detail": "200 OK"}
     result |= {"duration_us": 1500}
     result |= {name: overrides.pop(name) for name in AttemptResult._fields if name in overrides}
@@ -139,7 +139,7 @@ def settlement(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
 
 
 def failed(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
-    """A 500 that was the last one allowed."""
+    """A 500 in the last attempt."""
     fields = {
         "outcome": Outcome.HTTP_ERROR,
         "status_code": 500,
@@ -150,12 +150,12 @@ def failed(delivery: LeasedDelivery, **overrides: Any) -> Settlement:
 
 
 def rescheduled(delivery: LeasedDelivery, seconds: float = 60.0, **overrides: Any) -> Settlement:
-    """A 500 with another attempt to come."""
+    """A 500 before the last attempt."""
     return failed(delivery, final_state=None, next_attempt_in_seconds=seconds, **overrides)
 
 
 async def fail_open_delivery(pool: Any) -> str:
-    """Finish one open delivery as failed, whatever its state; its prefixed id."""
+    """Finish one open delivery as failed. Returns its prefixed id."""
     row = await pool.fetchrow("""
         WITH finished AS (
             DELETE FROM delivery_queue WHERE id IN (SELECT id FROM delivery_queue LIMIT 1)
@@ -176,7 +176,7 @@ async def settle(pool: Any, *settlements: Settlement, limit: int = 10) -> Settle
 
 
 async def places(pool: Any) -> dict[UUID, Place]:
-    """Where each delivery stands; fails when one is in two places."""
+    """The state of each delivery. Fails if one is both in the queue and finished."""
     rows = await pool.fetch("""
         SELECT id, state, attempt_count, reclaim_count, lease_id,
             CASE WHEN isfinite(due_at) THEN extract(epoch FROM due_at - now())::float8 END AS due_in
@@ -203,7 +203,7 @@ async def states(pool: Any, webhook_id: UUID | None = None) -> list[str]:
 
 
 async def attempts(pool: Any) -> list[tuple[UUID, int, str]]:
-    """(delivery, number, outcome) of everything on record, in order."""
+    """(delivery, number, outcome) of each recorded attempt, in order."""
     rows = await pool.fetch(
         "SELECT delivery_id, number, outcome FROM attempts ORDER BY delivery_id, number"
     )
@@ -226,7 +226,7 @@ async def count_rows(pool: Any, table: str = "events") -> int:
 
 
 async def until_blocked(pool: Any, count: int = 1) -> None:
-    """Return once so many sessions of this database wait for another's lock."""
+    """Return when this many sessions of the database wait for a lock."""
     query = """
         SELECT count(*) FROM pg_stat_activity
         WHERE datname = current_database() AND wait_event_type = 'Lock'
@@ -254,7 +254,7 @@ async def terminate_blocked(pool: Any) -> None:
 
 
 async def promptly[T](awaitable: Awaitable[T]) -> T:
-    """What must not wait for anybody's lock."""
+    """Fails if the awaitable waits, for example for a lock."""
     return await asyncio.wait_for(awaitable, 5)
 
 

@@ -1,4 +1,4 @@
-"""Refused calls in tests, with their details decoded as a client decodes them."""
+"""Assertions on refused calls, with the details decoded as a client decodes them."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 
 @dataclass
 class Refusal:
-    """What a caller learns; filled in when the block of `refused` ends."""
+    """The status and details of a refused call, filled in at the end of the `refused` block."""
 
     code: grpc.StatusCode = grpc.StatusCode.OK
     message: str = ""
@@ -46,7 +46,7 @@ class Refusal:
 
 @asynccontextmanager
 async def refused(code: grpc.StatusCode, reason: str) -> AsyncIterator[Refusal]:
-    """Fails unless the block's call is refused so; `reason` is that of the ErrorInfo."""
+    """Fails unless the block's call is refused with this code and ErrorInfo reason."""
     refusal = Refusal()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         yield refusal
@@ -55,7 +55,7 @@ async def refused(code: grpc.StatusCode, reason: str) -> AsyncIterator[Refusal]:
 
 
 async def refusal_of(call: Any) -> Refusal:
-    """The refusal of a call, whatever it is."""
+    """The refusal of a call, with any code and reason."""
     refusal = Refusal()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call

@@ -19,7 +19,7 @@ NEVER = 0.0001
 
 
 class SilentReceiver:
-    """Accepts connections and sends nothing until `silence` ends."""
+    """Accepts connections and sends nothing until `silence` is set."""
 
     def __init__(self) -> None:
         self.url = ""

@@ -4,7 +4,6 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
@@ -16,6 +15,7 @@ from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+NO_TIMES = [Timestamp(seconds=10**15), Timestamp(seconds=-1), Timestamp(nanos=-1)]
 #: Makes an id of the milliseconds in $1 + {}.
 ID_AT = "(lpad(to_hex($1::bigint + {}), 12, '0') || right(replace(new_uuid7()::text, '-', ''), 20))"
 
@@ -89,21 +89,11 @@ async def test_merchants_token_lists_only_its_events(platform: Platform) -> None
         assert await calls.ListEvents(merchant_id=merchant_id) == pb.ListEventsResponse()
 
 
-async def test_token_without_merchant_must_name_one(platform: Platform) -> None:
-    for merchant_id in ("", "m 1", "\x00", "x" * 65):
-        async with refused(StatusCode.INVALID_ARGUMENT, "MERCHANT_ID_INVALID"):
-            await page(platform, merchant_id=merchant_id)
-
-
 async def test_events_are_filtered_by_type(platform: Platform) -> None:
     failed = (await platform.publish(type="payment.failed")).event
     await platform.publish()
     assert list((await page(platform, type="payment.failed")).events) == [failed]
     assert not (await page(platform, type="refund.created")).events
-    for invalid in ("payment.*", "payment\x00"):
-        async with refused(StatusCode.INVALID_ARGUMENT, "EVENT_TYPE_NAME_INVALID") as error:
-            await page(platform, type=invalid)
-        assert error.violations == {"type": "EVENT_TYPE_NAME_INVALID"}
 
 
 async def test_time_range_is_half_open_and_uses_create_time(platform: Platform, pool: Any) -> None:
@@ -126,19 +116,23 @@ async def test_time_range_is_half_open_and_uses_create_time(platform: Platform, 
     assert await ids(start_time=NOON + timedelta(days=1)) == []
 
 
-@pytest.mark.parametrize("field", ["start_time", "end_time"])
-async def test_invalid_time_is_refused(platform: Platform, field: str) -> None:
-    for invalid in (Timestamp(seconds=10**15), Timestamp(seconds=-1), Timestamp(nanos=-1)):
-        async with refused(StatusCode.INVALID_ARGUMENT, "TIME_INVALID") as error:
-            await page(platform, **{field: invalid})
-        assert error.violations == {field: "TIME_INVALID"}
+INVALID: dict[tuple[str, str], list[Any]] = {
+    ("merchant_id", "MERCHANT_ID_INVALID"): ["", "m 1", "\x00", "x" * 65],
+    ("type", "EVENT_TYPE_NAME_INVALID"): ["payment.*", "payment\x00"],
+    ("start_time", "TIME_INVALID"): NO_TIMES,
+    ("end_time", "TIME_INVALID"): NO_TIMES,
+    ("end_time", "TIME_RANGE_EMPTY"): [NOON, NOON - timedelta(seconds=1)],
+    ("page_size", "PAGE_SIZE_INVALID"): [-1],
+}
 
 
-async def test_empty_time_range_is_refused(platform: Platform) -> None:
-    for end in (NOON, NOON - timedelta(seconds=1)):
-        async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_EMPTY") as error:
-            await page(platform, start_time=NOON, end_time=end)
-        assert error.violations == {"end_time": "TIME_RANGE_EMPTY"}
+async def test_invalid_filter_is_refused(platform: Platform) -> None:
+    for (field, reason), values in INVALID.items():
+        start = {"start_time": NOON} if reason == "TIME_RANGE_EMPTY" else {}
+        for value in values:
+            async with refused(StatusCode.INVALID_ARGUMENT, reason) as error:
+                await page(platform, **start, **{field: value})
+            assert error.violations == {field: reason}
 
 
 async def test_page_token_of_another_list_is_refused(platform: Platform) -> None:
@@ -146,17 +140,10 @@ async def test_page_token_of_another_list_is_refused(platform: Platform) -> None
         await platform.publish()
     token = (await page(platform, page_size=1)).next_page_token
     assert token
-    others: tuple[dict[str, Any], ...] = (
-        {"merchant_id": "m_2"},
-        {"type": "payment.failed"},
-        {"start_time": datetime.now(UTC)},
-        {"end_time": datetime.now(UTC)},
-    )
-    for other in others:
+    others = {"merchant_id": "m_2", "type": "payment.failed", "start_time": NOON, "end_time": NOON}
+    for field, value in others.items():
         async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
-            await page(platform, page_token=token, **other)
-    async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_SIZE_INVALID"):
-        await page(platform, page_size=-1)
+            await page(platform, page_token=token, **{field: value})
 
 
 async def test_time_range_scans_only_its_part_of_the_index(platform: Platform, pool: Any) -> None:

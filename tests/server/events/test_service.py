@@ -153,21 +153,16 @@ async def test_key_deleted_during_its_lookup_is_new(
 
 
 @pytest.mark.parametrize(
-    "other", [{"merchant_id": "m_2"}, {"idempotency_key": "k2"}, {"idempotency_key": ""}], ids=repr
+    ("first", "second"),
+    [({"idempotency_key": "k"}, {"idempotency_key": "k", "merchant_id": "m_2"}), ({}, {})],
+    ids=["key of another merchant", "no key"],
 )
-async def test_key_identifies_events_of_one_merchant(
-    producer: Calls, pool: Any, other: dict[str, str]
+async def test_event_without_used_key_is_new(
+    producer: Calls, pool: Any, first: dict[str, str], second: dict[str, str]
 ) -> None:
-    first, second = [
-        await publish(producer, **{"idempotency_key": "k1"} | fields) for fields in ({}, other)
-    ]
-    assert not second.duplicate
-    assert first.event.id != second.event.id
-    assert await count_rows(pool) == 2
-
-
-async def test_each_call_without_key_creates_an_event(producer: Calls, pool: Any) -> None:
-    assert (await publish(producer)).event.id != (await publish(producer)).event.id
+    responses = [await publish(producer, **fields) for fields in (first, second)]
+    assert not responses[1].duplicate
+    assert responses[0].event.id != responses[1].event.id
     assert await count_rows(pool) == 2
 
 
