@@ -9,14 +9,13 @@ from grpc import StatusCode
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from core.errors import ConfigurationError
 from server.admin_listener import AdminListener, is_loopback
 from server.app import SERVICE_NAMES
 from server.settings import ServerSettings
 from tests.support.platform import Platform
-from tests.support.rpcs import call, code_of, methods
+from tests.support.rpcs import call, code_of, methods, reflected
 
 FREE_PORT = "127.0.0.1:0"
 # The port of the listener is in the log, so `logged` starts before the platform.
@@ -26,14 +25,6 @@ pytestmark = [pytest.mark.usefixtures("logged"), pytest.mark.server(admin_addres
 def admin_port(logged: list[Any]) -> int:
     [port] = [entry["port"] for entry in logged if entry["event"] == "admin_listening"]
     return int(port)
-
-
-async def described(channel: Any) -> set[str]:
-    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    async for answer in stub.ServerReflectionInfo(iter([request])):
-        return {service.name for service in answer.list_services_response.service}
-    return set()
 
 
 async def servers(channel: Any) -> list[Any]:
@@ -61,7 +52,7 @@ async def test_health_reflection_and_channelz_need_no_token(
     for name in ("", *SERVICE_NAMES):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    assert {"grpc.channelz.v1.Channelz", *SERVICE_NAMES} <= await described(admin_channel)
+    assert {"grpc.channelz.v1.Channelz", *SERVICE_NAMES} <= await reflected(admin_channel)
 
     await platform.publish()
     # The main listener is among the servers, with the call it has served.
@@ -76,7 +67,7 @@ async def test_rpcs_of_the_contract_are_not_served(platform: Platform, admin_cha
 
 
 async def test_main_listener_has_no_channelz_or_reflection(platform: Platform) -> None:
-    for calling in (servers(platform.channel), described(platform.channel)):
+    for calling in (servers(platform.channel), reflected(platform.channel)):
         assert await code_of(calling) is StatusCode.UNAUTHENTICATED
 
 

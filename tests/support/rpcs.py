@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import postrider.v1
 from tests.support.platform import Metadata, Platform
@@ -88,6 +89,14 @@ async def call(
         return None
     answers = [answer async for answer in running]
     return answers[-1] if answers else None
+
+
+async def reflected(channel: Any, **options: Any) -> set[str]:
+    """The services that server reflection lists."""
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    [answer] = [each async for each in stub.ServerReflectionInfo(iter([request]), **options)]
+    return {service.name for service in answer.list_services_response.service}
 
 
 def _arity(streaming: bool) -> str:

@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import pytest
 from grpc import StatusCode
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from server.app import SERVICE_NAMES
 from tests.support.platform import Platform, bearer
@@ -18,6 +16,7 @@ from tests.support.rpcs import (
     code_of,
     methods,
     name_of,
+    reflected,
     scope_of,
     services,
     token_for,
@@ -89,19 +88,10 @@ async def test_scope_is_checked_before_the_database_is_read(
 async def test_reflection_is_served_only_when_enabled(
     platform: Platform, start_platform: Callable[..., Any]
 ) -> None:
-    async def listed(channel: Any, **options: Any) -> set[str]:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        answers = stub.ServerReflectionInfo(iter([request]), **options)
-        async for answer in answers:
-            return {service.name for service in answer.list_services_response.service}
-        return set()
-
     async with refused(StatusCode.UNAUTHENTICATED, "TOKEN_INVALID"):
-        await listed(platform.channel)
-    with pytest.raises(grpc.aio.AioRpcError) as unknown:
-        await listed(platform.channel, metadata=platform.operator())
-    assert unknown.value.code() is StatusCode.UNIMPLEMENTED
+        await reflected(platform.channel)
+    authorized = reflected(platform.channel, metadata=platform.operator())
+    assert await code_of(authorized) is StatusCode.UNIMPLEMENTED
 
     async with start_platform(reflection=True) as reflecting:
-        assert set(SERVICE_NAMES) < await listed(reflecting.channel)
+        assert set(SERVICE_NAMES) < await reflected(reflecting.channel)

@@ -20,13 +20,13 @@ SCOPES = ("webhooks:manage", "events:publish", "webhooks:admin")
 INTERNAL = "postgresql://user:password@10.0.0.5/postrider"
 
 
+def breaks(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError(INTERNAL)
+
+
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Listing deliveries raises an unexpected error."""
-
-    async def breaks(*_: Any) -> None:
-        raise ZeroDivisionError(INTERNAL)
-
     monkeypatch.setattr("server.deliveries.service.list_deliveries", breaks)
 
 
@@ -54,9 +54,6 @@ async def test_unexpected_error_reveals_only_a_reference(
 async def test_internal_error_of_each_rpc_is_hidden(
     platform: Platform, monkeypatch: pytest.MonkeyPatch, logged: list[Any]
 ) -> None:
-    def breaks(*_: Any) -> Any:
-        raise ZeroDivisionError(INTERNAL)
-
     monkeypatch.setattr("server.auth.principal.Principal.require", breaks)
     for method in methods():
         async with refused(StatusCode.INTERNAL, "INTERNAL") as error:
@@ -135,14 +132,8 @@ def log_stream() -> Iterator[io.BytesIO]:
 
 
 async def test_logged_stack_has_no_secret_token_or_payload(
-    platform: Platform,
-    receiver: Receiver,
-    monkeypatch: pytest.MonkeyPatch,
-    log_stream: io.BytesIO,
+    platform: Platform, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, log_stream: io.BytesIO
 ) -> None:
-    def breaks(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError
-
     secret = "0123456789abcdef" * 4
     monkeypatch.setattr("server.webhooks.service.new_secret", lambda _: secret)
     monkeypatch.setattr("server.webhooks.store.record_change", breaks)
