@@ -55,8 +55,8 @@ async def test_lines_and_spans_have_what_the_page_says_and_no_more(
 
     assert fields(logged, "rpc") == SECTIONS['A call: `"event": "rpc"`']
     assert fields(logged, "attempt") == SECTIONS['An attempt: `"event": "attempt"`']
-    assert told(spans["ListDeliveries"]) == SECTIONS["What a span of an RPC says"]
-    assert told(spans["attempt"]) == SECTIONS["What a span of an attempt says"]
+    assert told(spans["ListDeliveries"]) == SECTIONS["Attributes of an RPC span"]
+    assert told(spans["attempt"]) == SECTIONS["Attributes of an attempt span"]
 
 
 async def test_of_what_goes_well_at_once_no_line_is_written_at_a_rate_of_0(
