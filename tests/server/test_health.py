@@ -18,20 +18,14 @@ pb: Any = health_pb2
 MAX_SECONDS = 5
 
 
-class Watched:
-    """An open Watch of one service."""
+def watch(channel: grpc.aio.Channel, service: str = "") -> Any:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    return stub.Watch(health_pb2.HealthCheckRequest(service=service))
 
-    def __init__(self, channel: grpc.aio.Channel, service: str):
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        self._call = stub.Watch(health_pb2.HealthCheckRequest(service=service))
 
-    def done(self) -> bool:
-        return bool(self._call.done())
-
-    async def next(self) -> int:
-        async with asyncio.timeout(MAX_SECONDS):
-            status: int = (await self._call.read()).status
-            return status
+async def next_status(watched: Any) -> int:
+    async with asyncio.timeout(MAX_SECONDS):
+        return int((await watched.read()).status)
 
 
 async def statuses(channel: grpc.aio.Channel) -> dict[str, int]:
@@ -52,37 +46,37 @@ async def test_every_service_serves_as_soon_as_the_server_listens(platform: Plat
 async def test_services_stop_serving_while_the_database_is_stopped(
     own_postgres: OwnPostgres, on_own: Platform
 ) -> None:
-    watched = Watched(on_own.channel, "postrider.v1.EventService")
-    assert await watched.next() == SERVING
+    watched = watch(on_own.channel, "postrider.v1.EventService")
+    assert await next_status(watched) == SERVING
     own_postgres.stop()
     try:
-        assert await watched.next() == NOT_SERVING
+        assert await next_status(watched) == NOT_SERVING
         now = await statuses(on_own.channel)
         # Liveness stays, because a restart would not help.
         assert now.pop(LIVENESS) == SERVING
         assert set(now.values()) == {NOT_SERVING}
     finally:
         own_postgres.start()
-    assert await watched.next() == SERVING
+    assert await next_status(watched) == SERVING
     assert (await on_own.publish()).event.id
 
 
 async def test_services_stop_serving_while_the_database_is_frozen(
     own_postgres: OwnPostgres, on_own: Platform
 ) -> None:
-    watched = Watched(on_own.channel, "")
-    assert await watched.next() == SERVING
+    watched = watch(on_own.channel)
+    assert await next_status(watched) == SERVING
     with own_postgres.frozen():
-        assert await watched.next() == NOT_SERVING
-    assert await watched.next() == SERVING
+        assert await next_status(watched) == NOT_SERVING
+    assert await next_status(watched) == SERVING
 
 
 @pytest.mark.server(health_interval_seconds=0.01)
 async def test_terminated_session_is_not_an_outage(
     platform: Platform, pool: Any, logged: list[Any]
 ) -> None:
-    watched = Watched(platform.channel, "")
-    assert await watched.next() == SERVING
+    watched = watch(platform.channel)
+    assert await next_status(watched) == SERVING
     first = await _health_session(pool, None)
     await pool.execute("SELECT pg_terminate_backend($1, 5000)", first)
     # The next session shows that the server has noticed the lost one.
@@ -107,8 +101,8 @@ async def _health_session(pool: Any, other_than: int | None) -> int:
 async def test_services_stop_serving_before_the_server_drains(platform: Platform) -> None:
     """The server waits for the watches, because they are calls in flight."""
     async with grpc.aio.insecure_channel(platform.address) as channel:
-        watches = [Watched(channel, name) for name in ("", *SERVICE_NAMES)]
-        assert [await watch.next() for watch in watches] == [SERVING] * len(watches)
+        watches = [watch(channel, name) for name in ("", *SERVICE_NAMES)]
+        assert [await next_status(each) for each in watches] == [SERVING] * len(watches)
         platform.stop.set()
-        assert [await watch.next() for watch in watches] == [NOT_SERVING] * len(watches)
+        assert [await next_status(each) for each in watches] == [NOT_SERVING] * len(watches)
         assert not watches[0].done()

@@ -58,6 +58,7 @@ def test_other_urls_are_refused(url: str) -> None:
 
 async def test_key_is_found_by_its_kid(issuer: FakeIssuer, jwks: JwksKeys) -> None:
     issuer.document = make_jwks(make_jwk(ED, "ed"), make_jwk(RSA, "rsa"), make_jwk(EC, "ec"))
+    assert issuer.fetches == 0
     for kid, key in (("ed", ED), ("rsa", RSA), ("ec", EC)):
         assert await jwks.keys_for(kid) == (VerificationKey.of(key.public_key()),)
     assert await jwks.keys_for(None) == ()

@@ -26,13 +26,6 @@ async def fetch_ends(jwks: JwksKeys) -> None:
     await jwks._fetching
 
 
-async def test_first_token_triggers_the_fetch(issuer: FakeIssuer, jwks: JwksKeys) -> None:
-    assert issuer.fetches == 0
-    await jwks.keys_for("ed")
-    await jwks.keys_for("ed")
-    assert issuer.fetches == 1
-
-
 async def test_concurrent_calls_share_one_fetch(issuer: FakeIssuer, jwks: JwksKeys) -> None:
     found = await asyncio.gather(*(jwks.keys_for("ed") for _ in range(100)))
     assert all(len(keys) == 1 for keys in found)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ class Service:
     channel: Any
     echo: Echo
     keys: BreakableKeys
-    mint: Callable[[str], str]
+    mint: Callable[..., str]
 
     def start(self, method: str, *metadata: tuple[str, str]) -> Any:
         """Start a call without a request. All kinds of calls are the same on the wire."""
@@ -128,7 +129,7 @@ class Service:
         return Refusal(await call.code(), await call.details())
 
     def bearer(self, subject: str) -> tuple[str, str]:
-        return ("authorization", f"Bearer {self.mint(subject)}")
+        return ("authorization", f"Bearer {self.mint(subject=subject)}")
 
 
 @pytest_asyncio.fixture
@@ -138,17 +139,15 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
     verifier = TokenVerifier(keys, issuer=ISSUER, audience="postrider", max_lifetime_seconds=3600)
     authentication = Authentication(verifier, CallerLimits(ServerSettings()), PUBLIC)
 
-    def mint(subject: str) -> str:
-        return mint_token(
-            pair.private_key_file,
-            issuer=ISSUER,
-            audience="postrider",
-            subject=subject,
-            scopes=("webhooks:manage",),
-            merchant_id="m_42",
-            lifetime=timedelta(minutes=5),
-        )
-
+    mint = partial(
+        mint_token,
+        pair.private_key_file,
+        issuer=ISSUER,
+        audience="postrider",
+        scopes=("webhooks:manage",),
+        merchant_id="m_42",
+        lifetime=timedelta(minutes=5),
+    )
     echo = Echo()
     async with dispatching(authentication, echo.handlers()) as channel:
         yield Service(channel, echo, keys, mint)
@@ -169,7 +168,7 @@ async def test_unknown_method_is_revealed_only_with_a_token(service: Service) ->
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 async def test_scheme_is_case_insensitive(service: Service, scheme: str) -> None:
-    metadata = ("authorization", f"{scheme} {service.mint('ann')}")
+    metadata = ("authorization", f"{scheme} {service.mint(subject='ann')}")
     assert await service.call("UnaryUnary", metadata) == b"ann"
 
 
@@ -177,7 +176,7 @@ async def test_scheme_is_case_insensitive(service: Service, scheme: str) -> None
     "value", ["", "Bearer", "Bearer ", "{}", "Basic {}", "Bearer  {}", "Bearer {} {}", "Bearer{}"]
 )
 async def test_malformed_authorization_is_refused(service: Service, value: str) -> None:
-    token = service.mint("ann")
+    token = service.mint(subject="ann")
     metadata = ("authorization", value.format(token, token))
     assert await service.refusal("UnaryUnary", metadata) == NO_TOKEN
 
