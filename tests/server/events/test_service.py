@@ -108,7 +108,7 @@ TOMORROW = datetime.now(UTC) + timedelta(days=1)
         {"ordering_key": "l"},
         {"ordering_key": "", "not_before": None},
     ],
-    ids=repr,
+    ids=" and ".join,
 )
 async def test_key_of_another_event_is_refused(
     producer: Calls, pool: Any, change: dict[str, Any]
