@@ -1,1 +1,1 @@
-"""Alembic migrations, run by `postrider migrate`; versions/ holds one file per change, by date."""
+"""Alembic migrations, run by `postrider migrate`. versions/ has one dated file per change."""

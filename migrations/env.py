@@ -1,6 +1,6 @@
-"""How Alembic reaches the database: one migration per transaction, one migrator at a time.
+"""The environment of Alembic: one transaction per migration, one migrator at a time.
 
-`cli/ops/migrate.py` passes the connection settings in; there is no alembic.ini.
+`cli/ops/migrate.py` passes the connection settings. There is no alembic.ini.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from sqlalchemy.pool import NullPool
 from core.models import Base
 
 STATEMENT_TIMEOUT_SECONDS = 60.0
-# How long to wait for another migrator to finish; afterwards there is usually nothing left to do.
+# The wait for another migrator. Afterwards there is usually nothing left to migrate.
 MIGRATOR_TIMEOUT_SECONDS = 600.0
 MIGRATOR_POLL_SECONDS = 0.1
-# Any constant will do; it is the same for every migrator of this schema.
+# An arbitrary constant that all releases share.
 MIGRATION_LOCK = 0x706F7374
 
 
@@ -39,10 +39,10 @@ def _run(connection: Connection) -> None:
 
 
 def _wait_for_others(connection: Connection) -> None:
-    """Take the lock of migrators; CommandError when another one holds it for too long.
+    """Take the lock of migrators. Raises CommandError after MIGRATOR_TIMEOUT_SECONDS.
 
-    Not by waiting in PostgreSQL: whoever waits there in a transaction has CREATE INDEX CONCURRENTLY
-    of the other migrator wait for it, which is a deadlock.
+    Polls, because waiting in PostgreSQL keeps a transaction open. CREATE INDEX CONCURRENTLY of the
+    other migrator would wait for that transaction: a deadlock.
     """
     attempt = text("SELECT pg_try_advisory_lock(:key)")
     until = monotonic() + MIGRATOR_TIMEOUT_SECONDS
@@ -50,7 +50,8 @@ def _wait_for_others(connection: Connection) -> None:
         connection.rollback()
         if monotonic() > until:
             raise CommandError(
-                "another migrator is at work, and has been for long; see what it does"
+                f"another migrator has held the lock for {MIGRATOR_TIMEOUT_SECONDS:.0f} s;"
+                " look it up in pg_stat_activity"
             )
         sleep(MIGRATOR_POLL_SECONDS)
 

@@ -1,6 +1,6 @@
 """The first schema: webhook configs, events, the queue, the history and the audit log.
 
-Safe beside old code: there is none. Locks: only what it creates.
+No previous release exists. Locks: only on new objects.
 """
 
 from alembic import op
@@ -10,7 +10,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# PostgreSQL before 18 has no uuidv7(); ours sorts by time the same way (RFC 9562, version 7).
+# PostgreSQL before 18 has no uuidv7(). These ids also sort by time (RFC 9562, version 7).
 NEW_UUID7 = """
 CREATE FUNCTION new_uuid7() RETURNS uuid LANGUAGE sql VOLATILE PARALLEL SAFE AS $$
     SELECT encode(
@@ -195,7 +195,7 @@ COMMENT ON COLUMN audit_entries.changed_fields IS 'Names only, never values';
 COMMENT ON COLUMN audit_entries.request_id IS 'The same as in the log line of the RPC';
 """
 
-# Rows of a day without its own partition land here: a missing partition refuses nothing.
+# A default partition accepts rows of a day without a partition.
 PARTITIONED = ("events", "finished_deliveries", "attempts")
 
 EVENT_TYPES = {

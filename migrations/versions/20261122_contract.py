@@ -1,8 +1,8 @@
-"""What the complete contract stores: limits and rotation of configs, schemas, details of attempts.
+"""Limits and rotation of configs, schemas of event types, and details of attempts.
 
-Safe beside the previous release: columns are added with defaults, a CHECK is widened, nothing is
-renamed or removed. Locks: ACCESS EXCLUSIVE for a moment per table; the indexes are built on what
-is there, which is for the history tables as long as that is large.
+Safe beside the previous release: new columns have defaults, a CHECK becomes wider, and nothing is
+renamed or removed. Locks: ACCESS EXCLUSIVE for a moment on each table. Building an index takes as
+long as reading its table, which is long for a large history.
 """
 
 from alembic import op

@@ -1,8 +1,7 @@
-"""Which transaction recorded an attempt: the order in which a live tail reads them.
+"""The transaction that recorded an attempt. A watch reads attempts in this order.
 
-Safe beside the previous release: the database fills the column in, whoever inserts. Locks: ACCESS
-EXCLUSIVE on attempts for a moment; the index is built on what is there, and nothing is recorded as
-long as that takes.
+Safe beside the previous release: the database fills the column for every writer. Locks: ACCESS
+EXCLUSIVE on attempts for a moment. No attempt is recorded while the index is built.
 """
 
 from alembic import op
@@ -12,7 +11,7 @@ down_revision = "20261122_contract"
 branch_labels = None
 depends_on = None
 
-# First without a default: with one, what is there would count as recorded now.
+# The default comes second, so that existing attempts do not count as recorded now.
 UPGRADE = """
 ALTER TABLE attempts ADD COLUMN recorded_xid BIGINT;
 ALTER TABLE attempts ALTER COLUMN recorded_xid SET DEFAULT pg_current_xact_id()::text::bigint;

@@ -1,7 +1,7 @@
-"""The breaker of a webhook config, which holds for all engines, and a new reason to be inactive.
+"""The breaker of a webhook config, shared by all engines, and a new deactivation reason.
 
-Safe beside the previous release: columns are added with defaults it need not know, and a CHECK is
-widened. Locks: ACCESS EXCLUSIVE on webhook_configs while its rows are checked, which are few.
+Safe beside the previous release: new columns have defaults, and a CHECK becomes wider. Locks:
+ACCESS EXCLUSIVE on webhook_configs while its rows, which are few, are checked.
 """
 
 from alembic import op

@@ -1,10 +1,10 @@
 """Ordered delivery: ordering keys of events, ordered configs, and blocked deliveries.
 
-Safe beside the previous release: columns are added with defaults, a CHECK is widened, and nothing
-is ordered before a config says so. Processes of the previous release know no order: they ignore
-keys of events they accept, and leave promoting to the sweep. Locks: ACCESS EXCLUSIVE for a moment
-on events and webhook_configs, and on delivery_queue for as long as it takes to read what is open
-(about a second a million); the new indexes are empty.
+Safe beside the previous release: new columns have defaults, a CHECK becomes wider, and no delivery
+is ordered until a config is. Servers of the previous release ignore ordering keys. Its engines do
+not promote, so the sweep of a new engine does. Locks: ACCESS EXCLUSIVE for a moment on events and
+webhook_configs. On delivery_queue the lock lasts while its rows are read, about a second per
+million. The new indexes are empty.
 """
 
 from alembic import op
@@ -40,7 +40,7 @@ CREATE INDEX delivery_queue_blocked_of_webhook ON delivery_queue (webhook_id, id
     WHERE state = 'blocked'
 """
 
-# What is blocked goes on without an order: the previous release knows none.
+# Blocked deliveries continue without an order, because the previous release has none.
 DOWNGRADE = """
 DROP INDEX delivery_queue_blocked_of_webhook;
 DROP INDEX delivery_queue_blocked;

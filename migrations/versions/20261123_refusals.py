@@ -1,7 +1,7 @@
-"""Where the callers in the audit log called from, and refused attempts beside the changes.
+"""Refused calls in the audit log, and the address and user agent of every caller.
 
 Safe beside the previous release, which leaves the new columns empty. Locks: ACCESS EXCLUSIVE on
-audit_entries for a moment; no row is rewritten, since the defaults are constants.
+audit_entries for a moment. No row is rewritten, because the defaults are constants.
 """
 
 from alembic import op

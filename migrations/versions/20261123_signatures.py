@@ -1,8 +1,8 @@
-"""How a config's webhooks are signed: public keys of key pairs, and a prefix of its own headers.
+"""Key pairs that sign webhooks, and a header prefix of a config.
 
-Safe beside the previous release, which fills nothing in: a config that it makes signs by HMAC and
-has no prefix. Its engines know neither, so update them before anybody asks for a key pair. Locks:
-ACCESS EXCLUSIVE on webhook_configs for a moment; nothing is rewritten.
+Safe beside the previous release: its new configs sign by HMAC and have no prefix. Its engines
+ignore both, so replace them before a merchant selects a key pair. Locks: ACCESS EXCLUSIVE on
+webhook_configs for a moment. No row is rewritten.
 """
 
 from alembic import op

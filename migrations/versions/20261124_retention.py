@@ -1,15 +1,15 @@
-"""Days of their own for events and history, a part for what outlives its day; the audit log by merchant.
+"""Partitions by day for events and history, a partition for kept rows, and the audit log by merchant.
 
-Each of the three tables becomes a list of parts by `kept`: true for what outlives its day, false
-for the days, null for what was there before. What is there stays where it is, as the part `_before`,
-which retention empties row by row and then drops. A new database has none.
+Each of the three tables becomes a list of partitions by `kept`: true for rows that outlive their
+day, false for days, null for rows from before this migration. Those rows stay in the partition
+`_before`. Retention removes them row by row and then drops it. A new database has no `_before`.
 
-Safe beside the previous release: it writes what `kept` defaults to and reads all parts. What is
-there is read once, without a lock that holds anybody up; ACCESS EXCLUSIVE is taken for a moment,
-whatever the size. Broken off in between, it is simply run again.
+Safe beside the previous release: it writes the default of `kept` and reads all partitions. The old
+rows are read once, without blocking writes. Locks: ACCESS EXCLUSIVE for a moment, independent of
+the size. An interrupted run can be repeated.
 
-The parts have PRIMARY KEY (id); the whole has none, since it would have to hold `kept`, and would
-let an id be there twice, which each part's own does not.
+Each partition has PRIMARY KEY (id). The whole table has no primary key, because it would have to
+include `kept` and so would allow an id twice.
 """
 
 from alembic import op
@@ -47,7 +47,7 @@ ALTER TABLE {table}_default DROP CONSTRAINT IF EXISTS {table}_unmarked;
 ALTER TABLE {table}_default ADD CONSTRAINT {table}_unmarked CHECK (kept IS NULL) NOT VALID
 """
 
-# With the constraint, attaching reads nothing.
+# Because of the constraint, ATTACH reads no rows.
 DIVIDE = """
 ALTER TABLE {table} DETACH PARTITION {table}_default;
 ALTER TABLE {table}_default RENAME TO {table}_before;
@@ -67,7 +67,7 @@ CREATE TABLE {table}_default PARTITION OF {table}_by_day DEFAULT;
 ALTER TABLE {table}_default ADD PRIMARY KEY ({primary_key})
 """
 
-# The names are free for the part that gets the table's.
+# Frees the index names for the new default partition.
 RENAME_INDEXES = """
 DO $$ DECLARE name text; BEGIN
     FOR name IN SELECT indexname FROM pg_indexes
@@ -104,7 +104,7 @@ COMMENT ON COLUMN retention_runs.actor IS 'engine, or who ran the command';
 COMMENT ON COLUMN retention_runs.done IS 'Counts of what was made, moved and removed'
 """
 
-# Everything goes back into one part, which takes as long as copying it does.
+# Copies all rows back into one partition, so the time grows with their number.
 JOIN = """
 ALTER TABLE {table} RENAME TO {table}_parts;
 ALTER TABLE {table}_default RENAME TO {table}_parts_default;

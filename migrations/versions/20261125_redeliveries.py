@@ -1,7 +1,7 @@
-"""Which open deliveries are redeliveries, by event: for RedeliverDeliveries, which makes none twice.
+"""An index of open redeliveries by event, so that RedeliverDeliveries creates no duplicates.
 
-Safe beside the previous release, which does not ask for it. Nobody waits while it is built, and of
-what is open it has the few that are redeliveries. Broken off in between, it is simply run again.
+Safe beside the previous release, which does not use it. Locks: none that block writes. The index
+contains open redeliveries only, which are few. An interrupted run can be repeated.
 """
 
 from alembic import op

@@ -1,7 +1,7 @@
-"""The trace of the call that published an event, so that deliveries can lead back to it.
+"""The trace of the call that published an event, so that deliveries can link to it.
 
-Safe beside the previous release, which neither fills it nor reads it. Locks: ACCESS EXCLUSIVE on
-events and its partitions for a moment; nothing is rewritten.
+Safe beside the previous release, which neither writes nor reads it. Locks: ACCESS EXCLUSIVE on
+events and its partitions for a moment. No row is rewritten.
 """
 
 from alembic import op

@@ -1,11 +1,11 @@
-"""Ids of deliveries are made without asking the operating system for randomness.
+"""Delivery ids without randomness from the operating system.
 
-Safe beside the previous release, which calls the same function. No locks but on the function; ids
-that there are stay as they are.
+Safe beside the previous release, which calls the same function. Locks: only on the function.
+Existing ids stay.
 
-They are no secret: whose delivery it is, is looked up. So PostgreSQL's own generator, which each
-session seeds with strong randomness, is good enough. A build without OpenSSL opened a device for
-every id, which was most of what an id cost, and a fifth of an accepted event.
+Ids are not secret, because every read also checks the merchant. So PostgreSQL's own generator,
+which each session seeds with strong randomness, is sufficient. A build without OpenSSL opened a
+device for every id. That took most of the time of an id, and a fifth of an accepted event.
 """
 
 from alembic import op

@@ -1,7 +1,7 @@
-"""Which of a delivery's attempts were broken by a fault of ours: they use up no retries.
+"""The number of attempts that failed by an internal error, because those use no retries.
 
-Safe beside the previous release, whose own such attempts go on using them up. Locks: ACCESS
-EXCLUSIVE on delivery_queue for a moment; nothing is rewritten.
+Safe beside the previous release, whose internal errors continue to use retries. Locks: ACCESS
+EXCLUSIVE on delivery_queue for a moment. No row is rewritten.
 """
 
 from alembic import op

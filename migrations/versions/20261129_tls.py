@@ -1,7 +1,7 @@
-"""How long the TLS handshake of an attempt took, apart from the TCP connection.
+"""The duration of the TLS handshake of an attempt, apart from the TCP connection.
 
-Safe beside the previous release, whose attempts do without. Locks: ACCESS EXCLUSIVE on attempts and
-its parts for a moment; nothing is rewritten.
+Safe beside the previous release, whose attempts leave it empty. Locks: ACCESS EXCLUSIVE on attempts
+and its partitions for a moment. No row is rewritten.
 """
 
 from alembic import op
