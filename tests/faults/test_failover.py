@@ -130,13 +130,13 @@ async def test_lost_standby_blocks_publishing_until_operator_acts(
         pair.standby.kill()
         await nothing_is_acknowledged(load, 3)
         # The lines of docs/operate/runbook.md.
-        go_on_alone, look = section("docs/operate/runbook.md", "Database failing over")
+        go_on_alone, verify = section("docs/operate/runbook.md", "Database failing over")
         environment = {"PATH": operators_path(), "WEBHOOK_DATABASE_URL": pair.url}
         await asyncio.to_thread(sh, go_on_alone, environment)
         seconds = await load.fresh_arrives()
         await load.arrived_more(100)
         await pair.follow()
-    assert "everything was looked at" in await asyncio.to_thread(sh, look, environment)
+    assert "everything was checked" in await asyncio.to_thread(sh, verify, environment)
     await conclude(scene, f"standby away, back in {seconds:.1f} s", in_flight)
     assert seconds <= BACK_SECONDS
 

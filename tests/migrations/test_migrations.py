@@ -1,4 +1,4 @@
-"""Migrations: up, down and up again; the same schema as the models; safe beside running queries."""
+"""Migrations, the schema that they create, and their locks."""
 
 import asyncio
 import subprocess
@@ -9,10 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from pydantic import SecretStr
-from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from cli.dev.postgres import EmbeddedPostgres
@@ -41,7 +38,7 @@ UNION ALL
 SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd')
 """
 
-#: Each gives rows that must be the same in a migrated database and in one made from the models.
+#: Queries whose rows are equal in a migrated database and in one created from the models.
 _SCHEMA = {
     "columns": """
         SELECT table_name, column_name, data_type, udt_name, is_nullable, column_default
@@ -66,19 +63,16 @@ _SCHEMA = {
     """,
 }
 
-
-# Oldest first; a file's name begins with its date.
 REVISIONS = revisions()
 
 
 @pytest.fixture
 async def empty_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
-    """A database with nothing in it."""
     async with _database(postgres, "migrations_empty") as url:
         yield url
 
 
-async def test_up_from_nothing_down_to_nothing_and_up_again(empty_url: str) -> None:
+async def test_migrations_downgrade_to_an_empty_schema_and_upgrade_again(empty_url: str) -> None:
     async with _connected(empty_url) as connection:
         announced: list[str] = []
         await _migrate(empty_url, announce=announced.append)
@@ -97,7 +91,7 @@ async def test_up_from_nothing_down_to_nothing_and_up_again(empty_url: str) -> N
         assert await _schema(connection) == first
 
 
-async def test_migrating_what_is_migrated_does_nothing(database_url: str) -> None:
+async def test_migrate_changes_nothing_in_a_current_schema(database_url: str) -> None:
     announced: list[str] = []
 
     await _migrate(database_url, announce=announced.append)
@@ -105,7 +99,7 @@ async def test_migrating_what_is_migrated_does_nothing(database_url: str) -> Non
     assert announced == []
 
 
-async def test_a_step_is_in_the_audit_log_but_for_those_of_an_empty_database(
+async def test_migrate_audits_each_step_unless_the_database_was_empty(
     pool: Any, database_url: str
 ) -> None:
     assert await pool.fetchval("SELECT count(*) FROM audit_entries") == 0
@@ -124,19 +118,7 @@ async def test_a_step_is_in_the_audit_log_but_for_those_of_an_empty_database(
     assert rows[0]["caller_address"]
 
 
-async def test_alembic_finds_no_difference_between_models_and_database(database_url: str) -> None:
-    assert await _differences(database_url) == []
-
-
-async def test_alembic_would_find_a_difference(database_url: str) -> None:
-    async with _connected(database_url) as connection:
-        await connection.execute("COMMENT ON COLUMN events.payload IS 'Something else'")
-        await connection.execute("DROP INDEX delivery_queue_due")
-
-    assert len(await _differences(database_url)) == 2
-
-
-async def test_migrations_and_models_make_the_same_schema_to_the_letter(
+async def test_migrations_and_models_create_the_same_schema(
     postgres: EmbeddedPostgres, database_url: str
 ) -> None:
     async with _database(postgres, "migrations_models") as url:
@@ -155,7 +137,7 @@ async def test_migrations_and_models_make_the_same_schema_to_the_letter(
     assert len(from_models["constraints"]) > len(Base.metadata.tables)
 
 
-async def test_every_table_says_in_sql_what_it_holds(pool: Any) -> None:
+async def test_tables_have_comments(pool: Any) -> None:
     rows = await pool.fetch("""
         SELECT relname, obj_description(oid, 'pg_class') AS comment FROM pg_class
         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
@@ -166,8 +148,8 @@ async def test_every_table_says_in_sql_what_it_holds(pool: Any) -> None:
     assert [row["relname"] for row in rows if not row["comment"]] == []
 
 
-async def test_a_row_of_a_day_without_a_partition_is_refused_by_no_table(pool: Any) -> None:
-    # By `kept`, which nobody writes but retention, there is a part for each value.
+async def test_tables_by_day_have_a_default_partition(pool: Any) -> None:
+    """So a missing partition refuses no row. The partitions by `kept` have every value."""
     partitioned = await pool.fetch(
         "SELECT partrelid::regclass::text FROM pg_partitioned_table WHERE partstrat = 'r'"
     )
@@ -181,7 +163,7 @@ async def test_a_row_of_a_day_without_a_partition_is_refused_by_no_table(pool: A
     assert len(partitioned) == 3
 
 
-async def test_ids_made_in_sql_are_version_7_and_sort_by_time(pool: Any) -> None:
+async def test_new_uuid7_returns_sortable_version_7_ids(pool: Any) -> None:
     async with pool.acquire() as connection:
         earlier = await connection.fetchval("SELECT clock_timestamp()")
         made = [await connection.fetchval("SELECT new_uuid7()") for _ in range(50)]
@@ -196,11 +178,8 @@ async def test_ids_made_in_sql_are_version_7_and_sort_by_time(pool: Any) -> None
     assert int(earlier.timestamp() * 1000) <= times[0] <= times[-1] <= later.timestamp() * 1000 + 1
 
 
-# --- beside others
-
-
 async def test_concurrent_migrators_apply_each_step_once(empty_url: str) -> None:
-    # Alembic keeps its state in a module, so each needs a process of its own, as it has outside.
+    # Alembic keeps its state in a module, so each migrator needs its own process.
     migrators = [
         await asyncio.create_subprocess_exec(
             sys.executable, "-c", _MIGRATE, empty_url, stdout=subprocess.PIPE
@@ -214,15 +193,15 @@ async def test_concurrent_migrators_apply_each_step_once(empty_url: str) -> None
     assert sorted(out.decode() for out, _ in outputs) == ["", "", applied]
 
 
-async def test_a_migrator_waits_for_another_one_as_long_as_that_takes(empty_url: str) -> None:
-    # Neither the connection's own limits nor the client's, all shorter than this wait, end it.
-    impatient = DatabaseSettings(
+async def test_migrate_waits_for_another_migrator(empty_url: str) -> None:
+    # The time limit of a statement is shorter than the wait, and does not end it.
+    settings = DatabaseSettings(
         database_url=SecretStr(empty_url), database_statement_timeout_seconds=0.1
     )
     async with _connected(empty_url) as connection:
-        # The key is written out: another release that migrates beside us uses the same one.
+        # The literal key, because other releases must use the same one.
         await connection.execute("SELECT pg_advisory_lock(x'706F7374'::int)")
-        waiting = asyncio.create_task(asyncio.to_thread(migrate, impatient))
+        waiting = asyncio.create_task(asyncio.to_thread(migrate, settings))
         await _until_waiting_for(connection, 1.3)
         assert await connection.fetch(_RELATIONS) == []
         await connection.execute("SELECT pg_advisory_unlock_all()")
@@ -230,18 +209,18 @@ async def test_a_migrator_waits_for_another_one_as_long_as_that_takes(empty_url:
         assert await connection.fetchval("SELECT version_num FROM alembic_version") == head()
 
 
-async def test_a_migration_gives_way_when_a_table_is_locked_and_leaves_nothing_half_done(
+async def test_migrate_rolls_a_step_back_if_a_table_stays_locked(
     database_url: str,
 ) -> None:
-    # One step, which is one transaction: those before it stay done when a later one gives way.
+    # A single step, because earlier steps stay applied when a later one is rolled back.
     first = "20261121_initial"
     await _migrate(database_url, down_to=first)
     async with _connected(database_url) as connection:
         before = await _schema(connection)
-        # As a forgotten session in psql holds it. The table is not the first that is dropped.
+        # Like a forgotten psql session. The migration drops other tables before this one.
         async with connection.transaction():
             await connection.execute("LOCK TABLE events IN ACCESS SHARE MODE")
-            with pytest.raises(ConfigurationError, match=r"gave way.*`postrider migrate` again"):
+            with pytest.raises(ConfigurationError, match=r"rolled back.*`postrider migrate` again"):
                 await _migrate(database_url, down_to="base", lock_timeout_seconds=0.1)
         assert await _schema(connection) == before
         assert await connection.fetchval("SELECT version_num FROM alembic_version") == first
@@ -249,98 +228,91 @@ async def test_a_migration_gives_way_when_a_table_is_locked_and_leaves_nothing_h
         await _migrate(database_url, down_to="base", lock_timeout_seconds=0.1)
 
 
-async def test_every_step_runs_under_a_lock_timeout_and_a_statement_timeout(empty_url: str) -> None:
+async def test_migrations_run_with_lock_and_statement_timeouts(empty_url: str) -> None:
     async with _connected(empty_url) as connection:
         await connection.execute("""
-            CREATE SCHEMA witness;
-            CREATE TABLE witness.seen (tag text, lock text, statement text);
-            CREATE FUNCTION witness.see() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
-                INSERT INTO witness.seen VALUES (
+            CREATE SCHEMA observer;
+            CREATE TABLE observer.seen (tag text, lock text, statement text);
+            CREATE FUNCTION observer.record() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+                INSERT INTO observer.seen VALUES (
                     tg_tag, current_setting('lock_timeout'), current_setting('statement_timeout'));
             END $$;
-            CREATE EVENT TRIGGER see ON ddl_command_start EXECUTE FUNCTION witness.see();
+            CREATE EVENT TRIGGER record ON ddl_command_start EXECUTE FUNCTION observer.record();
         """)
         await _migrate(empty_url)
         await _migrate(empty_url, down_to="base")
-        seen = await connection.fetch("SELECT * FROM witness.seen")
+        seen = await connection.fetch("SELECT * FROM observer.seen")
 
     assert {row["tag"] for row in seen} >= {"CREATE TABLE", "CREATE INDEX", "DROP TABLE"}
     assert {(row["lock"], row["statement"]) for row in seen} == {("4s", "1min")}
 
 
-# --- what a person is told
-
-
-async def test_a_revision_that_does_not_exist_is_named(database_url: str) -> None:
+async def test_migrate_names_an_unknown_revision(database_url: str) -> None:
     with pytest.raises(ConfigurationError, match="20990101_unknown"):
         await _migrate(database_url, down_to="20990101_unknown")
 
 
-async def test_a_schema_of_a_newer_release_is_not_migrated(database_url: str) -> None:
+async def test_migrate_refuses_a_schema_of_a_newer_release(database_url: str) -> None:
     await _stamp(database_url, "20990101_newer")
 
     with pytest.raises(ConfigurationError, match="20990101_newer"):
         await _migrate(database_url)
 
 
-async def test_a_database_that_does_not_exist_is_a_matter_of_configuration(
-    postgres: EmbeddedPostgres,
-) -> None:
+async def test_migrate_names_the_setting_of_a_missing_database(postgres: EmbeddedPostgres) -> None:
     with pytest.raises(ConfigurationError, match=r"WEBHOOK_DATABASE_URL.*nowhere"):
         await _migrate(postgres.url("nowhere"))
 
 
-async def test_a_url_that_is_none_is_a_matter_of_configuration() -> None:
-    for url in ("mysql://localhost/postrider", "postgresql://me:hunter2@host:port/postrider"):
-        with pytest.raises(ConfigurationError, match="WEBHOOK_DATABASE_URL") as refused:
-            await _migrate(url)
-        assert "hunter2" not in str(refused.value)
+@pytest.mark.parametrize(
+    "url", ["mysql://localhost/postrider", "postgresql://me:hunter2@host:port/postrider"]
+)
+async def test_migrate_refuses_an_invalid_url_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="WEBHOOK_DATABASE_URL") as refused:
+        await _migrate(url)
+    assert "hunter2" not in str(refused.value)
 
 
-async def test_a_server_that_is_away_is_unavailable() -> None:
+async def test_migrate_is_unavailable_without_a_server() -> None:
     with pytest.raises(Unavailable, match="WEBHOOK_DATABASE_URL"):
         await _migrate("postgresql://postgres@127.0.0.1:1/postrider")
 
 
-# --- require_schema
-
-
-async def test_the_schema_of_this_release_is_accepted(pool: Any) -> None:
+async def test_require_schema_accepts_the_current_schema(pool: Any) -> None:
     await require_schema(pool)
 
 
-async def test_a_database_without_a_schema_is_refused_with_what_to_do(empty_url: str) -> None:
+async def test_require_schema_refuses_an_empty_database(empty_url: str) -> None:
     async with asyncpg.create_pool(empty_url, min_size=1, max_size=1) as pool:
         with pytest.raises(ConfigurationError, match=f"at nothing.*needs {head()}.*migrate"):
             await require_schema(pool)
 
 
-async def test_a_schema_that_was_taken_down_is_refused(database_url: str, pool: Any) -> None:
+async def test_require_schema_refuses_a_downgraded_schema(database_url: str, pool: Any) -> None:
     await _migrate(database_url, down_to="base")
 
     with pytest.raises(ConfigurationError, match="at nothing"):
         await require_schema(pool)
 
 
-async def test_a_schema_behind_this_release_is_refused(
+async def test_require_schema_refuses_an_older_schema(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The database is at what is today the newest; this release pretends to know a newer one.
-    behind = head()
+    older = head()
     monkeypatch.setattr("cli.startup.head", lambda: "20990101_newer")
 
-    with pytest.raises(ConfigurationError, match=f"at {behind}.*needs 20990101_newer"):
+    with pytest.raises(ConfigurationError, match=f"at {older}.*needs 20990101_newer"):
         await require_schema(pool)
 
 
-async def test_a_schema_of_a_newer_release_is_accepted(database_url: str, pool: Any) -> None:
+async def test_require_schema_accepts_a_newer_schema(database_url: str, pool: Any) -> None:
     await _stamp(database_url, "20990101_newer")
 
     await require_schema(pool)
 
 
 async def _migrate(url: str, **options: Any) -> None:
-    """As `postrider migrate` does: it runs an event loop of its own."""
+    """Migrate in a thread, because `migrate` runs its own event loop."""
     await asyncio.to_thread(migrate, database_settings(url), **options)
 
 
@@ -369,7 +341,7 @@ async def _stamp(url: str, revision: str) -> None:
 
 
 async def _schema(connection: Any) -> dict[str, list[tuple[Any, ...]]]:
-    """Everything the database says about its own shape, without partitions and Alembic's table."""
+    """The rows of _SCHEMA, without partitions and Alembic's table."""
     partitions = {row[0] for row in await connection.fetch(_PARTITIONS)}
     ignored = partitions | {"alembic_version"}
     return {
@@ -380,30 +352,8 @@ async def _schema(connection: Any) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-async def _differences(url: str) -> list[Any]:
-    def compare(connection: Connection) -> list[Any]:
-        partitions = {row[0] for row in connection.exec_driver_sql(_PARTITIONS)}
-
-        def is_ours(name: str | None, kind: str, _: Any) -> bool:
-            return kind != "table" or name not in partitions
-
-        options = {"compare_type": True, "compare_server_default": True, "include_name": is_ours}
-        return list(
-            compare_metadata(MigrationContext.configure(connection, opts=options), Base.metadata)
-        )
-
-    engine = create_async_engine(
-        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(url)
-    )
-    try:
-        async with engine.connect() as connection:
-            return await connection.run_sync(compare)
-    finally:
-        await engine.dispose()
-
-
 async def _until_waiting_for(connection: Any, seconds: float) -> None:
-    """Return once a migrator has been asking for the lock so long; fails when none does."""
+    """Return when a migrator has waited this long for the lock."""
     query = """
         SELECT extract(epoch FROM clock_timestamp() - backend_start) FROM pg_stat_activity
         WHERE datname = current_database() AND query LIKE '%pg_try_advisory_lock%'

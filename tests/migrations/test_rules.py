@@ -1,4 +1,4 @@
-"""What docs/decisions/migrations.md asks of a migration, as far as its text shows it."""
+"""The rules of docs/decisions/migrations.md that the text of a migration can break."""
 
 import re
 from collections.abc import Iterator
@@ -8,37 +8,37 @@ import pytest
 
 from cli.startup import revisions
 
-#: Rows come here with every event, so their tables are large.
+#: Each event adds rows to these tables.
 _BIG = "events|deliveries|delivery_queue|finished_deliveries|attempts|idempotency_keys"
-#: Of migrations up to here the indexes came before there was anything in their tables.
+#: Migrations up to this one precede the first release, so they index empty tables.
 _FIRST_RELEASE = "20261123_signatures"
 
 _BREAKS = {
-    r"\bDROP (TABLE|COLUMN)\b": "the previous release still reads it: drop it a release later",
-    r"\bRENAME\b": "the previous release knows the old name: add the new one beside it",
-    r"\bADD COLUMN (?!.*\bDEFAULT\b).*\bNOT NULL\b": "the previous release leaves it out",
-    r"\bALTER COLUMN \w+ (SET NOT NULL|TYPE)\b": "the previous release leaves it out, or reads it",
-    r"\b(lock_timeout|statement_timeout)\b": "migrations/env.py sets them, for every step",
+    r"\bDROP (TABLE|COLUMN)\b": "the previous release reads it: drop it one release later",
+    r"\bRENAME\b": "the previous release uses the old name: add the new one beside it",
+    r"\bADD COLUMN (?!.*\bDEFAULT\b).*\bNOT NULL\b": "the previous release does not set it",
+    r"\bALTER COLUMN \w+ (SET NOT NULL|TYPE)\b": "the previous release uses the old column",
+    r"\b(lock_timeout|statement_timeout)\b": "migrations/env.py sets them for every step",
 }
 _BIG_INDEX = re.compile(rf"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY).*\bON ({_BIG})\b")
 
 
 def breaks(statement: str, *, first_release: bool = False) -> Iterator[str]:
-    """Why this statement of an upgrade is refused."""
-    # A column a line: an ADD COLUMN must not borrow the DEFAULT of the next one.
+    """Yield the rules that this statement of an upgrade breaks."""
+    # One clause at a time, so that a DEFAULT counts only for its own column.
     for clause in statement.split(",\n"):
         for pattern, reason in _BREAKS.items():
             if re.search(pattern, clause):
                 yield reason
     if not first_release and _BIG_INDEX.search(statement):
-        yield "nothing is written while it is built: CREATE INDEX CONCURRENTLY"
+        yield "the build blocks writes: use CREATE INDEX CONCURRENTLY"
 
 
 @pytest.mark.parametrize("revision", revisions())
-def test_a_migration_is_safe_beside_the_previous_release(revision: str) -> None:
+def test_migration_is_safe_beside_the_previous_release(revision: str) -> None:
     module = import_module(f"migrations.versions.{revision}")
     first_release = revision <= _FIRST_RELEASE
-    # One that makes its statements as it goes is for a reviewer to look at.
+    # Generated statements are left to the reviewer.
     upgrade = getattr(module, "UPGRADE", "")
     found = [
         f"{statement.strip()[:80]}: {reason}"
@@ -65,7 +65,7 @@ def test_a_migration_is_safe_beside_the_previous_release(revision: str) -> None:
         "CREATE UNIQUE INDEX x ON attempts (id)",
     ],
 )
-def test_a_statement_that_is_not_safe_is_refused(statement: str) -> None:
+def test_rules_refuse_an_unsafe_statement(statement: str) -> None:
     assert list(breaks(statement))
 
 
@@ -78,5 +78,5 @@ def test_a_statement_that_is_not_safe_is_refused(statement: str) -> None:
         "CREATE INDEX x ON webhook_configs (url)",
     ],
 )
-def test_a_statement_that_is_safe_passes(statement: str) -> None:
+def test_rules_accept_a_safe_statement(statement: str) -> None:
     assert list(breaks(statement)) == []
