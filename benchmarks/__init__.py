@@ -1,1 +1,1 @@
-"""Figures that can be repeated: one JSON object a benchmark, with its bare loop beside it."""
+"""Repeatable figures: one JSON object per benchmark, with the bare loop of the same run."""

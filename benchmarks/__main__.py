@@ -1,6 +1,6 @@
-"""`python -m benchmarks NAME [--json] [options]`; NAME may be `all`, which keeps what it measures.
+"""`python -m benchmarks NAME [--json] [options]`; NAME may be `all`.
 
-`all` writes the figures into docs/design/performance/, then the table and plots from them.
+`all` writes the figures to docs/design/performance/, and updates the tables and plots.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _measure(name: str, seconds: float) -> dict[str, Any]:
 
 
 def _measure_all(seconds: float) -> None:
-    """One that fails says why, leaves its former figures as they were, and stops no other."""
+    """Run one benchmark. A failure is printed, keeps the earlier figures, and stops no other."""
     failed = []
     plot.RESULTS.mkdir(exist_ok=True)
     for name in NAMES:

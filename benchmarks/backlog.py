@@ -1,9 +1,9 @@
-"""`backlog`: what claim and settle cost by the number of open deliveries, and a drain afterwards.
+"""`backlog`: the time of claim and settle by the number of open deliveries, and a drain.
 
-Three databases of one PostgreSQL hold 1,000, 100,000 and 1,000,000 deliveries, all of them due: the
-worst there is for a claim. They are asked in turn, so that noise meets all three, and get back what
-was settled, so that each keeps its size. The drained queue is one that grew while no engine ran,
-half of it for a tenth of the configs, against the same deliveries as they trickle in.
+Three databases of one PostgreSQL contain 1,000, 100,000 and 1,000,000 deliveries, all due, which is
+the worst case for a claim. They run in turn, so that noise affects all three. Settled deliveries
+are inserted again, so that each keeps its size. The drained queue grew while no engine ran, half of
+it for a tenth of the configs. It is compared with the same deliveries as they arrive.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ async def _measure(stack: Stack, seconds: float) -> dict[str, Any]:
 
 
 async def _claims(stack: Stack, rounds: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Milliseconds of a claim and of its settle, by size; medians."""
+    """Return the median milliseconds of a claim and of its settle, by size."""
     claims: dict[int, list[float]] = {size: [] for size in _SIZES}
     settles: dict[int, list[float]] = {size: [] for size in _SIZES}
     async with AsyncExitStack() as cleanup:
@@ -94,7 +94,7 @@ async def _claims(stack: Stack, rounds: int) -> tuple[dict[int, float], dict[int
 
 
 async def _filled(stack: Stack, size: int) -> Pool:
-    """A database that holds so many open deliveries, all due."""
+    """A database with this many open deliveries, all due."""
     name = f"backlog_{size}"
     connection = await asyncpg.connect(stack.database_url)
     await connection.execute(f"CREATE DATABASE {name} TEMPLATE postgres")

@@ -1,4 +1,4 @@
-"""The bare loop: aiohttp POSTs over TLS, the same bytes and headers, and nothing else.
+"""The bare loop: aiohttp POSTs over TLS, with the same bytes and headers.
 
 Run as a process: `python -m benchmarks.bare_post URL CA_FILE COUNT CONCURRENCY`; prints JSON.
 """

@@ -1,9 +1,9 @@
-"""On paper: what more webhooks a second need, from what one of them was measured to cost."""
+"""Calculates the processes and cores for higher rates from the measured cost of one webhook."""
 
 from typing import Any
 
 _RATES = (1_000, 10_000, 100_000)
-#: Part of a core that is planned for, so that a busy minute finds the rest.
+#: The planned share of a core. The rest is for busy minutes.
 _PLANNED = 0.7
 _RECEIVER_SECONDS = 0.2
 _PLACES = 500
@@ -11,7 +11,7 @@ _MICROSECONDS = 1_000_000
 
 
 def table(end: dict[str, Any]) -> str:
-    """Processes and cores by rate; `end` are the figures of `endtoend`."""
+    """Return processes and cores by rate, from the figures of `endtoend`."""
     cost = end["cpu_us"]["batch"]
     needs = [_needs(rate, cost, end["wal_bytes_per_webhook"]) for rate in _RATES]
     head = " | ".join(f"{rate:,}/s" for rate in _RATES)

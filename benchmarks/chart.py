@@ -1,4 +1,4 @@
-"""Bar charts as SVG, of what the performance page needs and nothing more."""
+"""Draws the bar charts of the performance page as SVG."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 @dataclass(frozen=True)
 class Row:
-    """One bar: what it is of, its parts by name, and the promise that it may not exceed."""
+    """One bar: its label, its parts by name, and its promised maximum."""
 
     label: str
     parts: Mapping[str, float]
@@ -25,9 +25,9 @@ class Row:
 
 
 def chart(title: str, unit: str, rows: Sequence[Row], *, logarithmic: bool = False) -> str:
-    """Horizontal bars, stacked where a row has several parts; a red line is a promise.
+    """Draw horizontal bars, stacked for rows with several parts. A red line is a promise.
 
-    A logarithmic scale begins at 1, and is for rows of one part.
+    A logarithmic scale starts at 1, and is for rows with one part.
     """
     most = max(max(row.total, row.promise or 0) for row in rows)
     if logarithmic:

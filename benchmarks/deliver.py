@@ -1,8 +1,8 @@
-"""`deliver`: one engine process on a prefilled queue, beside a bare aiohttp POST loop.
+"""`deliver`: one engine process on a prefilled queue, compared with a bare aiohttp POST loop.
 
-Both send the same payload to the same receiver over TLS with the same concurrency, in turn; each
-run of the engine is compared with the bare loops right before and after it: a machine may get half
-as fast within seconds.
+Both send the same payload to the same receiver over TLS with the same concurrency, in turn. Each
+run of the engine is compared with the bare loops right before and after it, because the speed of a
+machine changes within seconds.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ async def _engine(stack: Stack, count: int) -> dict[str, float]:
 
 
 async def _memory(stack: Stack) -> dict[str, Any]:
-    """The most an engine takes with so many requests open, each answered after seconds."""
+    """Return the maximum memory of an engine with this many open requests, answered late."""
     port = free_port()
     path = stack.directory / "ledger"
     count = 3 * _MANY_IN_FLIGHT
@@ -111,6 +111,6 @@ async def _memory(stack: Stack) -> dict[str, Any]:
         settings = {"WEBHOOK_MAX_IN_FLIGHT": str(_MANY_IN_FLIGHT)}
         figures = await drained(stack, count, _WEBHOOKS, settings)
     arrivals = [receipt.received_at for receipt in ledger.since()]
-    # As many as came within the time that each is held were open together.
+    # Requests that arrived within the delay of one response were open together.
     most = max(bisect_right(arrivals, at + HELD_SECONDS) - n for n, at in enumerate(arrivals))
     return {"rss_mb": figures["rss_mb"], "in_flight": most}

@@ -1,4 +1,4 @@
-"""A queue that is filled beforehand, and the engines that empty it: no server, no producer."""
+"""Fills a queue, and lets engines drain it without a server and a producer."""
 
 import asyncio
 import os
@@ -41,13 +41,15 @@ _LOOK_SECONDS = 0.05
 
 
 async def prefill(connection: Any, count: int, merchants: int, *, skewed: bool = False) -> None:
-    """`count` events with a ready delivery each, for the merchants `m_0`, `m_1`, … in turn; when
-    `skewed`, every other one for the first tenth of them."""
+    """Insert `count` events with a ready delivery each, for the merchants `m_0`, `m_1`, … in turn.
+
+    With `skewed`, every second event is for the first tenth of the merchants.
+    """
     arguments = (count, merchants, PAYLOAD, skewed)
     try:
         await connection.execute(_PREFILL, *arguments, timeout=600)
     except asyncpg.CheckViolationError as error:
-        # An engine that has just started makes the days' parts.
+        # A new engine creates the partitions.
         if not met_new_partition(error):
             raise
         await connection.execute(_PREFILL, *arguments, timeout=600)
@@ -62,7 +64,7 @@ async def drained(
     processes: int = 1,
     skewed: bool = False,
 ) -> dict[str, float]:
-    """Rate, microseconds of CPU per delivery, and the most memory that one engine took."""
+    """Return rate, microseconds of CPU per delivery, and the maximum memory of an engine."""
     postmaster = stack.postgres.process.pid
     connection = await asyncpg.connect(stack.database_url)
     command = ("delivery", f"--processes={processes}")
@@ -70,7 +72,7 @@ async def drained(
         with stack.process(*command, **settings) as process:
             await engines_listening(connection, processes, process)
             engines = children_of(process.pid) if processes > 1 else [process.pid]
-            # Stopped while the queue fills, so that they meet all of it at once.
+            # Stopped while the queue fills, so that they start with all of it.
             _send(engines, signal.SIGSTOP)
             await prefill(connection, count, merchants, skewed=skewed)
             await connection.execute("VACUUM ANALYZE delivery_queue")
@@ -96,7 +98,7 @@ async def drained(
 
 
 async def trickled(stack: Stack, count: int, merchants: int) -> dict[str, float]:
-    """Rate of the same deliveries, skewed, when there is never more than a second's work open."""
+    """Return the rate of the same skewed deliveries with at most one second's work open."""
     connection = await asyncpg.connect(stack.database_url)
     try:
         with stack.process("delivery") as process:

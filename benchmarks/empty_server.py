@@ -1,4 +1,4 @@
-"""The bare handler: grpc.aio with nothing in it, for the same request and response types.
+"""The bare handler: an empty grpc.aio handler with the same request and response types.
 
 Run as a process: `python -m benchmarks.empty_server PORT`.
 """

@@ -1,10 +1,9 @@
-"""`endtoend`: from publish to receipt, with server, engine and receiver as processes of their own.
+"""`endtoend`: from publish to receipt, with separate processes for server, engine and receiver.
 
-Rounds of batches of 100 and unary calls, with a bare POST loop before and after the batches: CPU is
-compared within a round, since a machine may get half as fast from one to the next. A publisher
-without a rate has so many events on their way and no more, so its rate is what the whole path
-sustains. Latency is by the publisher's clock in the payload and the receiver's; both are this
-machine's.
+Each round has batches of 100 and unary calls, with a bare POST loop before and after the batches.
+CPU is compared within a round, because the speed of a machine changes between rounds. A publisher
+without a rate has a fixed number of events in flight, so its rate is that of the whole path.
+Latency is from the publisher's clock, in the payload, to the receiver's, on the same machine.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ _BATCH = 100
 _ROUNDS = 5
 _LOW_RATE = 100
 _BARE_PER_SECOND = 2000
-# Few, so that the connections it has to make weigh little; ours have theirs from round to round.
+# Few, because it opens its connections in every round, and the engine keeps its own.
 _BARE_CONCURRENCY = 50
 _LEAD_IN = 500
 _WAL = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
@@ -80,7 +79,7 @@ async def _measure(stack: Stack, seconds: float) -> dict[str, Any]:
 
 
 async def latencies(pipeline: Pipeline, rate: float, seconds: float) -> Sequence[float]:
-    """Milliseconds from publish to receipt, of events published one by one at this rate."""
+    """Return the milliseconds from publish to receipt of single events at this rate."""
     receipts, _ = await pipeline.deliver(
         merchants="m_", merchant_count=MERCHANTS, batch=1, rate=rate, seconds=seconds
     )
@@ -96,7 +95,7 @@ def tails(prefix: str, values: Sequence[float]) -> Figures:
 
 
 async def _sustain(pipeline: Pipeline, batch: int, seconds: float, events: int = 10**9) -> Figures:
-    """The whole path at its limit: rate, and microseconds of CPU per webhook of each process."""
+    """Return rate and microseconds of CPU per webhook of each process, at the limit."""
     await pipeline.settled()
     before = pipeline.cpu()
     wal = await pipeline.connection.fetchval(_WAL)

@@ -1,8 +1,8 @@
-"""The engine of `postrider delivery`, whose name server never answers.
+"""The engine of `postrider delivery` with a name server that never responds.
 
-Run as a process: `python -m benchmarks.engine_without_dns`. The other receivers have addresses for
-names, so only those that are to be dead ask. The engine is what it is, c-ares included: only the
-address of the name server is another than the system's.
+Run as a process: `python -m benchmarks.engine_without_dns`. The other receivers have IP addresses
+in their URLs, so only dead configs use DNS. Only the address of the name server differs from
+production.
 """
 
 import socket

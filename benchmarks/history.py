@@ -15,7 +15,7 @@ _MERCHANT = "m_0"
 _PAGES = 20
 _ROUNDS = 3
 
-# Every second row is of m_0, one in a hundred failed, a few are of a rarer type; the ids ascend as
+# Every second row is of m_0, one in a hundred failed, some have a rare type. The ids ascend as
 # those of a day would.
 _FILL = """
 WITH configs AS (
@@ -41,7 +41,7 @@ FROM filled
 
 
 async def history_figures(stack: Stack, port: int) -> dict[str, Any]:
-    """Milliseconds per page, one call at a time; what the queue held before is gone."""
+    """Return the milliseconds per page, one call at a time. Replaces the content of the queue."""
     connection = await asyncpg.connect(stack.database_url)
     try:
         await connection.execute("TRUNCATE delivery_queue")

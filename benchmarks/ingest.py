@@ -1,11 +1,10 @@
-"""`ingest`: one server process on PostgreSQL with real fsync, beside an empty grpc.aio handler.
+"""`ingest`: one server process on PostgreSQL with real fsync, compared with an empty handler.
 
-Unary calls alternate with the empty handler in many short rounds, the same client with the same
-concurrency. Each round is compared with those of the empty handler right before and after it, and
-the median of these ratios counts: the machine's speed changes within seconds. So many calls are
-under way that the cores are what limits both; with half as many, callers of the server that wait
-for a commit leave a part of them idle, and that is a figure of its own. Every event is for one
-webhook config, hence a delivery; no engine runs.
+Unary calls alternate with an empty grpc.aio handler in many short rounds, with the same client and
+concurrency. Each round is compared with the rounds of the empty handler right before and after it,
+and the median of these ratios counts. The concurrency is high enough that the CPU limits both. With
+half of it, callers that wait for a commit leave cores idle, which is a separate figure. Each event
+has one delivery. No engine runs.
 """
 
 import asyncio
@@ -114,7 +113,7 @@ def _empty_server(stack: Stack) -> Iterator[tuple[int, int]]:
 async def _publish(
     stack: Stack, server: tuple[int, int], kind: str, seconds: float, concurrency: int
 ) -> Figures:
-    """Events a second, and microseconds of CPU per event."""
+    """Return events per second, and microseconds of CPU per event."""
     pid, port = server
     arguments = (kind, str(port), stack.token("events:publish"), str(seconds), str(concurrency))
     with stack.process("benchmarks.publisher", *arguments) as process:
@@ -122,7 +121,7 @@ async def _publish(
         before = cpu_seconds(pid), cpu_seconds_of_postgres(stack.postgres.process.pid)
         published = json.loads(await _line(process))
         after = cpu_seconds(pid), cpu_seconds_of_postgres(stack.postgres.process.pid)
-        # Before the signal that ends it, so that the calls under way end as well.
+        # Before the end signal, so that open calls end too.
         await asyncio.to_thread(process.wait, 30)
     accepted = published["accepted"]
     if not accepted:

@@ -1,7 +1,7 @@
-"""What the receiver got, in a file that the benchmark reads while it is written: no messages.
+"""The receipts of the receiver, in a file that the benchmark reads while it grows.
 
 A record is 24 bytes: the number of the webhook config (its URL ends in it), the publisher's
-sequence number, when it was published and when it was received, by the one clock of this machine.
+sequence number, when it was published and when it was received, by the clock of this machine.
 """
 
 import mmap
@@ -15,7 +15,7 @@ _RECORD = struct.Struct("<IIdd")
 
 
 class Receipt(NamedTuple):
-    """One webhook as it came; times in seconds since 1970."""
+    """A received webhook. Times are in seconds since 1970."""
 
     webhook: int
     sequence: int
@@ -28,7 +28,7 @@ class Receipt(NamedTuple):
 
 
 class Ledger:
-    """Append-only; one process writes, any number read."""
+    """An append-only file. One process writes, others read."""
 
     def __init__(self, path: Path):
         with path.open("r+b") as file:
@@ -48,11 +48,11 @@ class Ledger:
         count = len(self)
         offset = _HEAD.size + count * _RECORD.size
         _RECORD.pack_into(self._map, offset, webhook, sequence, sent_at, received_at)
-        # Last, so that a reader never sees a record that is not there yet.
+        # Last, so that readers never see an incomplete record.
         _HEAD.pack_into(self._map, 0, count + 1)
 
     def since(self, start: int = 0) -> list[Receipt]:
-        """The records from this position on."""
+        """Return the records from this position on."""
         view = memoryview(self._map)[
             _HEAD.size + start * _RECORD.size : _HEAD.size + len(self) * _RECORD.size
         ]
@@ -60,7 +60,7 @@ class Ledger:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that this share of them does not exceed; 0.5 is the median."""
+    """Return the smallest value that this share of values does not exceed. 0.5 is the median."""
     if not values:
         raise RuntimeError("nothing was received in the time that was to be measured")
     ordered = sorted(values)

@@ -1,15 +1,13 @@
-"""`neighbours`: what healthy webhook configs notice of dead ones, and of one that is flooded.
+"""`neighbours`: the effect of dead webhook configs, and of a burst for one, on healthy ones.
 
-Rounds without trouble, with a tenth of all configs dead, and with a merchant who publishes 100,000
-events at once, in turn. The dead are in equal parts: accepts connections and says nothing, has a
-name that DNS never answers for, refuses connections. Each begins with more deliveries than it has
-places, which is the worst there is, and gets its share of the traffic beside. Healthy events come
-one by one at a steady rate for the latency, and then for the throughput as fast as they are
-received, three times over.
+Rounds in turn: without disturbance, with a tenth of all configs dead, and with 100,000 events of
+one merchant at once. Dead configs are of three kinds in equal parts: no response, a name that DNS
+never answers, and refused connections. Each starts with more deliveries than its slots, which is
+the worst case, and gets its share of the traffic. Healthy events are published at a steady rate for
+the latency, and then as fast as they are received for the throughput, three times.
 
-In every round healthy events come for a while before the trouble begins: a new engine connects to
-every receiver first, and that is the same with neighbours and without. The first second of the
-dead ones, with their burst, is a figure of its own.
+Every round starts with some healthy events, because a new engine first connects to every receiver.
+The first second with the burst of the dead configs is a separate figure.
 """
 
 import asyncio
@@ -30,13 +28,13 @@ _DEAD = 30
 _RATE = 200
 _DEAD_BURST = 50
 _ROUNDS = 3
-#: Until the processes that publish are up.
+#: Time to start the publishing processes.
 _LAUNCH_SECONDS = 4.0
-#: More than every healthy config needs for its first delivery.
+#: More than each healthy config needs for its first delivery.
 _WARM_SECONDS = 2.0
-#: For so long after their beginning the burst of the dead is worked off.
+#: Time in which the burst of the dead configs is drained.
 _ONSET_SECONDS = 1.0
-#: The machine's speed changes within seconds, and so does what is received in a few of them.
+#: Several, because the speed of the machine changes within seconds.
 _FAST_TIMES = 3
 _FLOOD_ROUNDS = 2
 _FLOOD_PER_SECOND = 20_000
@@ -102,7 +100,7 @@ async def _register(stack: Stack, receiver: int, silent: int) -> None:
     await insert_webhooks(
         stack, f"https://127.0.0.1:{receiver}/" + "{}", [f"m_{n}" for n in range(_HEALTHY)]
     )
-    # Not a name that no resolver answers for: of such the engine would not ask.
+    # Not a reserved name, because the engine would not look it up.
     kinds = (f"127.0.0.1:{silent}", "{}.example.com", f"127.0.0.1:{free_port()}")
     for kind, host in enumerate(kinds):
         merchants = [f"d_{n}" for n in range(kind, _DEAD, len(kinds))]
@@ -112,7 +110,7 @@ async def _register(stack: Stack, receiver: int, silent: int) -> None:
 
 @contextmanager
 def _silent_port() -> Iterator[int]:
-    """Connections to it are made by the kernel, and nobody ever says a word."""
+    """Accept connections in the kernel, and never respond."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(4096)
@@ -150,7 +148,7 @@ async def _round(pipeline: Pipeline, seconds: float, *, dead: bool) -> Figures:
 
 
 async def _rate(pipeline: Pipeline, **orders: Any) -> float:
-    """Healthy events a second, as fast as they are received."""
+    """Return healthy events per second, as fast as they are received."""
     receipts, _ = await pipeline.deliver(**orders, batch=100)
     return len(receipts) / (receipts[-1].received_at - receipts[0].sent_at)
 
@@ -195,12 +193,12 @@ async def _flooded(pipeline: Pipeline, seconds: float) -> Figures:
 
 
 def _between(begins: float, ends: float, receipts: Sequence[Receipt]) -> list[Receipt]:
-    """Of what was published in this time."""
+    """Return the latencies of the events that were published in this time."""
     return [receipt for receipt in receipts if begins <= receipt.sent_at < ends]
 
 
 async def _healthy(pipeline: Pipeline, start: int, count: int) -> list[Receipt]:
-    """The receipts of all but the flooded config, once they are so many."""
+    """Wait for this many receipts of the other configs, and return them."""
     receipts: list[Receipt] = []
     async with asyncio.timeout(120):
         while len(receipts) < count:

@@ -1,9 +1,8 @@
-"""A producer that publishes at a given rate, or as fast as what it publishes is received.
+"""A producer that publishes at a given rate, or as fast as its events are received.
 
-Run as a process: `python -m benchmarks.paced_publisher '{"port": …}'`, see `Orders`. A rate is kept
-whether or not calls come back, so that a slow answer delays nothing but itself. Without a rate
-a window of events may be published and not yet received, by the receiver's ledger: what the whole
-path sustains. Prints JSON when it is done.
+Run as a process: `python -m benchmarks.paced_publisher '{"port": …}'`, see `Orders`. The rate does
+not depend on responses, so a slow response delays no other call. Without a rate, a limited number
+of events is published and not yet received, by the receiver's ledger. Prints JSON at the end.
 """
 
 import asyncio
@@ -28,8 +27,8 @@ from postrider.v1.event_pb2 import EventInput
 _CALLS_BY_BATCH = 4
 _CALLS_BY_ONE = 64
 _LOOK_SECONDS = 0.002
-# A server that is flooded refuses streams it has not looked at; the stamp stays that of the first
-# try, so the wait counts. What is published twice after all is found by the receipts.
+# A busy server refuses streams before it reads them; the stamp stays that of the first
+# try, so the wait counts. The receipts show duplicates.
 _RETRY = {
     "methodConfig": [
         {
@@ -48,24 +47,24 @@ _RETRY = {
 
 @dataclass(frozen=True)
 class Orders:
-    """What to publish; `seconds` or `events` ends it, whichever comes first."""
+    """The events to publish. It ends after `seconds` or `events`, at the first of both."""
 
     port: int
     token: str
     ledger: str
-    #: Merchants `PREFIXn`, for n from 0, in turn.
+    #: Merchants are `PREFIXn`, for n from 0, in turn.
     merchants: str
     merchant_count: int
-    #: Events of one call; 1 calls PublishEvent.
+    #: Events per call. 1 selects PublishEvent.
     batch: int
-    #: Events a second; 0 for as fast as `window` allows.
+    #: Events per second. 0 is as fast as `window` allows.
     rate: float = 0
     window: int = 2000
     seconds: float = 3600
     events: int = 10**9
-    #: Number of the first event.
+    #: The number of the first event.
     first_sequence: int = 0
-    #: When to begin, in seconds since 1970, with the process up and connected; 0 for at once.
+    #: The time to start, in seconds since 1970, after the connect. 0 starts at once.
     starts_at: float = 0
 
     def as_argument(self) -> str:

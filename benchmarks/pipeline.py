@@ -1,4 +1,4 @@
-"""The whole path as in production: server, engine and receiver, each a process of its own."""
+"""The whole path as in production: separate processes for server, engine and receiver."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ WHERE application_name = 'postrider-delivery' AND query LIKE 'LISTEN%'
 
 @dataclass
 class Pipeline:
-    """Processes that are up; `connection` is the benchmark's own."""
+    """The running processes. `connection` is for the benchmark."""
 
     stack: Stack
     connection: asyncpg.Connection
@@ -42,12 +42,12 @@ class Pipeline:
     processes: Mapping[str, "subprocess.Popen[bytes]"]
 
     def cpu(self) -> dict[str, float]:
-        """Seconds used so far, by process."""
+        """Return the CPU seconds of each process."""
         used = {name: cpu_seconds(process.pid) for name, process in self.processes.items()}
         return used | {"postgres": cpu_seconds_of_postgres(self.stack.postgres.process.pid)}
 
     async def publish(self, **orders: Any) -> dict[str, float]:
-        """Run a publisher to its end; returns what it accepted, and its seconds and CPU."""
+        """Run a publisher, and return its accepted events, its time and its CPU seconds."""
         full = Orders(
             port=self.server_port,
             token=self.stack.token("events:publish"),
@@ -62,7 +62,7 @@ class Pipeline:
     async def deliver(self, **orders: Any) -> tuple[list[Receipt], float]:
         """Publish, wait for a receipt of every event, and return them with the publisher's CPU.
 
-        RuntimeError when one came twice: such a run measures something else.
+        Raises RuntimeError for a duplicate, because such a run is not comparable.
         """
         start = len(self.ledger)
         published = await self.publish(**orders)
@@ -76,7 +76,7 @@ class Pipeline:
         return receipts, published["cpu"]
 
     async def received(self, count: int) -> None:
-        """Return when the receiver has had so many in all."""
+        """Return when the receiver has this many receipts."""
         await self._until(lambda: len(self.ledger) >= count, f"{count} receipts")
 
     async def settled(self) -> None:
@@ -105,7 +105,7 @@ class Pipeline:
 async def running_server_and_receiver(
     stack: Stack, capacity: int = 2_000_000
 ) -> AsyncIterator[Pipeline]:
-    """Without an engine yet; the ledger has room for `capacity` receipts."""
+    """Start it without an engine. The ledger holds `capacity` receipts."""
     ports = free_port(), free_port()
     ledger = Ledger.create(stack.directory / "ledger", capacity)
     async with AsyncExitStack() as cleanup:
@@ -130,8 +130,7 @@ async def running_server_and_receiver(
 async def with_engine(
     pipeline: Pipeline, command: str = "delivery", *, kill: bool = False
 ) -> AsyncIterator[Pipeline]:
-    """The pipeline with an engine that listens; `command` may be a module that wraps it. `kill` for
-    one that is not to drain at the end."""
+    """Add an engine. `command` may be a module that wraps it. `kill` ends it without a drain."""
     with ExitStack() as cleanup:
         engine = cleanup.enter_context(pipeline.stack.process(command))
         await engines_listening(pipeline.connection, 1, engine)
@@ -150,7 +149,7 @@ async def with_engine(
 async def engines_listening(
     connection: asyncpg.Connection, count: int, process: "subprocess.Popen[bytes]"
 ) -> None:
-    """Return when so many engines are up."""
+    """Return when this many engines run."""
     while await connection.fetchval(_ENGINES_LISTEN) < count:
         if (code := process.poll()) is not None:
             raise RuntimeError(f"the engine ended with {code}; what it said is above")

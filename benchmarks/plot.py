@@ -20,7 +20,7 @@ type Figures = dict[str, Any]
 
 
 def main(page: Path = PAGE, into: Path = RESULTS) -> None:
-    """Bring the tables in `page` and the plots in `into` up to date with the JSON files there."""
+    """Update the tables of `page` and the plots in `into` from the JSON files there."""
     results = {path.stem: json.loads(path.read_text()) for path in into.glob("*.json")}
     text = _between(page.read_text(), "figures", table(results))
     if end := results.get("endtoend"):
@@ -31,7 +31,7 @@ def main(page: Path = PAGE, into: Path = RESULTS) -> None:
 
 
 def _between(text: str, marker: str, content: str) -> str:
-    """The text with this in place of what is between a marker's two comments."""
+    """Return the text with new content between the two comments of a marker."""
     begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)

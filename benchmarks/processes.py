@@ -1,9 +1,8 @@
-"""`processes`: 1, 2 and 4 engines of one supervisor on a prefilled queue, and where the limit is.
+"""`processes`: 1, 2 and 4 engines of one supervisor on a prefilled queue, and the limit.
 
-Rounds of each number in turn, with the same number of requests open in all, so that no round has
-more connections to make. On a machine with few cores PostgreSQL and the receiver need theirs,
-too, so the figures that carry over to a larger one are those of CPU per delivery: they say how many
-engines one PostgreSQL feeds.
+Rounds in turn, with the same total number of open requests, so that each opens as many connections.
+PostgreSQL and the receiver use the same cores, so only CPU per delivery applies to larger machines.
+It shows how many engines one PostgreSQL supports.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ _ROUNDS = 3
 _MERCHANTS = 50
 _DELIVERIES_PER_SECOND = 2000
 _IN_FLIGHT = 400
-#: Of this share of all cores and more nothing is left to be had.
+#: At this share of all cores the machine is full.
 _SPENT = 0.9
 _MICROSECONDS = 1_000_000
 
@@ -83,7 +82,7 @@ def _cores_busy(rounds: Sequence[Figures]) -> float:
 
 
 def _limit(rounds: Sequence[Figures], busy: float) -> str:
-    """What had nothing left to give."""
+    """Return the parts that were at their limit."""
     rate = _median(rounds, "rate")
     if busy > _SPENT * (os.cpu_count() or 1):
         return "the cores of this machine"

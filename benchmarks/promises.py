@@ -1,11 +1,11 @@
-"""The promises in figures, and which benchmark shows each."""
+"""The promised figures, and the benchmark of each."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Promise:
-    """A line of the table: where its figure is, and what it must be at least or at most."""
+    """A line of the table: the place of its figure, and its minimum or maximum."""
 
     what: str
     benchmark: str
@@ -13,7 +13,7 @@ class Promise:
     at_most: float | None = None
     at_least: float | None = None
     unit: str = ""
-    #: The figure of the bare loop, or of the run without trouble, that it was measured beside.
+    #: The figure of the bare loop, or of the run without the disturbance.
     beside: str = ""
 
     def kept(self, value: float) -> bool:
@@ -23,7 +23,7 @@ class Promise:
 
     @property
     def limit(self) -> str:
-        """The promise as it is written; empty where none was made."""
+        """The text of the promise. Empty without one."""
         if self.at_most is not None:
             return f"≤ {self.at_most:,g}{self.unit}"
         return f"≥ {self.at_least:,g}{self.unit}" if self.at_least is not None else ""

@@ -1,8 +1,7 @@
-"""A producer with as many calls under way as it is told, for a time.
+"""A producer with a given number of concurrent calls, for a time.
 
 Run as a process: `python -m benchmarks.publisher KIND PORT TOKEN SECONDS CONCURRENCY`; KIND is
-unary, batch or stream. Prints JSON. Its requests are made beforehand, so that it is the server
-that is measured.
+unary, batch or stream. Prints JSON. Its requests are created before the measurement.
 """
 
 import asyncio

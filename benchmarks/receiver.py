@@ -1,7 +1,7 @@
-"""A receiver that costs as little as Python allows: HTTPS, keep-alive, 200 to every POST.
+"""A receiver with minimal CPU: HTTPS, keep-alive, 200 for every POST.
 
 Run as a process: `python -m benchmarks.receiver PORT CERTIFICATE_FILE [LEDGER_FILE]`. With a ledger
-it writes down what comes to `/NUMBER` and `/held`; the latter is answered late.
+it records requests to `/NUMBER` and `/held`. It responds to `/held` late.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class _Receiver(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's TLS transport is not an asyncio.Transport by type, only by what it does.
+        # uvloop's TLS transport behaves like an asyncio.Transport, but is not a subclass.
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks measure: a real PostgreSQL with its defaults, and each process by itself."""
+"""The measured parts: a real PostgreSQL with its defaults, and separate processes."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ from core.settings import DatabaseSettings
 ENCRYPTION_KEY = bytes(range(32))
 ISSUER = "benchmark"
 _LAST_WORDS_MAX = 4000
-# Ended by us, or by itself when all was well.
+# Terminated by the benchmark, or ended without an error.
 _AS_TOLD = {0, -signal.SIGTERM, -signal.SIGKILL}
 _TICKS = os.sysconf("SC_CLK_TCK")
 _WAL_SEGMENTS = 96
@@ -35,7 +35,7 @@ _WAL_SEGMENTS = 96
 
 @dataclass
 class Stack:
-    """The parts that every benchmark shares, and the environment of our processes."""
+    """The shared parts of every benchmark, and the environment of the processes."""
 
     directory: Path
     postgres: EmbeddedPostgres
@@ -62,9 +62,9 @@ class Stack:
 
     @contextmanager
     def process(self, *arguments: str, **settings: str) -> Iterator["subprocess.Popen[bytes]"]:
-        """One of our commands, or a module of this package, until the end of the context.
+        """Run a command of Postrider, or a module of this package.
 
-        They log as they do by default, into a file; what they say when they fail is shown.
+        Its log goes to a file, which is shown if it fails.
         """
         if arguments[0].startswith("benchmarks."):
             command: Sequence[str] = (sys.executable, "-m", *arguments)
@@ -86,7 +86,7 @@ class Stack:
                 print(log.read_text()[-_LAST_WORDS_MAX:], file=sys.stderr)
 
     async def output(self, process: "subprocess.Popen[bytes]") -> bytes:
-        """The next line a process says; RuntimeError when it ended without."""
+        """Return the next line of a process. Raises RuntimeError if it ended."""
         if process.stdout is None or not (line := await asyncio.to_thread(process.stdout.readline)):
             raise RuntimeError(f"{process.args!r} ended early; what it said is above")
         return line
@@ -94,9 +94,9 @@ class Stack:
 
 @contextmanager
 def running_stack() -> Iterator[Stack]:
-    """PostgreSQL, migrated, with its own durable defaults, in a temporary directory.
+    """Run a migrated PostgreSQL with its durable defaults, in a temporary directory.
 
-    As one that has been written to for a while, it has WAL segments to use again.
+    It has WAL segments to reuse, as after some time of use.
     """
     with ExitStack() as stack:
         directory = Path(
@@ -106,7 +106,7 @@ def running_stack() -> Iterator[Stack]:
         postgres = stack.enter_context(
             embedded_postgres(
                 directory / "data",
-                # pg_stat_statements is not in every build; its count would be nice to have.
+                # pg_stat_statements is optional, because some builds lack it.
                 options={
                     "shared_buffers": "256MB",
                     "max_wal_size": "4GB",
@@ -137,7 +137,7 @@ def running_stack() -> Iterator[Stack]:
 
 
 async def _make_wal_segments(url: str) -> None:
-    """A new one is filled with zeroes while commits wait; only a checkpoint leaves old ones."""
+    """Create WAL segments to reuse, because a new one is filled with zeros while commits wait."""
     connection = await asyncpg.connect(url)
     try:
         for _ in range(_WAL_SEGMENTS):
@@ -150,7 +150,7 @@ async def _make_wal_segments(url: str) -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on."""
+    """Return a free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -158,7 +158,7 @@ def free_port() -> int:
 
 
 def receiver_certificate(stack: Stack) -> Path:
-    """The file a receiver on loopback presents."""
+    """Return the certificate file of a receiver on loopback."""
     certificate = stack.directory / "receiver.pem"
     certificate.write_bytes(
         stack.authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.bytes()
@@ -167,13 +167,13 @@ def receiver_certificate(stack: Stack) -> Path:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of one process so far."""
+    """Return user and system time of one process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def cpu_seconds_of_postgres(postmaster: int) -> float:
-    """The same for the postmaster and every backend it has, past ones included."""
+    """Return it for the postmaster and all its backends, ended ones included."""
     own = Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()
     total = sum(int(own[i]) for i in range(11, 15)) / _TICKS
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -187,7 +187,7 @@ def cpu_seconds_of_postgres(postmaster: int) -> float:
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that this one started."""
+    """Return the child processes."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -199,7 +199,7 @@ def rss_megabytes(pid: int) -> float:
 
 
 async def wait_until_listening(port: int, timeout_seconds: float = 20) -> None:
-    """Return as soon as something accepts connections on this port of loopback."""
+    """Return when a process accepts connections on this port of loopback."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
@@ -214,7 +214,7 @@ async def wait_until_listening(port: int, timeout_seconds: float = 20) -> None:
 
 
 async def insert_webhooks(stack: Stack, url: str, merchants: Sequence[str]) -> None:
-    """One active webhook config per merchant, without the ping; `{}` in `url` is its number."""
+    """Insert one active webhook config per merchant. `{}` in `url` is its number."""
     connection = await asyncpg.connect(stack.database_url)
     try:
         for number, merchant_id in enumerate(merchants):

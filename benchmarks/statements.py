@@ -1,8 +1,7 @@
-"""How many statements PostgreSQL executes, counted where it executes them: in its own log.
+"""Counts executed statements in PostgreSQL's log.
 
-pg_stat_statements is not in every build, and its view needs a restart. `log_statement` is in all of
-them and sees whatever is executed, BEGIN and COMMIT included. Writing the log costs CPU, so what is
-counted here is a pass of its own, never the one whose time is taken.
+pg_stat_statements is not in every build and needs a restart. `log_statement` is in every build and
+includes BEGIN and COMMIT. Logging costs CPU, so statements are counted in a separate pass.
 """
 
 import asyncio
@@ -15,13 +14,13 @@ import asyncpg
 
 from benchmarks.stack import Stack
 
-# A statement's further lines begin with a tab; only its first has the prefix.
+# Further lines of a statement start with a tab, without the prefix.
 _LINE = re.compile(rb"^executed by (\S*): LOG:  (?:execute|statement)", re.MULTILINE)
 _PREFIX = "executed by %a: "
 
 
 class Statements:
-    """Statements executed since the beginning of the pass, by the name of the application."""
+    """Return the statements of this pass by application name."""
 
     def __init__(self, stack: Stack):
         self._log = stack.postgres.data_dir.with_name(f"{stack.postgres.data_dir.name}.log")
@@ -33,7 +32,7 @@ class Statements:
             return executed_by(log.read())
 
     def of_ours(self) -> int:
-        """Those of servers and engines together."""
+        """Return those of servers and engines."""
         count = self.so_far()
         ours = sum(count[name] for name in count if name.startswith("postrider-"))
         if not ours:
@@ -42,13 +41,13 @@ class Statements:
 
 
 def executed_by(log: bytes) -> Counter[str]:
-    """Statements in a log by the name of the application that sent them."""
+    """Return the statements of a log by application name."""
     return Counter(name.decode() for name in _LINE.findall(log))
 
 
 @asynccontextmanager
 async def counted(stack: Stack) -> AsyncIterator[Statements]:
-    """Counts every statement until the end of the context."""
+    """Count every statement while the context is open."""
     connection = await asyncpg.connect(stack.database_url)
     try:
         await connection.execute(f"ALTER SYSTEM SET log_line_prefix = '{_PREFIX}'")
@@ -62,6 +61,6 @@ async def counted(stack: Stack) -> AsyncIterator[Statements]:
 
 
 async def _reload(connection: asyncpg.Connection) -> None:
-    """Every session hears of it by a signal, as we do, or a moment later."""
+    """Reload the configuration, and wait until this session has it."""
     await connection.execute("SELECT pg_reload_conf()")
     await asyncio.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What every refusal looks like in REST: google.rpc.Status with the details Postrider sends."""
+"""The schema of errors in REST: google.rpc.Status with the details that Postrider sends."""
 
 from typing import Any
 

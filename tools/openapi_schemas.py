@@ -1,4 +1,4 @@
-"""Schemas of OpenAPI 3.1 from protobuf messages, as protobuf's JSON form writes them."""
+"""Converts protobuf messages to schemas of OpenAPI 3.1, by the JSON mapping of protobuf."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 _F = FieldDescriptorProto
-#: 64 bits do not fit the numbers of JavaScript, so protobuf writes them as strings.
+#: JavaScript numbers cannot represent 64 bits, so protobuf writes strings.
 _INT64 = {"type": "string", "format": "int64", "pattern": "^-?[0-9]+$"}
 _SCALARS: dict[int, dict[str, Any]] = {
     _F.TYPE_DOUBLE: {"type": "number", "format": "double"},
@@ -38,7 +38,7 @@ _WELL_KNOWN: dict[str, dict[str, Any]] = {
 
 
 class Contract:
-    """The descriptors by name, and their comments."""
+    """Descriptors by name, and their comments."""
 
     def __init__(self, files: Iterable[FileDescriptorProto]):
         self._files = {file.name: file for file in files}
@@ -49,13 +49,13 @@ class Contract:
             self._read(file)
 
     def services(self, names: Iterable[str]) -> Iterator[tuple[str, ServiceDescriptorProto]]:
-        """The services of these files, by their full names."""
+        """Return the services of these files by full name."""
         for file in map(self._files.__getitem__, names):
             for service in file.service:
                 yield f".{file.package}.{service.name}", service
 
     def comment(self, full_name: str) -> str:
-        """The comment in front of it; empty when there is none."""
+        """Return the leading comment, or an empty string."""
         return self._comments.get(full_name, "")
 
     def message(self, full_name: str) -> DescriptorProto:
@@ -65,7 +65,7 @@ class Contract:
         return self._enums[full_name]
 
     def field(self, message_name: str, path: str) -> tuple[str, FieldDescriptorProto]:
-        """The field at a dotted path, and the full name of the message that has it."""
+        """Return the field at a dotted path, and the full name of its message."""
         first, _, rest = path.partition(".")
         [field] = [field for field in self.message(message_name).field if field.name == first]
         return self.field(field.type_name, rest) if rest else (message_name, field)
@@ -90,24 +90,24 @@ class Contract:
 
 
 class Schemas:
-    """Makes the schemas that are asked for, and those that they refer to, each once."""
+    """Creates each requested schema and its references once."""
 
     def __init__(self, contract: Contract):
         self._contract = contract
         self.made: dict[str, dict[str, Any]] = {}
 
     def require(self, full_name: str) -> str:
-        """The name under which a message's schema stands in `made`."""
+        """Return the name of a message's schema in `made`."""
         name = full_name.rpartition(".")[2]
         if name not in self.made:
-            self.made[name] = {}  # First of all, for a message that holds itself.
+            self.made[name] = {}  # First, for recursive messages.
             self.made[name] = self.object_of(full_name)
         return name
 
     def object_of(
         self, full_name: str, fields: Iterable[FieldDescriptorProto] | None = None
     ) -> dict[str, Any]:
-        """A message as an object, or as one of only some of its fields."""
+        """Return a message as an object, with all or some of its fields."""
         chosen = list(self._contract.message(full_name).field if fields is None else fields)
         schema: dict[str, Any] = {
             "type": "object",
@@ -123,7 +123,7 @@ class Schemas:
         return schema
 
     def of_field(self, owner: str, field: FieldDescriptorProto) -> dict[str, Any]:
-        """The schema of a field, with its comment; `owner` is the message's full name."""
+        """Return the schema of a field with its comment. `owner` is the message's full name."""
         comment = self._contract.comment(f"{owner}.{field.name}")
         schema: dict[str, Any] = {"description": comment}
         if "Read-only." in comment:
@@ -136,7 +136,7 @@ class Schemas:
         return schema | self._value(field)
 
     def is_object(self, field: FieldDescriptorProto) -> bool:
-        """Whether it is written as a JSON object."""
+        """Return whether JSON represents it as an object."""
         return field.type == _F.TYPE_MESSAGE and field.type_name not in _WELL_KNOWN
 
     def _value(self, field: FieldDescriptorProto) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _at_most_one(names: list[str]) -> dict[str, Any]:
 
 
 def _name_at(file: FileDescriptorProto, path: Sequence[int]) -> str | None:
-    """The full name of what a location's path leads to; None for options and the like."""
+    """Return the full name of the descriptor at a location's path, or None, as for options."""
     found: Any = file
     name = f".{file.package}"
     for number, index in zip(path[::2], path[1::2], strict=False):

@@ -1,7 +1,7 @@
-"""A buf plugin that writes openapi.yaml: the REST half of the contract, from the protos alone.
+"""A buf plugin that writes openapi.yaml, the REST part of the contract, from the protos.
 
-Paths come from google.api.http, schemas from the messages, texts from their comments. What it
-cannot express is an error, so that the document never says less than the contract.
+Paths are from google.api.http, schemas from the messages, and texts from their comments. It fails
+for a construct that it cannot express, so that the document is complete.
 """
 
 import re
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def document(request: CodeGeneratorRequest) -> dict[str, Any]:
-    """The whole document; schemas are those that some path needs, and the errors."""
+    """Return the document, with the schemas that paths need, and the errors."""
     contract = Contract(request.proto_file)
     schemas = Schemas(contract)
     paths: dict[str, dict[str, Any]] = {}
@@ -73,7 +73,7 @@ def document(request: CodeGeneratorRequest) -> dict[str, Any]:
 
 
 def to_yaml(value: Any) -> str:
-    """Block style, without the anchors that few readers of OpenAPI understand."""
+    """Writes block style without anchors, which few tools for OpenAPI support."""
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
     text = yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
     return f"# Made from protos/ by `make generate`; do not edit.\n{text}"
@@ -82,7 +82,7 @@ def to_yaml(value: Any) -> str:
 def _operations(
     contract: Contract, schemas: Schemas, full_name: str, service: ServiceDescriptorProto
 ) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """(path, verb, operation) of every method that has a path."""
+    """Yield (path, verb, operation) of every method with a path."""
     for method in service.method:
         rule = method.options.Extensions[annotations_pb2.http]
         verb = rule.WhichOneof("pattern")
@@ -109,7 +109,7 @@ def _operations(
 
 
 def _path(template: str) -> tuple[str, dict[str, str]]:
-    """The path with plain parameter names, and the field that each is bound to."""
+    """Return the path with plain parameter names, and the field of each."""
     bound = {field.rpartition(".")[2]: field for field in re.findall(r"\{([^}=]+)\}", template)}
     path = re.sub(r"\{([^}]+)\}", lambda m: f"{{{lower_camel(m[1].rpartition('.')[2])}}}", template)
     return path, bound
@@ -122,7 +122,7 @@ def _inputs(
     body: str,
     bound: dict[str, str],
 ) -> dict[str, Any]:
-    """`parameters` and `requestBody`, each only when there is one."""
+    """Return `parameters` and `requestBody`, if present."""
     message = contract.message(method.input_type)
     parameters = [
         _parameter("path", lower_camel(name), *contract.field(method.input_type, field), schemas)
@@ -133,7 +133,7 @@ def _inputs(
     if body == "*":
         if free:
             schema = schemas.object_of(method.input_type, fields=free)
-            # A verb on something that exists may come without a body, a new thing may not.
+            # A call on an existing resource may have no body. A create needs one.
             found["requestBody"] = _json(schema) | {"required": not bound}
     else:
         parameters += [
@@ -154,7 +154,7 @@ def _parameter(
         raise NotImplementedError(f"{field.name}: a message in the {place} of a request")
     schema = schemas.of_field(owner, field)
     description = schema.pop("description")
-    # Of the message: nobody may set it there, which is not so where it names the resource.
+    # In the message the field is read-only, but in the path it names the resource.
     schema.pop("readOnly", None)
     return {
         "name": name,

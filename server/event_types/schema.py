@@ -21,7 +21,7 @@ _DYNAMIC = ("$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"
 _MATCHED_TWICE = ("unevaluatedProperties", "unevaluatedItems")
 
 
-class SchemaRefused(Exception):  # noqa: N818 - a refusal, not a fault of ours
+class SchemaRefused(Exception):  # noqa: N818 - a refusal, not an error
     """The schema is not accepted. The message is the reason, without a full stop."""
 
 
