@@ -1,21 +1,21 @@
-"""An operator's egress proxy: a real HTTP CONNECT proxy on loopback with a DNS of its own."""
+"""An operator's egress proxy: a real HTTP CONNECT proxy on loopback that resolves names."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-#: Answers a CONNECT in place of the proxy, or does something worse.
+#: Handles a CONNECT instead of the proxy, for example with an invalid response.
 type Misbehaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class ConnectProxy:
-    """Leads CONNECTs to ports of loopback, by the name they ask for; 502 for any other name."""
+    """Connects known names to ports of loopback. Answers 502 for any other name."""
 
     def __init__(self) -> None:
         self.port = 0
         self.routes: dict[str, int] = {}
         self.instead: Misbehaviour | None = None
-        #: The heads of the requests that came.
+        #: The heads of the received requests.
         self.requests: list[str] = []
         self.connections = 0
         self._writers: list[asyncio.StreamWriter] = []
@@ -25,7 +25,7 @@ class ConnectProxy:
 
     @property
     def targets(self) -> list[str]:
-        """What was asked for, as host:port."""
+        """The requested targets, as host:port."""
         return [request.split(" ")[1] for request in self.requests]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,9 +1,8 @@
-"""Takes the steps of our Containerfile in an empty directory, as an ordinary user.
+"""Executes the steps of the Containerfile in an empty directory, as an ordinary user.
 
-Only what the file uses is understood; anything else fails, so that no step is skipped unseen. The
-base image is stood for by a copy of the Python that runs the tests, and root directories by one
-directory: absolute paths of a step are put below it. All stages take turns at the same place, since
-what is installed there knows where it is.
+Only the instructions in the file are supported. Others fail, so that no step is skipped. A copy of
+the Python that runs the tests replaces the base image, and one directory replaces the root
+directories. All stages use the same directory, because installed files contain its path.
 """
 
 import fnmatch
@@ -20,11 +19,11 @@ from pathlib import Path, PurePosixPath
 
 from tests.support.paths import ROOT
 
-#: What the image runs as; ordinary users run the tests' steps as themselves.
+#: The user of the image. Tests execute the steps as the current user.
 UID = 65532
 _IMAGE_PATH = "/usr/local/bin:/usr/bin:/bin"
 _OWN_ROOTS = re.compile(r"(?<![\w.$/-])/(?=(?:build|opt|usr/local)\b)")
-#: How packages are found on the machine of the tests.
+#: Prefixes of variables that package downloads need on the test machine.
 _NETWORK = (
     "PIP_",
     "UV_",
@@ -39,7 +38,7 @@ _NETWORK = (
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction and what follows it, on one line."""
+    """An instruction with its arguments, on one line."""
 
     instruction: str
     value: str
@@ -54,7 +53,7 @@ def steps(text: str) -> Iterator[Step]:
 
 @dataclass
 class Image:
-    """A stage: where its root directory is, and what its metadata says so far."""
+    """A build stage with its root directory and metadata."""
 
     base: str
     root: Path
@@ -65,21 +64,21 @@ class Image:
     other: dict[str, str] = field(default_factory=dict)
 
     def place(self, path: str) -> Path:
-        """Where an absolute or relative path of the image is on this machine."""
+        """The path on this machine for a path of the image."""
         return self.root / PurePosixPath(self.working_directory, path).relative_to("/")
 
     def translate(self, text: str) -> str:
         return _OWN_ROOTS.sub(f"{self.root}/", text)
 
     def variables(self) -> dict[str, str]:
-        """The environment of a process in it, and how the copied Python finds its library."""
+        """The environment of a process in the stage, with the library path of the copied Python."""
         return {
             **{name: self.translate(value) for name, value in self.environment.items()},
             "LD_LIBRARY_PATH": str(self.root / "usr/local/lib"),
         }
 
     def program(self, *arguments: str) -> list[str]:
-        """The command line of the entry point with these arguments, as nobody in particular."""
+        """The command line of the entry point with these arguments, for an unprivileged user."""
         [name] = self.exec_forms["ENTRYPOINT"]
         found = shutil.which(name, path=self.variables()["PATH"])
         assert found, f"{name} is not on the PATH of the image"
@@ -87,14 +86,14 @@ class Image:
 
 
 def as_ordinary_user() -> list[str]:
-    """What to put before a command so that it has no privileges."""
+    """The prefix that runs a command without privileges."""
     if os.geteuid() != 0:
         return []
     return ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--inh-caps=-all"]
 
 
 def visible(path: PurePosixPath, ignore: Sequence[str]) -> bool:
-    """Whether a build sees a file of the checkout, by the lines of .containerignore."""
+    """Whether .containerignore leaves a file in the build context."""
     shown = True
     for line in ignore:
         pattern = line.removeprefix("!")
@@ -111,7 +110,7 @@ def _matches(pattern: str, path: PurePosixPath) -> bool:
 
 
 class Build:
-    """The steps taken so far; `image` is the stage at work, and the result at the end."""
+    """The executed steps. `image` is the current stage and finally the result."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -209,7 +208,7 @@ class Build:
 
 
 def build(containerfile: Mapping[str, str] | str, directory: Path) -> Image:
-    """All steps of a Containerfile, each as the file has it."""
+    """Execute all instructions of a Containerfile."""
     work = Build(directory)
     for step in steps(str(containerfile)):
         work.take(step)
@@ -217,7 +216,7 @@ def build(containerfile: Mapping[str, str] | str, directory: Path) -> Image:
 
 
 def _copy_python(to: Path) -> None:
-    """The Python that runs the tests, without what no image has."""
+    """A copy of the Python that runs the tests, without files that no image has."""
     base = Path(sys.base_prefix)
     version = f"python3.{sys.version_info.minor}"
     (to / "bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What the files of deploy/ say, for the tests that hold them to the service."""
+"""Values from the files of deploy/, for tests that compare them with the service."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from core.settings import variable_name
 from tests.support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
-#: Every setting there is, by its variable, and its default.
+#: All settings with their defaults, by environment variable.
 SETTINGS = {variable_name(name): field.default for name, field in all_fields()}
 
 
@@ -20,17 +20,17 @@ def documents(path: Path) -> list[Any]:
 
 
 def unknown(environment: Mapping[str, object]) -> list[str]:
-    """Variables that a process would refuse to start with."""
+    """Variables that prevent the start of a process."""
     return [name for name in environment if name.startswith("WEBHOOK_") and name not in SETTINGS]
 
 
 def port_of(name: str) -> int:
-    """The port that a listening address has by default."""
+    """The default port of a listening address."""
     return int(str(SETTINGS[name]).rpartition(":")[2])
 
 
 def drain_seconds(environment: Mapping[str, object], process: str) -> float:
-    """How long a process may take after SIGTERM at most.
+    """The longest time that a process needs after SIGTERM.
 
     An engine waits for its attempts, then as long again for a database that is away.
     """

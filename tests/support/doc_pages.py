@@ -1,4 +1,4 @@
-"""The lines of a documentation page, run as they stand there."""
+"""Runs the commands of a documentation page without changes."""
 
 import asyncio
 import json
@@ -24,19 +24,19 @@ type Environment = dict[str, str]
 
 
 def blocks(page: str) -> list[str]:
-    """What a reader is to run: each block of shell."""
+    """The shell blocks of a page."""
     return re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def section(page: str, heading: str) -> list[str]:
-    """The same of one section of docs, by its heading."""
+    """The shell blocks of one section, by its heading."""
     _, _, rest = (ROOT / page).read_text().partition(f"\n## {heading}\n")
     assert rest, f"{page} has no section {heading!r}"
     return blocks(rest.partition("\n## ")[0])
 
 
 def sh(line: str, environment: Environment) -> str:
-    """What a line that has to succeed prints."""
+    """Run a line that must succeed. Returns its output."""
     done = subprocess.run(
         ["sh", "-euc", line],
         cwd=ROOT,
@@ -55,7 +55,7 @@ def as_written(line: str, environment: Environment) -> list[str]:
 
 
 def as_buf_curl(line: str, environment: Environment) -> list[str]:
-    """The same call; what grpcurl's arguments are, the shell itself tells."""
+    """The command of a line, with `buf curl` for grpcurl. The shell parses its arguments."""
     if not line.startswith("grpcurl "):
         return as_written(line, environment)
     told = sh(f"grpcurl() {{ printf '%s\\0' \"$@\"; }}\n{line}", environment)
@@ -78,7 +78,7 @@ def as_buf_curl(line: str, environment: Environment) -> list[str]:
 
 
 async def printed(command: list[str], environment: Environment) -> str:
-    """What a command that has to succeed prints."""
+    """Run a command that must succeed. Returns its output."""
     process = await started(command, environment)
     async with asyncio.timeout(30):
         output, complaint = await process.communicate()
@@ -87,7 +87,7 @@ async def printed(command: list[str], environment: Environment) -> str:
 
 
 async def answer(command: list[str], environment: Environment) -> str:
-    """What a call that has to succeed prints, as JSON in one spelling."""
+    """Run a call that must succeed. Returns its output as normalized JSON."""
     return json.dumps(json.loads(await printed(command, environment)))
 
 
@@ -106,7 +106,7 @@ async def started(command: list[str], environment: Environment) -> asyncio.subpr
 
 
 def prepared(setup: str, data_dir: Path) -> Environment:
-    """What a page's first block sets, on a platform whose issuer is the tests'."""
+    """The variables of a page's first block, for the platform of the test."""
     environment = {
         "HOME": str(data_dir),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -1,4 +1,4 @@
-"""A merchant's endpoint that answers everything alike, pings too: what a registration may meet."""
+"""A merchant's endpoint that answers each request in the same way, including pings."""
 
 import asyncio
 import ssl
@@ -14,7 +14,7 @@ type Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class HeldUp:
-    """`answer` is set by the test, the others by a request that came, and one that was given up."""
+    """The test sets `answer`. The endpoint sets the others when a request arrives or is aborted."""
 
     url: str = ""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -37,7 +37,7 @@ async def answering(
 
 @asynccontextmanager
 async def held_up(authority: trustme.CA) -> AsyncIterator[HeldUp]:
-    """An endpoint that answers only when it is told to."""
+    """An endpoint that answers only after the test sets `answer`."""
     endpoint = HeldUp()
 
     async def answer(_request: web.Request) -> web.Response:

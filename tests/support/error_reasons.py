@@ -1,4 +1,4 @@
-"""Every ErrorInfo.reason that core/ and server/ can give, found in their source."""
+"""All values of ErrorInfo.reason in the source of core/ and server/."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ SOURCES = sorted([*ROOT.glob("core/**/*.py"), *ROOT.glob("server/**/*.py")])
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A reason where it is given, and to what: an error class, or a function that makes one."""
+    """A use of a reason, with the error class or the function that creates the error."""
 
     reason: str
     given_to: str
@@ -19,7 +19,7 @@ class Use:
 
 
 class Unreadable(Exception):  # noqa: N818 - named for what happened
-    """A reason that is not written where it is given, so that no reader of the source finds it."""
+    """A reason that is not a literal where it is used, so that a search does not find it."""
 
 
 def uses_in(sources: dict[str, str]) -> list[Use]:
@@ -59,7 +59,7 @@ def _positions(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def _calls(
     tree: ast.AST, parameters: frozenset[str] = frozenset()
 ) -> Iterator[tuple[ast.Call, frozenset[str]]]:
-    """Every call, with the parameters of the function it stands in."""
+    """Each call with the parameters of its enclosing function."""
     for node in ast.iter_child_nodes(tree):
         inner = parameters
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -91,7 +91,7 @@ def _literals(value: ast.expr, parameters: frozenset[str], place: str) -> Iterat
             yield from _literals(value.body, parameters, place)
             yield from _literals(value.orelse, parameters, place)
         case ast.JoinedStr(values=[*_, ast.Constant(value=str(suffix))]):
-            # The start is computed: `*_NOT_FOUND` stands for a reason of each kind of id.
+            # The prefix is computed: `*_NOT_FOUND` stands for one reason per kind of id.
             yield f"*{suffix}"
         case ast.Attribute(attr="reason"):
             pass  # Handed on; it was written where that object was made.
@@ -102,7 +102,7 @@ def _literals(value: ast.expr, parameters: frozenset[str], place: str) -> Iterat
 
 
 def _name(function: ast.expr) -> str:
-    """What is called; of `InvalidArgument.of`, the class."""
+    """The called name. For `InvalidArgument.of` it is the class."""
     if isinstance(function, ast.Attribute):
         return _name(function.value) if function.attr == "of" else function.attr
     return function.id if isinstance(function, ast.Name) else ""

@@ -1,4 +1,4 @@
-"""A whole Postrider of real processes, with load, for the tests that take a part of it away."""
+"""A complete Postrider of real processes under load, for tests that stop a part of it."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from tests.support.platform import Platform
 from tests.support.processes import AMPLE, POSTRIDER, Process, Processes
 from tests.support.receiver import Receiver
 
-#: So that leases end within a test's patience, and no delivery is given up.
+#: Leases expire within the time of a test, and no delivery uses up its attempts.
 BRISK: dict[str, Any] = {
     "delivery_timeout_seconds": 2,
     "lease_seconds": 4,
@@ -22,15 +22,15 @@ BRISK: dict[str, Any] = {
     "max_consecutive_failures": 1_000_000,
     "max_in_flight": 64,
 }
-#: For faults that end no lease: so that a busy machine ends none, either.
+#: For faults without expired leases. A busy machine must not let one expire either.
 PATIENT: dict[str, Any] = {"delivery_timeout_seconds": 10, "lease_seconds": 60}
 MERCHANTS = tuple(f"m_{number}" for number in range(8))
-#: What is promised for 1,000 in flight.
+#: The documented limit with 1,000 deliveries in flight.
 ENGINE_MB_MAX = 150
 
 
 class Scene:
-    """Server, engines and merchants of one test; `load` publishes to them through the fault."""
+    """Server, engines and merchants of one test. `load` publishes events during the fault."""
 
     def __init__(
         self, processes: Processes, platform: Platform, receiver: Receiver, pool: Any
@@ -44,7 +44,7 @@ class Scene:
         self.secrets: dict[str, str] = {}
 
     async def register(self, merchant_id: str, url: str | None = None, **fields: Any) -> str:
-        """A webhook config at the receiver; its id."""
+        """Create a webhook config for the receiver. Returns its id."""
         created = await self.platform.register(
             url or f"{self.receiver.url}/{merchant_id}", merchant_id, **fields
         )
@@ -52,51 +52,51 @@ class Scene:
         return created.webhook_config.id
 
     async def engine(self, *, under: Sequence[str] = (), **settings: Any) -> Process:
-        """One more engine."""
+        """Start another engine."""
         engine = await self.processes.engine(under=under, **{**BRISK, **settings})
         self.engines.append(engine)
         return engine
 
     async def leased(self) -> int:
-        """How many deliveries are leased: what is in flight, in all engines."""
+        """The number of leased deliveries, which are in flight in any engine."""
         count: int = await self.pool.fetchval(
             "SELECT count(*) FROM delivery_queue WHERE state = 'leased'"
         )
         return count
 
     async def leased_at_least(self, count: int, timeout: float = AMPLE) -> None:
-        """So many deliveries are leased; what is looked at again 20 times a second."""
+        """Wait until this many deliveries are leased. Polls every 50 ms."""
         async with asyncio.timeout(timeout):
             while await self.leased() < count:
                 await self.pool.execute("SELECT pg_sleep(0.05)")
 
     async def failed_attempts(self) -> int:
-        """Attempts on record that did not succeed; their receivers may have had the webhook."""
+        """The number of recorded attempts that failed. Their receivers may have got the webhook."""
         count: int = await self.pool.fetchval(
             "SELECT count(*) FROM attempts WHERE outcome <> 'succeeded'"
         )
         return count
 
     def reclaimed(self) -> int:
-        """Leases that ended without a result, as the engines tell."""
+        """The number of leases that expired, from the logs of the engines."""
         entries = [e for engine in self.engines for e in engine.named("leases_reclaimed")]
         return sum(entry["deliveries"] for entry in entries)
 
     async def is_alive(self) -> None:
-        """A fresh event arrives."""
+        """Publish an event and wait until it arrives."""
         published = await self.platform.publish(merchant_id=MERCHANTS[0])
         self.load.acknowledged.append(published.event.id)
         await self.load.all_arrived()
 
     async def drained(self, where: str = "true", timeout: float = AMPLE) -> None:
-        """Nothing is open any more; what is looked at again 20 times a second."""
+        """Wait until no delivery is open. Polls every 50 ms."""
         query = f"SELECT EXISTS (SELECT FROM delivery_queue WHERE {where}) FROM pg_sleep(0.05)"  # noqa: S608
         async with asyncio.timeout(timeout):
             while await self.pool.fetchval(query):
                 pass
 
     async def verified(self) -> None:
-        """`postrider verify` finds nothing broken."""
+        """Fails if `postrider verify` finds a violation."""
         process = await asyncio.create_subprocess_exec(
             POSTRIDER,
             "verify",
@@ -114,7 +114,7 @@ class Scene:
         return balance(self.load.acknowledged, self.receiver.webhooks, self.secrets)
 
     def megabytes(self) -> float:
-        """The most memory any engine that lives has had."""
+        """The peak memory of the running engines."""
         return max(engine.peak_megabytes() for engine in self.engines if engine.lives)
 
 

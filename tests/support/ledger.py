@@ -1,4 +1,4 @@
-"""The ledger: what was acknowledged against what verifiably arrived. Lost must be 0, always."""
+"""The ledger compares acknowledged events with verified requests. No event may be lost."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +11,7 @@ from tests.support.signatures import is_genuine
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The balance of a run."""
+    """The counts of a run."""
 
     acknowledged: int
     receipts: int
@@ -19,9 +19,9 @@ class Counts:
     lost: int
     #: Receipts beyond the first of an event.
     duplicate: int
-    #: Events received that nobody was told were accepted.
+    #: Events received without an acknowledgement.
     unexpected: int
-    #: Requests whose signature no secret verifies; they are receipts of nothing.
+    #: Requests with an invalid signature. They do not count as received.
     invalid: int
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class Counts:
 def balance(
     acknowledged: Collection[str], received: Iterable[Received], secrets: Mapping[str, str]
 ) -> Counts:
-    """Compare event ids with requests; `secrets` by the path each webhook config's URL has."""
+    """Compare event ids with requests. `secrets` are by the path of the webhook config's URL."""
     requests = list(received)
     receipts = Counter(
         request.message_id for request in requests if _is_genuine(request, secrets[request.path])

@@ -1,4 +1,4 @@
-"""Load that goes on through a fault: clients that do not give up, a receiver that keeps count."""
+"""Load that continues during a fault: clients that retry and a receiver that counts."""
 
 import asyncio
 import random
@@ -13,28 +13,28 @@ from postrider.v1 import event_pb2, event_service_pb2
 from tests.support.platform import Platform
 from tests.support.processes import AMPLE
 
-#: After these a client does not know, and asks again.
+#: After these codes the client does not know the result and retries.
 _UNKNOWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 _CALL_SECONDS = 5.0
 _REPEAT_SECONDS = 0.1
 
 
 class Load:
-    """Publishes to the merchants in turn, each batch under its keys until it is acknowledged, and
-    never more than `window` events ahead of what has arrived."""
+    """Publishes to the merchants in turn. Each batch is repeated until it is acknowledged, and at
+    most `window` events have not arrived."""
 
     def __init__(
         self, platform: Platform, merchants: Sequence[str], batch: int = 10, window: int = 200
     ) -> None:
         self.acknowledged: list[str] = []
         self.repeated = 0
-        #: Between the first try of a batch and its acknowledgement.
+        #: Seconds between the first call of a batch and its acknowledgement.
         self.longest_wait = 0.0
         self._platform = platform
         self._merchants = merchants
         self._batch = batch
         self.window = window
-        #: What a receiver takes to answer, at least and at most.
+        #: The shortest and longest response time of the receiver, in seconds.
         self.seconds = (0.005, 0.04)
         self._arrived: set[str] = set()
         self._batches = 0
@@ -42,7 +42,7 @@ class Load:
         self._changed = asyncio.Condition()
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """What the receiver does with a webhook: a little work, and 200."""
+        """Answer 200 after a short delay."""
         await asyncio.sleep(random.uniform(*self.seconds))  # noqa: S311 - a receiver's own time
         async with self._changed:
             self._arrived.add(request.headers["webhook-id"])
@@ -51,7 +51,7 @@ class Load:
 
     @asynccontextmanager
     async def running(self, clients: int = 3) -> AsyncIterator["Load"]:
-        """Until the end of the context; then everything acknowledged has arrived."""
+        """Publish until the context ends. Then wait until all acknowledged events have arrived."""
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
                 group.create_task(self._publish())
@@ -65,7 +65,7 @@ class Load:
 
     @asynccontextmanager
     async def pressing_on(self) -> AsyncIterator[None]:
-        """No client waits for what it has published to arrive, as none could where nothing does."""
+        """Clients stop waiting for arrivals, for faults in which nothing arrives."""
         window, self.window = self.window, sys.maxsize
         async with self._changed:
             self._changed.notify_all()
@@ -76,23 +76,23 @@ class Load:
 
     @property
     def arrived(self) -> int:
-        """Events that have arrived, each counted once."""
+        """The number of different events that have arrived."""
         return len(self._arrived)
 
     async def arrived_more(self, count: int, timeout: float = AMPLE) -> None:
-        """Return when so many more events have arrived, each counted once."""
+        """Return when this many more different events have arrived."""
         wanted = len(self._arrived) + count
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: len(self._arrived) >= wanted)
 
     async def repeated_more(self, count: int, timeout: float = AMPLE) -> None:
-        """Return when so many more calls were not answered, or refused, and sent again."""
+        """Return when this many more calls have failed and were sent again."""
         wanted = self.repeated + count
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: self.repeated >= wanted)
 
     async def fresh_arrives(self, timeout: float = AMPLE) -> float:
-        """Seconds until an event of now was acknowledged, repeated until it is, and has arrived."""
+        """Publish an event until it is acknowledged. Returns the seconds until it arrives."""
         began = asyncio.get_running_loop().time()
         async with asyncio.timeout(timeout):
             await self._publish_one_batch(1)
@@ -100,7 +100,7 @@ class Load:
         return asyncio.get_running_loop().time() - began
 
     async def has_arrived(self, event_id: str, timeout: float = AMPLE) -> None:
-        """Return when this event has arrived, whatever else is on its way."""
+        """Return when this event has arrived."""
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: event_id in self._arrived)
 

@@ -1,4 +1,4 @@
-"""What a lock file pins."""
+"""The packages of a lock file."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A name server on loopback: answers what it knows, says that there is no such name, or nothing."""
+"""A name server on loopback that answers, denies or ignores queries."""
 
 import asyncio
 import socket
@@ -13,26 +13,26 @@ _ANSWERED, _NO_SUCH_NAME = 0x8180, 0x8183
 
 
 class FakeNameServer(asyncio.DatagramProtocol):
-    """Speaks enough of RFC 1035 over UDP; names under `silent` are never answered."""
+    """A minimal RFC 1035 server over UDP. It ignores queries for names under `silent`."""
 
     def __init__(self, known: dict[str, list[str]], silent: str = "silent.example"):
         self.known = known
         self.silent = silent
-        #: Of 0 an answer is kept by nobody.
+        #: With 0, resolvers do not cache the answer.
         self.ttl = 0
         self.address = ""
-        #: Names as they were asked for, each once for A and once for AAAA.
+        #: The queried names, once for A and once for AAAA.
         self.asked: list[str] = []
         self._was_asked = asyncio.Event()
 
     async def wait_until_asked(self, count: int) -> None:
-        """Until so many questions have come."""
+        """Wait until this many queries have arrived."""
         while len(self.asked) < count:
             self._was_asked.clear()
             await self._was_asked.wait()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's is one by what it does, not by type.
+        # The transport of uvloop has the methods but not the type.
         self._transport = cast(asyncio.DatagramTransport, transport)
         host, port = transport.get_extra_info("sockname")
         self.address = f"{host}:{port}"
@@ -50,7 +50,7 @@ class FakeNameServer(asyncio.DatagramProtocol):
         [kind] = struct.unpack_from(">H", data, end + 1)
         addresses = [ip_address(text) for text in self.known.get(name, [])]
         records = [
-            # The name is where the question's begins.
+            # A pointer to the name in the question.
             struct.pack(">HHHIH", 0xC00C, kind, 1, self.ttl, len(address.packed)) + address.packed
             for address in addresses
             if _TYPES[address.version] == kind

@@ -1,6 +1,6 @@
-"""What EXPLAIN is put before, so that it shows the plan that a session would use.
+"""Statements for EXPLAIN that show the plan that a session would use.
 
-Given a statement with arguments, EXPLAIN plans for these alone, whatever `plan_cache_mode` says.
+With a parametrized statement, EXPLAIN ignores `plan_cache_mode` and plans for the arguments.
 """
 
 import itertools
@@ -13,7 +13,7 @@ _numbers = itertools.count()
 
 
 async def planned_by(connection: Any, mode: str, statement: str, arguments: Sequence[Any]) -> str:
-    """An EXECUTE of the statement with these arguments, planned as `mode` says from here on."""
+    """Prepare the statement with a plan cache mode. Returns its EXECUTE with these arguments."""
     name = f"planned_{next(_numbers)}"
     await connection.execute(f"SET plan_cache_mode = {mode}")
     await connection.execute(f"PREPARE {name} AS {statement}")
@@ -21,7 +21,7 @@ async def planned_by(connection: Any, mode: str, statement: str, arguments: Sequ
 
 
 async def execution(connection: Any, name: str, statement: str, arguments: Sequence[Any]) -> str:
-    """An EXECUTE with these arguments of what was prepared under a name."""
+    """An EXECUTE of a prepared statement with these arguments."""
     types = (await connection.prepare(statement)).get_parameters()
     values = [
         str(await connection.fetchval(f"SELECT quote_nullable(($1::{kind.name})::text)", value))

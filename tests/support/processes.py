@@ -1,4 +1,4 @@
-"""The `postrider` command as real processes: started, watched through their logs, and killed."""
+"""Runs the `postrider` command as real processes and reads their logs."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ AMPLE = 30.0
 
 
 class Process:
-    """One `postrider` process; `log` holds what it wrote to stderr, parsed where it is JSON."""
+    """A `postrider` process. `log` has the lines of stderr, parsed if they are JSON."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -33,7 +33,7 @@ class Process:
         return [entry for entry in self.log if entry["event"] == event]
 
     async def wait_for(self, event: str, count: int = 1) -> list[dict[str, Any]]:
-        """The log entries of this name, once there are so many."""
+        """Wait for this many log entries of a name. Returns them."""
         async with asyncio.timeout(AMPLE), self._grown:
             await self._grown.wait_for(lambda: len(self.named(event)) >= count or self._ended)
         entries = self.named(event)
@@ -44,7 +44,7 @@ class Process:
         self._process.send_signal(number)
 
     async def kill(self) -> None:
-        """kill -9, and the end of it."""
+        """Send SIGKILL and wait for the end."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.kill()
@@ -52,7 +52,7 @@ class Process:
 
     async def exit_code(self) -> int:
         async with asyncio.timeout(AMPLE):
-            # Shielded, or whoever is too impatient here leaves a cancelled task to the next one.
+            # Shielded, so that a timeout of one caller does not cancel the task for the next.
             await asyncio.shield(self._reading)
             return await self._process.wait()
 
@@ -65,7 +65,7 @@ class Process:
         return self._process.returncode is None
 
     def peak_megabytes(self) -> float:
-        """The most memory it has had so far."""
+        """The peak memory of the process."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) / 1024
@@ -85,14 +85,14 @@ class Process:
 
 
 class Processes:
-    """Starts processes that share one database, and leaves none behind."""
+    """Starts processes on one database and stops all of them at the end."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = dict(environment)
         self.started: list[Process] = []
 
     async def start(self, *command: str, under: Sequence[str] = (), **settings: Any) -> Process:
-        """Start a subcommand; `settings` by name without the prefix, None to leave one out.
+        """Start a subcommand. `settings` have no prefix, and None removes a setting.
 
         `under` is a command that runs it, as `prlimit` does.
         """
@@ -117,13 +117,13 @@ class Processes:
         return process
 
     async def engine(self, *, under: Sequence[str] = (), **settings: Any) -> Process:
-        """A delivery engine, once it delivers."""
+        """Start a delivery engine and wait until it is ready."""
         process = await self.start("delivery", under=under, **settings)
         await process.wait_for("delivering")
         return process
 
     async def server(self, **settings: Any) -> tuple[Process, str]:
-        """A gRPC server on a free port, once it serves, and its address."""
+        """Start a gRPC server on a free port. Returns it and its address."""
         process = await self.start("server", **settings)
         [entry] = await process.wait_for("serving")
         return process, f"127.0.0.1:{entry['port']}"
@@ -133,7 +133,7 @@ class Processes:
 
 
 def environment_of(database_url: str, ca_file: Path, public_key_file: Path) -> dict[str, str]:
-    """What `server` and `delivery` need, with receivers on loopback allowed."""
+    """The settings of `server` and `delivery`. Receivers on loopback are allowed."""
     return {
         "WEBHOOK_DATABASE_URL": database_url,
         "WEBHOOK_ENCRYPTION_KEYS": ENCRYPTION_KEYS,

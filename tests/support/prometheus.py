@@ -1,4 +1,4 @@
-"""A real Prometheus with the configuration we ship, scraping what a test points it at."""
+"""A real Prometheus with the configuration of deploy/, for targets of the test."""
 
 import asyncio
 import shutil
@@ -17,7 +17,7 @@ from aiohttp import web
 from tests.support.paths import ROOT
 
 CONFIGURATION = ROOT / "deploy/prometheus/prometheus.yml"
-#: Instead of 15 s, so that a rate has something to go by in a test's time.
+#: Instead of 15 s, so that rates have enough samples during a test.
 SCRAPE_SECONDS = 1.0
 
 needs_prometheus = pytest.mark.skipif(
@@ -27,8 +27,8 @@ needs_prometheus = pytest.mark.skipif(
 
 
 class Scrapes:
-    """Counts the scrapes of a target that has no figures: by then the others were scraped as often,
-    but for one."""
+    """Counts the scrapes of a target without metrics. The other targets have as many scrapes or
+    one less."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -41,7 +41,7 @@ class Scrapes:
         return web.Response()
 
     async def further(self, count: int) -> None:
-        """Until so many more have begun."""
+        """Wait until this many more scrapes have started."""
         until = self.count + count
         async with asyncio.timeout(30), self._counted:
             await self._counted.wait_for(lambda: self.count >= until)
@@ -49,21 +49,21 @@ class Scrapes:
 
 @dataclass(frozen=True, slots=True)
 class Prometheus:
-    """Its HTTP API; `url` is its own."""
+    """The HTTP API at `url`."""
 
     url: str
     scrapes: Scrapes
     _session: aiohttp.ClientSession
 
     async def get(self, path: str, **parameters: str) -> Any:
-        """The `data` of an answer; fails with what Prometheus has against the query."""
+        """The `data` of a response. Fails with the error of Prometheus."""
         async with self._session.get(f"{self.url}/api/v1/{path}", params=parameters) as answer:
             told = await answer.json()
         assert told["status"] == "success", f"{parameters}: {told}"
         return told["data"]
 
     async def instant(self, expression: str) -> list[dict[str, Any]]:
-        """The series an expression has now."""
+        """The current series of an expression."""
         data = await self.get("query", query=expression)
         assert data["resultType"] == "vector", expression
         result: list[dict[str, Any]] = data["result"]
@@ -74,7 +74,7 @@ class Prometheus:
 async def running_prometheus(
     directory: Path, targets: Mapping[str, str]
 ) -> AsyncIterator[Prometheus]:
-    """Prometheus on a free port, with the alerts we ship; `targets` are addresses by job."""
+    """Start Prometheus with the alerts of deploy/. `targets` are addresses by job."""
     scrapes = Scrapes()
     app = web.Application()
     app.router.add_get("/metrics", scrapes.answer)
@@ -95,7 +95,7 @@ async def running_prometheus(
         "--log.level=warn",
     )
     try:
-        # Whoever scrapes has begun to serve.
+        # The first scrape shows that Prometheus is ready.
         await scrapes.further(1)
         async with aiohttp.ClientSession() as session:
             yield Prometheus(f"http://{address}", scrapes, session)
@@ -106,7 +106,7 @@ async def running_prometheus(
 
 
 def _configuration(targets: Mapping[str, str], beat: str) -> str:
-    """The shipped one; each job of it must have its target here, and none else."""
+    """The configuration of deploy/. `targets` must have exactly its jobs."""
     loaded = yaml.safe_load(CONFIGURATION.read_text())
     jobs = loaded["scrape_configs"]
     assert {job["job_name"] for job in jobs} == targets.keys()

@@ -1,4 +1,4 @@
-"""A receiver below HTTP: each request is handled byte by byte, so that it can misbehave at will."""
+"""A receiver that handles requests as bytes, so that it can break HTTP."""
 
 import asyncio
 import ssl
@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager, suppress
 import trustme
 from yarl import URL
 
-#: Writes an answer, or does something worse, once a whole request has been read.
+#: Handles a complete request, for example with an invalid response.
 type Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class RawReceiver:
-    """Reads requests on every connection and answers each with the next of `script`.
+    """Reads requests on each connection and handles each with the next entry of `script`.
 
     After the last one, or when a behaviour closes its writer, the connection is closed.
     """
@@ -23,7 +23,7 @@ class RawReceiver:
         self.port = 0
         self.connections = 0
         self.requests: list[bytes] = []
-        #: Set when a connection has ended, from whichever side.
+        #: Set when a connection has ended, from either side.
         self.ended = asyncio.Event()
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -46,7 +46,7 @@ class RawReceiver:
 async def receiving_raw(
     receiver: RawReceiver, tls: ssl.SSLContext | None
 ) -> AsyncIterator[RawReceiver]:
-    """Serve on a free port of loopback; with `tls` None in plain text."""
+    """Serve on a free port of loopback, in plain text if `tls` is None."""
     server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0, ssl=tls)
     receiver.port = server.sockets[0].getsockname()[1]
     try:
@@ -64,13 +64,13 @@ def server_tls(certificate: trustme.LeafCert) -> ssl.SSLContext:
 
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
-    """One request as it came: head, empty line, body."""
+    """One request in bytes: head, empty line, body."""
     head = await reader.readuntil(b"\r\n\r\n")
     return head + await reader.readexactly(int(header(head, "content-length") or 0))
 
 
 def header(request: bytes, name: str) -> str | None:
-    """The one value of a header of a raw request; None when it is not there."""
+    """The single value of a header, or None."""
     head = request.partition(b"\r\n\r\n")[0].decode("latin-1")
     values = [
         value.strip()

@@ -1,4 +1,4 @@
-"""A merchant's endpoint: a real HTTPS server with scripted answers, and a ledger of what it got."""
+"""A merchant's endpoint: a real HTTPS server with scripted answers that records its requests."""
 
 import asyncio
 import ssl
@@ -13,7 +13,7 @@ from aiohttp import web
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One request as it came."""
+    """A received request."""
 
     path: str
     headers: dict[str, str]
@@ -32,7 +32,7 @@ type Answer = int | web.StreamResponse | Callable[[web.Request], Awaitable[web.S
 
 
 class Receiver:
-    """Answers what `script` says, one entry a request, then `default`; pings always get 200."""
+    """Answers each request with the next entry of `script`, and then `default`. Pings get 200."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -47,7 +47,7 @@ class Receiver:
 
     @property
     def webhooks(self) -> list[Received]:
-        """Everything received but pings."""
+        """All received requests except pings."""
         return [request for request in self.requests if not request.is_ping]
 
     @property
@@ -56,7 +56,7 @@ class Receiver:
         return [request.message_id for request in self.webhooks]
 
     async def wait_for(self, count: int, timeout: float = 20) -> Sequence[Received]:
-        """The webhooks, once there are at least `count`."""
+        """Wait for at least `count` webhooks. Returns all."""
         async with asyncio.timeout(timeout), self._arrived:
             await self._arrived.wait_for(lambda: len(self.webhooks) >= count)
         return self.webhooks

@@ -1,4 +1,4 @@
-"""The REST document, and whether an answer is as it says."""
+"""The OpenAPI document, and a check of responses against it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ DOCUMENT = yaml.safe_load((ROOT / "docs/openapi.yaml").read_text())
 
 
 def assert_conforms(body: Any, schema_name: str) -> None:
-    """Fails unless a JSON value is what a schema of the document says, with no field beside."""
+    """Fails unless a JSON value matches a schema of the document without additional fields."""
     schemas = {
         name: {"additionalProperties": False, **schema} if "properties" in schema else schema
         for name, schema in DOCUMENT["components"]["schemas"].items()

@@ -36,7 +36,7 @@ def messages() -> list[Descriptor]:
 
 
 def methods() -> list[MethodDescriptor]:
-    """Every RPC."""
+    """All RPCs."""
     return [method for service in services() for method in service.methods]
 
 

@@ -18,7 +18,7 @@ _NAMES = ("one", "two")
 
 
 class Node(OwnPostgres):
-    """One of the two; it calls itself by its name when it follows the other."""
+    """One of the two servers. As a standby it connects with its name."""
 
     def __init__(self, name: str, directory: Path, options: dict[str, str]):
         self.name = name
@@ -30,7 +30,7 @@ class Node(OwnPostgres):
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     async def fetchval(self, query: str) -> Any:
-        """Ask over a connection of its own, which must not be one of the pair's commits."""
+        """Execute a query on a new connection. It must not commit, because commits wait."""
         connection = await asyncpg.connect(self.url(), timeout=10, command_timeout=10)
         try:
             return await connection.fetchval(query)
@@ -38,16 +38,16 @@ class Node(OwnPostgres):
             connection.terminate()
 
     async def wait_for_standbys(self, names: str) -> None:
-        """Have commits wait for these standbys, none of them when empty."""
+        """Let commits wait for these standbys."""
         await self.fetchval(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
         await self.fetchval("SELECT pg_reload_conf()")
 
 
 class Pair:
-    """`primary` and `standby`, which change places; commits wait for the standby while it follows.
+    """`primary` and `standby`, which change roles. Commits wait for the standby while it follows.
 
-    As a manager of failover does it: who is promoted waits for nobody until it is followed, and who
-    was the primary goes on waiting, so it acknowledges nothing when it comes back by itself.
+    As with a failover manager, a promoted server does not wait for a standby until one follows it.
+    The old primary keeps waiting, so that it acknowledges nothing if it restarts.
     """
 
     def __init__(self, directory: Path):
@@ -60,9 +60,9 @@ class Pair:
         options = {
             "hba_file": str(hba),
             "max_connections": "200",
-            # What is written is kept by the kernel even when every process is killed.
+            # The kernel keeps written data even if all processes are killed.
             "fsync": "off",
-            # So that a standby that was away for a test's while finds all it missed.
+            # Keeps the WAL that a stopped standby needs later.
             "wal_keep_size": "1GB",
             "wal_log_hints": "on",
             "log_min_messages": "fatal",
@@ -71,7 +71,7 @@ class Pair:
 
     @property
     def url(self) -> str:
-        """Of both, in an order that never changes: what our processes are given."""
+        """The URL of both servers in a fixed order, for the processes."""
         ports = {node.name: node.port for node in (self.primary, self.standby)}
         hosts = ",".join(f"127.0.0.1:{ports[name]}" for name in _NAMES)
         return f"postgresql://postgres@{hosts}/postgres?target_session_attrs=read-write"
@@ -81,7 +81,7 @@ class Pair:
         await self.follow()
 
     async def follow(self) -> None:
-        """Make the standby anew from a base backup, and wait until commits wait for it."""
+        """Create the standby again from a base backup and wait until commits wait for it."""
         if self.standby.data_dir.exists():
             shutil.rmtree(self.standby.data_dir)
         base_backup(self.primary, self.standby.data_dir, self.standby.name)
@@ -92,7 +92,7 @@ class Pair:
             pass
 
     async def fail_over(self) -> None:
-        """Promote the standby; what was the primary takes its place, and is followed by nobody."""
+        """Promote the standby. The old primary becomes the standby and does not follow yet."""
         self.primary, self.standby = self.standby, self.primary
         await self.primary.fetchval("SELECT pg_promote(wait_seconds => 30)")
 
@@ -102,7 +102,7 @@ class Pair:
 
 
 def base_backup(source: Node, into: Path, name: str, *options: str) -> None:
-    """A copy of a running server, which follows it under this name when it is started."""
+    """A copy of a running server that follows it under this name."""
     program(
         "pg_basebackup",
         f"--dbname=host=127.0.0.1 port={source.port} user=postgres application_name={name}",
@@ -111,14 +111,14 @@ def base_backup(source: Node, into: Path, name: str, *options: str) -> None:
         "--checkpoint=fast",
         *options,
     )
-    # It comes with the primary's, and has nobody to wait for when it is promoted.
+    # The copied setting would let a promoted standby wait for a standby that does not exist.
     with (into / "postgresql.auto.conf").open("a") as settings:
         settings.write("synchronous_standby_names = ''\n")
     _give_to(into, source.data_dir.stat())
 
 
 def program(name: str, *arguments: str) -> str:
-    """Run one of PostgreSQL's programs to its end; returns what it printed."""
+    """Run a program of PostgreSQL. Returns its output."""
     done = subprocess.run(
         [binary(name), *arguments], capture_output=True, text=True, check=False, timeout=60
     )
@@ -127,7 +127,7 @@ def program(name: str, *arguments: str) -> str:
 
 
 def operators_path() -> str:
-    """PATH of an operator: the `postrider` command, PostgreSQL's programs, and the machine's."""
+    """The PATH of an operator, with `postrider`, the programs of PostgreSQL and the system."""
     return f"{Path(sys.executable).parent}:{binary('psql').parent}:{os.environ['PATH']}"
 
 
@@ -137,7 +137,7 @@ def binary(name: str) -> Path:
 
 
 def _give_to(directory: Path, owner: os.stat_result) -> None:
-    """Root may make the copy, but not run a server on it."""
+    """Root may create the copy but not run a server on it."""
     for path in (directory, *directory.rglob("*")):
         with suppress(FileNotFoundError):
             os.chown(path, owner.st_uid, owner.st_gid)

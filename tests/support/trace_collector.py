@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry: takes spans by OTLP over HTTP, and keeps them to be looked at."""
+"""An OpenTelemetry collector that accepts spans by OTLP over HTTP and keeps them."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +12,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """The spans that came, and each one's service by its id."""
+    """The received spans, and the service of each span by its id."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -36,7 +36,7 @@ class Collector:
 
 
 def attributes(thing: object) -> dict[str, object]:
-    """Of a span or a resource, by name."""
+    """The attributes of a span or a resource, by name."""
     pairs = getattr(thing, "attributes", ())
     return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
 
