@@ -67,15 +67,13 @@ def connector(url: str, **settings: Any) -> Connector:
     return Connector(database_settings(url).model_copy(update=settings), "test")
 
 
-async def test_a_host_that_is_down_is_passed_over(database_url: str, elsewhere: Path) -> None:
+async def test_unreachable_host_is_skipped(database_url: str, elsewhere: Path) -> None:
     connection = await connector(naming(database_url, elsewhere)).connect()
     assert await connection.fetchval("SELECT 1") == 1
     await connection.close()
 
 
-async def test_a_silent_host_does_not_take_the_time_of_the_next(
-    database_url: str, silent: Silent
-) -> None:
+async def test_silent_host_leaves_time_for_the_next(database_url: str, silent: Silent) -> None:
     url = naming(database_url, silent.directory)
     several = connector(url, database_connect_timeout_seconds=60.0)
     async with asyncio.timeout(30):
@@ -86,7 +84,7 @@ async def test_a_silent_host_does_not_take_the_time_of_the_next(
     assert len(silent.held) == 1
 
 
-async def test_a_host_that_only_reads_is_passed_over(
+async def test_read_only_host_is_skipped(
     postgres: EmbeddedPostgres, database_url: str, elsewhere: Path
 ) -> None:
     name = urlsplit(database_url).path[1:]
@@ -102,7 +100,7 @@ async def test_a_host_that_only_reads_is_passed_over(
     await reading.close()
 
 
-async def test_an_old_primary_is_passed_over_though_it_takes_writes(
+async def test_old_primary_is_skipped_although_it_accepts_writes(
     database_url: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process's PostgreSQL would be needed to promote one; this one is told of one."""
@@ -121,7 +119,7 @@ async def test_an_old_primary_is_passed_over_though_it_takes_writes(
     await (await several.connect()).close()
 
 
-async def test_a_role_that_may_not_ask_for_the_timeline_connects(
+async def test_role_without_timeline_privilege_connects(
     database_url: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -130,7 +128,7 @@ async def test_a_role_that_may_not_ask_for_the_timeline_connects(
     await (await connector(naming(database_url, elsewhere)).connect()).close()
 
 
-async def test_a_refusal_is_told_rather_than_that_others_are_away(
+async def test_refused_login_is_reported_over_unreachable_hosts(
     postgres: EmbeddedPostgres, elsewhere: Path
 ) -> None:
     url = naming(postgres.url("not_there"), elsewhere, after=elsewhere)
@@ -138,7 +136,7 @@ async def test_a_refusal_is_told_rather_than_that_others_are_away(
         await open_pool(database_settings(url), "test", 1)
 
 
-async def test_each_host_that_is_away_is_named(elsewhere: Path) -> None:
+async def test_error_names_each_unreachable_host(elsewhere: Path) -> None:
     url = f"postgresql:///test?host={elsewhere},{elsewhere}/other&port=5432,5433"
     with pytest.raises(Unavailable) as caught:
         await open_pool(database_settings(url), "test", 1)
@@ -152,7 +150,7 @@ async def test_hosts_and_ports_must_fit(elsewhere: Path) -> None:
         await open_pool(database_settings(url), "test", 1)
 
 
-async def test_everything_that_connects_knows_several_hosts(
+async def test_every_kind_of_connection_accepts_several_hosts(
     database_url: str, elsewhere: Path
 ) -> None:
     settings = database_settings(naming(database_url, elsewhere))
@@ -166,7 +164,7 @@ async def test_everything_that_connects_knows_several_hosts(
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-async def test_over_tcp_a_vanished_machine_is_noticed_in_seconds(
+async def test_vanished_host_is_detected_in_seconds(
     database_url: str, run: Callable[[Coroutine[Any, Any, Any]], Any]
 ) -> None:
     query = parse_qs(urlsplit(database_url).query)
@@ -195,7 +193,7 @@ async def test_over_tcp_a_vanished_machine_is_noticed_in_seconds(
     assert found == {"keepalive": 1, "idle": 5, "unacknowledged": 5000}
 
 
-async def test_a_new_password_in_its_file_is_that_of_new_connections(
+async def test_new_connections_use_a_changed_password_file(
     postgres: EmbeddedPostgres, database_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "password"
@@ -238,7 +236,7 @@ async def asking_for_a_password(postgres: EmbeddedPostgres) -> AsyncIterator[Any
         rules.write_text(before)
 
 
-async def test_a_connection_that_grew_old_is_replaced_when_it_was_used(database_url: str) -> None:
+async def test_old_connection_is_replaced_after_use(database_url: str) -> None:
     settings = database_settings(database_url)
     brief = settings.model_copy(update={"database_connection_seconds": 1e-6})
     backends: dict[str, set[int]] = {}

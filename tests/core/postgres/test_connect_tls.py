@@ -85,7 +85,7 @@ async def secured(tmp_path: Path) -> AsyncIterator[Secured]:
             yield found
 
 
-async def test_everything_connects_by_verified_tls_with_a_certificate(secured: Secured) -> None:
+async def test_all_connections_use_verified_mutual_tls(secured: Secured) -> None:
     # The first host is nobody's: several hosts are verified as one is.
     several = f"127.0.0.1:1,127.0.0.1:{secured.port}"
     url = secured.url().replace(f"127.0.0.1:{secured.port}", several)
@@ -100,22 +100,22 @@ async def test_everything_connects_by_verified_tls_with_a_certificate(secured: S
     await sessions.kw["bind"].dispose()
 
 
-async def test_a_server_of_another_authority_is_not_talked_to(secured: Secured) -> None:
+async def test_server_of_another_authority_is_refused(secured: Secured) -> None:
     with pytest.raises(PostriderError, match="certificate verify failed"):
         await open_pool(database_settings(secured.url(ca="clients.pem")), "test", 1)
 
 
-async def test_a_server_under_another_name_is_not_talked_to(secured: Secured) -> None:
+async def test_server_under_another_name_is_refused(secured: Secured) -> None:
     with pytest.raises(PostriderError, match="certificate verify failed"):
         await open_pool(database_settings(secured.url(host="localhost")), "test", 1)
 
 
-async def test_without_tls_the_server_does_not_talk_to_us(secured: Secured) -> None:
+async def test_server_refuses_connections_without_tls(secured: Secured) -> None:
     with pytest.raises(PostriderError, match=r"no pg_hba\.conf entry"):
         await open_pool(database_settings(secured.url(sslmode="disable")), "test", 1)
 
 
-async def test_a_renewed_certificate_is_that_of_the_next_connection(secured: Secured) -> None:
+async def test_next_connection_uses_a_renewed_certificate(secured: Secured) -> None:
     connector = Connector(database_settings(secured.url()), "test")
     (await connector.connect()).terminate()
     secured.give("client", SERVERS.issue(common_name="postgres"))

@@ -225,14 +225,14 @@ BREAKS: tuple[tuple[str, Break], ...] = (
 )
 
 
-def test_every_invariant_is_broken_here() -> None:
+def test_every_invariant_has_a_violation_case() -> None:
     assert {name for name, _ in BREAKS} == {invariant.name for invariant in INVARIANTS}
 
 
 @pytest.mark.parametrize(
     ("name", "break_it"), BREAKS, ids=lambda value: getattr(value, "__name__", "")
 )
-async def test_what_is_broken_is_found_under_its_name_alone(
+async def test_violation_is_reported_under_its_invariant_only(
     pool: Any, name: str, break_it: Break
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -249,9 +249,7 @@ async def test_what_is_broken_is_found_under_its_name_alone(
 
 
 @pytest.mark.parametrize("silent", [15, 16])
-async def test_a_backlog_may_wait_while_many_attempts_that_nobody_answers_hold_places(
-    pool: Any, silent: int
-) -> None:
+async def test_backlog_may_wait_while_attempts_hold_all_slots(pool: Any, silent: int) -> None:
     webhook_id = await make_webhook_config(pool)
     await strand_a_backlog(pool, webhook_id)
     others = await make_webhook_config(pool)
@@ -298,7 +296,7 @@ async def make_history(pool: Any) -> None:
     await queue.enqueue_in_order(pool, events)
 
 
-async def test_what_is_as_it_should_be_is_not_broken(pool: Any) -> None:
+async def test_valid_state_is_no_violation(pool: Any) -> None:
     await make_history(pool)
     states = {row["state"] for row in await pool.fetch("SELECT state FROM finished_deliveries")}
     assert states == {"delivered", "failed", "cancelled"}
@@ -329,7 +327,7 @@ class Mended:
         (strand_a_backlog, "UPDATE delivery_queue SET state = 'parked' WHERE state = 'parked'"),
     ],
 )
-async def test_what_has_moved_at_the_second_look_is_not_broken(
+async def test_row_changed_before_the_recheck_is_no_violation(
     pool: Any, break_it: Break, mend: str
 ) -> None:
     await break_it(pool, await make_webhook_config(pool))
@@ -339,7 +337,7 @@ async def test_what_has_moved_at_the_second_look_is_not_broken(
     assert names <= {"event_has_deliveries"}
 
 
-async def test_an_event_whose_deliveries_came_late_is_whole_at_the_second_look(pool: Any) -> None:
+async def test_event_with_late_deliveries_passes_the_recheck(pool: Any) -> None:
     await make_webhook_config(pool)
     [event] = await enqueue_events(pool)
     # A clock that was set back meanwhile: the ids of its deliveries are of another time.
@@ -349,7 +347,7 @@ async def test_an_event_whose_deliveries_came_late_is_whole_at_the_second_look(p
     assert await broken(pool) == {"event_has_deliveries": [event.id]}
 
 
-async def test_more_than_a_page_is_walked_to_the_end_in_time_and_one_page_without(
+async def test_check_walks_all_pages_with_time_and_one_without(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await make_webhook_config(pool)
@@ -367,7 +365,7 @@ async def test_more_than_a_page_is_walked_to_the_end_in_time_and_one_page_withou
     assert (hurried.examined, hurried.broken, hurried.complete) == (2, [], False)
 
 
-async def test_nothing_is_said_to_be_broken_while_everything_moves(pool: Any) -> None:
+async def test_no_violation_is_reported_under_load(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     stop = asyncio.Event()
 

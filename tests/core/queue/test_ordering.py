@@ -85,7 +85,7 @@ async def idempotency_key_in_use(pool: Any, key: str) -> AsyncIterator[None]:
 # --- acceptance
 
 
-async def test_the_first_of_a_key_is_ready_and_the_others_wait_behind_it(pool: Any) -> None:
+async def test_first_of_a_key_is_ready_and_the_others_blocked(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     events = await accept(pool, "k", "other", "k", None, "k")
 
@@ -110,7 +110,7 @@ async def test_the_first_of_a_key_is_ready_and_the_others_wait_behind_it(pool: A
     assert [event_id for event_id, _ in await chain(pool, webhook_id)] == [e.id for e in in_order]
 
 
-async def test_a_config_that_is_not_ordered_gets_all_at_once(pool: Any) -> None:
+async def test_unordered_config_blocks_nothing(pool: Any) -> None:
     ordered = await make_webhook_config(pool, ordered=True)
     unordered = await make_webhook_config(pool)
     await accept(pool, "k", "k")
@@ -124,7 +124,7 @@ async def test_a_config_that_is_not_ordered_gets_all_at_once(pool: Any) -> None:
     assert [tuple(row) for row in keys] == [(None, None)] * 2
 
 
-async def test_each_merchant_and_each_config_has_an_order_of_its_own(pool: Any) -> None:
+async def test_each_merchant_and_config_has_a_separate_order(pool: Any) -> None:
     configs = [await make_webhook_config(pool, ordered=True) for _ in range(2)]
     theirs = await make_webhook_config(pool, ordered=True, merchant_id="m_2")
     await accept(pool, "k")
@@ -133,14 +133,14 @@ async def test_each_merchant_and_each_config_has_an_order_of_its_own(pool: Any) 
     assert [await states(pool, w) for w in (*configs, theirs)] == [["ready"]] * 3
 
 
-async def test_an_inactive_config_gets_the_first_parked_and_the_others_blocked(pool: Any) -> None:
+async def test_first_in_chain_of_an_inactive_config_is_parked(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True, active=False)
     first, second = await accept(pool, "k", "k")
 
     assert await chain(pool, webhook_id) == [(first.id, "parked"), (second.id, "blocked")]
 
 
-async def test_an_event_that_was_there_before_takes_no_place(pool: Any) -> None:
+async def test_duplicate_event_takes_no_position(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     [event] = await accept(pool, "k", idempotency_key="once")
     again = make_event(ordering_key="k", idempotency_key="once")
@@ -155,7 +155,7 @@ async def test_an_event_that_was_there_before_takes_no_place(pool: Any) -> None:
 
 
 @pytest.mark.parametrize("final", ["delivered", "failed"])
-async def test_each_end_lets_the_next_go(pool: Any, final: str) -> None:
+async def test_end_of_a_delivery_promotes_the_next(pool: Any, final: str) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     events = await accept(pool, "k", "k", "k")
     for event in events:
@@ -167,7 +167,7 @@ async def test_each_end_lets_the_next_go(pool: Any, final: str) -> None:
     assert await chain(pool, webhook_id) == [(later.id, "ready")]
 
 
-async def test_a_retry_keeps_the_others_waiting_and_other_keys_go_on(pool: Any) -> None:
+async def test_retry_blocks_its_own_chain_only(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     first, second, other = await accept(pool, "k", "k", "other")
     leases = {lease.event_id: lease for lease in await queue.claim(pool, 10, 60)}
@@ -180,7 +180,7 @@ async def test_a_retry_keeps_the_others_waiting_and_other_keys_go_on(pool: Any) 
     assert await queue.claim(pool, 10, 60) == []
 
 
-async def test_a_settle_whose_lease_was_lost_lets_nobody_go(pool: Any) -> None:
+async def test_settle_with_a_lost_lease_ends_no_chain(pool: Any) -> None:
     await make_webhook_config(pool, ordered=True)
     await accept(pool, "k", "k")
     [lease] = await queue.claim(pool, 10, 60)
@@ -190,7 +190,7 @@ async def test_a_settle_whose_lease_was_lost_lets_nobody_go(pool: Any) -> None:
 
 
 @pytest.mark.parametrize("give_up", [queue.release, queue.park_leased, None])
-async def test_a_first_that_comes_back_unsent_is_still_the_first(pool: Any, give_up: Any) -> None:
+async def test_unsent_first_delivery_stays_first(pool: Any, give_up: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     first, second = await accept(pool, "k", "k")
     leased = await queue.claim(pool, 10, 60)
@@ -209,9 +209,7 @@ async def test_a_first_that_comes_back_unsent_is_still_the_first(pool: Any, give
     assert state == ("parked" if give_up is queue.park_leased else "ready")
 
 
-async def test_the_next_of_an_inactive_config_is_parked_and_goes_on_when_it_is_active_again(
-    pool: Any,
-) -> None:
+async def test_next_in_chain_is_parked_until_reactivation(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     _, second, third = await accept(pool, "k", "k", "k")
     [lease] = await queue.claim(pool, 10, 60)
@@ -226,7 +224,7 @@ async def test_the_next_of_an_inactive_config_is_parked_and_goes_on_when_it_is_a
     assert [(await finish_first(pool)).event_id for _ in range(2)] == [second.id, third.id]
 
 
-async def test_pausing_parks_the_first_and_leaves_the_others(pool: Any) -> None:
+async def test_pause_parks_only_the_first_in_chain(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     first, second = await accept(pool, "k", "k")
     await queue.park_webhooks(pool, [webhook_id])
@@ -234,7 +232,7 @@ async def test_pausing_parks_the_first_and_leaves_the_others(pool: Any) -> None:
     assert await chain(pool, webhook_id) == [(first.id, "parked"), (second.id, "blocked")]
 
 
-async def test_what_is_blocked_takes_no_places_of_its_config(pool: Any) -> None:
+async def test_blocked_deliveries_take_no_slots(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     await accept(pool, *["k"] * 40)
     parked = [await make_delivery(pool, webhook_id, state="parked") for _ in range(3)]
@@ -245,9 +243,7 @@ async def test_what_is_blocked_takes_no_places_of_its_config(pool: Any) -> None:
     assert ready > set(parked)
 
 
-async def test_a_time_for_delivery_holds_when_its_turn_comes_and_keeps_those_behind_it(
-    pool: Any,
-) -> None:
+async def test_delivery_time_applies_in_its_turn_and_blocks_the_chain(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     tomorrow = await pool.fetchval("SELECT now() + interval '1 day'")
     await accept(pool, "k")
@@ -260,7 +256,7 @@ async def test_a_time_for_delivery_holds_when_its_turn_comes_and_keeps_those_beh
     assert due == tomorrow
 
 
-async def test_a_redelivery_is_outside_the_order(pool: Any) -> None:
+async def test_redelivery_is_outside_the_order(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     _, second = await accept(pool, "k", "k")
     delivered = await finish_first(pool)
@@ -273,7 +269,7 @@ async def test_a_redelivery_is_outside_the_order(pool: Any) -> None:
     assert await chain(pool, webhook_id) == [(second.id, "leased")]
 
 
-async def test_deleting_a_config_cancels_what_is_blocked_too(pool: Any) -> None:
+async def test_cancel_webhook_includes_blocked_deliveries(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     await accept(pool, "k", "k", "k", "other")
     await queue.claim(pool, 1, 60)
@@ -283,7 +279,7 @@ async def test_deleting_a_config_cancels_what_is_blocked_too(pool: Any) -> None:
     assert await states(pool) == ["cancelled"] * 4
 
 
-async def test_what_was_queued_keeps_its_order_when_the_config_changes(pool: Any) -> None:
+async def test_queued_deliveries_keep_their_order_on_config_change(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     [before] = await accept(pool, "k")
     await pool.execute("UPDATE webhook_configs SET ordered = true")
@@ -305,7 +301,7 @@ async def test_what_was_queued_keeps_its_order_when_the_config_changes(pool: Any
 # --- at the same time
 
 
-async def test_two_publishers_of_a_key_commit_one_after_the_other(pool: Any) -> None:
+async def test_publishers_of_one_key_commit_in_sequence(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     async with idempotency_key_in_use(pool, "taken"):
         first = asyncio.create_task(accept(pool, "k", idempotency_key="taken"))
@@ -321,9 +317,7 @@ async def test_two_publishers_of_a_key_commit_one_after_the_other(pool: Any) -> 
     assert await chain(pool, webhook_id) == [(one.id, "ready"), (two.id, "blocked")]
 
 
-async def test_the_order_holds_whatever_isolation_the_database_has_by_default(
-    pool: Any, database_url: str
-) -> None:
+async def test_order_holds_under_repeatable_read_default(pool: Any, database_url: str) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     setting = {"default_transaction_isolation": "repeatable read"}
     async with asyncpg.create_pool(database_url, server_settings=setting) as strict:
@@ -337,15 +331,13 @@ async def test_the_order_holds_whatever_isolation_the_database_has_by_default(
     assert await chain(pool, webhook_id) == [(one.id, "ready"), (two.id, "blocked")]
 
 
-def test_a_key_has_the_same_lock_in_every_release() -> None:
+def test_ordering_key_lock_is_stable_across_releases() -> None:
     """Releases run side by side: with locks of their own they would number past each other."""
     assert _lock(make_event(ordering_key="k")) == 3170
     assert _lock(make_event(ordering_key="k", merchant_id="m_2")) == 571
 
 
-async def test_batches_that_share_keys_in_any_order_wait_for_each_other_and_not_in_a_circle(
-    pool: Any,
-) -> None:
+async def test_batches_sharing_ordering_keys_never_deadlock(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     keys = [f"k{n}" for n in range(20)]
     batches: list[Sequence[str]] = [keys, keys[::-1], keys[10:] + keys[:10]] * 10
@@ -357,7 +349,7 @@ async def test_batches_that_share_keys_in_any_order_wait_for_each_other_and_not_
         assert [state for _, state in found] == ["ready"] + ["blocked"] * (len(batches) - 1)
 
 
-async def test_an_acceptance_that_saw_a_first_which_then_ended_lets_its_own_go(pool: Any) -> None:
+async def test_event_accepted_while_the_first_ends_is_ready(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     await accept(pool, "k")
     async with idempotency_key_in_use(pool, "taken"):
@@ -370,7 +362,7 @@ async def test_an_acceptance_that_saw_a_first_which_then_ended_lets_its_own_go(p
     assert await chain(pool, webhook_id) == [(event.id, "ready")]
 
 
-async def test_a_settle_lets_go_what_was_accepted_before_its_commit(pool: Any) -> None:
+async def test_settle_promotes_event_accepted_before_its_commit(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     await accept(pool, "k")
     [lease] = await queue.claim(pool, 10, 60)
@@ -384,7 +376,7 @@ async def test_a_settle_lets_go_what_was_accepted_before_its_commit(pool: Any) -
     assert await chain(pool, webhook_id) == [(event.id, "ready")]
 
 
-async def test_whoever_is_first_no_chain_is_left_without_one(pool: Any) -> None:
+async def test_concurrent_accept_and_settle_strand_no_chain(pool: Any) -> None:
     """Acceptance against end, at once, again and again."""
     webhook_id = await make_webhook_config(pool, ordered=True)
     await accept(pool, *(f"k{n}" for n in range(8)))
@@ -402,7 +394,7 @@ async def test_whoever_is_first_no_chain_is_left_without_one(pool: Any) -> None:
             assert [state for _, state in await chain(pool, webhook_id, f"k{n}")] == ["ready"]
 
 
-async def test_many_who_promote_at_once_let_one_go(pool: Any) -> None:
+async def test_concurrent_promotions_release_one_delivery(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     events = await accept(pool, *["k"] * 5)
     [lease] = await queue.claim(pool, 10, 60)
@@ -418,9 +410,7 @@ async def test_many_who_promote_at_once_let_one_go(pool: Any) -> None:
     ]
 
 
-async def test_a_next_that_somebody_holds_is_waited_for_by_nobody_and_not_passed_by(
-    pool: Any,
-) -> None:
+async def test_promote_neither_waits_for_nor_skips_a_locked_delivery(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     _, second, third = await accept(pool, "k", "k", "k")
     [lease] = await queue.claim(pool, 10, 60)
@@ -437,7 +427,7 @@ async def test_a_next_that_somebody_holds_is_waited_for_by_nobody_and_not_passed
 # --- what a crash leaves behind
 
 
-async def test_a_stranded_chain_is_found_page_by_page(
+async def test_stranded_chains_are_found_page_by_page(
     pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = [await make_webhook_config(pool, ordered=True) for _ in range(2)]
@@ -462,9 +452,7 @@ async def test_a_stranded_chain_is_found_page_by_page(
     assert (await maintain.promote_stranded(pool, None))[0] == 0
 
 
-async def test_what_is_accepted_into_a_stranded_chain_goes_behind_it_and_mends_it(
-    pool: Any,
-) -> None:
+async def test_event_accepted_into_a_stranded_chain_repairs_it(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     _, second = await accept(pool, "k", "k")
     [lease] = await queue.claim(pool, 10, 60)
@@ -474,7 +462,7 @@ async def test_what_is_accepted_into_a_stranded_chain_goes_behind_it_and_mends_i
     assert await chain(pool, webhook_id) == [(second.id, "ready"), (third.id, "blocked")]
 
 
-async def test_a_chain_of_a_deleted_config_is_let_go_to_be_cancelled(pool: Any) -> None:
+async def test_chain_of_a_deleted_config_is_promoted_for_cancelling(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     await accept(pool, "k", "k")
     await pool.execute("UPDATE webhook_configs SET deleted_at = now()")
@@ -489,7 +477,7 @@ async def test_a_chain_of_a_deleted_config_is_let_go_to_be_cancelled(pool: Any) 
 # --- what the database itself refuses
 
 
-async def test_the_database_refuses_a_second_first_and_a_place_taken_twice(pool: Any) -> None:
+async def test_constraints_refuse_a_duplicate_chain_position(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     place = {"ordering_key": "k", "ordering_position": 1}
     await make_delivery(pool, webhook_id, **place)

@@ -37,7 +37,7 @@ from tests.support.factories import (
 # --- enqueue
 
 
-async def test_an_event_gets_a_ready_delivery_for_each_matching_config(pool: Any) -> None:
+async def test_event_gets_a_ready_delivery_per_matching_config(pool: Any) -> None:
     first, second = [await make_webhook_config(pool) for _ in range(2)]
     both_types = await make_webhook_config(pool, events=["refund.failed", EVENT_TYPE])
     event = make_event()
@@ -54,7 +54,7 @@ async def test_an_event_gets_a_ready_delivery_for_each_matching_config(pool: Any
         assert row["id"].version == 7
 
 
-async def test_configs_of_another_merchant_or_another_type_get_nothing(pool: Any) -> None:
+async def test_only_configs_of_merchant_and_type_match(pool: Any) -> None:
     await make_webhook_config(pool, merchant_id="m_2")
     await make_webhook_config(pool, events=["refund.failed"])
     wanted = await make_webhook_config(pool)
@@ -64,7 +64,7 @@ async def test_configs_of_another_merchant_or_another_type_get_nothing(pool: Any
     assert await pool.fetchval("SELECT array_agg(webhook_id) FROM delivery_queue") == [wanted]
 
 
-async def test_an_inactive_config_gets_its_delivery_parked(pool: Any) -> None:
+async def test_delivery_to_an_inactive_config_is_parked(pool: Any) -> None:
     inactive = await make_webhook_config(pool, active=False)
     active = await make_webhook_config(pool)
 
@@ -74,7 +74,7 @@ async def test_an_inactive_config_gets_its_delivery_parked(pool: Any) -> None:
     assert await states(pool, active) == ["ready"]
 
 
-async def test_a_deleted_config_gets_nothing(pool: Any) -> None:
+async def test_deleted_config_gets_no_delivery(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     await _delete(pool, webhook_id)
     event = make_event()
@@ -85,7 +85,7 @@ async def test_a_deleted_config_gets_nothing(pool: Any) -> None:
     assert await states(pool) == []
 
 
-async def test_an_event_nobody_wants_is_stored_with_a_count_of_zero(pool: Any) -> None:
+async def test_event_without_matching_config_is_stored(pool: Any) -> None:
     event = make_event(payload=b"\x00\xff raw bytes", content_type="application/octet-stream")
 
     accepted = await queue.enqueue(pool, [event])
@@ -96,7 +96,7 @@ async def test_an_event_nobody_wants_is_stored_with_a_count_of_zero(pool: Any) -
     assert accepted == (stored["created_at"], [0])
 
 
-async def test_one_batch_may_mix_merchants_types_and_events_nobody_wants(pool: Any) -> None:
+async def test_batch_may_mix_merchants_types_and_unmatched_events(pool: Any) -> None:
     await make_webhook_config(pool)
     await make_webhook_config(pool, merchant_id="m_2")
     await make_webhook_config(pool, merchant_id="m_2")
@@ -108,7 +108,7 @@ async def test_one_batch_may_mix_merchants_types_and_events_nobody_wants(pool: A
     assert await states(pool) == ["ready"] * 3
 
 
-async def test_a_key_twice_in_one_batch_makes_one_event_the_first(pool: Any) -> None:
+async def test_repeated_key_in_a_batch_makes_one_event(pool: Any) -> None:
     await make_webhook_config(pool)
     first, second = [make_event(idempotency_key="k") for _ in range(2)]
 
@@ -119,7 +119,7 @@ async def test_a_key_twice_in_one_batch_makes_one_event_the_first(pool: Any) -> 
     assert await states(pool) == ["ready"]
 
 
-async def test_of_a_key_twice_in_one_batch_the_first_in_it_wins_whatever_the_ids(pool: Any) -> None:
+async def test_first_position_wins_a_repeated_key_regardless_of_ids(pool: Any) -> None:
     older, newer = [make_event(idempotency_key="k") for _ in range(2)]
 
     accepted = await queue.enqueue(pool, [newer, older])
@@ -128,7 +128,7 @@ async def test_of_a_key_twice_in_one_batch_the_first_in_it_wins_whatever_the_ids
     assert await pool.fetchval("SELECT array_agg(id) FROM events") == [newer.id]
 
 
-async def test_a_key_used_before_makes_no_second_event(pool: Any) -> None:
+async def test_used_key_makes_no_second_event(pool: Any) -> None:
     await make_webhook_config(pool)
     first, again, other = (
         make_event(idempotency_key="k"),
@@ -151,14 +151,14 @@ async def test_merchants_do_not_share_keys(pool: Any) -> None:
     assert (await queue.enqueue(pool, events)).delivery_counts == [0, 0]
 
 
-async def test_events_without_a_key_are_never_taken_for_one_another(pool: Any) -> None:
+async def test_events_without_a_key_are_never_duplicates(pool: Any) -> None:
     accepted = await queue.enqueue(pool, [make_event(), make_event()])
 
     assert accepted.delivery_counts == [0, 0]
     assert await pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0
 
 
-async def test_a_key_whose_batch_was_rolled_back_is_free(pool: Any) -> None:
+async def test_key_of_a_rolled_back_batch_is_free(pool: Any) -> None:
     event = make_event(idempotency_key="k")
     async with pool.acquire() as connection:
         transaction = connection.transaction()
@@ -169,9 +169,7 @@ async def test_a_key_whose_batch_was_rolled_back_is_free(pool: Any) -> None:
     assert (await queue.enqueue(pool, [event])).delivery_counts == [0]
 
 
-async def test_batches_that_share_keys_in_opposite_order_wait_in_turn_and_never_deadlock(
-    pool: Any,
-) -> None:
+async def test_batches_sharing_idempotency_keys_never_deadlock(pool: Any) -> None:
     await make_webhook_config(pool)
     keys = [f"k{number:02}" for number in range(50)]
     forward = [make_event(idempotency_key=key) for key in keys]
@@ -191,9 +189,7 @@ async def test_batches_that_share_keys_in_opposite_order_wait_in_turn_and_never_
     assert await states(pool) == ["ready"] * len(keys)
 
 
-async def test_keys_are_taken_in_one_order_so_that_no_two_batches_hold_each_others(
-    pool: Any,
-) -> None:
+async def test_idempotency_keys_are_locked_in_one_order(pool: Any) -> None:
     # A third session holds the key in the middle: both batches stop there, having taken all that
     # sorts before it and nothing that sorts after. In any other order they would hold each other's.
     keys = ["a", "m", "z"]
@@ -216,7 +212,7 @@ async def test_keys_are_taken_in_one_order_so_that_no_two_batches_hold_each_othe
 # --- claim
 
 
-async def test_a_claim_brings_all_an_attempt_needs(pool: Any) -> None:
+async def test_claim_returns_all_data_of_an_attempt(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, version=7)
     [event] = await enqueue_events(pool, payload=b"\x00\x01")
 
@@ -232,7 +228,7 @@ async def test_a_claim_brings_all_an_attempt_needs(pool: Any) -> None:
     assert (row["lease_until"] - claimed.claimed_at).total_seconds() == 30
 
 
-async def test_a_claim_says_when_the_config_was_deactivated_or_deleted_meanwhile(pool: Any) -> None:
+async def test_claim_reports_deactivated_and_deleted_configs(pool: Any) -> None:
     paused = await make_webhook_config(pool, active=False)
     deleted = await make_webhook_config(pool)
     await _delete(pool, deleted)
@@ -245,7 +241,7 @@ async def test_a_claim_says_when_the_config_was_deactivated_or_deleted_meanwhile
     assert claimed[deleted].webhook_deleted
 
 
-async def test_the_longest_due_are_claimed_first(pool: Any) -> None:
+async def test_longest_due_deliveries_are_claimed_first(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     due = {ago: await make_delivery(pool, webhook_id, due_in=-ago) for ago in (5, 60, 1, 30)}
 
@@ -253,7 +249,7 @@ async def test_the_longest_due_are_claimed_first(pool: Any) -> None:
     assert ids_of(await queue.claim(pool, 2, 30)) == {due[5], due[1]}
 
 
-async def test_nothing_is_claimed_before_it_is_due(pool: Any) -> None:
+async def test_delivery_is_not_claimed_before_it_is_due(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery_id = await make_delivery(pool, webhook_id, due_in=60)
     assert await queue.claim(pool, 10, 30) == []
@@ -264,14 +260,14 @@ async def test_nothing_is_claimed_before_it_is_due(pool: Any) -> None:
 
 
 @pytest.mark.parametrize("state", ["parked", "leased"])
-async def test_what_is_parked_or_leased_is_not_claimed(pool: Any, state: str) -> None:
+async def test_parked_and_leased_deliveries_are_not_claimed(pool: Any, state: str) -> None:
     webhook_id = await make_webhook_config(pool)
     await make_delivery(pool, webhook_id, state=state, due_in=-60)
 
     assert await queue.claim(pool, 10, 30) == []
 
 
-async def test_a_claim_takes_at_most_its_limit(pool: Any) -> None:
+async def test_claim_takes_at_most_its_limit(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(5):
         await make_delivery(pool, webhook_id)
@@ -279,7 +275,7 @@ async def test_a_claim_takes_at_most_its_limit(pool: Any) -> None:
     assert [len(await queue.claim(pool, 2, 30)) for _ in range(4)] == [2, 2, 1, 0]
 
 
-async def test_a_claim_takes_what_another_one_has_not_locked_and_does_not_wait(pool: Any) -> None:
+async def test_claim_skips_rows_locked_by_another_claim(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     deliveries = {await make_delivery(pool, webhook_id) for _ in range(6)}
     async with pool.acquire() as first, first.transaction():
@@ -290,7 +286,7 @@ async def test_a_claim_takes_what_another_one_has_not_locked_and_does_not_wait(p
     assert mine | theirs == deliveries
 
 
-async def test_concurrent_claimers_never_share_a_row_and_leave_none(pool: Any) -> None:
+async def test_concurrent_claims_share_no_row_and_leave_none(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(10):
         await enqueue_events(pool, 20)
@@ -307,7 +303,7 @@ async def test_concurrent_claimers_never_share_a_row_and_leave_none(pool: Any) -
 # --- park, release, cancel
 
 
-async def test_parking_a_config_moves_what_is_ready_due_or_not_and_nothing_else(pool: Any) -> None:
+async def test_park_webhooks_moves_all_ready_deliveries(pool: Any) -> None:
     webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
     for state in ("ready", "leased", "parked"):
         await make_delivery(pool, webhook_id, state=state)
@@ -320,7 +316,7 @@ async def test_parking_a_config_moves_what_is_ready_due_or_not_and_nothing_else(
     assert await states(pool, other) == ["ready"]
 
 
-async def test_parking_a_crowd_moves_what_is_due_and_nothing_else(pool: Any) -> None:
+async def test_park_due_moves_only_due_deliveries(pool: Any) -> None:
     webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
     for state in ("ready", "ready", "leased", "parked"):
         await make_delivery(pool, webhook_id, state=state)
@@ -334,7 +330,7 @@ async def test_parking_a_crowd_moves_what_is_due_and_nothing_else(pool: Any) -> 
 
 
 @pytest.mark.parametrize(("give_up", "state"), [("release", "ready"), ("park_leased", "parked")])
-async def test_a_lease_given_up_costs_neither_an_attempt_nor_a_reclaim(
+async def test_returned_lease_costs_no_attempt_and_no_reclaim(
     pool: Any, give_up: str, state: str
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -350,7 +346,7 @@ async def test_a_lease_given_up_costs_neither_an_attempt_nor_a_reclaim(
 
 
 @pytest.mark.parametrize("give_up", ["release", "park_leased"])
-async def test_a_lease_that_is_lost_cannot_be_given_up(pool: Any, give_up: str) -> None:
+async def test_lost_lease_cannot_be_returned(pool: Any, give_up: str) -> None:
     webhook_id = await make_webhook_config(pool)
     old = await lease_one(pool, webhook_id)
     await _expire(pool)
@@ -363,7 +359,7 @@ async def test_a_lease_that_is_lost_cannot_be_given_up(pool: Any, give_up: str) 
     assert (place.state, place.lease_id) == ("leased", new.lease_id)
 
 
-async def test_deleting_a_config_cancels_its_open_deliveries_and_no_others(pool: Any) -> None:
+async def test_cancel_webhook_ends_only_its_open_deliveries(pool: Any) -> None:
     webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
     open_deliveries = {
         await make_delivery(pool, webhook_id, state=state, attempt_count=count)
@@ -382,9 +378,7 @@ async def test_deleting_a_config_cancels_its_open_deliveries_and_no_others(pool:
     assert await queue.cancel_webhook(pool, webhook_id) == 0
 
 
-async def test_however_many_are_cancelled_no_statement_takes_them_all(
-    pool: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_cancel_runs_in_chunks(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not by its dotted name, which `core.queue` gives to the function.
     monkeypatch.setattr(sys.modules["core.queue.settle"], "_CHUNK", 2)
     webhook_id = await make_webhook_config(pool)
@@ -400,7 +394,7 @@ async def test_however_many_are_cancelled_no_statement_takes_them_all(
     assert await pool.fetchval(statements) == 3
 
 
-async def test_a_delivery_cancelled_in_flight_stays_so_whatever_its_attempt_says(pool: Any) -> None:
+async def test_delivery_cancelled_in_flight_stays_cancelled(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
     await queue.cancel_webhook(pool, webhook_id)
@@ -411,9 +405,7 @@ async def test_a_delivery_cancelled_in_flight_stays_so_whatever_its_attempt_says
     assert await attempts(pool) == []
 
 
-async def test_cancelling_does_not_deadlock_with_a_settle_that_waits_for_the_config(
-    pool: Any,
-) -> None:
+async def test_cancel_does_not_deadlock_with_a_waiting_settle(pool: Any) -> None:
     # Deleting locks the config, then its deliveries; a settle has the delivery, and then wants to
     # reset the config's count.
     webhook_id = await make_webhook_config(pool, consecutive_failures=1)
@@ -433,7 +425,7 @@ async def test_cancelling_does_not_deadlock_with_a_settle_that_waits_for_the_con
 # --- admit
 
 
-async def test_a_backlog_is_let_in_oldest_first_as_far_as_there_is_room(pool: Any) -> None:
+async def test_backlog_is_admitted_oldest_first_up_to_the_limit(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     backlog = [await make_delivery(pool, webhook_id, state="parked") for _ in range(6)]
 
@@ -443,7 +435,7 @@ async def test_a_backlog_is_let_in_oldest_first_as_far_as_there_is_room(pool: An
     assert [found[delivery_id].state for delivery_id in backlog] == ["ready"] * 4 + ["parked"] * 2
 
 
-async def test_room_is_what_due_and_leased_leave_and_is_filled_once_half_empty(pool: Any) -> None:
+async def test_admission_fills_free_slots_once_half_are_free(pool: Any) -> None:
     for ready, leased, size, admitted in [
         (0, 0, 8, 8),
         (1, 2, 8, 5),
@@ -468,7 +460,7 @@ async def test_room_is_what_due_and_leased_leave_and_is_filled_once_half_empty(p
         assert Counter(await states(pool, webhook_id))["ready"] == ready + admitted
 
 
-async def test_retries_that_are_not_due_take_no_room(pool: Any) -> None:
+async def test_future_retries_take_no_slots(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(4):
         await make_delivery(pool, webhook_id, due_in=60)
@@ -478,7 +470,7 @@ async def test_retries_that_are_not_due_take_no_room(pool: Any) -> None:
     assert ids_of(await queue.claim(pool, 10, 30)) == {parked}
 
 
-async def test_what_is_let_in_takes_nobody_elses_turn(pool: Any) -> None:
+async def test_admitted_delivery_does_not_overtake_others(pool: Any) -> None:
     flooded, healthy = [await make_webhook_config(pool) for _ in range(2)]
     await make_delivery(pool, flooded, state="parked", due_in=-3600)
     theirs = await make_delivery(pool, healthy, due_in=-1)
@@ -488,7 +480,7 @@ async def test_what_is_let_in_takes_nobody_elses_turn(pool: Any) -> None:
     assert ids_of(await queue.claim(pool, 1, 30)) == {theirs}
 
 
-async def test_a_parked_retry_keeps_its_backoff(pool: Any) -> None:
+async def test_parked_retry_keeps_its_backoff(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery_id = await make_delivery(pool, webhook_id, state="parked", due_in=60)
 
@@ -499,7 +491,7 @@ async def test_a_parked_retry_keeps_its_backoff(pool: Any) -> None:
     assert place.due_in == pytest.approx(60, abs=10)
 
 
-async def test_an_inactive_config_is_let_in_only_after_its_reactivation(pool: Any) -> None:
+async def test_inactive_config_is_admitted_after_reactivation(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, active=False)
     await enqueue_events(pool, 3)
     assert await queue.admit(pool, {webhook_id: 4}) == set()
@@ -511,7 +503,7 @@ async def test_an_inactive_config_is_let_in_only_after_its_reactivation(pool: An
     assert await states(pool) == ["ready"] * 3
 
 
-async def test_what_a_deletion_left_parked_is_let_in_to_be_cancelled(pool: Any) -> None:
+async def test_parked_delivery_missed_by_deletion_is_admitted(pool: Any) -> None:
     # An event accepted while its inactive config is deleted: the deletion does not see the row.
     webhook_id = await make_webhook_config(pool, active=False)
     async with pool.acquire() as connection, connection.transaction():
@@ -526,7 +518,7 @@ async def test_what_a_deletion_left_parked_is_let_in_to_be_cancelled(pool: Any) 
     assert leftover.webhook_deleted
 
 
-async def test_only_the_named_configs_are_let_in_each_from_its_own_backlog(pool: Any) -> None:
+async def test_only_the_named_configs_are_admitted(pool: Any) -> None:
     named = [await make_webhook_config(pool) for _ in range(2)]
     other = await make_webhook_config(pool)
     for webhook_id in (*named, other):
@@ -541,7 +533,7 @@ async def test_only_the_named_configs_are_let_in_each_from_its_own_backlog(pool:
     assert await queue.admit(pool, {}) == set()
 
 
-async def test_engines_that_let_in_at_once_do_not_overfill_a_config(pool: Any) -> None:
+async def test_concurrent_admissions_do_not_exceed_the_limit(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(10):
         await make_delivery(pool, webhook_id, state="parked")
@@ -552,7 +544,7 @@ async def test_engines_that_let_in_at_once_do_not_overfill_a_config(pool: Any) -
     assert Counter(await states(pool)) == {"ready": 4, "parked": 6}
 
 
-async def test_the_backlog_listing_names_each_config_with_parked_deliveries_once(pool: Any) -> None:
+async def test_backlog_lists_each_config_with_parked_deliveries_once(pool: Any) -> None:
     assert await queue.webhooks_with_backlog(pool) == []
     with_backlog = [await make_webhook_config(pool) for _ in range(3)]
     without = await make_webhook_config(pool)
@@ -568,7 +560,7 @@ async def test_the_backlog_listing_names_each_config_with_parked_deliveries_once
 # --- reclaim
 
 
-async def test_only_a_lease_that_has_ended_is_reclaimed(pool: Any) -> None:
+async def test_only_ended_leases_are_reclaimed(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     ended = await make_delivery(pool, webhook_id, state="leased", lease_in=-1)
     held = await make_delivery(pool, webhook_id, state="leased", lease_in=60)
@@ -583,7 +575,7 @@ async def test_only_a_lease_that_has_ended_is_reclaimed(pool: Any) -> None:
     assert await queue.reclaim(pool, 10) == []
 
 
-async def test_the_first_reclaim_is_due_at_once_and_each_later_one_later(pool: Any) -> None:
+async def test_first_reclaim_is_due_at_once_and_later_ones_back_off(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
     waits = []
@@ -602,9 +594,7 @@ async def test_the_first_reclaim_is_due_at_once_and_each_later_one_later(pool: A
     assert await attempts(pool) == []
 
 
-async def test_a_delivery_that_is_reclaimed_again_and_again_is_named(
-    pool: Any, logged: list[Any]
-) -> None:
+async def test_repeatedly_reclaimed_delivery_is_logged(pool: Any, logged: list[Any]) -> None:
     webhook_id = await make_webhook_config(pool)
     for count in (0, 1, 2):
         delivery_id = await make_delivery(
@@ -624,7 +614,7 @@ async def test_a_delivery_that_is_reclaimed_again_and_again_is_named(
     ]
 
 
-async def test_reclaims_come_by_pages_the_longest_ended_first(pool: Any) -> None:
+async def test_reclaim_takes_the_longest_ended_leases_first(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     ended = [
         await make_delivery(pool, webhook_id, state="leased", lease_in=-ago) for ago in (1, 9, 5)
@@ -634,7 +624,7 @@ async def test_reclaims_come_by_pages_the_longest_ended_first(pool: Any) -> None
     assert await queue.reclaim(pool, 2) == [ended[0]]
 
 
-async def test_engines_that_reclaim_at_once_share_the_work_without_waiting(pool: Any) -> None:
+async def test_concurrent_reclaims_share_the_rows_without_waiting(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     ended = {await make_delivery(pool, webhook_id, state="leased", lease_in=-1) for _ in range(4)}
     async with pool.acquire() as first, first.transaction():
@@ -646,7 +636,7 @@ async def test_engines_that_reclaim_at_once_share_the_work_without_waiting(pool:
     assert {place.reclaim_count for place in (await places(pool)).values()} == {1}
 
 
-async def test_a_reclaim_passes_by_a_row_whose_engine_is_just_settling_it(pool: Any) -> None:
+async def test_reclaim_skips_a_row_being_settled(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     [delivery] = await lease_many(pool, webhook_id, 1)
     await _expire(pool)
@@ -660,7 +650,7 @@ async def test_a_reclaim_passes_by_a_row_whose_engine_is_just_settling_it(pool: 
 # --- the hint
 
 
-async def test_a_hint_reaches_those_who_listen(pool: Any) -> None:
+async def test_notify_reaches_listeners(pool: Any) -> None:
     heard = asyncio.Event()
     async with pool.acquire() as listener:
         await listener.add_listener(queue.CHANNEL, lambda *_: heard.set())
@@ -671,9 +661,7 @@ async def test_a_hint_reaches_those_who_listen(pool: Any) -> None:
 
 
 @pytest.mark.parametrize("created_at", ["infinity", "-infinity", "20000-01-01", "4000-01-01 BC"])
-async def test_a_time_that_nobody_could_read_takes_no_claim_with_it(
-    pool: Any, created_at: str
-) -> None:
+async def test_claim_survives_an_unreadable_timestamp(pool: Any, created_at: str) -> None:
     webhook_id = await make_webhook_config(pool)
     odd, sound = [await make_delivery(pool, webhook_id) for _ in range(2)]
     await pool.execute(
@@ -688,7 +676,7 @@ async def test_a_time_that_nobody_could_read_takes_no_claim_with_it(
     assert all(d.claimed_at - d.due_since >= timedelta(0) for d in claimed)
 
 
-async def test_a_delivery_is_reclaimed_however_often_it_was_before(pool: Any) -> None:
+async def test_reclaim_works_at_the_maximum_count(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     most = 2**31 - 1
     delivery_id = await make_delivery(
@@ -711,9 +699,7 @@ async def test_a_delivery_is_reclaimed_however_often_it_was_before(pool: Any) ->
         {"reclaim_count": -1},
     ],
 )
-async def test_the_database_itself_refuses_a_row_that_cannot_be(
-    pool: Any, columns: dict[str, Any]
-) -> None:
+async def test_constraints_refuse_an_impossible_row(pool: Any, columns: dict[str, Any]) -> None:
     with pytest.raises(asyncpg.CheckViolationError):
         await make_delivery(pool, new_id(), **columns)
 

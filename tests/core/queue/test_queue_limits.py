@@ -38,7 +38,7 @@ async def _used_until(pool: Any, webhook_id: UUID, seconds_ago: float | None) ->
         (["payment.succeeded"], "payment.succeeded.late", False),
     ],
 )
-async def test_a_prefix_matches_whole_segments_and_makes_one_delivery(
+async def test_prefix_matches_whole_segments_once(
     pool: Any, filters: list[str], event_type: str, matches: bool
 ) -> None:
     await make_webhook_config(pool, events=filters)
@@ -50,13 +50,13 @@ async def test_a_prefix_matches_whole_segments_and_makes_one_delivery(
     assert await states(pool) == ["ready"] * matches
 
 
-async def test_a_prefix_of_another_merchant_matches_nothing(pool: Any) -> None:
+async def test_prefix_of_another_merchant_does_not_match(pool: Any) -> None:
     await make_webhook_config(pool, events=["payment.*"], merchant_id="m_2")
     event = make_event()
     assert (await queue.enqueue(pool, [event])).delivery_counts == [0]
 
 
-async def test_a_rate_that_was_not_used_grants_a_second_and_one_and_then_waits(pool: Any) -> None:
+async def test_unused_rate_grants_one_second_and_one_more(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, rate_limit=1.0)
 
     assert await queue.spend_rate(pool, {webhook_id: 1}) == {webhook_id: (1, 0.0)}
@@ -71,7 +71,7 @@ async def test_a_rate_that_was_not_used_grants_a_second_and_one_and_then_waits(p
     ("rate", "ago", "granted"),
     [(2.0, 1.1, 2), (0.5, 0.0, 0), (10.0, 3600.0, 11), (0.001, 1050.0, 1), (0.001, 900.0, 0)],
 )
-async def test_what_a_rate_grants_comes_back_with_the_databases_time(
+async def test_rate_refills_with_database_time(
     pool: Any, rate: float, ago: float, granted: int
 ) -> None:
     webhook_id = await make_webhook_config(pool, rate_limit=rate)
@@ -80,9 +80,7 @@ async def test_what_a_rate_grants_comes_back_with_the_databases_time(
     assert (await queue.spend_rate(pool, {webhook_id: 100}))[webhook_id][0] == granted
 
 
-async def test_a_clock_that_was_set_back_costs_a_limited_config_no_more_than_a_burst(
-    pool: Any,
-) -> None:
+async def test_clock_set_back_costs_at_most_one_burst(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, rate_limit=2.0)
     for _ in range(8):
         await make_delivery(pool, webhook_id, state="parked")
@@ -94,13 +92,13 @@ async def test_a_clock_that_was_set_back_costs_a_limited_config_no_more_than_a_b
     assert (await queue.spend_rate(pool, {webhook_id: 8}))[webhook_id][0] == 0
 
 
-async def test_what_a_later_statement_has_spent_is_not_granted_again(pool: Any) -> None:
+async def test_tokens_spent_by_a_later_statement_stay_spent(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, rate_limit=2.0)
     await _used_until(pool, webhook_id, -5.0)
     assert (await queue.spend_rate(pool, {webhook_id: 8}))[webhook_id][0] == 0
 
 
-async def test_what_is_granted_adds_up_to_no_more_than_the_rate_however_many_ask(pool: Any) -> None:
+async def test_concurrent_grants_never_exceed_the_rate(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, rate_limit=3.0)
     before = await pool.fetchval("SELECT clock_timestamp()")
 
@@ -111,14 +109,14 @@ async def test_what_is_granted_adds_up_to_no_more_than_the_rate_however_many_ask
     assert 1 <= granted <= 4 + 3 * elapsed
 
 
-async def test_a_config_somebody_has_locked_gets_nothing_and_is_not_waited_for(pool: Any) -> None:
+async def test_locked_config_is_skipped_without_waiting(pool: Any) -> None:
     locked, free = [await make_webhook_config(pool, rate_limit=5.0) for _ in range(2)]
     async with pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT 1 FROM webhook_configs WHERE id = $1 FOR UPDATE", locked)
         assert await promptly(queue.spend_rate(pool, {locked: 1, free: 1})) == {free: (1, 0.0)}
 
 
-async def test_a_limit_that_is_gone_or_a_config_that_is_unknown_grants_nothing(pool: Any) -> None:
+async def test_missing_limit_or_config_grants_nothing(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     assert await queue.spend_rate(pool, {webhook_id: 1, new_id(): 1}) == {}
 
@@ -126,7 +124,7 @@ async def test_a_limit_that_is_gone_or_a_config_that_is_unknown_grants_nothing(p
 @pytest.mark.parametrize(
     ("due", "leased", "admitted"), [(0, 0, 2), (1, 0, 1), (2, 0, 0), (0, 2, 2)]
 )
-async def test_letting_in_leaves_out_what_the_rate_does_not_leave(
+async def test_admission_stops_at_the_remaining_rate(
     pool: Any, due: int, leased: int, admitted: int
 ) -> None:
     """Two are left; those that are due will take them, those that are leased have theirs."""
@@ -144,7 +142,7 @@ async def test_letting_in_leaves_out_what_the_rate_does_not_leave(
 
 
 @pytest.mark.parametrize(("own", "admitted"), [(2, 2), (0, 4), (100, 4)])
-async def test_letting_in_fills_a_configs_own_cap_and_no_more_than_the_operators(
+async def test_admission_fills_the_lower_of_both_in_flight_limits(
     pool: Any, own: int, admitted: int
 ) -> None:
     webhook_id = await make_webhook_config(pool, max_in_flight=own)

@@ -585,7 +585,7 @@ class QueueMachine(RuleBasedStateMachine):
                 delivery.state = PARKED
 
 
-def test_the_queue_does_what_its_model_does_whatever_happens(database_url: str) -> None:
+def test_queue_matches_its_model(database_url: str) -> None:
     with asyncio.Runner() as runner:
         connection = runner.run(asyncpg.connect(database_url))
         run_state_machine_as_test(

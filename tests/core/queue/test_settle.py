@@ -32,7 +32,7 @@ from tests.support.factories import (
 )
 
 
-async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt(pool: Any) -> None:
+async def test_delivered_delivery_moves_to_the_history(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id, redelivery_of=new_id())
     queued = await pool.fetchrow("SELECT * FROM delivery_queue")
@@ -68,7 +68,7 @@ async def test_a_delivered_one_leaves_the_queue_for_the_history_with_its_attempt
     }
 
 
-async def test_a_failed_one_leaves_the_queue_too_and_an_answer_may_be_missing(pool: Any) -> None:
+async def test_failed_delivery_without_response_moves_to_the_history(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id, attempt_count=3)
 
@@ -80,7 +80,7 @@ async def test_a_failed_one_leaves_the_queue_too_and_an_answer_may_be_missing(po
     assert await pool.fetchval("SELECT status_code FROM attempts") is None
 
 
-async def test_a_rescheduled_one_is_ready_again_after_its_backoff_and_not_before(pool: Any) -> None:
+async def test_rescheduled_delivery_is_due_after_its_backoff(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id, reclaim_count=2)
 
@@ -96,7 +96,7 @@ async def test_a_rescheduled_one_is_ready_again_after_its_backoff_and_not_before
     assert await health(pool, webhook_id) == (True, None, 0)
 
 
-async def test_attempts_are_numbered_without_gaps_whatever_happens_between_them(pool: Any) -> None:
+async def test_attempts_are_numbered_without_gaps(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
     await settle(pool, rescheduled(delivery, seconds=0))
@@ -123,7 +123,7 @@ async def test_attempts_are_numbered_without_gaps_whatever_happens_between_them(
 
 @pytest.mark.parametrize("result", [settlement, failed, rescheduled])
 @pytest.mark.parametrize("since", ["reclaimed", "claimed again", "finished", "cancelled"])
-async def test_a_late_settle_changes_nothing_at_all(pool: Any, result: Any, since: str) -> None:
+async def test_late_settle_changes_nothing(pool: Any, result: Any, since: str) -> None:
     webhook_id = await make_webhook_config(pool, consecutive_failures=9)
     delivery = await lease_one(pool, webhook_id)
     await _lose(pool, delivery)
@@ -142,7 +142,7 @@ async def test_a_late_settle_changes_nothing_at_all(pool: Any, result: Any, sinc
 
 
 @pytest.mark.parametrize("result", [settlement, failed, rescheduled])
-async def test_settling_twice_is_harmless(pool: Any, result: Any) -> None:
+async def test_second_settle_changes_nothing(pool: Any, result: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
     await settle(pool, result(delivery))
@@ -155,7 +155,7 @@ async def test_settling_twice_is_harmless(pool: Any, result: Any) -> None:
 
 
 @pytest.mark.parametrize("result", [settlement, failed, rescheduled])
-async def test_a_delivery_twice_in_one_batch_is_settled_once(pool: Any, result: Any) -> None:
+async def test_repeated_delivery_in_a_batch_is_settled_once(pool: Any, result: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
 
@@ -166,9 +166,7 @@ async def test_a_delivery_twice_in_one_batch_is_settled_once(pool: Any, result: 
     assert (await health(pool, webhook_id))[2] == (1 if result is failed else 0)
 
 
-async def test_of_two_leases_of_a_delivery_in_one_batch_only_the_one_that_holds_counts(
-    pool: Any,
-) -> None:
+async def test_only_the_held_lease_in_a_batch_is_settled(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     lost = await lease_one(pool, webhook_id)
     await _lose(pool, lost)
@@ -182,7 +180,7 @@ async def test_of_two_leases_of_a_delivery_in_one_batch_only_the_one_that_holds_
     assert await health(pool, webhook_id) == (True, None, 0)
 
 
-async def test_one_batch_may_hold_every_kind_of_result(pool: Any) -> None:
+async def test_batch_may_mix_all_kinds_of_results(pool: Any) -> None:
     good, bad = [await make_webhook_config(pool) for _ in range(2)]
     [a, b, c] = await lease_many(pool, good, 3)
     [d, e] = await lease_many(pool, bad, 2)
@@ -201,11 +199,11 @@ async def test_one_batch_may_hold_every_kind_of_result(pool: Any) -> None:
     assert await health(pool, bad) == (True, None, 1)
 
 
-async def test_an_empty_batch_is_harmless(pool: Any) -> None:
+async def test_empty_batch_settles_nothing(pool: Any) -> None:
     assert (await settle(pool)).delivery_ids == frozenset()
 
 
-async def test_a_settle_that_is_rolled_back_leaves_the_lease_as_it_was(pool: Any) -> None:
+async def test_rolled_back_settle_keeps_the_lease(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
     before = await _everything(pool)
@@ -240,7 +238,7 @@ async def test_a_settle_that_is_rolled_back_leaves_the_lease_as_it_was(pool: Any
         ("rFr", 3),
     ],
 )
-async def test_failed_deliveries_count_in_order_and_a_delivered_one_resets(
+async def test_failures_count_in_order_and_a_success_resets(
     pool: Any, results: str, count: int
 ) -> None:
     for in_one_batch in (True, False):
@@ -254,7 +252,7 @@ async def test_failed_deliveries_count_in_order_and_a_delivered_one_resets(
         assert await health(pool, webhook_id) == (True, None, count)
 
 
-async def test_counts_of_several_configs_in_one_batch_stay_apart(pool: Any) -> None:
+async def test_configs_in_one_batch_count_separately(pool: Any) -> None:
     one, two = [await make_webhook_config(pool, consecutive_failures=3) for _ in range(2)]
     [a, b] = await lease_many(pool, one, 2)
     [c, d] = await lease_many(pool, two, 2)
@@ -266,7 +264,7 @@ async def test_counts_of_several_configs_in_one_batch_stay_apart(pool: Any) -> N
 
 
 @pytest.mark.parametrize(("before", "active"), [(7, True), (8, False)])
-async def test_a_config_is_deactivated_exactly_at_the_limit(
+async def test_config_is_deactivated_exactly_at_the_limit(
     pool: Any, before: int, active: bool
 ) -> None:
     webhook_id = await make_webhook_config(pool, consecutive_failures=before, version=5)
@@ -282,9 +280,7 @@ async def test_a_config_is_deactivated_exactly_at_the_limit(
     assert (version, touched) == ((5, False) if active else (6, True))
 
 
-async def test_deactivation_parks_what_is_ready_and_what_the_same_batch_rescheduled(
-    pool: Any,
-) -> None:
+async def test_deactivation_parks_ready_and_rescheduled_deliveries(pool: Any) -> None:
     webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
     [a, b, c] = await lease_many(pool, webhook_id, 3)
     for due_in in (0, 60):
@@ -299,7 +295,7 @@ async def test_deactivation_parks_what_is_ready_and_what_the_same_batch_reschedu
     assert found[theirs].state == "ready"
 
 
-async def test_a_receiver_that_answers_again_within_the_batch_stays_active(pool: Any) -> None:
+async def test_success_after_a_failure_in_the_batch_stays_active(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, consecutive_failures=9)
     [a, b] = await lease_many(pool, webhook_id, 2)
 
@@ -308,9 +304,7 @@ async def test_a_receiver_that_answers_again_within_the_batch_stays_active(pool:
     assert await health(pool, webhook_id) == (True, None, 0)
 
 
-async def test_a_paused_config_is_neither_deactivated_nor_renamed_by_what_was_in_flight(
-    pool: Any,
-) -> None:
+async def test_in_flight_failures_leave_a_paused_config_paused(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, active=False, consecutive_failures=9)
     [a, b] = await lease_many(pool, webhook_id, 2)
 
@@ -321,7 +315,7 @@ async def test_a_paused_config_is_neither_deactivated_nor_renamed_by_what_was_in
     assert await pool.fetchval("SELECT version FROM webhook_configs") == 1
 
 
-async def test_deactivation_is_reported_once_and_only_a_person_takes_it_back(pool: Any) -> None:
+async def test_deactivation_is_reported_once_and_outlasts_a_success(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     [a, b, c] = await lease_many(pool, webhook_id, 3)
     reported = [
@@ -334,9 +328,7 @@ async def test_deactivation_is_reported_once_and_only_a_person_takes_it_back(poo
 
 
 @pytest.mark.parametrize("status", [410, 500])
-async def test_what_an_older_version_of_a_config_came_to_is_not_held_against_it(
-    pool: Any, status: int
-) -> None:
+async def test_failures_of_an_older_config_version_do_not_count(pool: Any, status: int) -> None:
     webhook_id = await make_webhook_config(pool, consecutive_failures=9)
     old, older, new = await lease_many(pool, webhook_id, 3)
     await pool.execute("UPDATE webhook_configs SET version = 5")
@@ -358,9 +350,7 @@ async def test_what_an_older_version_of_a_config_came_to_is_not_held_against_it(
 @pytest.mark.parametrize(
     ("reason", "state"), [("paused", "ready"), ("failures", "failed"), ("gone", "failed")]
 )
-async def test_a_config_that_we_made_inactive_is_no_newer_one(
-    pool: Any, reason: str, state: str
-) -> None:
+async def test_deactivation_is_no_newer_config_version(pool: Any, reason: str, state: str) -> None:
     webhook_id = await make_webhook_config(pool)
     delivery = await lease_one(pool, webhook_id)
     await pool.execute(
@@ -372,7 +362,7 @@ async def test_a_config_that_we_made_inactive_is_no_newer_one(
     assert await states(pool) == [state]
 
 
-async def test_in_one_batch_only_the_present_version_of_a_config_is_blamed(pool: Any) -> None:
+async def test_only_the_current_version_in_a_batch_is_blamed(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     old, new = await lease_many(pool, webhook_id, 2)
     await pool.execute("UPDATE webhook_configs SET version = 5")
@@ -384,7 +374,7 @@ async def test_in_one_batch_only_the_present_version_of_a_config_is_blamed(pool:
     assert await health(pool, webhook_id) == (True, None, 1)
 
 
-async def test_a_healthy_config_is_not_written_by_its_deliveries(pool: Any) -> None:
+async def test_settle_does_not_write_a_healthy_config(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     before = await pool.fetchval("SELECT xmin::text || ctid::text FROM webhook_configs")
     leased = await lease_many(pool, webhook_id, 3)
@@ -394,7 +384,7 @@ async def test_a_healthy_config_is_not_written_by_its_deliveries(pool: Any) -> N
     assert await pool.fetchval("SELECT xmin::text || ctid::text FROM webhook_configs") == before
 
 
-async def test_settles_of_the_same_configs_wait_in_turn_and_each_failure_counts(pool: Any) -> None:
+async def test_settles_lock_shared_configs_in_one_order(pool: Any) -> None:
     # A third session holds the second config: both settles stop there, in whatever order their
     # batches name the configs, and neither holds what the other needs.
     configs = [await make_webhook_config(pool, consecutive_failures=1) for _ in range(3)]
@@ -414,7 +404,7 @@ async def test_settles_of_the_same_configs_wait_in_turn_and_each_failure_counts(
         assert await health(pool, webhook_id) == (True, None, 3)
 
 
-async def test_of_concurrent_settles_that_reach_the_limit_one_deactivates(pool: Any) -> None:
+async def test_one_of_concurrent_settles_at_the_limit_deactivates(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     leased = await lease_many(pool, webhook_id, 6)
 
@@ -424,7 +414,7 @@ async def test_of_concurrent_settles_that_reach_the_limit_one_deactivates(pool: 
     assert await health(pool, webhook_id) == (False, "failures", 6)
 
 
-async def test_many_concurrent_batches_over_the_same_configs_lose_no_count(pool: Any) -> None:
+async def test_concurrent_batches_lose_no_failure_count(pool: Any) -> None:
     configs = [await make_webhook_config(pool) for _ in range(4)]
     leased = [(await lease_many(pool, webhook_id, 12)) for webhook_id in configs]
     batches = [[leased[c][i] for c in range(4)][:: 1 if i % 2 else -1] for i in range(12)]
@@ -444,7 +434,7 @@ async def test_many_concurrent_batches_over_the_same_configs_lose_no_count(pool:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-async def test_counts_do_not_depend_on_how_results_are_cut_into_batches(
+async def test_failure_count_is_independent_of_batch_boundaries(
     pool: Any, data: st.DataObject
 ) -> None:
     results = data.draw(st.text(alphabet="FDIRr", min_size=1, max_size=12))
@@ -497,7 +487,7 @@ async def _everything(pool: Any) -> list[Any]:
     ]
 
 
-async def test_held_are_those_whose_rows_somebody_has_locked_and_no_others(pool: Any) -> None:
+async def test_held_reports_only_deliveries_with_locked_rows(pool: Any) -> None:
     mine, theirs = await lease_many(pool, await make_webhook_config(pool), 2)
     gone = mine._replace(id=new_id())
     settlements = [settlement(delivery) for delivery in (mine, theirs, gone)]
@@ -515,7 +505,7 @@ async def test_held_are_those_whose_rows_somebody_has_locked_and_no_others(pool:
     ("failures", "result", "is_held"),
     [(0, settlement, False), (1, settlement, True), (0, rescheduled, False), (0, failed, True)],
 )
-async def test_a_config_that_somebody_has_locked_holds_what_would_write_it(
+async def test_locked_config_holds_only_results_that_write_it(
     pool: Any, failures: int, result: Callable[..., Settlement], is_held: bool
 ) -> None:
     webhook_id = await make_webhook_config(pool, consecutive_failures=failures)

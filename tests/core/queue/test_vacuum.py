@@ -31,7 +31,7 @@ async def test_few_dead_rows_are_left_to_autovacuum(pool: Any) -> None:
     assert not await queue.has_many_dead(pool)
 
 
-async def test_an_engine_clears_many_dead_rows_away(platform: Platform, pool: Any) -> None:
+async def test_engine_vacuums_many_dead_rows(platform: Platform, pool: Any) -> None:
     await leave_dead(pool, 6_000)
     assert await queue.has_many_dead(pool)
     # Not all: a page that a claim reads at that moment is passed by.
@@ -40,7 +40,7 @@ async def test_an_engine_clears_many_dead_rows_away(platform: Platform, pool: An
             pass
 
 
-async def test_a_vacuum_waits_for_no_other(pool: Any) -> None:
+async def test_vacuum_does_not_wait_for_another(pool: Any) -> None:
     async with pool.acquire() as connection, connection.transaction():
         # What a vacuum takes, too, and whatever else may last.
         await connection.execute("LOCK TABLE delivery_queue IN SHARE UPDATE EXCLUSIVE MODE")
