@@ -38,7 +38,7 @@ class Node(OwnPostgres):
             connection.terminate()
 
     async def wait_for_standbys(self, names: str) -> None:
-        """Let commits wait for these standbys."""
+        """Let commits wait for these standbys, or for none if empty."""
         await self.fetchval(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
         await self.fetchval("SELECT pg_reload_conf()")
 
