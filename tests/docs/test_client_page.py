@@ -1,4 +1,4 @@
-"""docs/guide/client.md, run as it stands there, on a real server."""
+"""The Python of docs/guide/client.md, run as written against a real server."""
 
 import re
 from collections.abc import Callable
@@ -16,14 +16,14 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def page(**given: Any) -> dict[str, Any]:
-    """Every name that the page's snippets define, run in their order."""
+    """Run the snippets of the page in order and return the names that they define."""
     names: dict[str, Any] = {"__name__": "client_page", **given}
     for code in SNIPPETS:
-        exec(compile(code, "docs/guide/client.md", "exec"), names)  # noqa: S102 - what the test is for
+        exec(compile(code, "docs/guide/client.md", "exec"), names)  # noqa: S102 - runs code of the page
     return names
 
 
-async def test_the_page_publishes_and_verifies_what_arrives(
+async def test_client_page_publishes_and_verifies(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     names = page(issue_token=lambda: platform.token("events:publish"))
@@ -45,7 +45,7 @@ async def test_the_page_publishes_and_verifies_what_arrives(
     assert await pool.fetchval("SELECT count(*) FROM events") == 1201
 
 
-async def test_the_page_verifies_what_a_key_pair_signed(
+async def test_client_page_verifies_key_pair_signatures(
     platform: Platform, receiver: Receiver
 ) -> None:
     verify = page(issue_token=str)["receive_signed_by_key_pair"]
@@ -60,7 +60,7 @@ async def test_the_page_verifies_what_a_key_pair_signed(
     assert verify(rotated.webhook_config, ping.headers, ping.body).id == ping.message_id
 
 
-async def test_an_outage_of_the_server_costs_the_publisher_nothing(
+async def test_publisher_loses_no_event_in_a_server_outage(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     async with start_platform() as first:

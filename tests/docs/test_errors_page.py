@@ -1,4 +1,4 @@
-"""docs/guide/errors.md lists each reason of the code, with its gRPC code, and no other."""
+"""docs/guide/errors.md lists exactly the reasons of the code, with their gRPC codes."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 PAGE = (ROOT / "docs/guide/errors.md").read_text()
 _ROW = re.compile(r"^\| `([A-Z_]+)` \| ([^|]+) \| [^|]+ \| [^|]+ \|$", re.MULTILINE)
 
-#: Become INVALID_ARGUMENT without being exceptions themselves.
+#: Not exceptions. They become INVALID_ARGUMENT.
 _VIOLATIONS = {"FieldViolation", "UrlRefused"}
 
 
@@ -35,7 +35,7 @@ def uses() -> Iterator[Use]:
             yield use
 
 
-def test_every_reason_has_a_row_and_every_row_a_reason() -> None:
+def test_errors_page_lists_exactly_the_reasons_of_the_code() -> None:
     given = {use.reason: use.place for use in uses()}
     listed = rows("Postrider")
 
@@ -43,7 +43,7 @@ def test_every_reason_has_a_row_and_every_row_a_reason() -> None:
     assert [r for r in listed if r not in given] == [], "remove these rows"
 
 
-def test_every_row_has_the_code_its_reason_comes_with() -> None:
+def test_errors_page_has_the_code_of_each_reason() -> None:
     listed = rows("Postrider")
     codes = {error.__name__: code.name for error, code in status._CODES.items()}
     codes |= dict.fromkeys(_VIOLATIONS, codes["InvalidArgument"])
@@ -53,12 +53,12 @@ def test_every_row_has_the_code_its_reason_comes_with() -> None:
     assert [use for use in checked if listed[use.reason] != codes[use.given_to]] == []
 
 
-def test_the_rows_are_sorted_so_that_a_person_finds_one() -> None:
+def test_errors_page_is_sorted() -> None:
     for heading in ("Postrider", "Gateway"):
         assert list(rows(heading)) == sorted(rows(heading)), heading
 
 
-def test_the_gateway_section_lists_what_envoy_is_told_to_answer() -> None:
+def test_errors_page_lists_the_replies_of_envoy() -> None:
     configured = yaml.safe_load(CONFIGURATION.read_text())
     [listener] = configured["static_resources"]["listeners"]
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
@@ -71,5 +71,5 @@ def test_the_gateway_section_lists_what_envoy_is_told_to_answer() -> None:
     assert rows("Gateway") == answers
 
 
-def test_every_error_of_the_tree_has_a_code() -> None:
+def test_each_error_class_has_a_code() -> None:
     assert set(errors.PostriderError.__subclasses__()) == set(status._CODES)

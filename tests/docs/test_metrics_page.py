@@ -11,14 +11,14 @@ import yaml
 from tests.support.metrics_page import PAGE, ROWS
 
 
-def test_every_row_of_a_metric_is_complete() -> None:
+def test_metrics_page_rows_are_complete() -> None:
     assert len(ROWS) == len(re.findall(r"^\| `postrider_", PAGE, re.MULTILINE))
     for name, row in ROWS.items():
         assert name in row.query
         assert name.endswith("_total") == (row.kind == "counter")
 
 
-def test_every_query_of_the_page_is_valid(tmp_path: Path) -> None:
+def test_metrics_page_queries_are_valid(tmp_path: Path) -> None:
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
     rules = [{"record": f"asked:{name}", "expr": row.query} for name, row in ROWS.items()]

@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, complete, and as protobuf's JSON form is."""
+"""The OpenAPI document is valid and complete, and describes protobuf's JSON."""
 
 import re
 
@@ -15,15 +15,15 @@ OPERATIONS = {
     for path, verbs in DOCUMENT["paths"].items()
     for verb, operation in verbs.items()
 }
-#: google.rpc's, whose own comments are for those who make such errors.
+#: Messages of google.rpc. Their comments address authors of errors, so ours are written by hand.
 WRITTEN_BY_HAND = {"Error", "ErrorInfo", "BadRequest", "QuotaFailure", "RetryInfo"}
 
 
-def test_the_document_is_valid_openapi_3_1() -> None:
+def test_openapi_document_is_valid() -> None:
     OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
-def test_every_merchant_facing_rpc_has_a_path_and_no_other_has() -> None:
+def test_openapi_has_exactly_the_merchant_facing_rpcs() -> None:
     mapped = {}
     for method in rpcs.methods():
         rule = method.GetOptions().Extensions[annotations_pb2.http]
@@ -42,7 +42,7 @@ def test_every_merchant_facing_rpc_has_a_path_and_no_other_has() -> None:
     assert not any("AdminService" in operation["tags"] for operation in OPERATIONS.values())
 
 
-def test_every_parameter_property_and_operation_is_described() -> None:
+def test_openapi_describes_operations_and_fields() -> None:
     for key, operation in OPERATIONS.items():
         assert operation["description"], key
         for parameter in operation.get("parameters", []):
@@ -53,13 +53,13 @@ def test_every_parameter_property_and_operation_is_described() -> None:
                 assert property_["description"], (name, field)
 
 
-def test_every_placeholder_of_a_path_is_a_required_parameter() -> None:
+def test_openapi_declares_path_parameters() -> None:
     for (verb, path), operation in OPERATIONS.items():
         declared = [p["name"] for p in operation.get("parameters", []) if p["in"] == "path"]
         assert declared == re.findall(r"\{(\w+)\}", path), (verb, path)
 
 
-def test_document_accepts_only_protobuf_json() -> None:
+def test_openapi_accepts_only_protobuf_json() -> None:
     event = {"merchantId": "m_1", "type": "payment.succeeded", "payloadText": "{}"}
     config = {"active": True, "headers": {"x-a": "1"}, "retrySchedule": ["1s", "2.500s"]}
 

@@ -1,4 +1,4 @@
-"""Every line of docs/operate/operators.md, run in its order as it stands there, and its answer."""
+"""Runs every line of docs/operate/operators.md in order, and checks its answer."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ from tests.support.receiver import Receiver
 
 SETUP, *LINES = blocks((ROOT / "docs/operate/operators.md").read_text())
 
-#: For each line its method, and what its answer holds; $NAMES are those of the environment.
+#: The method and the expected output of each line. $NAMES come from the environment.
 PROMISES = (
     ("GetQueueStatus", ('"parked": "1"', '"webhookId": "$WEBHOOK"')),
     ("GetQueueStatus", ('"parked": "1"', '"webhookId": "$WEBHOOK"')),
@@ -86,7 +86,7 @@ PROMISES = (
 async def watched(
     command: list[str], environment: Environment, platform: Platform, until: str
 ) -> str:
-    """What a watch prints while an engine sends what is due; it does not end by itself so soon."""
+    """Return the output of a watch while an engine delivers. The watch is still running then."""
     process = await started(command, environment)
     assert process.stdout
     seen: list[Any] = []
@@ -107,7 +107,7 @@ async def watched(
 
 
 async def _printed(stream: asyncio.StreamReader, printed: str, until: str) -> str:
-    """All that was printed, once it holds `until` in an object that is complete."""
+    """Read until a complete object contains `until`, and return the whole output."""
     while not any(until in json.dumps(found) for found in _objects(printed)):
         chunk = await stream.read(65536)
         assert chunk, f"it ended after {printed!r}"
@@ -116,7 +116,7 @@ async def _printed(stream: asyncio.StreamReader, printed: str, until: str) -> st
 
 
 def _objects(printed: str) -> list[Any]:
-    """The complete JSON objects of a text, one after the other."""
+    """Return the complete JSON objects at the beginning of a text."""
     found, decoder, rest = [], json.JSONDecoder(), printed.lstrip()
     while rest:
         try:
@@ -128,8 +128,8 @@ def _objects(printed: str) -> list[Any]:
     return found
 
 
-async def stopped_webhook(platform: Platform, receiver: Receiver, merchant_id: str) -> str:
-    """A webhook config that two failures made inactive, with a third delivery that waits."""
+async def deactivated_webhook(platform: Platform, receiver: Receiver, merchant_id: str) -> str:
+    """Return a config that two failures deactivated. A third delivery is parked."""
 
     async def broken(request: web.Request) -> web.StreamResponse:
         return web.Response(status=500, text="no disk left")
@@ -160,7 +160,7 @@ async def failed_delivery(platform: Platform, merchant_id: str) -> str:
         pytest.param(as_buf_curl, id="buf-curl"),
     ],
 )
-async def test_every_line_answers_its_question(
+async def test_operators_page_lines_print_their_answers(
     client: Callable[[str, Environment], list[str]],
     start_platform: Callable[..., Any],
     receiver: Receiver,
@@ -176,7 +176,7 @@ async def test_every_line_answers_its_question(
             "ADDRESS": platform.address,
             "ADMIN_ADDRESS": f"127.0.0.1:{admin_port}",
             "SINCE": since,
-            "WEBHOOK": await stopped_webhook(platform, receiver, merchant_id),
+            "WEBHOOK": await deactivated_webhook(platform, receiver, merchant_id),
             "DELIVERY": await failed_delivery(platform, merchant_id),
             "UNTIL": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
         }
@@ -194,7 +194,7 @@ async def test_every_line_answers_its_question(
 
 
 @needs_grpcurl
-async def test_a_watch_ends_with_its_time_as_the_page_says(
+async def test_watch_ends_at_its_time_limit(
     start_platform: Callable[..., Any], receiver: Receiver, tmp_path: Path
 ) -> None:
     [line] = [line for line in LINES if "WatchDeliveries" in line]
@@ -206,7 +206,7 @@ async def test_a_watch_ends_with_its_time_as_the_page_says(
         shorter = line.replace(" -max-time 60 ", " -max-time 1 ")
         process = await started(as_written(shorter, environment), environment)
         async with asyncio.timeout(30):
-            _, complaint = await process.communicate()
+            _, stderr = await process.communicate()
 
     assert process.returncode == 68
-    assert "DeadlineExceeded" in complaint.decode()
+    assert "DeadlineExceeded" in stderr.decode()

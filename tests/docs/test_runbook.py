@@ -1,4 +1,4 @@
-"""Every line of docs/operate/runbook.md, run in its order as it stands there, and its answer."""
+"""Runs every line of docs/operate/runbook.md in order, and checks its output."""
 
 import asyncio
 import re
@@ -36,8 +36,7 @@ from tests.support.receiver import Receiver
 PAGE = (ROOT / "docs/operate/runbook.md").read_text()
 BEGIN = "Before you begin"
 
-#: By section what each of its lines is for, and what its answer holds; $NAMES are of the
-#: environment.
+#: For each section, a part and the expected output of each line. $NAMES come from the environment.
 PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "Install": (
         ("encryption-key", (":",)),
@@ -108,7 +107,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("ListDeliveries", ('"state": "DELIVERY_STATE_FAILED"', '"statusCode": 500')),
     ),
     "PostriderDeliverySlow": (
-        # Of what was let in late, too, so it may be long.
+        # Includes deliveries that were parked first, so it may be long.
         ("postrider_publish_to_first_attempt_seconds", ("{} => ",)),
         ("postrider_attempt_duration_seconds", ('{phase="first_byte"} => 0.',)),
         ("postrider_delivery_attempts", ("{} => 0",)),
@@ -157,7 +156,7 @@ PROMISES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("retention", ("days created: ",)),
     ),
 }
-#: Sections whose lines another test runs, since they need a scene of their own.
+#: Sections whose lines need another setup, and the tests that run them.
 ELSEWHERE: dict[str, str] = {
     "Rotate keys": "tests/faults/test_rotation.py",
     "Roll back": "tests/migrations/test_rollback.py",
@@ -170,13 +169,13 @@ needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not inst
 
 
 def sections() -> dict[str, list[str]]:
-    """The lines of each section that has any, by its heading."""
+    """Return the lines of each section that has lines, by heading."""
     _, *parts = re.split(r"^##+ (.+)\n", PAGE, flags=re.MULTILINE)
     found = {heading: blocks(body) for heading, body in zip(parts[::2], parts[1::2], strict=True)}
     return {heading: lines for heading, lines in found.items() if lines}
 
 
-def test_every_line_is_run_by_some_test() -> None:
+def test_runbook_lines_are_all_run_by_tests() -> None:
     lines = sections()
     here = {heading: len(promised) for heading, promised in PROMISES.items()}
 
@@ -191,7 +190,7 @@ def test_every_line_is_run_by_some_test() -> None:
 @needs_prometheus
 @needs_psql
 @needs_jq
-async def test_every_line_does_what_the_page_says(
+async def test_runbook_lines_print_their_answers(
     database_url: str, ca_file: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
     since = datetime.now(UTC).isoformat().replace("+00:00", "Z")
@@ -211,25 +210,25 @@ async def test_every_line_does_what_the_page_says(
             "PROMETHEUS": scene.prometheus.url,
             "WEBHOOK_JWT_JWKS_URL": scene.jwks_url,
             "SINCE": since,
-            **await stopped(scene, receiver, environment["MERCHANT"]),
+            **await deactivated(scene, receiver, environment["MERCHANT"]),
         }
         del environment["WEBHOOK_JWT_PUBLIC_KEY_FILE"]
         for heading, lines in sections().items():
             if heading in PROMISES:
-                for line, (purpose, promised) in zip(lines, PROMISES[heading], strict=True):
-                    assert purpose in line, f"{heading}: {line}"
-                    await answers(line, promised, environment)
-        await the_audit_log_has_it(scene, environment["ACTOR"])
+                for line, (part, expected) in zip(lines, PROMISES[heading], strict=True):
+                    assert part in line, f"{heading}: {line}"
+                    await assert_prints(line, expected, environment)
+        await assert_audited(scene, environment["ACTOR"])
 
 
-async def answers(line: str, promised: tuple[str, ...], environment: Environment) -> None:
+async def assert_prints(line: str, promised: tuple[str, ...], environment: Environment) -> None:
     expected = [re.sub(r"\$([A-Z]+)", lambda name: environment[name[1]], text) for text in promised]
     output = await printed(as_written(line, environment), environment)
     assert [text for text in expected if text not in output] == [], f"{line}\n{output}"
 
 
-async def stopped(scene: Observed, receiver: Receiver, merchant_id: str) -> Environment:
-    """A webhook config that failures made inactive, with a delivery that waits; mended since."""
+async def deactivated(scene: Observed, receiver: Receiver, merchant_id: str) -> Environment:
+    """Return a config that failures deactivated, with a parked delivery and a working receiver."""
     platform = scene.platform
     created = await platform.register(f"{receiver.url}/{merchant_id}", merchant_id)
     scene.broken.add(merchant_id)
@@ -249,7 +248,7 @@ async def stopped(scene: Observed, receiver: Receiver, merchant_id: str) -> Envi
     await platform.publish(merchant_id=merchant_id)
     scene.broken.remove(merchant_id)
     await stopped_is_inactive(scene)
-    # For what is read every 5 s, and a rate.
+    # Database metrics are read every 5 s, and a rate needs two samples.
     await scene.prometheus.scrapes.further(8)
     return {
         "EVENT": failed[0].event_id,
@@ -259,7 +258,7 @@ async def stopped(scene: Observed, receiver: Receiver, merchant_id: str) -> Envi
     }
 
 
-async def the_audit_log_has_it(scene: Observed, actor: str) -> None:
+async def assert_audited(scene: Observed, actor: str) -> None:
     listed = await scene.platform.admin.ListAuditEntries(
         admin_service_pb2.ListAuditEntriesRequest(actor=actor, page_size=100),
         metadata=scene.platform.operator(),

@@ -1,4 +1,4 @@
-"""docs/design/threat-model.md names tests that there are, and answers for each of its lines."""
+"""docs/design/threat-model.md names a test for each of its rows."""
 
 import re
 
@@ -8,7 +8,7 @@ PAGE = (ROOT / "docs/design/threat-model.md").read_text()
 NAMED = re.findall(r"`([a-z0-9_/]+)::(test_[a-z0-9_]+)`", PAGE)
 
 
-def test_every_test_that_the_page_names_is_there() -> None:
+def test_threat_model_names_existing_tests() -> None:
     tests = ROOT / "tests"
     files = {str(p.relative_to(tests))[:-3]: p.read_text() for p in tests.rglob("test_*.py")}
     missing = [
@@ -20,7 +20,7 @@ def test_every_test_that_the_page_names_is_there() -> None:
     assert len(NAMED) > 90
 
 
-def test_every_line_has_a_test_or_says_that_it_is_not_done() -> None:
+def test_threat_model_rows_have_a_test_or_are_not_done() -> None:
     rows = re.findall(r"^\| (?!rule|#|who)(?!-)(.*) \|$", PAGE, re.MULTILINE)
     assert len(rows) > 50
     assert [row for row in rows if "::" not in row and not row.startswith("**Not done**")] == []
