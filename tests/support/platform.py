@@ -1,7 +1,7 @@
 """A running Postrider for tests: server and engine wired as `cli` wires them, and typed stubs."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -159,12 +159,24 @@ class Platform:
         response = await self.as_producer().PublishEvents(events=[event] * count)
         return [result.event.id for result in response.results]
 
-    async def update(self, webhook_id: str, **fields: Any) -> None:
-        """Change these fields of a webhook config of m_1."""
-        await self.as_merchant().UpdateWebhookConfig(
+    async def update(
+        self, webhook_id: str, mask: Iterable[str] | None = None, **fields: Any
+    ) -> webhook_config_pb2.WebhookConfig:
+        """Change fields of a webhook config of m_1. The mask is by default all but `etag`."""
+        paths = [name for name in fields if name != "etag"] if mask is None else list(mask)
+        config: webhook_config_pb2.WebhookConfig
+        response = await self.as_merchant().UpdateWebhookConfig(
             webhook_config=webhook_config_pb2.WebhookConfig(id=webhook_id, **fields),
-            update_mask=FieldMask(paths=list(fields)),
+            update_mask=FieldMask(paths=paths),
         )
+        config = response.webhook_config
+        return config
+
+    async def delete(self, webhook_id: str, merchant_id: str = "m_1") -> int:
+        """Delete a webhook config. Returns the number of cancelled deliveries."""
+        response = await self.as_merchant(merchant_id).DeleteWebhookConfig(id=webhook_id)
+        cancelled: int = response.cancelled_deliveries
+        return cancelled
 
     async def config(self, webhook_id: str) -> webhook_config_pb2.WebhookConfig:
         """Read a webhook config of m_1."""
@@ -172,8 +184,10 @@ class Platform:
         config = (await self.as_merchant().GetWebhookConfig(id=webhook_id)).webhook_config
         return config
 
-    async def reactivate(self, webhook_id: str) -> None:
-        await self.as_operator().ReactivateWebhookConfig(id=webhook_id)
+    async def reactivate(self, webhook_id: str) -> webhook_config_pb2.WebhookConfig:
+        config: webhook_config_pb2.WebhookConfig
+        config = (await self.as_operator().ReactivateWebhookConfig(id=webhook_id)).webhook_config
+        return config
 
     async def list_deliveries(self) -> list[delivery_pb2.Delivery]:
         """Return the deliveries of m_1 with their attempts, at most 100."""

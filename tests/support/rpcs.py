@@ -91,6 +91,14 @@ async def call(
     return answers[-1] if answers else None
 
 
+async def pages(rpc: Any, **request: Any) -> list[Any]:
+    """The responses of a paginated RPC, from the first page to the last."""
+    responses = [await rpc(**request)]
+    while token := responses[-1].next_page_token:
+        responses.append(await rpc(**request, page_token=token))
+    return responses
+
+
 async def reflected(channel: Any, **options: Any) -> set[str]:
     """The services that server reflection lists."""
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)

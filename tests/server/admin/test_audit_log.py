@@ -1,4 +1,4 @@
-"""The audit log as operators read it: newest first, filtered by actor, resource and time."""
+"""ListAuditEntries: newest first, filtered by actor, resource and time."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,10 +11,11 @@ from core.ids import new_id
 from postrider.v1 import admin_service_pb2 as pb
 from tests.support.platform import Platform
 from tests.support.refused_calls import refused
+from tests.support.rpcs import pages
 
 
 async def record(pool: Any, actor: str = "a", resource: str = "r", **fields: Any) -> datetime:
-    """An entry; `ago` moves its time, and that in its id, into the past."""
+    """Store an entry. `ago` moves its time and the time in its id into the past."""
     ago: timedelta = fields.pop("ago", timedelta())
     created_at = datetime.now(UTC) - ago
     entry_id = new_id()
@@ -36,23 +37,15 @@ async def record(pool: Any, actor: str = "a", resource: str = "r", **fields: Any
 
 
 async def entries(platform: Platform, **fields: Any) -> list[pb.AuditEntry]:
-    answer = await platform.admin.ListAuditEntries(
-        pb.ListAuditEntriesRequest(**fields), metadata=platform.operator()
-    )
+    answer = await platform.as_operator().ListAuditEntries(**fields)
     return list(answer.audit_entries)
 
 
-def timestamp(moment: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message
-
-
-async def test_an_entry_has_all_that_is_on_record(platform: Platform, pool: Any) -> None:
-    created_at = await record(pool, "op", "wh_1", merchant_id="m_1")
+async def test_audit_entry_has_all_stored_fields(platform: Platform, pool: Any) -> None:
+    created_at: Any = await record(pool, "op", "wh_1", merchant_id="m_1")
     assert await entries(platform) == [
         pb.AuditEntry(
-            create_time=timestamp(created_at),
+            create_time=created_at,
             actor="op",
             action="UpdateWebhookConfig",
             resource="wh_1",
@@ -67,7 +60,7 @@ async def test_an_entry_has_all_that_is_on_record(platform: Platform, pool: Any)
     ]
 
 
-async def test_filters_are_combined(platform: Platform, pool: Any) -> None:
+async def test_audit_filters_combine(platform: Platform, pool: Any) -> None:
     for actor in "ab":
         for resource in "rs":
             await record(pool, actor, resource)
@@ -82,12 +75,13 @@ async def test_filters_are_combined(platform: Platform, pool: Any) -> None:
     assert await found(actor="c") == []
 
 
-async def test_a_time_span_holds_its_start_and_not_its_end(platform: Platform, pool: Any) -> None:
+async def test_audit_time_range_includes_start_and_excludes_end(
+    platform: Platform, pool: Any
+) -> None:
     times = [await record(pool, f"{days}", ago=timedelta(days=days)) for days in (9, 6, 3, 0)]
 
     async def found(**fields: datetime) -> list[str]:
-        spans = {field: timestamp(moment) for field, moment in fields.items()}
-        return [entry.actor for entry in await entries(platform, **spans)]
+        return [entry.actor for entry in await entries(platform, **fields)]
 
     assert await found(start_time=times[1]) == ["0", "3", "6"]
     assert await found(end_time=times[2]) == ["6", "9"]
@@ -98,45 +92,37 @@ async def test_a_time_span_holds_its_start_and_not_its_end(platform: Platform, p
     assert await found(start_time=last) == []
 
 
-async def test_a_time_span_that_holds_nothing_is_refused(platform: Platform) -> None:
+async def test_empty_audit_time_range_is_refused(platform: Platform) -> None:
     moment = datetime(2026, 1, 1, tzinfo=UTC)
     for end in (moment, moment - timedelta(seconds=1)):
         async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_EMPTY") as error:
-            await entries(platform, start_time=timestamp(moment), end_time=timestamp(end))
+            await entries(platform, start_time=moment, end_time=end)
         assert error.violations == {"end_time": "TIME_RANGE_EMPTY"}
 
 
-async def test_clocks_that_differ_by_hours_hide_nothing(platform: Platform, pool: Any) -> None:
+async def test_audit_time_filter_tolerates_hours_of_clock_skew(
+    platform: Platform, pool: Any
+) -> None:
     created_at = await record(pool)
-    # Its id, made by a server whose clock was slow, begins six hours earlier.
+    # A server with a slow clock made the id, so the time in it is six hours earlier.
     slow = int((created_at - timedelta(hours=6)).timestamp() * 1000).to_bytes(6).hex()
     await pool.execute(
         "UPDATE audit_entries SET id = ($1 || right(replace(id::text, '-', ''), 20))::uuid", slow
     )
-    assert await entries(platform, start_time=timestamp(created_at))
+    assert await entries(platform, start_time=created_at)
 
 
-async def test_pages_follow_each_other_and_keep_their_filters(
-    platform: Platform, pool: Any
-) -> None:
+async def test_audit_page_token_requires_the_same_filters(platform: Platform, pool: Any) -> None:
     for number in range(5):
         await record(pool, "a", f"{number}")
-    seen: list[str] = []
-    token, pages = "", 0
-    while token or not pages:
-        answer = await platform.admin.ListAuditEntries(
-            pb.ListAuditEntriesRequest(actor="a", page_size=2, page_token=token),
-            metadata=platform.operator(),
-        )
-        seen += [entry.resource for entry in answer.audit_entries]
-        token, pages = answer.next_page_token, pages + 1
-        if pages == 1:
-            async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
-                await entries(platform, actor="b", page_token=token)
-    assert (pages, seen) == (3, ["4", "3", "2", "1", "0"])
+    found = await pages(platform.as_operator().ListAuditEntries, actor="a", page_size=2)
+    seen = [[entry.resource for entry in page.audit_entries] for page in found]
+    assert seen == [["4", "3"], ["2", "1"], ["0"]]
+    async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
+        await entries(platform, actor="b", page_token=found[0].next_page_token)
 
 
-async def test_a_filter_nothing_can_match_is_refused(platform: Platform) -> None:
+async def test_invalid_audit_filter_is_refused(platform: Platform) -> None:
     for text in ("\x00", "x" * 257):
         for field in ("actor", "resource"):
             async with refused(StatusCode.INVALID_ARGUMENT, "FILTER_INVALID") as error:

@@ -23,9 +23,7 @@ SECRETS = ("jane-doe", "10.9.8.7", "order-4711")
 
 
 async def erase(platform: Platform, merchant_id: str = "m_1") -> tuple[int, int]:
-    answer = await platform.admin.EraseMerchant(
-        pb.EraseMerchantRequest(merchant_id=merchant_id), metadata=platform.operator()
-    )
+    answer = await platform.as_operator().EraseMerchant(merchant_id=merchant_id)
     return answer.deleted_webhook_configs, answer.erased_events
 
 
@@ -55,10 +53,7 @@ async def everything(pool: Any, merchant_id: str) -> str:
 async def fill(platform: Platform, receiver: Receiver, pool: Any, merchant_id: str) -> None:
     """A delivered event, an open one, a deleted config, and words of every kind."""
     gone = await platform.register(receiver.url + "?jane-doe", merchant_id)
-    await platform.webhooks.DeleteWebhookConfig(
-        webhook_config_service_pb2.DeleteWebhookConfigRequest(id=gone.webhook_config.id),
-        metadata=platform.merchant(merchant_id),
-    )
+    await platform.as_merchant(merchant_id).DeleteWebhookConfig(id=gone.webhook_config.id)
     config = await platform.register(
         receiver.url + "?jane-doe", merchant_id, description="jane-doe's"
     )
@@ -75,14 +70,13 @@ async def fill(platform: Platform, receiver: Receiver, pool: Any, merchant_id: s
         " previous_secret_ciphertext = 'sealed', previous_secret_key_id = 'k1',"
         " previous_secret_expires_at = now() + interval '1 day' WHERE deleted_at IS NULL"
     )
-    await platform.admin.DeactivateWebhookConfig(
-        pb.DeactivateWebhookConfigRequest(id=config.webhook_config.id, reason="jane-doe asked"),
-        metadata=platform.operator(),
+    await platform.as_operator().DeactivateWebhookConfig(
+        id=config.webhook_config.id, reason="jane-doe asked"
     )
     await platform.publish('"order-4711"', merchant_id, ordering_key="order-4711")
 
 
-async def test_an_erased_merchant_leaves_that_something_was_delivered_and_not_what(
+async def test_erasure_removes_personal_data_and_keeps_outcomes(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await fill(platform, receiver, pool, "m_1")
@@ -113,7 +107,7 @@ async def test_an_erased_merchant_leaves_that_something_was_delivered_and_not_wh
     assert await everything(pool, "m_2") == other
 
 
-async def test_a_second_erasure_finds_nothing_and_one_of_nobody_does_no_harm(
+async def test_repeated_or_unknown_erasure_changes_nothing(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await fill(platform, receiver, pool, "m_1")
@@ -124,7 +118,7 @@ async def test_a_second_erasure_finds_nothing_and_one_of_nobody_does_no_harm(
     assert await pool.fetch("SELECT id, version FROM webhook_configs ORDER BY id") == versions
 
 
-async def test_of_the_audit_log_stays_what_was_done_and_not_by_whom_of_the_merchant(
+async def test_erasure_anonymises_the_merchants_audit_entries(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     jane = bearer(platform.token("webhooks:manage", merchant_id="m_1", subject="jane-doe"))
@@ -165,9 +159,7 @@ async def test_of_the_audit_log_stays_what_was_done_and_not_by_whom_of_the_merch
     assert [dict(row) for row in again[:-1]] == [dict(row) for row in after]
 
 
-async def test_what_operators_sent_again_for_the_merchant_stays_under_their_names(
-    platform: Platform, pool: Any
-) -> None:
+async def test_erasure_keeps_operators_redelivery_entries(platform: Platform, pool: Any) -> None:
     now = datetime.now(UTC)
     webhook_id = await make_webhook_config(pool)
     await make_delivery(pool, webhook_id, id=first_id_at(now, timedelta(minutes=-1)))
@@ -191,7 +183,7 @@ async def test_what_operators_sent_again_for_the_merchant_stays_under_their_name
     )
 
 
-def test_every_change_that_only_operators_make_is_known_as_theirs() -> None:
+def test_erasure_knows_every_operator_action() -> None:
     theirs = {method.name for method in pb.DESCRIPTOR.services_by_name["AdminService"].methods}
     # An event type is no merchant's.
     assert {name for name in theirs & CHANGES if not name.endswith("EventType")} == set(
@@ -199,7 +191,7 @@ def test_every_change_that_only_operators_make_is_known_as_theirs() -> None:
     )
 
 
-async def test_an_erasure_that_broke_off_is_ended_by_the_next(
+async def test_next_erasure_completes_an_interrupted_one(
     platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(erasure, "_CHUNK", 2)
@@ -226,7 +218,7 @@ async def test_an_erasure_that_broke_off_is_ended_by_the_next(
     assert await pool.fetchval("SELECT count(*) FROM events WHERE payload <> ''") == 0
 
 
-async def test_chunks_together_take_all(
+async def test_erasure_in_chunks_is_complete(
     platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(erasure, "_CHUNK", 2)
@@ -240,7 +232,7 @@ async def test_chunks_together_take_all(
     assert await pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0
 
 
-async def test_an_attempt_on_the_wire_is_the_last_one(
+async def test_attempt_in_flight_is_not_retried_after_erasure(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -272,7 +264,7 @@ async def test_an_attempt_on_the_wire_is_the_last_one(
     assert await pool.fetchval("SELECT count(*) FROM attempts WHERE outcome = 'http_error'") == 0
 
 
-async def test_who_comes_back_begins_anew(
+async def test_erased_merchant_can_start_again(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await fill(platform, receiver, pool, "m_1")
@@ -285,13 +277,13 @@ async def test_who_comes_back_begins_anew(
         assert (await receiver.wait_for(delivered + 1))[-1].body == b'"new"'
 
 
-async def test_a_merchant_id_has_its_form(platform: Platform) -> None:
+async def test_erasure_refuses_malformed_merchant_id(platform: Platform) -> None:
     for merchant_id in ("", "m 1", "\x00", "x" * 65):
         async with refused(StatusCode.INVALID_ARGUMENT, "MERCHANT_ID_INVALID"):
             await erase(platform, merchant_id)
 
 
-async def test_what_is_accepted_after_an_erasure_began_stays(platform: Platform, pool: Any) -> None:
+async def test_erasure_keeps_events_accepted_after_it_began(platform: Platform, pool: Any) -> None:
     for payload in ('"old"', '"new"'):
         await platform.publish(payload, idempotency_key=payload)
     for table, column in (("events", "convert_from(payload, 'UTF8')"), ("idempotency_keys", "key")):

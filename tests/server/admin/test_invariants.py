@@ -16,13 +16,11 @@ from tests.support.refused_calls import refused
 
 
 async def check(platform: Platform, **fields: Any) -> dict[str, pb.InvariantCheck]:
-    answer = await platform.admin.CheckInvariants(
-        pb.CheckInvariantsRequest(**fields), metadata=platform.operator()
-    )
+    answer = await platform.as_operator().CheckInvariants(**fields)
     return {check.name: check for check in answer.checks}
 
 
-async def test_each_invariant_is_told_with_ids_of_what_breaks_it(
+async def test_check_reports_each_invariant_with_example_ids(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(invariants, "_SECOND_LOOK_SECONDS", 0.01)
@@ -41,7 +39,9 @@ async def test_each_invariant_is_told_with_ids_of_what_breaks_it(
 
 
 @pytest.mark.parametrize("seconds", [-1, 0, 0.9, 60.1])
-async def test_a_budget_out_of_bounds_is_refused(platform: Platform, seconds: float) -> None:
+async def test_invariant_budget_out_of_bounds_is_refused(
+    platform: Platform, seconds: float
+) -> None:
     budget = Duration()
     budget.FromTimedelta(timedelta(seconds=seconds))
     async with refused(StatusCode.INVALID_ARGUMENT, "BUDGET_INVALID"):

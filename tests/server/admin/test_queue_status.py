@@ -1,4 +1,4 @@
-"""The queue in numbers: exact, per webhook config and in all."""
+"""GetQueueStatus: exact counts per webhook config and in total."""
 
 from typing import Any
 from uuid import UUID
@@ -12,10 +12,8 @@ from tests.support.platform import Platform
 from tests.support.refused_calls import refused
 
 
-async def status(platform: Platform, **fields: Any) -> pb.GetQueueStatusResponse:
-    return await platform.admin.GetQueueStatus(
-        pb.GetQueueStatusRequest(**fields), metadata=platform.operator()
-    )
+async def status(platform: Platform, **fields: Any) -> Any:
+    return await platform.as_operator().GetQueueStatus(**fields)
 
 
 def counts(part: pb.QueueStatus) -> tuple[int, int, int]:
@@ -26,7 +24,7 @@ def text(webhook_id: UUID) -> str:
     return f"wh_{webhook_id.hex}"
 
 
-async def test_an_empty_queue_is_told_as_zeros(platform: Platform, pool: Any) -> None:
+async def test_empty_queue_has_zero_counts(platform: Platform, pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for answer in (await status(platform), await status(platform, webhook_id=text(webhook_id))):
         assert counts(answer.total) == (0, 0, 0)
@@ -34,9 +32,7 @@ async def test_an_empty_queue_is_told_as_zeros(platform: Platform, pool: Any) ->
         assert not answer.webhooks
 
 
-async def test_deliveries_are_counted_by_state_and_config_most_first(
-    platform: Platform, pool: Any
-) -> None:
+async def test_queue_status_counts_by_config_and_state(platform: Platform, pool: Any) -> None:
     few, many, none = [await make_webhook_config(pool, merchant_id=f"m_{n}") for n in range(3)]
     for due_in in (-100.0, -50.0, 1000.0):
         await make_delivery(pool, many, due_in=due_in)
@@ -52,7 +48,7 @@ async def test_deliveries_are_counted_by_state_and_config_most_first(
     assert [counts(part) for part in answer.webhooks] == [(3, 1, 1), (1, 1, 0)]
     assert counts(answer.total) == (4, 2, 1)
     assert (answer.total.webhook_id, answer.total.merchant_id) == ("", "")
-    # Of what is ready and due: neither the backlog, nor what is being attempted, nor the future.
+    # The age counts only deliveries that are ready and due.
     assert 100 <= answer.webhooks[0].oldest_due_age.seconds < 400
     assert answer.webhooks[1].oldest_due_age.ToNanoseconds() == 0
     assert answer.total.oldest_due_age == answer.webhooks[0].oldest_due_age
@@ -63,14 +59,14 @@ async def test_deliveries_are_counted_by_state_and_config_most_first(
     assert not (await status(platform, webhook_id=text(none))).webhooks
 
 
-async def test_the_total_is_of_all_however_few_are_told(platform: Platform, pool: Any) -> None:
+async def test_total_includes_configs_beyond_top(platform: Platform, pool: Any) -> None:
     for _ in range(3):
         await make_delivery(pool, await make_webhook_config(pool))
     answer = await status(platform, top=2)
     assert (len(answer.webhooks), answer.total.ready) == (2, 3)
 
 
-async def test_what_waits_for_its_turn_is_counted_apart(platform: Platform, pool: Any) -> None:
+async def test_blocked_deliveries_are_counted_separately(platform: Platform, pool: Any) -> None:
     webhook_id = await make_webhook_config(pool, ordered=True)
     none = await make_webhook_config(pool, merchant_id="m_2")
     await make_delivery(pool, none)
@@ -88,7 +84,7 @@ async def test_what_waits_for_its_turn_is_counted_apart(platform: Platform, pool
     assert (await status(platform, webhook_id=text(webhook_id))).total.blocked == 2
 
 
-async def test_a_negative_number_and_a_malformed_id_are_refused(platform: Platform) -> None:
+async def test_invalid_queue_status_filters_are_refused(platform: Platform) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "TOP_INVALID"):
         await status(platform, top=-1)
     async with refused(StatusCode.INVALID_ARGUMENT, "ID_INVALID"):

@@ -1,4 +1,4 @@
-"""RedeliverDeliveries: after an outage of ours, what failed is sent again, and nothing twice."""
+"""RedeliverDeliveries: failed deliveries of a time range are sent again, each once."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,17 +7,22 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
 from core.ids import format_id
-from postrider.v1 import admin_service_pb2 as pb
 from postrider.v1 import delivery_pb2
 from server.admin import redelivery
-from tests.support.factories import make_delivery, make_webhook_config, states
+from tests.support.factories import (
+    locked,
+    make_delivery,
+    make_webhook_config,
+    states,
+    until_blocked,
+)
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
+from tests.support.rpcs import pages
 
 _FAIL = """
 WITH finished AS (DELETE FROM delivery_queue WHERE id = ANY ($1) RETURNING *), recorded AS (
@@ -32,40 +37,29 @@ FROM finished
 """
 
 
-def at(moment: datetime) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromDatetime(moment)
-    return stamp
-
-
 async def redeliver(platform: Platform, **fields: Any) -> tuple[int, int, int]:
-    """(redelivered, already redelivered, skipped) of all calls it takes; of the last hour."""
+    """(redelivered, already redelivered, skipped) in all pages, by default of the last hour."""
     now = datetime.now(UTC)
-    request = pb.RedeliverDeliveriesRequest(
-        **{"start_time": at(now - timedelta(hours=1)), "end_time": at(now), **fields}
+    request = {"start_time": now - timedelta(hours=1), "end_time": now, **fields}
+    answers = await pages(platform.as_operator().RedeliverDeliveries, **request)
+    return (
+        sum(answer.redelivered for answer in answers),
+        sum(answer.already_redelivered for answer in answers),
+        sum(answer.skipped for answer in answers),
     )
-    counts = [0, 0, 0]
-    while True:
-        answer = await platform.admin.RedeliverDeliveries(request, metadata=platform.operator())
-        counts[0] += answer.redelivered
-        counts[1] += answer.already_redelivered
-        counts[2] += answer.skipped
-        if not answer.next_page_token:
-            return counts[0], counts[1], counts[2]
-        request.page_token = answer.next_page_token
 
 
 async def finish(
     pool: Any, ids: Sequence[UUID], outcome: str = "connection_error", state: str = "failed"
 ) -> None:
-    """After two attempts, the last of which came to `outcome`."""
+    """Finish deliveries after two attempts, the last with `outcome`."""
     await pool.execute(_FAIL, ids, outcome, state)
     # The range of a call ends with the millisecond before it.
     await pool.execute("SELECT pg_sleep(0.002)")
 
 
 async def failed_deliveries(pool: Any, count: int, **overrides: Any) -> list[UUID]:
-    """Failed deliveries of a webhook config of their own."""
+    """Failed deliveries of a new webhook config."""
     outcome = overrides.pop("outcome", "connection_error")
     webhook_id = await make_webhook_config(pool, **overrides)
     merchant_id = overrides.get("merchant_id", "m_1")
@@ -79,7 +73,7 @@ async def open_ones(pool: Any) -> list[UUID]:
     return [row["redelivery_of"] for row in rows]
 
 
-async def test_what_failed_of_many_merchants_is_sent_again_once_however_often_it_is_asked_for(
+async def test_failed_deliveries_are_redelivered_exactly_once(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     for merchant_id in ("m_1", "m_2"):
@@ -102,11 +96,9 @@ async def test_what_failed_of_many_merchants_is_sent_again_once_however_often_it
     assert await redeliver(platform) == (0, 2, 0)
 
 
-async def test_a_redelivery_that_failed_is_no_reason_not_to_send_it_again(
-    platform: Platform, pool: Any
-) -> None:
+async def test_failed_redelivery_can_be_redelivered(platform: Platform, pool: Any) -> None:
     await failed_deliveries(pool, 3)
-    end = at(datetime.now(UTC))
+    end = datetime.now(UTC)
     await redeliver(platform, end_time=end)
     [again, *others] = [row["id"] for row in await pool.fetch("SELECT id FROM delivery_queue")]
     await finish(pool, [again])
@@ -118,7 +110,7 @@ async def test_a_redelivery_that_failed_is_no_reason_not_to_send_it_again(
     assert await redeliver(platform, end_time=end) == (0, 3, 0)
 
 
-async def test_only_what_the_filters_leave_is_sent_again(platform: Platform, pool: Any) -> None:
+async def test_redelivery_filters_combine(platform: Platform, pool: Any) -> None:
     [first] = await failed_deliveries(pool, 1, merchant_id="m_1")
     middle = datetime.now(UTC)
     await failed_deliveries(pool, 2, merchant_id="m_1", outcome="internal_error")
@@ -141,15 +133,15 @@ async def test_only_what_the_filters_leave_is_sent_again(platform: Platform, poo
         (1, {"outcomes": ours[:1]}),
         # Came to this before the last attempt.
         (0, {"outcomes": [delivery_pb2.OUTCOME_TIMEOUT]}),
-        (1, {"end_time": at(middle)}),
-        (6, {"start_time": at(middle)}),
+        (1, {"end_time": middle}),
+        (6, {"start_time": middle}),
     ):
         assert await redeliver(platform, dry_run=True, **fields) == (expected, 0, 0), fields
-    assert await redeliver(platform, outcomes=ours, end_time=at(middle)) == (1, 0, 0)
+    assert await redeliver(platform, outcomes=ours, end_time=middle) == (1, 0, 0)
     assert await open_ones(pool) == [first]
 
 
-async def test_what_cannot_be_sent_any_more_is_counted_and_left(
+async def test_undeliverable_deliveries_are_skipped_and_counted(
     platform: Platform, pool: Any
 ) -> None:
     await failed_deliveries(pool, 1, deleted_at=datetime.now(UTC))
@@ -163,7 +155,7 @@ async def test_what_cannot_be_sent_any_more_is_counted_and_left(
     assert not await pool.fetchval("SELECT count(*) FROM audit_entries")
 
 
-async def test_a_flood_of_them_is_parked_but_for_what_its_config_has_room_for(
+async def test_bulk_redelivery_parks_deliveries_above_the_ready_limit(
     platform: Platform, pool: Any
 ) -> None:
     await failed_deliveries(pool, 105)
@@ -184,7 +176,7 @@ async def test_a_flood_of_them_is_parked_but_for_what_its_config_has_room_for(
     ]
 
 
-async def test_one_call_does_a_part_and_each_of_its_transactions_is_on_record(
+async def test_bulk_redelivery_pages_and_audits_each_transaction(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redelivery, "_PAGE", 2)
@@ -194,13 +186,16 @@ async def test_one_call_does_a_part_and_each_of_its_transactions_is_on_record(
         *await failed_deliveries(pool, 4, merchant_id="m_1"),
     ]
     start, end = datetime(2026, 1, 2, tzinfo=UTC), datetime.now(UTC)
-    request = pb.RedeliverDeliveriesRequest(
-        start_time=at(start), end_time=at(end), outcomes=[delivery_pb2.OUTCOME_CONNECTION_ERROR]
-    )
-    answer = await platform.admin.RedeliverDeliveries(request, metadata=platform.operator())
+    request: dict[str, Any] = {
+        "start_time": start,
+        "end_time": end,
+        "outcomes": [delivery_pb2.OUTCOME_CONNECTION_ERROR],
+    }
+    redeliver_once = platform.as_operator().RedeliverDeliveries
+    answer = await redeliver_once(**request)
     assert (answer.redelivered, len(await open_ones(pool))) == (4, 4)
-    request.page_token = answer.next_page_token
-    answer = await platform.admin.RedeliverDeliveries(request, metadata=platform.operator())
+    request["page_token"] = answer.next_page_token
+    answer = await redeliver_once(**request)
     assert (answer.redelivered, answer.next_page_token) == (3, "")
 
     assert await open_ones(pool) == sorted(ids)
@@ -210,26 +205,22 @@ async def test_one_call_does_a_part_and_each_of_its_transactions_is_on_record(
     who = ("tester", "RedeliverDeliveries", "", None)
     of = f"of those made from {start.isoformat()} to {end.isoformat()}, connection_error"
     assert [tuple(row) for row in rows] == [(*who, f"{n} {of}") for n in (2, 2, 2, 1)]
-    request.merchant_id = "m_1"
     async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
-        await platform.admin.RedeliverDeliveries(request, metadata=platform.operator())
+        await redeliver_once(**request, merchant_id="m_1")
 
 
-async def test_of_two_calls_at_once_one_makes_them(platform: Platform, pool: Any) -> None:
+async def test_concurrent_bulk_redeliveries_create_one_delivery_each(
+    platform: Platform, pool: Any
+) -> None:
     await failed_deliveries(pool, 3)
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    async with asyncio.timeout(20), pool.acquire() as connection:
-        # Both are about to look before either may write.
-        async with connection.transaction():
-            await connection.execute("LOCK TABLE delivery_queue IN SHARE MODE")
-            calls = [asyncio.create_task(redeliver(platform)) for _ in range(2)]
-            while await pool.fetchval(waiting) < 2:
-                pass
-        answers = await asyncio.gather(*calls)
+    async with locked(pool, "delivery_queue"):
+        calls = [asyncio.create_task(redeliver(platform)) for _ in range(2)]
+        await until_blocked(pool, len(calls))
+    answers = await asyncio.gather(*calls)
     assert sorted(answers) == [(0, 3, 0), (3, 0, 0)]
 
 
-async def test_a_time_that_is_open_and_filters_that_say_nothing_are_refused(
+async def test_bulk_redelivery_refuses_open_range_and_bad_filters(
     platform: Platform, pool: Any
 ) -> None:
     await failed_deliveries(pool, 1)
@@ -237,13 +228,13 @@ async def test_a_time_that_is_open_and_filters_that_say_nothing_are_refused(
     for times, message in (
         ({"start_time": None}, "start_time: is required"),
         ({"end_time": None}, "end_time: is required"),
-        ({"end_time": at(now + timedelta(minutes=5))}, "end_time: must have passed"),
+        ({"end_time": now + timedelta(minutes=5)}, "end_time: must have passed"),
     ):
         async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_OPEN") as error:
             await redeliver(platform, **times)
         assert error.message.startswith(message)
     for reason, fields in (
-        ("TIME_RANGE_EMPTY", {"start_time": at(now), "end_time": at(now)}),
+        ("TIME_RANGE_EMPTY", {"start_time": now, "end_time": now}),
         ("MERCHANT_ID_INVALID", {"merchant_id": "no merchant"}),
         ("ID_INVALID", {"webhook_id": "m_1"}),
         ("OUTCOME_UNKNOWN", {"outcomes": [delivery_pb2.OUTCOME_HTTP_ERROR, 99]}),

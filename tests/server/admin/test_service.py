@@ -1,39 +1,29 @@
-"""AdminService: what operators change, for every merchant."""
+"""AdminService: reactivation of webhook configs, and event types."""
 
 import asyncio
 from collections import Counter
 from typing import Any
 
 import grpc
-from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
 from core.queue import CHANNEL
-from postrider.v1 import admin_service_pb2 as pb
-from postrider.v1 import webhook_config_pb2, webhook_config_service_pb2
-from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
+from postrider.v1 import webhook_config_pb2
+from postrider.v1.webhook_config_pb2 import EventType
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
 
 
-async def reactivate(platform: Platform, webhook_id: str) -> WebhookConfig:
-    answer = await platform.admin.ReactivateWebhookConfig(
-        pb.ReactivateWebhookConfigRequest(id=webhook_id), metadata=platform.operator()
-    )
-    return answer.webhook_config
-
-
-async def create_event_type(platform: Platform, name: str, description: str = "") -> EventType:
-    answer = await platform.admin.CreateEventType(
-        pb.CreateEventTypeRequest(event_type=EventType(name=name, description=description)),
-        metadata=platform.operator(),
+async def create_event_type(platform: Platform, name: str, description: str = "") -> Any:
+    answer = await platform.as_operator().CreateEventType(
+        event_type=EventType(name=name, description=description)
     )
     return answer.event_type
 
 
 async def deactivate_by_failures(platform: Platform, receiver: Receiver) -> str:
-    """A config that went inactive, with one delivery failed and one parked; its id."""
+    """The id of a config deactivated by failures, with a failed and a parked delivery."""
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     receiver.script.append(500)
     async with platform.engine(max_consecutive_failures=1, max_retries=0):
@@ -43,13 +33,13 @@ async def deactivate_by_failures(platform: Platform, receiver: Receiver) -> str:
     return webhook_id
 
 
-async def test_reactivation_lets_parked_deliveries_in_and_counts_failures_anew(
+async def test_reactivation_admits_parked_and_resets_failures(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = await deactivate_by_failures(platform, receiver)
     assert await pool.fetchval("SELECT state FROM delivery_queue") == "parked"
 
-    active = await reactivate(platform, webhook_id)
+    active = await platform.reactivate(webhook_id)
 
     assert active.active
     assert not active.deactivation_reason
@@ -60,7 +50,7 @@ async def test_reactivation_lets_parked_deliveries_in_and_counts_failures_anew(
     assert received[1].body == b'{"number": 2}'
 
 
-async def test_engines_are_told_of_a_reactivation_and_of_an_event(
+async def test_reactivation_and_publish_notify_engines(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = await deactivate_by_failures(platform, receiver)
@@ -72,7 +62,7 @@ async def test_engines_are_told_of_a_reactivation_and_of_an_event(
     async with pool.acquire() as connection:
         await connection.add_listener(CHANNEL, heard)
         try:
-            await reactivate(platform, webhook_id)
+            await platform.reactivate(webhook_id)
             assert await asyncio.wait_for(notifier.get(), 10) == CHANNEL
             await platform.publish()
             assert await asyncio.wait_for(notifier.get(), 10) == CHANNEL
@@ -80,55 +70,45 @@ async def test_engines_are_told_of_a_reactivation_and_of_an_event(
             await connection.remove_listener(CHANNEL, heard)
 
 
-async def test_reactivating_what_is_active_changes_nothing(
+async def test_reactivating_an_active_config_changes_nothing(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = await deactivate_by_failures(platform, receiver)
-    first, second = await reactivate(platform, webhook_id), await reactivate(platform, webhook_id)
+    first, second = await platform.reactivate(webhook_id), await platform.reactivate(webhook_id)
     assert first == second
     actions = await pool.fetch("SELECT action FROM audit_entries WHERE actor = 'tester'")
     assert Counter(row["action"] for row in actions)["ReactivateWebhookConfig"] == 1
 
 
-async def test_a_merchants_pause_can_be_ended_too(platform: Platform, receiver: Receiver) -> None:
+async def test_operator_can_reactivate_a_paused_config(
+    platform: Platform, receiver: Receiver
+) -> None:
     config = (await platform.register(receiver.url, active=False)).webhook_config
-    active = await reactivate(platform, config.id)
+    active = await platform.reactivate(config.id)
     assert active.active
     assert active.etag != config.etag
 
 
-async def test_an_unknown_or_deleted_config_is_not_found(
+async def test_reactivating_unknown_or_deleted_config_is_not_found(
     platform: Platform, receiver: Receiver
 ) -> None:
     config = (await platform.register(receiver.url)).webhook_config
-    await platform.webhooks.DeleteWebhookConfig(
-        webhook_config_service_pb2.DeleteWebhookConfigRequest(id=config.id),
-        metadata=platform.merchant(),
-    )
+    await platform.delete(config.id)
     for webhook_id in (config.id, "wh_" + "0" * 32, "evt_" + "0" * 32, "", "\x00"):
         async with refused(StatusCode.NOT_FOUND, "WEBHOOK_CONFIG_NOT_FOUND"):
-            await reactivate(platform, webhook_id)
+            await platform.reactivate(webhook_id)
 
 
-async def test_a_merchant_pauses_what_an_operator_reactivated(
+async def test_merchant_can_pause_a_reactivated_config(
     platform: Platform, receiver: Receiver
 ) -> None:
     webhook_id = await deactivate_by_failures(platform, receiver)
-    await reactivate(platform, webhook_id)
-    paused = await platform.webhooks.UpdateWebhookConfig(
-        webhook_config_service_pb2.UpdateWebhookConfigRequest(
-            webhook_config=WebhookConfig(id=webhook_id, active=False),
-            update_mask=FieldMask(paths=["active"]),
-        ),
-        metadata=platform.merchant(),
-    )
-    reason = paused.webhook_config.deactivation_reason
-    assert reason == webhook_config_pb2.DEACTIVATION_REASON_PAUSED
+    await platform.reactivate(webhook_id)
+    paused = await platform.update(webhook_id, active=False)
+    assert paused.deactivation_reason == webhook_config_pb2.DEACTIVATION_REASON_PAUSED
 
 
-async def test_a_new_event_type_can_be_published_subscribed_to_and_listed(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_new_event_type_is_usable_at_once(platform: Platform, receiver: Receiver) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "EVENT_TYPE_UNKNOWN"):
         await platform.publish(type="invoice.sent")
 
@@ -138,13 +118,11 @@ async def test_a_new_event_type_can_be_published_subscribed_to_and_listed(
     assert made.HasField("create_time")
     await platform.register(receiver.url, events=("invoice.sent",))
     assert (await platform.publish(type="invoice.sent")).event.delivery_count == 1
-    listed = await platform.webhooks.ListEventTypes(
-        webhook_config_service_pb2.ListEventTypesRequest(), metadata=platform.merchant()
-    )
+    listed = await platform.as_merchant().ListEventTypes()
     assert made in listed.event_types
 
 
-async def test_a_registered_name_is_taken_even_for_calls_at_once(platform: Platform) -> None:
+async def test_concurrent_event_type_creates_make_one(platform: Platform) -> None:
     async with refused(StatusCode.ALREADY_EXISTS, "EVENT_TYPE_EXISTS") as error:
         await create_event_type(platform, "payment.succeeded", "mine")
     assert "payment.succeeded" in error.message
@@ -160,7 +138,7 @@ async def test_a_registered_name_is_taken_even_for_calls_at_once(platform: Platf
     assert Counter(answers) == {"OK": 1, "ALREADY_EXISTS": 9}
 
 
-async def test_a_name_is_dotted_lower_case_words(platform: Platform) -> None:
+async def test_event_type_name_is_dotted_lower_case_words(platform: Platform) -> None:
     for name in (
         "",
         "payment",
@@ -182,7 +160,7 @@ async def test_a_name_is_dotted_lower_case_words(platform: Platform) -> None:
     await create_event_type(platform, "a." + "b" * 126)
 
 
-async def test_a_description_is_one_line_of_at_most_500_characters(platform: Platform) -> None:
+async def test_event_type_description_is_one_line_of_500_characters(platform: Platform) -> None:
     for description in ("x" * 501, "two\nlines", "\x00", "\u202eabc"):
         async with refused(StatusCode.INVALID_ARGUMENT, "DESCRIPTION_INVALID") as error:
             await create_event_type(platform, "invoice.sent", description)

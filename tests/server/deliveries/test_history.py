@@ -19,7 +19,6 @@ from cli.ops.migrate import migrate
 from core.ids import first_id_at, format_id, new_id
 from core.lifecycle import DeliveryState
 from postrider.v1 import delivery_pb2
-from postrider.v1 import delivery_service_pb2 as pb
 from server.deliveries.store import DeliveryFilter, _page, list_deliveries
 from tests.conftest import database_settings
 from tests.support.factories import make_delivery, make_webhook_config
@@ -35,21 +34,13 @@ def at(seconds: float) -> datetime:
     return NOON + timedelta(seconds=seconds)
 
 
-def stamp(moment: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message
-
-
 def id_at(moment: datetime, tail: int = 7) -> UUID:
     """A delivery's id of this millisecond."""
     return UUID(int=first_id_at(moment).int + (7 << 76) + tail)
 
 
-async def page(platform: Platform, **request: Any) -> pb.ListDeliveriesResponse:
-    return await platform.deliveries.ListDeliveries(
-        pb.ListDeliveriesRequest(**request), metadata=platform.merchant()
-    )
+async def page(platform: Platform, **request: Any) -> Any:
+    return await platform.as_merchant().ListDeliveries(**request)
 
 
 async def listed(platform: Platform, **request: Any) -> list[str]:
@@ -70,9 +61,7 @@ async def finish(pool: Any, webhook_id: UUID, delivery_id: UUID, **overrides: An
     return format_id("dlv", delivery_id)
 
 
-async def test_only_deliveries_of_the_event_type_are_listed_open_and_finished(
-    platform: Platform, pool: Any
-) -> None:
+async def test_list_filters_open_and_finished_by_event_type(platform: Platform, pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     wanted, expected = "refund.failed", []
     for state in ("ready", "parked"):
@@ -86,7 +75,7 @@ async def test_only_deliveries_of_the_event_type_are_listed_open_and_finished(
     assert await listed(platform, event_type="dispute.opened") == []
 
 
-async def test_what_an_event_has_open_is_listed_wherever_it_waits(
+async def test_list_of_an_event_has_its_deliveries_of_every_open_state(
     platform: Platform, pool: Any
 ) -> None:
     event_id = new_id()
@@ -121,36 +110,34 @@ async def test_what_an_event_has_open_is_listed_wherever_it_waits(
     assert [d.id for d in (*first.deliveries, *rest.deliveries)] == expected
 
 
-async def test_a_time_range_holds_its_start_and_not_its_end(platform: Platform, pool: Any) -> None:
-    webhook_id = await make_webhook_config(pool)
-    ids = [await finish(pool, webhook_id, id_at(at(n))) for n in range(4)]
-    newest_first = ids[::-1]
-    assert await listed(platform, start_time=stamp(at(1))) == newest_first[:3]
-    assert await listed(platform, end_time=stamp(at(2))) == newest_first[2:]
-    assert await listed(platform, start_time=stamp(at(1)), end_time=stamp(at(3))) == [
-        ids[2],
-        ids[1],
-    ]
-    assert await listed(platform, start_time=stamp(at(1.001))) == newest_first[:2]
-    assert await listed(platform, end_time=stamp(at(2.001))) == newest_first[1:]
-    assert await listed(platform, start_time=stamp(at(4))) == []
-
-
-async def test_neighbouring_time_ranges_share_nothing_and_miss_nothing(
+async def test_list_time_range_includes_start_and_excludes_end(
     platform: Platform, pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
+    ids = [await finish(pool, webhook_id, id_at(at(n))) for n in range(4)]
+    newest_first = ids[::-1]
+    assert await listed(platform, start_time=at(1)) == newest_first[:3]
+    assert await listed(platform, end_time=at(2)) == newest_first[2:]
+    assert await listed(platform, start_time=at(1), end_time=at(3)) == [
+        ids[2],
+        ids[1],
+    ]
+    assert await listed(platform, start_time=at(1.001)) == newest_first[:2]
+    assert await listed(platform, end_time=at(2.001)) == newest_first[1:]
+    assert await listed(platform, start_time=at(4)) == []
+
+
+async def test_adjacent_time_ranges_partition_deliveries(platform: Platform, pool: Any) -> None:
+    webhook_id = await make_webhook_config(pool)
     every = {await finish(pool, webhook_id, id_at(at(n / 1000), tail=n)) for n in range(9)}
-    border = stamp(NOON + timedelta(microseconds=4567))
-    before, after = (
-        await listed(platform, end_time=border),
-        await listed(platform, start_time=border),
-    )
+    border = NOON + timedelta(microseconds=4567)
+    before = await listed(platform, end_time=border)
+    after = await listed(platform, start_time=border)
     assert (len(before), len(after)) == (4, 5)
     assert {*before, *after} == every
 
 
-async def test_an_events_own_create_time_is_in_the_range_that_it_starts(
+async def test_range_starting_at_create_time_includes_the_delivery(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url)
@@ -160,31 +147,29 @@ async def test_an_events_own_create_time_is_in_the_range_that_it_starts(
     assert await listed(platform, end_time=delivery.create_time) == []
 
 
-async def test_a_page_token_is_good_for_the_same_type_and_times_only(
-    platform: Platform, pool: Any
-) -> None:
+async def test_page_token_requires_the_same_type_and_times(platform: Platform, pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for n in range(3):
         await finish(pool, webhook_id, id_at(at(n)))
     filters = {
         "event_type": "payment.succeeded",
-        "start_time": stamp(at(0)),
-        "end_time": stamp(at(9)),
+        "start_time": at(0),
+        "end_time": at(9),
     }
     first = await page(platform, page_size=2, **filters)
     rest = await page(platform, page_token=first.next_page_token, **filters)
     assert (len(first.deliveries), len(rest.deliveries)) == (2, 1)
     for name, other in (
         ("event_type", "refund.failed"),
-        ("start_time", stamp(at(0.5))),
-        ("end_time", stamp(at(8))),
+        ("start_time", at(0.5)),
+        ("end_time", at(8)),
     ):
         for changed in ({**filters, name: other}, {k: v for k, v in filters.items() if k != name}):
             async with refused(StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID"):
                 await page(platform, page_token=first.next_page_token, **changed)
 
 
-async def test_types_and_times_that_cannot_be_are_refused_by_field(platform: Platform) -> None:
+async def test_invalid_types_and_times_are_refused_by_field(platform: Platform) -> None:
     for request, reason in (
         ({"event_type": "\x00"}, "EVENT_TYPE_NAME_INVALID"),
         ({"event_type": "Payment"}, "EVENT_TYPE_NAME_INVALID"),
@@ -197,13 +182,13 @@ async def test_types_and_times_that_cannot_be_are_refused_by_field(platform: Pla
         assert error.violations == dict.fromkeys(request, reason)
     for end in (at(0), at(-1)):
         async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_EMPTY") as error:
-            await page(platform, start_time=stamp(at(0)), end_time=stamp(end))
+            await page(platform, start_time=at(0), end_time=end)
         assert error.violations == {"end_time": "TIME_RANGE_EMPTY"}
     # The last moment there can be; nothing overflows.
     assert await listed(platform, start_time=Timestamp(seconds=253402300799)) == []
 
 
-async def test_attempts_tell_their_phases_address_and_the_answer(
+async def test_attempt_has_phase_times_address_and_response_excerpt(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url)
@@ -223,7 +208,7 @@ async def test_attempts_tell_their_phases_address_and_the_answer(
     assert 0 < handshake < attempt.connect_duration.ToNanoseconds()
 
 
-async def test_phases_that_did_not_take_place_are_unset(
+async def test_attempt_leaves_unreached_phases_unset(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -301,7 +286,7 @@ async def history(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
 
 @pytest.mark.parametrize("names", _COMBINATIONS, ids="+".join)
 @pytest.mark.parametrize("mode", PLAN_MODES)
-async def test_every_combination_of_filters_reads_little_of_a_long_history(
+async def test_every_filter_combination_reads_few_rows(
     history: Any, names: tuple[str, ...], mode: str
 ) -> None:
     fields: dict[str, Any] = {}
@@ -348,7 +333,7 @@ async def _by_brute_force(history: Any, fields: dict[str, Any]) -> list[UUID]:
 
 
 @pytest.mark.parametrize("state", [DeliveryState.FAILED, DeliveryState.CANCELLED])
-async def test_what_went_wrong_is_found_by_its_own_index(
+async def test_undelivered_filter_uses_its_partial_index(
     history: Any, state: DeliveryState
 ) -> None:
     for mode in PLAN_MODES:

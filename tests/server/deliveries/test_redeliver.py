@@ -3,13 +3,10 @@
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
-from postrider.v1 import delivery_pb2, webhook_config_service_pb2
-from postrider.v1 import delivery_service_pb2 as pb
+from postrider.v1 import delivery_pb2
 from postrider.v1.delivery_pb2 import Delivery
-from postrider.v1.webhook_config_pb2 import WebhookConfig
 from tests.support.factories import fail_open_delivery, health
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
@@ -22,28 +19,17 @@ FAILED = delivery_pb2.DELIVERY_STATE_FAILED
 CANCELLED = delivery_pb2.DELIVERY_STATE_CANCELLED
 
 
-async def redeliver(platform: Platform, delivery_id: str, merchant_id: str = "m_1") -> Delivery:
-    answer = await platform.deliveries.RedeliverDelivery(
-        pb.RedeliverDeliveryRequest(id=delivery_id), metadata=platform.merchant(merchant_id)
-    )
+async def redeliver(platform: Platform, delivery_id: str, merchant_id: str = "m_1") -> Any:
+    answer = await platform.as_merchant(merchant_id).RedeliverDelivery(id=delivery_id)
     return answer.delivery
 
 
 async def listed(platform: Platform) -> dict[str, Delivery]:
-    answer = await platform.deliveries.ListDeliveries(
-        pb.ListDeliveriesRequest(), metadata=platform.merchant()
-    )
+    answer = await platform.as_merchant().ListDeliveries()
     return {delivery.id: delivery for delivery in answer.deliveries}
 
 
-async def delete(platform: Platform, webhook_id: str) -> None:
-    await platform.webhooks.DeleteWebhookConfig(
-        webhook_config_service_pb2.DeleteWebhookConfigRequest(id=webhook_id),
-        metadata=platform.merchant(),
-    )
-
-
-async def test_a_failed_delivery_is_sent_again_with_the_same_webhook_id_and_attempts_anew(
+async def test_redelivery_keeps_the_message_id_and_restarts_attempts(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url, retry_schedule=[Duration(seconds=1)])
@@ -72,7 +58,7 @@ async def test_a_failed_delivery_is_sent_again_with_the_same_webhook_id_and_atte
     assert [attempt.number for attempt in after[made.id].attempts] == [1, 2]
 
 
-async def test_a_delivered_one_may_be_repeated_and_each_repetition_names_what_was_asked_for(
+async def test_redelivery_of_a_redelivery_names_its_original(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url)
@@ -102,7 +88,7 @@ async def changes_on_record(pool: Any) -> int:
     return found
 
 
-async def test_an_open_delivery_is_not_repeated(
+async def test_redelivery_of_an_open_delivery_is_refused(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -121,12 +107,12 @@ async def test_an_open_delivery_is_not_repeated(
     assert not await changes_on_record(pool)
 
 
-async def test_nothing_is_sent_again_to_a_deleted_config(
+async def test_redelivery_to_a_deleted_config_is_refused(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     await platform.publish()
-    await delete(platform, webhook_id)
+    await platform.delete(webhook_id)
     [cancelled] = (await listed(platform)).values()
     assert cancelled.state == CANCELLED
     async with refused(StatusCode.FAILED_PRECONDITION, "REDELIVERY_IMPOSSIBLE"):
@@ -135,7 +121,7 @@ async def test_nothing_is_sent_again_to_a_deleted_config(
     assert not await changes_on_record(pool)
 
 
-async def test_an_event_that_is_no_longer_stored_cannot_be_sent_again(
+async def test_redelivery_of_a_removed_event_is_refused(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -147,7 +133,7 @@ async def test_an_event_that_is_no_longer_stored_cannot_be_sent_again(
     assert not await pool.fetchval("SELECT count(*) FROM delivery_queue")
 
 
-async def test_to_an_inactive_config_it_waits_parked_until_the_config_is_active(
+async def test_redelivery_to_an_inactive_config_is_parked(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
@@ -157,31 +143,25 @@ async def test_to_an_inactive_config_it_waits_parked_until_the_config_is_active(
     made = await redeliver(platform, delivery_id)
     assert made.state == PARKED
     assert not made.HasField("next_attempt_time")
-    await platform.webhooks.UpdateWebhookConfig(
-        webhook_config_service_pb2.UpdateWebhookConfigRequest(
-            webhook_config=WebhookConfig(id=webhook_id, active=True),
-            update_mask=FieldMask(paths=["active"]),
-        ),
-        metadata=platform.merchant(),
-    )
+    await platform.update(webhook_id, active=True)
     async with platform.engine():
         await receiver.wait_for(1)
     assert (await listed(platform))[made.id].state == DELIVERED
 
 
-async def test_a_redelivery_that_is_cancelled_still_names_what_it_repeated(
+async def test_cancelled_redelivery_keeps_its_original_id(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     await platform.publish()
     delivery_id = await fail_open_delivery(pool)
     made = await redeliver(platform, delivery_id)
-    await delete(platform, webhook_id)
+    await platform.delete(webhook_id)
     after = (await listed(platform))[made.id]
     assert (after.state, after.redelivery_of) == (CANCELLED, delivery_id)
 
 
-async def test_a_redelivery_that_fails_counts_like_any_other(
+async def test_failed_redelivery_counts_towards_deactivation(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -197,7 +177,7 @@ async def test_a_redelivery_that_fails_counts_like_any_other(
     assert await health(pool, webhook_id) == (False, "failures", 2)
 
 
-async def test_another_merchants_delivery_is_an_unknown_one(
+async def test_redelivery_of_another_merchants_delivery_is_not_found(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -209,7 +189,7 @@ async def test_another_merchants_delivery_is_an_unknown_one(
     assert not await pool.fetchval("SELECT count(*) FROM delivery_queue")
 
 
-async def test_a_repetition_is_on_record_with_who_asked(
+async def test_redelivery_is_audited_with_its_actor(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)

@@ -11,7 +11,7 @@ from cli.main import main
 from core import retention
 from core.ids import format_id
 from core.settings import RetentionSettings
-from postrider.v1 import delivery_service_pb2, event_service_pb2
+from postrider.v1 import delivery_service_pb2
 from tests.conftest import database_settings
 from tests.support.factories import MERCHANT, make_webhook_config
 from tests.support.history_rows import make_days, past_delivery, past_open
@@ -19,7 +19,7 @@ from tests.support.platform import Platform
 from tests.support.refused_calls import refused
 
 
-async def test_what_is_gone_is_unknown_and_what_is_kept_is_delivered_again(
+async def test_removed_history_is_not_found_and_kept_is_redeliverable(
     platform: Platform, pool: Any, database_url: str
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -34,9 +34,7 @@ async def test_what_is_gone_is_unknown_and_what_is_kept_is_delivered_again(
         delivery_service_pb2.ListDeliveriesRequest(), metadata=merchant
     )
     assert {d.id for d in listed.deliveries} == {format_id("dlv", i) for i in (kept, waiting)}
-    events = await platform.events.ListEvents(
-        event_service_pb2.ListEventsRequest(merchant_id=MERCHANT), metadata=platform.producer()
-    )
+    events = await platform.as_producer().ListEvents(merchant_id=MERCHANT)
     shown = {format_id("evt", i) for i in (kept_event, waiting_event)}
     assert {event.id for event in events.events} == shown
     async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND"):
@@ -49,10 +47,7 @@ async def test_what_is_gone_is_unknown_and_what_is_kept_is_delivered_again(
             metadata=merchant,
         )
     async with refused(StatusCode.NOT_FOUND, "EVENT_NOT_FOUND"):
-        await platform.events.GetEvent(
-            event_service_pb2.GetEventRequest(id=format_id("evt", gone_event)),
-            metadata=platform.producer(),
-        )
+        await platform.as_producer().GetEvent(id=format_id("evt", gone_event))
     found = await platform.deliveries.GetDelivery(
         delivery_service_pb2.GetDeliveryRequest(id=format_id("dlv", kept)), metadata=merchant
     )
@@ -63,7 +58,7 @@ async def test_what_is_gone_is_unknown_and_what_is_kept_is_delivered_again(
     assert again.delivery.event_id == format_id("evt", kept_event)
 
 
-async def test_an_engine_keeps_the_days_by_itself(platform: Platform, pool: Any) -> None:
+async def test_engine_runs_retention(platform: Platform, pool: Any) -> None:
     async with platform.engine(retention=RetentionSettings()), asyncio.timeout(20):
         while await retention.last_completed(pool) is None:
             pass
@@ -72,7 +67,7 @@ async def test_an_engine_keeps_the_days_by_itself(platform: Platform, pool: Any)
     assert await pool.fetchval("SELECT count(*) FROM audit_entries") == 0
 
 
-async def test_the_command_says_what_it_would_do_and_then_does_it(
+async def test_retention_command_previews_then_removes(
     pool: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     webhook_id = await make_webhook_config(pool)

@@ -6,11 +6,11 @@ from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode
 
 from postrider.v1 import delivery_pb2
-from postrider.v1 import delivery_service_pb2 as pb
 from postrider.v1.delivery_pb2 import Delivery
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
+from tests.support.rpcs import pages
 
 READY = delivery_pb2.DELIVERY_STATE_READY
 PARKED = delivery_pb2.DELIVERY_STATE_PARKED
@@ -21,20 +21,16 @@ CANCELLED = delivery_pb2.DELIVERY_STATE_CANCELLED
 BLOCKED = delivery_pb2.DELIVERY_STATE_BLOCKED
 
 
-async def page(platform: Platform, **request: Any) -> pb.ListDeliveriesResponse:
-    return await platform.deliveries.ListDeliveries(
-        pb.ListDeliveriesRequest(**request), metadata=platform.merchant()
-    )
+async def page(platform: Platform, **request: Any) -> Any:
+    return await platform.as_merchant().ListDeliveries(**request)
 
 
 async def deliveries(platform: Platform, **request: Any) -> list[Delivery]:
     return list((await page(platform, **request)).deliveries)
 
 
-async def get(platform: Platform, delivery_id: str) -> Delivery:
-    got = await platform.deliveries.GetDelivery(
-        pb.GetDeliveryRequest(id=delivery_id), metadata=platform.merchant()
-    )
+async def get(platform: Platform, delivery_id: str) -> Any:
+    got = await platform.as_merchant().GetDelivery(id=delivery_id)
     return got.delivery
 
 
@@ -65,7 +61,7 @@ async def settle_in_each_state(
     return ids
 
 
-async def test_a_waiting_delivery_says_what_it_waits_for(
+async def test_ready_delivery_has_its_next_attempt_time(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url)
@@ -84,7 +80,7 @@ async def test_a_waiting_delivery_says_what_it_waits_for(
     assert await get(platform, delivery.id) == delivery
 
 
-async def test_attempts_are_there_oldest_first_with_what_came_of_each(
+async def test_attempts_are_listed_oldest_first_with_outcomes(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url, retry_schedule=[Duration(seconds=1)])
@@ -109,7 +105,7 @@ async def test_attempts_are_there_oldest_first_with_what_came_of_each(
     assert await get(platform, delivery.id) == delivery
 
 
-async def test_an_attempt_that_is_recorded_while_we_read_is_not_shown_without_what_it_changed(
+async def test_attempt_recorded_during_a_read_is_left_out(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -124,7 +120,7 @@ async def test_an_attempt_that_is_recorded_while_we_read_is_not_shown_without_wh
     assert await get(platform, delivery.id) == delivery
 
 
-async def test_an_attempt_without_an_answer_has_no_status(
+async def test_attempt_without_response_has_no_status_code(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -141,15 +137,14 @@ async def test_an_attempt_without_an_answer_has_no_status(
     assert (attempt.status_code, attempt.detail) == (0, "connection refused")
 
 
-async def test_each_filter_leaves_only_what_matches_and_they_combine(
-    platform: Platform, receiver: Receiver, pool: Any
-) -> None:
+async def test_delivery_filters_combine(platform: Platform, receiver: Receiver, pool: Any) -> None:
     ids = await settle_in_each_state(platform, receiver, pool)
     every = await deliveries(platform)
     for state, delivery_id in ids.items():
         assert [d.id for d in await deliveries(platform, state=state)] == [delivery_id]
     assert await deliveries(platform, state=CANCELLED) == []
     assert not (await get(platform, ids[BLOCKED])).HasField("next_attempt_time")
+    assert (await get(platform, ids[LEASED])).HasField("next_attempt_time")
     for delivery in every:
         same_webhook = [d for d in every if d.webhook_id == delivery.webhook_id]
         assert await deliveries(platform, webhook_id=delivery.webhook_id) == same_webhook
@@ -160,20 +155,7 @@ async def test_each_filter_leaves_only_what_matches_and_they_combine(
         assert await get(platform, delivery.id) == delivery
 
 
-async def test_a_leased_delivery_is_listed_as_leased(
-    platform: Platform, receiver: Receiver, pool: Any
-) -> None:
-    await platform.register(receiver.url)
-    await platform.publish()
-    await pool.execute(
-        "UPDATE delivery_queue SET state = 'leased', lease_id = id, lease_until = now() + '1 h'"
-    )
-    [delivery] = await deliveries(platform, state=LEASED)
-    assert delivery.state == LEASED
-    assert delivery.HasField("next_attempt_time")
-
-
-async def test_open_and_finished_deliveries_are_one_list_newest_first_across_pages(
+async def test_open_and_finished_deliveries_share_one_paged_list(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     ids = await settle_in_each_state(platform, receiver, pool)
@@ -183,17 +165,12 @@ async def test_open_and_finished_deliveries_are_one_list_newest_first_across_pag
     assert len(whole) == len(ids) + 3
     assert whole == sorted(whole, reverse=True)
     for size in (1, 2, 7, 8):
-        paged, token = [], ""
-        while True:
-            part = await page(platform, page_size=size, page_token=token)
-            assert 0 < len(part.deliveries) <= size
-            paged += [delivery.id for delivery in part.deliveries]
-            if not (token := part.next_page_token):
-                break
-        assert paged == whole
+        found = await pages(platform.as_merchant().ListDeliveries, page_size=size)
+        assert all(0 < len(part.deliveries) <= size for part in found)
+        assert [delivery.id for part in found for delivery in part.deliveries] == whole
 
 
-async def test_a_delivery_that_finishes_between_two_pages_is_neither_lost_nor_shown_twice(
+async def test_delivery_finishing_between_pages_is_listed_once(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url)
@@ -208,7 +185,7 @@ async def test_a_delivery_that_finishes_between_two_pages_is_neither_lost_nor_sh
     assert {delivery.state for delivery in rest.deliveries} == {DELIVERED}
 
 
-async def test_a_page_has_at_most_100_and_50_unless_asked(
+async def test_page_size_is_50_by_default_and_at_most_100(
     platform: Platform, receiver: Receiver
 ) -> None:
     await platform.register(receiver.url)
@@ -218,7 +195,7 @@ async def test_a_page_has_at_most_100_and_50_unless_asked(
     assert len(await deliveries(platform, page_size=1000)) == 100
 
 
-async def test_a_page_of_long_histories_ends_where_any_client_takes_it(
+async def test_delivery_page_stays_below_the_message_size_limit(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -231,20 +208,14 @@ async def test_a_page_of_long_histories_ends_where_any_client_takes_it(
         SELECT id, number, 'http_error', '500', now(), 1, repeat('\\x00', 1024)
         FROM delivery_queue, generate_series(1, 21) number
     """)
-    seen: list[str] = []
-    token = ""
-    while token or not seen:
-        # The channel's limit is the one that gRPC has by default.
-        got = await page(platform, page_size=100, page_token=token)
-        seen += [delivery.event_id for delivery in got.deliveries]
-        token = got.next_page_token
+    # The channel has gRPC's default limit of 4 MiB per message.
+    found = await pages(platform.as_merchant().ListDeliveries, page_size=100)
+    seen = [delivery.event_id for part in found for delivery in part.deliveries]
     assert len(seen) == 100
     assert set(seen) == published
 
 
-async def test_a_token_is_good_for_the_same_filters_only(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_page_token_requires_the_same_filters(platform: Platform, receiver: Receiver) -> None:
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     for _ in range(2):
         event_id = (await platform.publish()).event.id
@@ -260,7 +231,7 @@ async def test_a_token_is_good_for_the_same_filters_only(
     assert len(await deliveries(platform, webhook_id=webhook_id, page_token=token)) == 1
 
 
-async def test_filters_that_cannot_match_are_refused_by_field(platform: Platform) -> None:
+async def test_invalid_filters_are_refused_by_field(platform: Platform) -> None:
     for request, reason in (
         ({"webhook_id": "wh_1"}, "ID_INVALID"),
         ({"webhook_id": "evt_" + "0" * 32}, "ID_INVALID"),
@@ -278,7 +249,7 @@ async def test_filters_that_cannot_match_are_refused_by_field(platform: Platform
     assert error.message == "event_id: must be the event's id: evt_ and 32 hexadecimal digits"
 
 
-async def test_an_unknown_delivery_is_not_found(platform: Platform) -> None:
+async def test_unknown_delivery_is_not_found(platform: Platform) -> None:
     async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND") as error:
         await get(platform, "dlv_" + "0" * 32)
     assert "dlv_" + "0" * 32 in error.message

@@ -76,9 +76,7 @@ class Watching:
 async def watching(
     platform: Platform, merchant_id: str = "m_1", **request: Any
 ) -> AsyncIterator[Watching]:
-    call = platform.deliveries.WatchDeliveries(
-        pb.WatchDeliveriesRequest(**request), metadata=platform.merchant(merchant_id)
-    )
+    call = platform.as_merchant(merchant_id).WatchDeliveries(**request)
     watch = Watching(call)
     first = await watch.read()
     assert not first.HasField("delivery")
@@ -99,7 +97,7 @@ async def record(pool: Any, webhook_id: UUID, **overrides: Any) -> LeasedDeliver
     return delivery
 
 
-async def test_an_attempt_is_told_with_its_delivery_as_an_engine_records_it(
+async def test_watch_sends_each_recorded_attempt_with_its_delivery(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url)
@@ -116,7 +114,7 @@ async def test_an_attempt_is_told_with_its_delivery_as_an_engine_records_it(
     assert answer.resume_token
 
 
-async def test_every_attempt_of_a_delivery_is_told_and_those_from_before_are_not(
+async def test_watch_sends_only_attempts_recorded_after_its_start(
     platform: Platform, pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -130,9 +128,7 @@ async def test_every_attempt_of_a_delivery_is_told_and_those_from_before_are_not
         assert await watch.news(1) == named(delivery, number=2)
 
 
-async def test_only_the_callers_deliveries_that_match_are_told(
-    platform: Platform, pool: Any
-) -> None:
+async def test_watch_filters_by_merchant_config_and_type(platform: Platform, pool: Any) -> None:
     mine, other = [await make_webhook_config(pool) for _ in range(2)]
     theirs = await make_webhook_config(pool, merchant_id="m_2")
     wanted = format_id("wh", mine)
@@ -156,7 +152,7 @@ async def test_only_the_callers_deliveries_that_match_are_told(
         assert await foreign.news(2) == named(third, last)
 
 
-async def test_a_watch_goes_on_after_the_last_response_that_was_read(
+async def test_watch_resumes_after_the_last_response_read(
     platform: Platform, pool: Any, start_platform: Callable[..., Any]
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -177,7 +173,9 @@ async def test_a_watch_goes_on_after_the_last_response_that_was_read(
     assert told == [*named(*sorted(deliveries, key=lambda d: d.id)), *named(later, latest)]
 
 
-async def test_a_token_of_a_sign_of_life_loses_nothing(platform: Platform, pool: Any) -> None:
+async def test_resuming_from_a_keep_alive_token_loses_nothing(
+    platform: Platform, pool: Any
+) -> None:
     webhook_id = await make_webhook_config(pool)
     async with watching(platform) as watch:
         pass
@@ -186,9 +184,7 @@ async def test_a_token_of_a_sign_of_life_loses_nothing(platform: Platform, pool:
         assert await resumed.news(3) == named(*missed)
 
 
-async def test_what_commits_late_is_told_although_a_later_one_was_there_first(
-    platform: Platform, pool: Any
-) -> None:
+async def test_watch_sends_attempts_that_commit_out_of_order(platform: Platform, pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     slow, quick = await lease_many(pool, webhook_id, 2)
     before = await newest_position(pool)
@@ -209,7 +205,7 @@ async def test_what_commits_late_is_told_although_a_later_one_was_there_first(
     assert [one.delivery.id for one in after.recorded] == [slow.id, quick.id]
 
 
-async def test_what_is_rolled_back_is_never_told(platform: Platform, pool: Any) -> None:
+async def test_watch_skips_rolled_back_attempts(platform: Platform, pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     first, second = await lease_many(pool, webhook_id, 2)
     async with watching(platform) as watch:
@@ -223,7 +219,7 @@ async def test_what_is_rolled_back_is_never_told(platform: Platform, pool: Any) 
         assert await watch.news(2) == named(second, first)
 
 
-async def test_a_quiet_watch_gives_signs_of_life_that_can_be_resumed(
+async def test_quiet_watch_sends_resumable_keep_alives(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -238,7 +234,7 @@ async def test_a_quiet_watch_gives_signs_of_life_that_can_be_resumed(
             assert await resumed.news(1) == named(later)
 
 
-async def test_a_watch_that_falls_behind_is_ended_and_its_token_goes_on_without_loss(
+async def test_slow_watch_is_ended_and_resumes_without_loss(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -260,7 +256,7 @@ async def test_a_watch_that_falls_behind_is_ended_and_its_token_goes_on_without_
         assert len(told | set(rest)) == count
 
 
-async def test_a_long_way_to_catch_up_has_signs_of_life_and_can_be_broken_off(
+async def test_catch_up_sends_keep_alives_and_can_be_resumed(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -301,7 +297,7 @@ class CountingPool:
                 self.enough.set()
 
 
-async def test_watches_that_catch_up_take_one_connection_together(pool: Any) -> None:
+async def test_watches_catch_up_on_one_connection(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(3):
         await _record_many(pool, webhook_id, 1000)
@@ -329,7 +325,7 @@ async def test_watches_that_catch_up_take_one_connection_together(pool: Any) -> 
     assert counting.most == 1
 
 
-async def test_a_caller_that_reads_nothing_holds_up_nobody(
+async def test_caller_that_reads_nothing_does_not_block_others(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     webhook_id = await make_webhook_config(pool)
@@ -365,7 +361,7 @@ async def _record_many(pool: Any, webhook_id: UUID, count: int) -> None:
     )
 
 
-async def test_a_resume_token_is_good_for_its_own_watch_only(platform: Platform, pool: Any) -> None:
+async def test_resume_token_requires_the_same_watch(platform: Platform, pool: Any) -> None:
     webhook_id = format_id("wh", await make_webhook_config(pool))
     async with watching(platform, event_type="refund.failed") as watch:
         token = watch.token
@@ -390,7 +386,7 @@ async def test_a_resume_token_is_good_for_its_own_watch_only(platform: Platform,
         pass
 
 
-async def test_a_resume_token_is_good_for_an_hour(platform: Platform, keyring: KeyRing) -> None:
+async def test_resume_token_expires_after_an_hour(platform: Platform, keyring: KeyRing) -> None:
     def sealed(age: float) -> str:
         tokens = ResumeTokens(keyring, "m_1", None, None, clock=lambda: time.time() - age)
         return tokens.seal(Position(1))
@@ -405,7 +401,7 @@ async def test_a_resume_token_is_good_for_an_hour(platform: Platform, keyring: K
     assert "hour" in error.message
 
 
-async def test_a_position_is_that_of_an_attempt_whatever_came_to_nothing_since(
+async def test_position_ignores_rolled_back_transactions(
     start_platform: Callable[..., Any], pool: Any, keyring: KeyRing
 ) -> None:
     """After a crash the numbers of what was rolled back are given out again."""
@@ -427,7 +423,7 @@ async def test_a_position_is_that_of_an_attempt_whatever_came_to_nothing_since(
             assert not (await watch.read()).HasField("delivery")
 
 
-async def test_a_token_from_before_the_database_was_set_back_is_refused(
+async def test_resume_token_ahead_of_the_database_is_refused(
     platform: Platform, pool: Any, keyring: KeyRing
 ) -> None:
     later = Position((await newest_position(pool)).xid + 1_000_000_000)
@@ -440,7 +436,7 @@ async def test_a_token_from_before_the_database_was_set_back_is_refused(
     assert "list the deliveries" in error.message
 
 
-async def test_watches_end_when_the_database_is_set_back(pool: Any) -> None:
+async def test_watches_end_when_the_database_is_restored(pool: Any) -> None:
     webhook_id = await make_webhook_config(pool)
     tail = Tail(pool)
     running, later = [Watcher("m_1", None, None, 10) for _ in range(2)]
@@ -458,7 +454,7 @@ async def test_watches_end_when_the_database_is_set_back(pool: Any) -> None:
     assert [one.delivery.id for one in later.pending] == [delivery.id]
 
 
-async def test_filters_that_cannot_match_are_refused(platform: Platform, pool: Any) -> None:
+async def test_invalid_watch_filters_are_refused(platform: Platform, pool: Any) -> None:
     theirs = format_id("wh", await make_webhook_config(pool, merchant_id="m_2"))
     format_id("wh", new_id())
     for request, code, reason in (
@@ -475,7 +471,7 @@ async def test_filters_that_cannot_match_are_refused(platform: Platform, pool: A
             pass
 
 
-async def test_a_watch_ends_with_its_token(platform: Platform) -> None:
+async def test_watch_ends_when_its_bearer_token_expires(platform: Platform) -> None:
     token = mint_token(
         platform.key.private_key_file,
         issuer=ISSUER,
@@ -494,7 +490,7 @@ async def test_a_watch_ends_with_its_token(platform: Platform) -> None:
     assert "resume_token" in error.message
 
 
-async def test_a_server_that_stops_ends_its_watches_at_once(
+async def test_server_stop_ends_watches_at_once(
     start_platform: Callable[..., Any],
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -513,7 +509,7 @@ async def test_a_server_that_stops_ends_its_watches_at_once(
     await channel.close()
 
 
-async def test_nothing_is_read_while_nobody_watches(pool: Any) -> None:
+async def test_tail_reads_nothing_without_watches(pool: Any) -> None:
     tail = Tail(pool)
     watcher = Watcher("m_1", None, None, 10)
     tail.add(watcher)
@@ -529,9 +525,7 @@ async def test_nothing_is_read_while_nobody_watches(pool: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", PLAN_MODES)
-async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
-    pool: Any, mode: str
-) -> None:
+async def test_tail_read_uses_the_index_on_a_long_history(pool: Any, mode: str) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(20):
         await _record_many(pool, webhook_id, 1000)
@@ -556,7 +550,7 @@ async def test_a_read_finds_what_is_new_by_the_index_however_long_the_history(
 
 
 @pytest.mark.parametrize("mode", PLAN_MODES)
-async def test_a_read_of_a_long_past_takes_no_more_than_it_tells(pool: Any, mode: str) -> None:
+async def test_tail_read_scans_few_rows_beyond_its_batch(pool: Any, mode: str) -> None:
     webhook_id = await make_webhook_config(pool)
     for _ in range(20):
         await _record_many(pool, webhook_id, 500)

@@ -6,10 +6,8 @@ from typing import Any
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
-from postrider.v1 import admin_service_pb2 as pb
-from postrider.v1 import event_service_pb2, webhook_config_service_pb2
 from postrider.v1.event_pb2 import EventInput
-from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
+from postrider.v1.webhook_config_pb2 import EventType
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
@@ -20,27 +18,14 @@ SCHEMA = json.dumps(
 )
 
 
-async def update(platform: Platform, name: str = NAME, **fields: Any) -> EventType:
-    answer = await platform.admin.UpdateEventType(
-        pb.UpdateEventTypeRequest(
-            event_type=EventType(name=name, **fields), update_mask=FieldMask(paths=list(fields))
-        ),
-        metadata=platform.operator(),
+async def update(platform: Platform, name: str = NAME, **fields: Any) -> Any:
+    answer = await platform.as_operator().UpdateEventType(
+        event_type=EventType(name=name, **fields), update_mask=FieldMask(paths=list(fields))
     )
     return answer.event_type
 
 
-async def subscribe(platform: Platform, config: WebhookConfig) -> WebhookConfig:
-    answer = await platform.webhooks.UpdateWebhookConfig(
-        webhook_config_service_pb2.UpdateWebhookConfigRequest(
-            webhook_config=config, update_mask=FieldMask(paths=["events"])
-        ),
-        metadata=platform.merchant(),
-    )
-    return answer.webhook_config
-
-
-async def test_all_fields_of_a_type_are_stored_and_listed(platform: Platform) -> None:
+async def test_event_type_fields_are_stored_and_listed(platform: Platform) -> None:
     wanted = EventType(
         name="invoice.sent",
         description="An invoice left",
@@ -49,24 +34,20 @@ async def test_all_fields_of_a_type_are_stored_and_listed(platform: Platform) ->
         example='{"amount": 5}',
         deprecated=True,
     )
-    made = await platform.admin.CreateEventType(
-        pb.CreateEventTypeRequest(event_type=wanted), metadata=platform.operator()
-    )
+    made = await platform.as_operator().CreateEventType(event_type=wanted)
     assert made.event_type.HasField("create_time")
     made.event_type.ClearField("create_time")
     assert made.event_type == wanted
 
     changed = await update(platform, "invoice.sent", description="new", deprecated=False)
-    listed = await platform.webhooks.ListEventTypes(
-        webhook_config_service_pb2.ListEventTypesRequest(), metadata=platform.merchant()
-    )
+    listed = await platform.as_merchant().ListEventTypes()
     assert changed in listed.event_types
     changed.ClearField("create_time")
     wanted.description, wanted.deprecated = "new", False
     assert changed == wanted
 
 
-async def test_an_enforced_schema_refuses_what_does_not_match_by_path_and_rule(
+async def test_enforced_schema_refuses_payload_by_path_and_rule(
     platform: Platform, pool: Any
 ) -> None:
     await update(platform, json_schema=SCHEMA)
@@ -91,22 +72,19 @@ async def test_an_enforced_schema_refuses_what_does_not_match_by_path_and_rule(
     assert await pool.fetchval("SELECT count(*) FROM events") == 5
 
 
-async def test_in_a_batch_only_the_events_that_do_not_match_are_refused(platform: Platform) -> None:
+async def test_batch_refuses_only_events_that_break_the_schema(platform: Platform) -> None:
     await update(platform, json_schema=SCHEMA, enforce_schema=True)
-    answer = await platform.events.PublishEvents(
-        event_service_pb2.PublishEventsRequest(
-            events=[
-                EventInput(merchant_id="m_1", type=NAME, payload_text=json.dumps({"amount": n}))
-                for n in (1, 0, 2)
-            ]
-        ),
-        metadata=platform.producer(),
+    answer = await platform.as_producer().PublishEvents(
+        events=[
+            EventInput(merchant_id="m_1", type=NAME, payload_text=json.dumps({"amount": n}))
+            for n in (1, 0, 2)
+        ]
     )
     assert [result.reason for result in answer.results] == ["", "PAYLOAD_SCHEMA", ""]
     assert "events[1].payload" in answer.results[1].message
 
 
-async def test_a_schema_an_example_and_enforcement_have_to_fit_together(
+async def test_schema_example_and_enforcement_must_be_consistent(
     platform: Platform, pool: Any
 ) -> None:
     refusals: list[tuple[dict[str, Any], str, str]] = [
@@ -123,14 +101,13 @@ async def test_a_schema_an_example_and_enforcement_have_to_fit_together(
             await update(platform, **fields)
         assert error.violations == {f"event_type.{field}": reason}
         async with refused(StatusCode.INVALID_ARGUMENT, reason):
-            await platform.admin.CreateEventType(
-                pb.CreateEventTypeRequest(event_type=EventType(name="invoice.sent", **fields)),
-                metadata=platform.operator(),
+            await platform.as_operator().CreateEventType(
+                event_type=EventType(name="invoice.sent", **fields)
             )
     assert await pool.fetchval("SELECT count(*) FROM audit_entries WHERE result = 'OK'") == 0
 
 
-async def test_a_new_value_has_to_fit_what_is_there_already(platform: Platform) -> None:
+async def test_event_type_update_must_fit_stored_fields(platform: Platform) -> None:
     await update(platform, json_schema=SCHEMA, example='{"amount": 1}', enforce_schema=True)
     async with refused(StatusCode.INVALID_ARGUMENT, "EXAMPLE_INVALID"):
         await update(platform, json_schema='{"type": "array"}')
@@ -140,19 +117,14 @@ async def test_a_new_value_has_to_fit_what_is_there_already(platform: Platform) 
         await update(platform, json_schema="")
 
 
-async def test_a_mask_names_what_to_change_and_nothing_else_changes(
-    platform: Platform, pool: Any
-) -> None:
+async def test_event_type_update_changes_only_masked_fields(platform: Platform, pool: Any) -> None:
     before = await update(platform, description="a", deprecated=True)
     async with refused(StatusCode.INVALID_ARGUMENT, "MASK_EMPTY"):
         await update(platform)
     for path in ("name", "create_time", "event_type.description", "*"):
         async with refused(StatusCode.INVALID_ARGUMENT, "MASK_FIELD_UNKNOWN"):
-            await platform.admin.UpdateEventType(
-                pb.UpdateEventTypeRequest(
-                    event_type=EventType(name=NAME), update_mask=FieldMask(paths=[path])
-                ),
-                metadata=platform.operator(),
+            await platform.as_operator().UpdateEventType(
+                event_type=EventType(name=NAME), update_mask=FieldMask(paths=[path])
             )
     for name in ("no.such", "", "\x00", "x" * 200):
         async with refused(StatusCode.NOT_FOUND, "EVENT_TYPE_NOT_FOUND"):
@@ -166,7 +138,7 @@ async def test_a_mask_names_what_to_change_and_nothing_else_changes(
     ]
 
 
-async def test_a_deprecated_type_is_published_and_kept_but_not_newly_subscribed_to(
+async def test_deprecated_type_refuses_only_new_subscriptions(
     platform: Platform, receiver: Receiver
 ) -> None:
     mine = (await platform.register(receiver.url, events=(NAME,))).webhook_config
@@ -177,10 +149,10 @@ async def test_a_deprecated_type_is_published_and_kept_but_not_newly_subscribed_
         await platform.register(receiver.url, events=("payment.failed", NAME))
     assert error.violations == {"webhook_config.events[1]": "EVENT_TYPE_DEPRECATED"}
     async with refused(StatusCode.INVALID_ARGUMENT, "EVENT_TYPE_DEPRECATED"):
-        await subscribe(platform, WebhookConfig(id=other.id, events=[NAME]))
-    kept = await subscribe(platform, WebhookConfig(id=mine.id, events=["payment.failed", NAME]))
+        await platform.update(other.id, events=[NAME])
+    kept = await platform.update(mine.id, events=["payment.failed", NAME])
     assert list(kept.events) == ["payment.failed", NAME]
     assert (await platform.publish()).event.delivery_count == 1
 
     await update(platform, deprecated=False)
-    await subscribe(platform, WebhookConfig(id=other.id, events=[NAME]))
+    await platform.update(other.id, events=[NAME])

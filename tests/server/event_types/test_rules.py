@@ -13,5 +13,5 @@ def test_prefix_is_segments_and_a_star(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["*", ".*", "payment*", "payment.*.x", "a..*", "A.*", "a.**", "a.*\n", "p" * 127 + ".*"]
 )
-def test_other_texts_are_not_a_prefix(text: str) -> None:
+def test_other_text_is_not_a_prefix(text: str) -> None:
     assert not is_event_type_prefix(text)

@@ -13,7 +13,7 @@ def schema(value: Any) -> PayloadSchema:
     return PayloadSchema(json.dumps(value))
 
 
-def test_a_fault_tells_path_and_rule_and_no_value() -> None:
+def test_violation_has_path_and_rule_without_values() -> None:
     payments = schema(
         {
             "type": "object",
@@ -38,7 +38,7 @@ def test_a_fault_tells_path_and_rule_and_no_value() -> None:
     assert schema(False).violation({"secret": 1}) == "at $ by the rule #"
 
 
-def test_a_fault_is_one_line_of_bounded_length_whatever_the_payload_is_named() -> None:
+def test_violation_is_one_short_line() -> None:
     numbers = schema({"additionalProperties": {"type": "integer"}})
     fault = numbers.violation({"a\n\u202e" + "x" * 10_000: "y"})
     assert fault is not None
@@ -46,7 +46,7 @@ def test_a_fault_is_one_line_of_bounded_length_whatever_the_payload_is_named() -
     assert len(fault) < 600
 
 
-def test_a_payload_as_deep_as_json_may_be_is_checked() -> None:
+def test_deeply_nested_payload_is_checked() -> None:
     nested = json.loads("[" * 900 + "]" * 900)
     assert schema({"type": "array"}).violation(nested) is None
     assert (
@@ -87,14 +87,14 @@ def test_a_payload_as_deep_as_json_may_be_is_checked() -> None:
         ('{"not":' * 1000 + "true" + "}" * 1000, "nested too deeply"),
     ],
 )
-def test_what_is_no_schema_or_could_cost_too_much_is_refused(text: str, why: str) -> None:
+def test_invalid_or_expensive_schema_is_refused(text: str, why: str) -> None:
     with pytest.raises(SchemaRefused) as refused:
         PayloadSchema(text)
     assert why in str(refused.value)
     assert len(str(refused.value)) < 600
 
 
-def test_references_that_multiply_are_counted_as_often_as_they_are_followed() -> None:
+def test_repeated_references_count_each_time() -> None:
     doubling: dict[str, Any] = {"a0": {}}
     for n in range(1, 40):
         doubling[f"a{n}"] = {"allOf": [{"$ref": f"#/$defs/a{n - 1}"}] * 2}
@@ -102,7 +102,7 @@ def test_references_that_multiply_are_counted_as_often_as_they_are_followed() ->
         schema({"$defs": doubling})
 
 
-def test_looking_twice_at_each_level_is_counted_twice_at_each_level() -> None:
+def test_unevaluated_properties_count_twice_per_level() -> None:
     value: dict[str, Any] = {}
     for _ in range(20):
         value = {"anyOf": [{"properties": {"a": value}}], "unevaluatedProperties": False}
@@ -110,13 +110,13 @@ def test_looking_twice_at_each_level_is_counted_twice_at_each_level() -> None:
         schema(value)
 
 
-def test_properties_may_be_named_as_keywords_are() -> None:
+def test_properties_may_have_keyword_names() -> None:
     names = schema({"properties": {name: {"type": "integer"} for name in ("$id", "$ref")}})
     assert names.violation({"$id": 1, "$ref": 2}) is None
     assert names.violation({"$ref": "x"}) == "at $.$ref by the rule #/properties/$ref/type"
 
 
-def test_a_pattern_that_makes_others_backtrack_for_ever_does_not() -> None:
+def test_pattern_does_not_backtrack_exponentially() -> None:
     began = perf_counter()
     assert schema({"pattern": "^(a+)+$"}).violation("a" * 250_000 + "!")
     assert perf_counter() - began < 5

@@ -44,7 +44,7 @@ async def fault_of(types: EventTypes) -> str | None:
     return types.payload_violation("payment.succeeded", {"amount": 1})
 
 
-async def test_a_change_by_another_process_is_honoured_after_a_second_and_no_sooner_asked(
+async def test_event_type_change_applies_after_the_maximum_age(
     pool: Any,
 ) -> None:
     clock, counting = Clock(), CountingPool(pool)
@@ -68,7 +68,7 @@ async def test_a_change_by_another_process_is_honoured_after_a_second_and_no_soo
     assert await fault_of(types) is None
 
 
-async def test_an_unchanged_schema_is_not_read_again(pool: Any) -> None:
+async def test_unchanged_schema_is_not_read_again(pool: Any) -> None:
     clock, counting = Clock(), CountingPool(pool)
     types = EventTypes(counting, clock)  # type: ignore[arg-type]
     await change(pool, """json_schema = '{"type": "string"}', enforce_schema = true""")
@@ -79,14 +79,14 @@ async def test_an_unchanged_schema_is_not_read_again(pool: Any) -> None:
     assert counting.queries == queries + 1
 
 
-async def test_calls_at_once_wait_for_one_query(pool: Any) -> None:
+async def test_concurrent_lookups_share_one_query(pool: Any) -> None:
     clock, counting = Clock(), CountingPool(pool)
     types = EventTypes(counting, clock)  # type: ignore[arg-type]
     await asyncio.gather(*(types.unknown(["payment.succeeded"]) for _ in range(50)))
     assert counting.queries == 1
 
 
-async def test_what_was_forgotten_while_it_was_read_is_read_again(pool: Any) -> None:
+async def test_invalidation_during_a_read_causes_another_read(pool: Any) -> None:
     clock, counting = Clock(), CountingPool(pool)
     types = EventTypes(counting, clock)  # type: ignore[arg-type]
     counting.held = asyncio.Event()
@@ -99,9 +99,7 @@ async def test_what_was_forgotten_while_it_was_read_is_read_again(pool: Any) -> 
     assert await fault_of(types)
 
 
-async def test_nothing_is_fresh_after_a_read_that_failed(
-    pool: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_read_is_repeated(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, counting = Clock(), CountingPool(pool)
     types = EventTypes(counting, clock)  # type: ignore[arg-type]
     await fault_of(types)
@@ -118,9 +116,7 @@ async def test_nothing_is_fresh_after_a_read_that_failed(
     assert await fault_of(types) is None
 
 
-async def test_a_schema_that_is_usable_no_longer_is_told_of_and_stops_nobody(
-    pool: Any, logged: list[Any]
-) -> None:
+async def test_unusable_schema_is_logged_and_not_enforced(pool: Any, logged: list[Any]) -> None:
     await change(pool, "json_schema = '{', enforce_schema = true")
     assert await fault_of(EventTypes(pool)) is None
     assert [entry["event"] for entry in logged] == ["schema_unusable"]

@@ -43,12 +43,10 @@ async def count(pool: Any, table: str) -> int:
 
 def create(platform: Platform, url: str) -> Any:
     config = WebhookConfig(url=url, events=["payment.succeeded"])
-    return platform.webhooks.CreateWebhookConfig(
-        pb.CreateWebhookConfigRequest(webhook_config=config), metadata=platform.merchant()
-    )
+    return platform.as_merchant().CreateWebhookConfig(webhook_config=config)
 
 
-async def test_a_create_given_up_during_its_ping_stores_nothing_and_counts_for_nothing(
+async def test_create_cancelled_during_ping_stores_nothing(
     platform: Platform, receiver: Receiver, authority: trustme.CA, pool: Any
 ) -> None:
     async with held_up(authority) as endpoint:
@@ -63,7 +61,7 @@ async def test_a_create_given_up_during_its_ping_stores_nothing_and_counts_for_n
     assert (await count(pool, "webhook_configs"), await count(pool, "audit_entries")) == (10, 10)
 
 
-async def test_a_create_given_up_during_its_commit_is_there_with_its_audit_entry(
+async def test_create_cancelled_during_commit_is_stored_and_audited(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     async with pool.acquire() as other, other.transaction():
@@ -79,7 +77,7 @@ async def test_a_create_given_up_during_its_commit_is_there_with_its_audit_entry
     assert (await count(pool, "webhook_configs"), await count(pool, "audit_entries")) == (1, 1)
 
 
-async def test_a_publish_given_up_during_its_commit_is_there_whole(
+async def test_publish_cancelled_during_commit_is_stored_completely(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -94,9 +92,7 @@ async def test_a_publish_given_up_during_its_commit_is_there_whole(
         await until_waiting_for_a_lock(pool)
         await hang_up(publishing)
         await ended
-        await platform.webhooks.ListEventTypes(
-            pb.ListEventTypesRequest(), metadata=platform.merchant()
-        )
+        await platform.as_merchant().ListEventTypes()
     await until_committed(pool, "events")
     tables = ("events", "idempotency_keys", "delivery_queue")
     assert [await count(pool, table) for table in tables] == [1, 1, 1]
@@ -108,16 +104,14 @@ async def test_a_publish_given_up_during_its_commit_is_there_whole(
         await receiver.wait_for(1)
 
 
-async def test_a_delete_given_up_in_the_middle_cancels_all_or_nothing(
+async def test_delete_cancelled_by_caller_completes(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     await platform.publish()
     async with pool.acquire() as other, other.transaction():
         await other.execute("LOCK TABLE finished_deliveries IN SHARE MODE")
-        deleting = platform.webhooks.DeleteWebhookConfig(
-            pb.DeleteWebhookConfigRequest(id=webhook_id), metadata=platform.merchant()
-        )
+        deleting = platform.as_merchant().DeleteWebhookConfig(id=webhook_id)
         ended = asyncio.ensure_future(deleting.code())
         await until_waiting_for_a_lock(pool)
         await hang_up(deleting)

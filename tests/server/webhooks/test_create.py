@@ -76,7 +76,7 @@ async def stored(pool: Any) -> int:
     return count
 
 
-async def test_the_url_is_pinged_first_with_a_signature_that_the_returned_secret_verifies(
+async def test_create_pings_the_url_signed_with_the_new_secret(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = await platform.register(receiver.url, description="orders")
@@ -97,7 +97,7 @@ async def test_the_url_is_pinged_first_with_a_signature_that_the_returned_secret
     assert int(created.secret, 16)
 
 
-async def test_what_was_made_is_returned_with_its_defaults_and_read_only_fields_are_ours(
+async def test_create_returns_defaults_and_ignores_output_fields(
     platform: Platform, receiver: Receiver
 ) -> None:
     asked = webhook_config_pb2.WebhookConfig(
@@ -111,9 +111,7 @@ async def test_what_was_made_is_returned_with_its_defaults_and_read_only_fields_
         etag="mine",
         deactivation_reason=webhook_config_pb2.DEACTIVATION_REASON_FAILURES,
     )
-    created = await platform.webhooks.CreateWebhookConfig(
-        pb.CreateWebhookConfigRequest(webhook_config=asked), metadata=platform.merchant("m_1")
-    )
+    created = await platform.as_merchant("m_1").CreateWebhookConfig(webhook_config=asked)
 
     config = created.webhook_config
     assert config.id.startswith("wh_")
@@ -131,13 +129,13 @@ async def test_what_was_made_is_returned_with_its_defaults_and_read_only_fields_
     assert config.update_time == config.create_time
 
 
-async def test_a_config_may_be_made_paused(platform: Platform, receiver: Receiver) -> None:
+async def test_create_accepts_a_paused_config(platform: Platform, receiver: Receiver) -> None:
     config = (await platform.register(receiver.url, active=False)).webhook_config
     assert not config.active
     assert config.deactivation_reason == webhook_config_pb2.DEACTIVATION_REASON_PAUSED
 
 
-async def test_an_answer_that_no_delivery_could_succeed_with_is_refused_and_nothing_stored(
+async def test_create_refuses_url_whose_ping_fails(
     platform: Platform, pool: Any, authority: trustme.CA
 ) -> None:
     for status in (302, 308, 404, 410, 500, 503):
@@ -151,7 +149,7 @@ async def test_an_answer_that_no_delivery_could_succeed_with_is_refused_and_noth
     assert await stored(pool) == 0
 
 
-async def test_an_answer_that_proves_somebody_is_there_is_accepted(
+async def test_create_accepts_ping_status_from_live_endpoint(
     platform: Platform, authority: trustme.CA
 ) -> None:
     for status in (200, 204, 400, 401, 403, 429):
@@ -159,9 +157,7 @@ async def test_an_answer_that_proves_somebody_is_there_is_accepted(
             assert (await platform.register(url)).webhook_config.active
 
 
-async def test_a_port_where_nobody_listens_is_refused_and_nothing_stored(
-    platform: Platform, pool: Any
-) -> None:
+async def test_create_refuses_closed_port(platform: Platform, pool: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         async with refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error:
@@ -172,9 +168,7 @@ async def test_a_port_where_nobody_listens_is_refused_and_nothing_stored(
     assert await stored(pool) == 0
 
 
-async def test_a_certificate_nobody_vouches_for_is_refused_and_nothing_stored(
-    platform: Platform, pool: Any
-) -> None:
+async def test_create_refuses_untrusted_certificate(platform: Platform, pool: Any) -> None:
     async with (
         answering(trustme.CA(), 200) as url,
         refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error,
@@ -186,7 +180,7 @@ async def test_a_certificate_nobody_vouches_for_is_refused_and_nothing_stored(
     assert await stored(pool) == 0
 
 
-async def test_a_receiver_that_is_silent_is_refused_within_the_ping_timeout(
+async def test_create_refuses_silent_receiver_after_ping_timeout(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -199,7 +193,7 @@ async def test_a_receiver_that_is_silent_is_refused_within_the_ping_timeout(
     assert await stored(pool) == 0
 
 
-async def test_internal_error_in_the_ping_stores_nothing(
+async def test_create_stores_nothing_after_internal_ping_error(
     start_platform: Callable[..., Any], pool: Any
 ) -> None:
     with socket.socket() as away:
@@ -214,9 +208,7 @@ async def test_internal_error_in_the_ping_stores_nothing(
     assert await stored(pool) == 0
 
 
-async def test_urls_that_are_never_called_are_refused_by_field_and_nothing_stored(
-    platform: Platform, pool: Any
-) -> None:
+async def test_create_refuses_forbidden_urls(platform: Platform, pool: Any) -> None:
     for url, reason in REFUSED_URLS.items():
         async with refused(StatusCode.INVALID_ARGUMENT, reason) as error:
             await platform.register(url)
@@ -224,7 +216,7 @@ async def test_urls_that_are_never_called_are_refused_by_field_and_nothing_store
     assert await stored(pool) == 0
 
 
-async def test_a_name_that_resolves_to_an_inner_address_is_refused_like_the_address(
+async def test_create_refuses_name_resolving_to_private_address(
     platform: Platform, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def inner(*_: Any) -> list[str]:
@@ -238,7 +230,7 @@ async def test_a_name_that_resolves_to_an_inner_address_is_refused_like_the_addr
     assert await stored(pool) == 0
 
 
-async def test_every_wrong_field_is_named_at_once(platform: Platform, receiver: Receiver) -> None:
+async def test_create_reports_every_invalid_field(platform: Platform, receiver: Receiver) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "URL_NOT_HTTPS") as error:
         await platform.register(
             "http://example.com/",
@@ -258,9 +250,7 @@ async def test_every_wrong_field_is_named_at_once(platform: Platform, receiver: 
     assert receiver.requests == []
 
 
-async def test_events_must_be_1_to_100_and_named_once(
-    platform: Platform, receiver: Receiver
-) -> None:
+async def test_events_are_1_to_100_and_distinct(platform: Platform, receiver: Receiver) -> None:
     for events, reason in (
         ((), "EVENTS_COUNT"),
         (tuple(f"a.b{n}" for n in range(101)), "EVENTS_COUNT"),
@@ -271,7 +261,7 @@ async def test_events_must_be_1_to_100_and_named_once(
         assert error.violations == {"webhook_config.events": reason}
 
 
-async def test_who_writes_a_prefix_wrongly_is_told_how(
+async def test_malformed_event_prefix_error_shows_the_syntax(
     platform: Platform, receiver: Receiver
 ) -> None:
     for name in ("*", "payment*", "payment.succ*", ".*", "Payment.*"):
@@ -281,7 +271,7 @@ async def test_who_writes_a_prefix_wrongly_is_told_how(
         assert "'payment.*'" in error.message
 
 
-async def test_a_hundred_unknown_event_types_are_still_an_answer_that_arrives(
+async def test_error_with_100_unknown_event_types_fits_in_metadata(
     platform: Platform, receiver: Receiver
 ) -> None:
     # The details travel in metadata, of which clients take 8 KiB.
@@ -290,16 +280,7 @@ async def test_a_hundred_unknown_event_types_are_still_an_answer_that_arrives(
     assert "webhook_config.events[0]" in error.violations
 
 
-async def test_a_description_may_have_500_characters_and_not_501(
-    platform: Platform, receiver: Receiver
-) -> None:
-    created = await platform.register(receiver.url, description="ü" * 500)
-    assert created.webhook_config.description == "ü" * 500
-    async with refused(StatusCode.INVALID_ARGUMENT, "DESCRIPTION_INVALID"):
-        await platform.register(receiver.url, description="ü" * 501)
-
-
-async def test_the_eleventh_is_refused_and_names_the_quota_until_one_is_deleted(
+async def test_eleventh_config_is_refused_until_one_is_deleted(
     platform: Platform, receiver: Receiver
 ) -> None:
     created = [await platform.register(receiver.url) for _ in range(10)]
@@ -309,14 +290,11 @@ async def test_the_eleventh_is_refused_and_names_the_quota_until_one_is_deleted(
     assert len(receiver.requests) == 10
 
     await platform.register(receiver.url, merchant_id="m_2")
-    await platform.webhooks.DeleteWebhookConfig(
-        pb.DeleteWebhookConfigRequest(id=created[0].webhook_config.id),
-        metadata=platform.merchant(),
-    )
+    await platform.as_merchant().DeleteWebhookConfig(id=created[0].webhook_config.id)
     await platform.register(receiver.url)
 
 
-async def test_of_twenty_creates_at_once_exactly_ten_succeed(
+async def test_concurrent_creates_respect_the_quota(
     start_platform: Callable[..., Any], receiver: Receiver, pool: Any
 ) -> None:
     async def create(platform: Platform) -> str:
@@ -333,7 +311,7 @@ async def test_of_twenty_creates_at_once_exactly_ten_succeed(
     assert await stored(pool) == 10
 
 
-async def test_the_secret_is_encrypted_at_rest(
+async def test_secret_is_encrypted_at_rest(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     created = await platform.register(receiver.url)
@@ -346,7 +324,7 @@ async def test_the_secret_is_encrypted_at_rest(
     assert len(ciphertext) > len(created.secret)
 
 
-def test_no_other_message_has_a_field_for_a_secret() -> None:
+def test_only_create_and_rotate_responses_have_secrets() -> None:
     with_secrets = {
         f"{message.name}.{field.name}"
         for message in messages()
@@ -363,7 +341,7 @@ def test_no_other_message_has_a_field_for_a_secret() -> None:
     }
 
 
-async def test_neither_a_log_line_nor_another_answer_holds_the_secret(
+async def test_secret_is_in_no_log_and_no_other_response(
     platform: Platform, receiver: Receiver, logged: list[Any]
 ) -> None:
     created = await platform.register(receiver.url)
