@@ -1,4 +1,4 @@
-"""What the API says of what retention removed, and what it still does with what is kept."""
+"""Retention as the API and the command show it."""
 
 import asyncio
 from typing import Any
@@ -11,7 +11,6 @@ from cli.main import main
 from core import retention
 from core.ids import format_id
 from core.settings import RetentionSettings
-from postrider.v1 import delivery_service_pb2
 from tests.conftest import database_settings
 from tests.support.factories import MERCHANT, make_webhook_config
 from tests.support.history_rows import make_days, past_delivery, past_open
@@ -29,32 +28,20 @@ async def test_removed_history_is_not_found_and_kept_is_redeliverable(
     waiting, waiting_event = await past_open(pool, webhook_id, 40)
     await retention.run_once(database_settings(database_url), RetentionSettings())
 
-    merchant = platform.merchant(MERCHANT)
-    listed = await platform.deliveries.ListDeliveries(
-        delivery_service_pb2.ListDeliveriesRequest(), metadata=merchant
-    )
+    merchant, producer = platform.as_merchant(MERCHANT), platform.as_producer()
+    listed = await merchant.ListDeliveries()
     assert {d.id for d in listed.deliveries} == {format_id("dlv", i) for i in (kept, waiting)}
-    events = await platform.as_producer().ListEvents(merchant_id=MERCHANT)
+    events = await producer.ListEvents(merchant_id=MERCHANT)
     shown = {format_id("evt", i) for i in (kept_event, waiting_event)}
     assert {event.id for event in events.events} == shown
-    async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND"):
-        await platform.deliveries.GetDelivery(
-            delivery_service_pb2.GetDeliveryRequest(id=format_id("dlv", gone)), metadata=merchant
-        )
-    async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND"):
-        await platform.deliveries.RedeliverDelivery(
-            delivery_service_pb2.RedeliverDeliveryRequest(id=format_id("dlv", gone)),
-            metadata=merchant,
-        )
+    for rpc in (merchant.GetDelivery, merchant.RedeliverDelivery):
+        async with refused(StatusCode.NOT_FOUND, "DELIVERY_NOT_FOUND"):
+            await rpc(id=format_id("dlv", gone))
     async with refused(StatusCode.NOT_FOUND, "EVENT_NOT_FOUND"):
-        await platform.as_producer().GetEvent(id=format_id("evt", gone_event))
-    found = await platform.deliveries.GetDelivery(
-        delivery_service_pb2.GetDeliveryRequest(id=format_id("dlv", kept)), metadata=merchant
-    )
+        await producer.GetEvent(id=format_id("evt", gone_event))
+    found = await merchant.GetDelivery(id=format_id("dlv", kept))
     assert len(found.delivery.attempts) == 1
-    again = await platform.deliveries.RedeliverDelivery(
-        delivery_service_pb2.RedeliverDeliveryRequest(id=format_id("dlv", kept)), metadata=merchant
-    )
+    again = await merchant.RedeliverDelivery(id=format_id("dlv", kept))
     assert again.delivery.event_id == format_id("evt", kept_event)
 
 
@@ -81,9 +68,9 @@ async def test_retention_command_previews_then_removes(
         return result.output
 
     looked = await command("--dry-run")
-    assert "parts would be dropped: " in looked
+    assert "partitions would be dropped: " in looked
     assert await pool.fetchval("SELECT count(*) FROM events") == 1
-    assert "parts dropped: finished_deliveries_" in await command()
+    assert "partitions dropped: finished_deliveries_" in await command()
     assert await pool.fetchval("SELECT count(*) FROM events") == 0
     assert '"days_dropped":[]' in await command("--json")
     rows = await pool.fetch("SELECT actor, action, comment FROM audit_entries ORDER BY id")

@@ -1,4 +1,4 @@
-"""A caller that hangs up leaves a change whole or not made, never half."""
+"""A change whose caller cancels the call is made completely or not at all."""
 
 import asyncio
 from typing import Any
@@ -6,39 +6,33 @@ from typing import Any
 import pytest
 import trustme
 
-from postrider.v1 import event_service_pb2, webhook_config_service_pb2
 from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import WebhookConfig
 from tests.support.endpoint import held_up
+from tests.support.factories import count_rows, locked, until_blocked
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
 
-pb = webhook_config_service_pb2
 
-
-async def until_waiting_for_a_lock(pool: Any) -> None:
-    while not await pool.fetchval(
-        "SELECT count(*) FROM pg_stat_activity "
-        "WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    ):
-        pass
-
-
-async def until_committed(pool: Any, table: str) -> None:
-    async with asyncio.timeout(10):
-        while not await count(pool, table):
-            pass
-
-
-async def hang_up(call: Any) -> None:
+async def cancel(call: Any) -> None:
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
 
 
-async def count(pool: Any, table: str) -> int:
-    rows: int = await pool.fetchval(f"SELECT count(*) FROM {table}")  # noqa: S608
-    return rows
+async def cancel_blocked_call(pool: Any, table: str, start: Any, platform: Platform) -> None:
+    """Cancel a call while it waits for a lock on a table, and return when it has committed."""
+    async with locked(pool, table):
+        call = start()
+        ended = asyncio.ensure_future(call.code())
+        await until_blocked(pool)
+        await cancel(call)
+        await ended
+        # A later call on the connection shows that the server received the cancellation.
+        await platform.as_merchant().ListEventTypes()
+    async with asyncio.timeout(10):
+        while not await count_rows(pool, table):
+            pass
 
 
 def create(platform: Platform, url: str) -> Any:
@@ -53,28 +47,24 @@ async def test_create_cancelled_during_ping_stores_nothing(
         creating = create(platform, endpoint.url)
         sent = asyncio.ensure_future(creating.code())
         await endpoint.asked.wait()
-        await hang_up(creating)
+        await cancel(creating)
         await endpoint.given_up.wait()
         await sent
+    # The cancelled create does not count towards the quota of ten.
     for _ in range(10):
         await platform.register(receiver.url)
-    assert (await count(pool, "webhook_configs"), await count(pool, "audit_entries")) == (10, 10)
+    assert await count_rows(pool, "webhook_configs") == 10
+    assert await count_rows(pool, "audit_entries") == 10
 
 
 async def test_create_cancelled_during_commit_is_stored_and_audited(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE audit_entries IN SHARE MODE")
-        creating = create(platform, receiver.url)
-        ended = asyncio.ensure_future(creating.code())
-        await until_waiting_for_a_lock(pool)
-        await hang_up(creating)
-        await ended
-        # A call after it shows that the server has heard of the hanging up.
-        await platform.publish()
-    await until_committed(pool, "webhook_configs")
-    assert (await count(pool, "webhook_configs"), await count(pool, "audit_entries")) == (1, 1)
+    await cancel_blocked_call(
+        pool, "audit_entries", lambda: create(platform, receiver.url), platform
+    )
+    assert await count_rows(pool, "webhook_configs") == 1
+    assert await count_rows(pool, "audit_entries") == 1
 
 
 async def test_publish_cancelled_during_commit_is_stored_completely(
@@ -84,22 +74,13 @@ async def test_publish_cancelled_during_commit_is_stored_completely(
     event = EventInput(
         merchant_id="m_1", type="payment.succeeded", payload=b"1", idempotency_key="order-1"
     )
-    request = event_service_pb2.PublishEventRequest(event=event)
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE delivery_queue IN SHARE MODE")
-        publishing = platform.events.PublishEvent(request, metadata=platform.producer())
-        ended = asyncio.ensure_future(publishing.code())
-        await until_waiting_for_a_lock(pool)
-        await hang_up(publishing)
-        await ended
-        await platform.as_merchant().ListEventTypes()
-    await until_committed(pool, "events")
+    publish = platform.as_producer().PublishEvent
+    await cancel_blocked_call(pool, "delivery_queue", lambda: publish(event=event), platform)
     tables = ("events", "idempotency_keys", "delivery_queue")
-    assert [await count(pool, table) for table in tables] == [1, 1, 1]
+    assert [await count_rows(pool, table) for table in tables] == [1, 1, 1]
 
-    again = await platform.events.PublishEvent(request, metadata=platform.producer())
-    assert again.duplicate
-    assert [await count(pool, table) for table in tables] == [1, 1, 1]
+    assert (await publish(event=event)).duplicate
+    assert [await count_rows(pool, table) for table in tables] == [1, 1, 1]
     async with platform.engine():
         await receiver.wait_for(1)
 
@@ -109,16 +90,9 @@ async def test_delete_cancelled_by_caller_completes(
 ) -> None:
     webhook_id = (await platform.register(receiver.url)).webhook_config.id
     await platform.publish()
-    async with pool.acquire() as other, other.transaction():
-        await other.execute("LOCK TABLE finished_deliveries IN SHARE MODE")
-        deleting = platform.as_merchant().DeleteWebhookConfig(id=webhook_id)
-        ended = asyncio.ensure_future(deleting.code())
-        await until_waiting_for_a_lock(pool)
-        await hang_up(deleting)
-        await ended
-    await until_committed(pool, "finished_deliveries")
-    deleted = await pool.fetchval("SELECT deleted_at IS NOT NULL FROM webhook_configs")
-    assert deleted
-    assert await count(pool, "delivery_queue") == 0
-    assert await count(pool, "finished_deliveries") == 1
-    assert await count(pool, "audit_entries") == 2
+    delete = platform.as_merchant().DeleteWebhookConfig
+    await cancel_blocked_call(pool, "finished_deliveries", lambda: delete(id=webhook_id), platform)
+    assert await pool.fetchval("SELECT deleted_at IS NOT NULL FROM webhook_configs")
+    assert await count_rows(pool, "delivery_queue") == 0
+    assert await count_rows(pool, "finished_deliveries") == 1
+    assert await count_rows(pool, "audit_entries") == 2

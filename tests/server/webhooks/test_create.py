@@ -1,4 +1,4 @@
-"""CreateWebhookConfig: pinged first, refused with the reason, the secret shown once."""
+"""CreateWebhookConfig: the ping, refusals with their reasons, the secret and the quota."""
 
 import asyncio
 import json
@@ -16,12 +16,12 @@ from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook
 
 from core.settings import EgressSettings
-from postrider.v1 import delivery_service_pb2, webhook_config_pb2
-from postrider.v1 import webhook_config_service_pb2 as pb
+from postrider.v1 import webhook_config_pb2
 from tests.support.endpoint import answering
+from tests.support.factories import count_rows
 from tests.support.platform import Platform
 from tests.support.receiver import Receiver
-from tests.support.refused_calls import refused
+from tests.support.refused_calls import Refusal, refused
 from tests.support.rpcs import messages
 from tests.support.signatures import is_genuine
 
@@ -69,11 +69,6 @@ REFUSED_URLS = {
     "https://intranet/": NOT_A_NAME,
     "https://db.svc.cluster.local/": NOT_A_NAME,
 }
-
-
-async def stored(pool: Any) -> int:
-    count: int = await pool.fetchval("SELECT count(*) FROM webhook_configs")
-    return count
 
 
 async def test_create_pings_the_url_signed_with_the_new_secret(
@@ -135,18 +130,22 @@ async def test_create_accepts_a_paused_config(platform: Platform, receiver: Rece
     assert config.deactivation_reason == webhook_config_pb2.DEACTIVATION_REASON_PAUSED
 
 
+async def refused_as_unreachable(platform: Platform, url: str, pool: Any) -> Refusal:
+    """The refusal of a create whose ping fails. Nothing is stored."""
+    async with refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error:
+        await platform.register(url)
+    assert await count_rows(pool, "webhook_configs") == 0
+    return error
+
+
 async def test_create_refuses_url_whose_ping_fails(
     platform: Platform, pool: Any, authority: trustme.CA
 ) -> None:
     for status in (302, 308, 404, 410, 500, 503):
-        async with (
-            answering(authority, status, {"Location": "https://example.com/"}) as url,
-            refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error,
-        ):
-            await platform.register(url)
+        async with answering(authority, status, {"Location": "https://example.com/"}) as url:
+            error = await refused_as_unreachable(platform, url, pool)
         assert str(status) in error.message
         assert error.metadata == {"outcome": "http_error", "status_code": str(status)}
-    assert await stored(pool) == 0
 
 
 async def test_create_accepts_ping_status_from_live_endpoint(
@@ -160,37 +159,27 @@ async def test_create_accepts_ping_status_from_live_endpoint(
 async def test_create_refuses_closed_port(platform: Platform, pool: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        async with refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error:
-            await platform.register(f"https://127.0.0.1:{taken.getsockname()[1]}/")
-
+        url = f"https://127.0.0.1:{taken.getsockname()[1]}/"
+        error = await refused_as_unreachable(platform, url, pool)
     assert "connection refused" in error.message
     assert error.metadata == {"outcome": "connection_error", "status_code": "0"}
-    assert await stored(pool) == 0
 
 
 async def test_create_refuses_untrusted_certificate(platform: Platform, pool: Any) -> None:
-    async with (
-        answering(trustme.CA(), 200) as url,
-        refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error,
-    ):
-        await platform.register(url)
-
+    async with answering(trustme.CA(), 200) as url:
+        error = await refused_as_unreachable(platform, url, pool)
     assert "certificate" in error.message
     assert error.metadata["outcome"] == "tls_error"
-    assert await stored(pool) == 0
 
 
+@pytest.mark.server(ping_timeout_seconds=0.2)
 async def test_create_refuses_silent_receiver_after_ping_timeout(
-    start_platform: Callable[..., Any], pool: Any
+    platform: Platform, pool: Any
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        async with (
-            start_platform(ping_timeout_seconds=0.2) as platform,
-            refused(StatusCode.FAILED_PRECONDITION, "URL_UNREACHABLE") as error,
-        ):
-            await platform.register(f"https://127.0.0.1:{mute.getsockname()[1]}/")
+        url = f"https://127.0.0.1:{mute.getsockname()[1]}/"
+        error = await refused_as_unreachable(platform, url, pool)
     assert error.metadata["outcome"] == "timeout"
-    assert await stored(pool) == 0
 
 
 async def test_create_stores_nothing_after_internal_ping_error(
@@ -205,7 +194,7 @@ async def test_create_stores_nothing_after_internal_ping_error(
         ):
             await platform.register("https://merchant.example.com/")
     assert "internal error" in error.message
-    assert await stored(pool) == 0
+    assert await count_rows(pool, "webhook_configs") == 0
 
 
 async def test_create_refuses_forbidden_urls(platform: Platform, pool: Any) -> None:
@@ -213,7 +202,7 @@ async def test_create_refuses_forbidden_urls(platform: Platform, pool: Any) -> N
         async with refused(StatusCode.INVALID_ARGUMENT, reason) as error:
             await platform.register(url)
         assert error.violations == {"webhook_config.url": reason}, url
-    assert await stored(pool) == 0
+    assert await count_rows(pool, "webhook_configs") == 0
 
 
 async def test_create_refuses_name_resolving_to_private_address(
@@ -227,7 +216,7 @@ async def test_create_refuses_name_resolving_to_private_address(
         await platform.register("https://inner.example.com/")
     assert error.violations == {"webhook_config.url": NOT_PUBLIC}
     assert "10.0.0.1" not in error.message
-    assert await stored(pool) == 0
+    assert await count_rows(pool, "webhook_configs") == 0
 
 
 async def test_create_reports_every_invalid_field(platform: Platform, receiver: Receiver) -> None:
@@ -274,7 +263,7 @@ async def test_malformed_event_prefix_error_shows_the_syntax(
 async def test_error_with_100_unknown_event_types_fits_in_metadata(
     platform: Platform, receiver: Receiver
 ) -> None:
-    # The details travel in metadata, of which clients take 8 KiB.
+    # gRPC carries the details in metadata, and clients drop metadata above 8 KiB.
     async with refused(StatusCode.INVALID_ARGUMENT, "EVENT_TYPE_UNKNOWN") as error:
         await platform.register(receiver.url, events=tuple(f"a.{n:0120}" for n in range(100)))
     assert "webhook_config.events[0]" in error.violations
@@ -290,7 +279,7 @@ async def test_eleventh_config_is_refused_until_one_is_deleted(
     assert len(receiver.requests) == 10
 
     await platform.register(receiver.url, merchant_id="m_2")
-    await platform.as_merchant().DeleteWebhookConfig(id=created[0].webhook_config.id)
+    await platform.delete(created[0].webhook_config.id)
     await platform.register(receiver.url)
 
 
@@ -308,7 +297,7 @@ async def test_concurrent_creates_respect_the_quota(
         answers = await asyncio.gather(*(create(platform) for _ in range(20)))
 
     assert Counter(answers) == {"OK": 10, "RESOURCE_EXHAUSTED": 10}
-    assert await stored(pool) == 10
+    assert await count_rows(pool, "webhook_configs") == 10
 
 
 async def test_secret_is_encrypted_at_rest(
@@ -345,22 +334,17 @@ async def test_secret_is_in_no_log_and_no_other_response(
     platform: Platform, receiver: Receiver, logged: list[Any]
 ) -> None:
     created = await platform.register(receiver.url)
-    one = pb.GetWebhookConfigRequest(id=created.webhook_config.id)
-    me = platform.merchant()
     async with platform.engine():
         await platform.publish()
         await receiver.wait_for(1)
+    merchant, webhook_id = platform.as_merchant(), created.webhook_config.id
     answers = [
-        await platform.webhooks.GetWebhookConfig(one, metadata=me),
-        await platform.webhooks.ListWebhookConfigs(pb.ListWebhookConfigsRequest(), metadata=me),
-        await platform.webhooks.PingWebhookConfig(
-            pb.PingWebhookConfigRequest(id=one.id), metadata=me
-        ),
-        await platform.deliveries.ListDeliveries(
-            delivery_service_pb2.ListDeliveriesRequest(), metadata=me
-        ),
+        await merchant.GetWebhookConfig(id=webhook_id),
+        await merchant.ListWebhookConfigs(),
+        await merchant.PingWebhookConfig(id=webhook_id),
+        await merchant.ListDeliveries(),
     ]
     assert any(entry["event"] == "attempt" for entry in logged)
-    for secret in (created.secret, created.standard_webhooks_secret, me[0][1]):
+    for secret in (created.secret, created.standard_webhooks_secret, platform.merchant()[0][1]):
         assert secret not in repr(answers)
         assert secret not in repr(logged)
