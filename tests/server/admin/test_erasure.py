@@ -1,4 +1,4 @@
-"""A merchant is erased: nothing more is sent, nothing said is left, and nobody else is touched."""
+"""EraseMerchant: removes personal data, cancels deliveries and leaves other merchants alone."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -13,12 +13,17 @@ from postrider.v1 import admin_service_pb2 as pb
 from postrider.v1 import webhook_config_service_pb2
 from server.admin import erasure
 from server.rpc.audit_refusals import CHANGES
-from tests.support.factories import make_delivery, make_webhook_config
+from tests.support.factories import (
+    count_rows,
+    fail_open_delivery,
+    make_delivery,
+    make_webhook_config,
+)
 from tests.support.platform import Platform, bearer
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refusal_of, refused
 
-#: Words that stand for what is personal; each is put where such a thing can be.
+#: Personal data: a name, an address and a reference. `fill` stores them in every column for such.
 SECRETS = ("jane-doe", "10.9.8.7", "order-4711")
 
 
@@ -51,7 +56,7 @@ async def everything(pool: Any, merchant_id: str) -> str:
 
 
 async def fill(platform: Platform, receiver: Receiver, pool: Any, merchant_id: str) -> None:
-    """A delivered event, an open one, a deleted config, and words of every kind."""
+    """Store a delivered and a pending event and a deleted config, with all of SECRETS."""
     gone = await platform.register(receiver.url + "?jane-doe", merchant_id)
     await platform.as_merchant(merchant_id).DeleteWebhookConfig(id=gone.webhook_config.id)
     config = await platform.register(
@@ -64,7 +69,7 @@ async def fill(platform: Platform, receiver: Receiver, pool: Any, merchant_id: s
     await pool.execute(
         "UPDATE attempts SET response_excerpt = 'jane-doe', remote_address = '10.9.8.7'"
     )
-    # What signed with two secrets keeps the older one in the database, too.
+    # During a rotation the database holds two secrets.
     await pool.execute(
         'UPDATE webhook_configs SET headers = \'{"x-name": "jane-doe"}\','
         " previous_secret_ciphertext = 'sealed', previous_secret_key_id = 'k1',"
@@ -128,7 +133,7 @@ async def test_erasure_anonymises_the_merchants_audit_entries(
         webhook_config_service_pb2.DeleteWebhookConfigRequest(id=gone.webhook_config.id),
         metadata=own,
     )
-    # Refused: a name that is no id, a foreign id, and what only operators may.
+    # Refused calls: a malformed id, an unknown id and a call for operators.
     for name in ("jane-doe@merchant.example", format_id("wh", new_id())):
         request = webhook_config_service_pb2.DeleteWebhookConfigRequest(id=name)
         await refusal_of(platform.webhooks.DeleteWebhookConfig(request, metadata=own))
@@ -150,7 +155,7 @@ async def test_erasure_anonymises_the_merchants_audit_entries(
     named = [row["resource"] for row in before]
     named[named.index("jane-doe@merchant.example")] = "erased"
     assert [row["resource"] for row in after[:-1]] == named
-    # The operator's own stays whole, also when it is made again.
+    # The operator's own entry stays complete, also after a second erasure.
     erasing = dict(after[-1])
     assert (erasing["action"], erasing["actor"]) == ("EraseMerchant", "tester")
     assert erasing["caller_address"]
@@ -163,16 +168,10 @@ async def test_erasure_keeps_operators_redelivery_entries(platform: Platform, po
     now = datetime.now(UTC)
     webhook_id = await make_webhook_config(pool)
     await make_delivery(pool, webhook_id, id=first_id_at(now, timedelta(minutes=-1)))
-    await pool.execute(
-        "WITH failed AS (DELETE FROM delivery_queue RETURNING *) INSERT INTO finished_deliveries"
-        " (id, state, webhook_id, event_id, merchant_id, event_type, attempt_count, created_at)"
-        " SELECT id, 'failed', webhook_id, event_id, merchant_id, event_type, 4, created_at"
-        " FROM failed"
+    await fail_open_delivery(pool)
+    answer = await platform.as_operator().RedeliverDeliveries(
+        merchant_id="m_1", start_time=now - timedelta(hours=1), end_time=now
     )
-    request = pb.RedeliverDeliveriesRequest(merchant_id="m_1")
-    request.start_time.FromDatetime(now - timedelta(hours=1))
-    request.end_time.FromDatetime(now)
-    answer = await platform.admin.RedeliverDeliveries(request, metadata=platform.operator())
     assert answer.redelivered == 1
     before = await pool.fetch("SELECT * FROM audit_entries")
 
@@ -185,7 +184,7 @@ async def test_erasure_keeps_operators_redelivery_entries(platform: Platform, po
 
 def test_erasure_knows_every_operator_action() -> None:
     theirs = {method.name for method in pb.DESCRIPTOR.services_by_name["AdminService"].methods}
-    # An event type is no merchant's.
+    # Event types belong to no merchant.
     assert {name for name in theirs & CHANGES if not name.endswith("EventType")} == set(
         erasure._OPERATORS_ACTIONS
     )
@@ -211,7 +210,7 @@ async def test_next_erasure_completes_an_interrupted_one(
         await erase(platform)
     left = await pool.fetch("SELECT payload FROM events WHERE payload <> '' ORDER BY id")
     assert [row["payload"] for row in left] == [b"2", b"3", b"4"]
-    assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
+    assert await count_rows(pool, "delivery_queue") == 0
 
     await pool.execute("DROP TRIGGER refuse ON events_default")
     assert await erase(platform) == (0, 3)
@@ -229,7 +228,7 @@ async def test_erasure_in_chunks_is_complete(
     assert await erase(platform) == (2, 6)
     cancelled = "SELECT count(*) FROM finished_deliveries WHERE state = 'cancelled'"
     assert await pool.fetchval(cancelled) == 12
-    assert await pool.fetchval("SELECT count(*) FROM idempotency_keys") == 0
+    assert await count_rows(pool, "idempotency_keys") == 0
 
 
 async def test_attempt_in_flight_is_not_retried_after_erasure(
@@ -253,14 +252,14 @@ async def test_attempt_in_flight_is_not_retried_after_erasure(
         await receiver.wait_for(2)
         await erase(platform)
         answer.set()
-        # The engine goes on with another merchant, past where the retry would have been.
+        # The engine delivers for another merchant until after the time of the retry.
         for number in range(3, 6):
             await platform.publish(f"{number}", "m_2")
         await receiver.wait_for(5)
     mine = [request for request in receiver.webhooks if request.body in {b"1", b"2"}]
     assert len(mine) == 2
     assert other.webhook_config.id in await everything(pool, "m_2")
-    assert await pool.fetchval("SELECT count(*) FROM delivery_queue") == 0
+    assert await count_rows(pool, "delivery_queue") == 0
     assert await pool.fetchval("SELECT count(*) FROM attempts WHERE outcome = 'http_error'") == 0
 
 

@@ -1,4 +1,4 @@
-"""The invariants as an operator hears of them."""
+"""CheckInvariants: counts, examples and the time budget."""
 
 from datetime import timedelta
 from typing import Any

@@ -54,7 +54,7 @@ async def finish(
 ) -> None:
     """Finish deliveries after two attempts, the last with `outcome`."""
     await pool.execute(_FAIL, ids, outcome, state)
-    # The range of a call ends with the millisecond before it.
+    # The end of the range is exclusive and has a resolution of one millisecond.
     await pool.execute("SELECT pg_sleep(0.002)")
 
 
@@ -92,7 +92,7 @@ async def test_failed_deliveries_are_redelivered_exactly_once(
 
     assert {request.body for request in receiver.webhooks} == {b'"m_1"', b'"m_2"'}
     assert await states(pool) == ["delivered"] * 2 + ["failed"] * 2
-    # The redeliveries were delivered by now.
+    # Delivered redeliveries are not sent again.
     assert await redeliver(platform) == (0, 2, 0)
 
 
@@ -104,7 +104,7 @@ async def test_failed_redelivery_can_be_redelivered(platform: Platform, pool: An
     await finish(pool, [again])
     await finish(pool, others, "succeeded", "delivered")
 
-    # Both the first and the second one are in the range of the dry run: one of them is enough.
+    # The range of the dry run holds the delivery and its failed redelivery. Only one is sent.
     assert await redeliver(platform, dry_run=True) == (1, 3, 0)
     assert await redeliver(platform, end_time=end) == (1, 2, 0)
     assert await redeliver(platform, end_time=end) == (0, 3, 0)
@@ -131,7 +131,7 @@ async def test_redelivery_filters_combine(platform: Platform, pool: Any) -> None
         (0, {"webhook_id": format_id("wh", webhook_id), "merchant_id": "m_2"}),
         (3, {"outcomes": ours}),
         (1, {"outcomes": ours[:1]}),
-        # Came to this before the last attempt.
+        # The outcome of an attempt before the last.
         (0, {"outcomes": [delivery_pb2.OUTCOME_TIMEOUT]}),
         (1, {"end_time": middle}),
         (6, {"start_time": middle}),

@@ -1,4 +1,4 @@
-"""ListDeliveries by type and time, and what attempts tell; the plans on 50,000 finished ones."""
+"""ListDeliveries by type and time, details of attempts, and query plans on a long history."""
 
 import asyncio
 import itertools
@@ -35,7 +35,7 @@ def at(seconds: float) -> datetime:
 
 
 def id_at(moment: datetime, tail: int = 7) -> UUID:
-    """A delivery's id of this millisecond."""
+    """A delivery id made in this millisecond."""
     return UUID(int=first_id_at(moment).int + (7 << 76) + tail)
 
 
@@ -48,7 +48,7 @@ async def listed(platform: Platform, **request: Any) -> list[str]:
 
 
 async def finish(pool: Any, webhook_id: UUID, delivery_id: UUID, **overrides: Any) -> str:
-    """A delivered one in the history; its prefixed id."""
+    """Store a finished delivery. Returns its prefixed id."""
     row = {"state": "delivered", "event_type": "payment.succeeded", **overrides}
     await pool.execute(
         "INSERT INTO finished_deliveries (id, state, webhook_id, event_id, merchant_id,"
@@ -184,7 +184,7 @@ async def test_invalid_types_and_times_are_refused_by_field(platform: Platform) 
         async with refused(StatusCode.INVALID_ARGUMENT, "TIME_RANGE_EMPTY") as error:
             await page(platform, start_time=at(0), end_time=end)
         assert error.violations == {"end_time": "TIME_RANGE_EMPTY"}
-    # The last moment there can be; nothing overflows.
+    # The latest timestamp of protobuf does not overflow.
     assert await listed(platform, start_time=Timestamp(seconds=253402300799)) == []
 
 
@@ -208,7 +208,7 @@ async def test_attempt_has_phase_times_address_and_response_excerpt(
     assert 0 < handshake < attempt.connect_duration.ToNanoseconds()
 
 
-async def test_attempt_leaves_unreached_phases_unset(
+async def test_attempt_without_response_leaves_its_fields_unset(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
@@ -219,14 +219,16 @@ async def test_attempt_leaves_unreached_phases_unset(
             pass
     [delivery] = (await page(platform)).deliveries
     [attempt] = delivery.attempts
+    assert delivery.state == delivery_pb2.DELIVERY_STATE_FAILED
     assert attempt.outcome == delivery_pb2.OUTCOME_CONNECTION_ERROR
+    assert (attempt.status_code, attempt.detail) == (0, "connection refused")
     assert attempt.HasField("connect_duration")
     assert not attempt.HasField("tls_duration")
     assert not attempt.HasField("first_byte_duration")
     assert (attempt.remote_address, attempt.response_excerpt) == ("127.0.0.1", "")
 
 
-# The plans. One big merchant among many, 1 of 50 failed, 1 of 1,000 cancelled, a rare event type.
+# One large merchant among many. 1 of 50 deliveries failed and 1 of 1,000 was cancelled.
 
 _HISTORY = """
 INSERT INTO webhook_configs
@@ -274,7 +276,7 @@ async def history(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
     await admin.execute("CREATE DATABASE delivery_history")
     url = postgres.url("delivery_history")
     await asyncio.to_thread(migrate, database_settings(url))
-    # As everything of ours connects.
+    # As the server and the engines connect.
     connection = await asyncpg.connect(url, server_settings={"enable_seqscan": "off"})
     await connection.execute(_HISTORY)
     await connection.execute("VACUUM ANALYZE")
@@ -299,14 +301,14 @@ async def test_every_filter_combination_reads_few_rows(
 
     kinds, read = _of_history(json.loads(plan)[0]["Plan"])
     assert "Seq Scan" not in kinds
-    # The merchant has 25,000, of which 1,000 are undelivered; there is always a shorter way.
+    # The merchant has 25,000 deliveries, of which 1,000 are undelivered.
     assert read <= 1_100, plan
     found = [row.id for row in await list_deliveries(history, "m_1", wanted, 51)]
     assert found == await _by_brute_force(history, fields)
 
 
 def _of_history(node: dict[str, Any]) -> tuple[set[str], float]:
-    """How the history is read below a node, and how many of its rows."""
+    """The node types that read the history below a node, and the rows they read."""
     kinds, read = set(), 0.0
     if node.get("Relation Name", "").startswith("finished_deliveries"):
         kinds.add(node["Node Type"])

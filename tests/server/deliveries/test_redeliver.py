@@ -1,4 +1,4 @@
-"""RedeliverDelivery: a finished delivery's event is sent again, as a delivery of its own."""
+"""RedeliverDelivery: sends the event of a finished delivery again, as a new delivery."""
 
 from typing import Any
 

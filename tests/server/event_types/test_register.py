@@ -1,4 +1,4 @@
-"""The register of event types: schemas that are enforced at publish, and types that are going."""
+"""Event types of operators: enforced schemas, updates and deprecation."""
 
 import json
 from typing import Any

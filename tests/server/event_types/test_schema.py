@@ -1,4 +1,4 @@
-"""Payload schemas: what is refused as one, what a fault tells, and what they may cost."""
+"""Payload schemas: violations, refused schemas and limits of their cost."""
 
 import json
 from time import perf_counter
@@ -31,19 +31,19 @@ def test_violation_has_path_and_rule_without_values() -> None:
         payments.violation({"amount": 0}) == "at $.amount by the rule #/properties/amount/minimum"
     )
     assert payments.violation({}) == "at $ by the rule #/required, 'amount' is missing"
-    fault = payments.violation({"amount": 1, "lines": [{}, {"secret-name": "secret-value"}]})
-    assert fault == "at $.lines[1] by the rule #/$defs/line/additionalProperties"
-    fault = payments.violation({"amount": 1, "card": "4111111111111111"})
-    assert fault == "at $.card by the rule #/properties/card/pattern"
+    violation = payments.violation({"amount": 1, "lines": [{}, {"secret-name": "secret-value"}]})
+    assert violation == "at $.lines[1] by the rule #/$defs/line/additionalProperties"
+    violation = payments.violation({"amount": 1, "card": "4111111111111111"})
+    assert violation == "at $.card by the rule #/properties/card/pattern"
     assert schema(False).violation({"secret": 1}) == "at $ by the rule #"
 
 
 def test_violation_is_one_short_line() -> None:
     numbers = schema({"additionalProperties": {"type": "integer"}})
-    fault = numbers.violation({"a\n\u202e" + "x" * 10_000: "y"})
-    assert fault is not None
-    assert fault.isprintable()
-    assert len(fault) < 600
+    violation = numbers.violation({"a\n\u202e" + "x" * 10_000: "y"})
+    assert violation is not None
+    assert violation.isprintable()
+    assert len(violation) < 600
 
 
 def test_deeply_nested_payload_is_checked() -> None:
@@ -55,7 +55,7 @@ def test_deeply_nested_payload_is_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "reason"),
     [
         ("", "not JSON"),
         ("{", "not JSON"),
@@ -87,10 +87,10 @@ def test_deeply_nested_payload_is_checked() -> None:
         ('{"not":' * 1000 + "true" + "}" * 1000, "nested too deeply"),
     ],
 )
-def test_invalid_or_expensive_schema_is_refused(text: str, why: str) -> None:
+def test_invalid_or_expensive_schema_is_refused(text: str, reason: str) -> None:
     with pytest.raises(SchemaRefused) as refused:
         PayloadSchema(text)
-    assert why in str(refused.value)
+    assert reason in str(refused.value)
     assert len(str(refused.value)) < 600
 
 

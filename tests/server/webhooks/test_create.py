@@ -325,7 +325,7 @@ def test_only_create_and_rotate_responses_have_secrets() -> None:
         "CreateWebhookConfigResponse.standard_webhooks_secret",
         "RotateSecretResponse.secret",
         "RotateSecretResponse.standard_webhooks_secret",
-        # A time.
+        # This field is a time.
         "WebhookConfig.previous_secret_expire_time",
     }
 

@@ -1,4 +1,4 @@
-"""The options of a webhook config, how they are set, shown and refused; rotation of its secret."""
+"""Options of a webhook config, rotation of its secret, and its signature scheme."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -58,9 +58,6 @@ def options_of(config: WebhookConfig) -> dict[str, Any]:
         "ordered": config.ordered,
         "header_prefix": config.header_prefix,
     }
-
-
-# Options.
 
 
 async def test_options_set_at_creation_are_in_every_read(
@@ -147,9 +144,6 @@ async def test_prefix_and_headers_of_a_config_cannot_collide(
     assert (dict(both.headers), both.header_prefix) == ({"X-A": "x"}, "acme")
 
 
-# Event types.
-
-
 async def test_event_prefix_matches_types_registered_later(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
@@ -159,9 +153,6 @@ async def test_event_prefix_matches_types_registered_later(
 
     assert (await platform.publish(type="novel.thing")).event.delivery_count == 1
     assert (await platform.publish(type="novelty.thing")).event.delivery_count == 0
-
-
-# Rotation.
 
 
 async def test_rotation_returns_new_secret_and_keeps_old_for_a_day(
@@ -265,9 +256,6 @@ async def test_rotation_requires_own_config_and_scope(
     assert await pool.fetchval("SELECT secret_ciphertext FROM webhook_configs") == before
 
 
-# Signature schemes.
-
-
 async def test_only_the_public_key_of_a_key_pair_is_returned(
     platform: Platform, receiver: Receiver, pool: Any, keyring: KeyRing
 ) -> None:
@@ -281,7 +269,7 @@ async def test_only_the_public_key_of_a_key_pair_is_returned(
     assert config.public_key == public_key(pair)
     listed = await platform.as_merchant().ListWebhookConfigs()
     assert [await platform.config(config.id), *listed.webhook_configs] == [config, config]
-    # The ping was signed by it already.
+    # The new key pair signed the first ping.
     [ping] = receiver.requests
     assert ping.headers["webhook-signature"].startswith("v1a,")
 

@@ -1,4 +1,4 @@
-"""UpdateWebhookConfig: only what the mask names, only on what the caller has seen."""
+"""UpdateWebhookConfig: field masks, etags, the ping of a new URL, pause and resume."""
 
 import asyncio
 from collections import Counter
@@ -243,7 +243,7 @@ async def test_merchant_cannot_resume_config_deactivated_by_failures(
     assert "operators" in error.message
     assert await platform.config(config.id) == inactive
 
-    # Not by way of a pause either; other fields may change meanwhile.
+    # A pause does not help, but other fields can change.
     changed = await platform.update(config.id, active=False, description="mended")
     assert changed.deactivation_reason == webhook_config_pb2.DEACTIVATION_REASON_FAILURES
     async with refused(StatusCode.FAILED_PRECONDITION, "WEBHOOK_CONFIG_DEACTIVATED"):
