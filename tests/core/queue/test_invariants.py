@@ -233,9 +233,8 @@ def test_every_invariant_has_a_violation_case() -> None:
     ("name", "break_it"), BREAKS, ids=lambda value: getattr(value, "__name__", "")
 )
 async def test_violation_is_reported_under_its_invariant_only(
-    pool: Any, name: str, break_it: Break
+    pool: Any, name: str, break_it: Break, webhook_id: UUID
 ) -> None:
-    webhook_id = await make_webhook_config(pool)
     culprit = await break_it(pool, webhook_id)
     # Deliveries the factories made by hand are of events that nobody asked to have delivered.
     await pool.execute(
@@ -249,8 +248,9 @@ async def test_violation_is_reported_under_its_invariant_only(
 
 
 @pytest.mark.parametrize("silent", [15, 16])
-async def test_backlog_may_wait_while_attempts_hold_all_slots(pool: Any, silent: int) -> None:
-    webhook_id = await make_webhook_config(pool)
+async def test_backlog_may_wait_while_attempts_hold_all_slots(
+    pool: Any, silent: int, webhook_id: UUID
+) -> None:
     await strand_a_backlog(pool, webhook_id)
     others = await make_webhook_config(pool)
     long_ago = first_id_at(datetime.now(UTC) - timedelta(seconds=5))
@@ -365,8 +365,7 @@ async def test_check_walks_all_pages_with_time_and_one_without(
     assert (hurried.examined, hurried.broken, hurried.complete) == (2, [], False)
 
 
-async def test_no_violation_is_reported_under_load(pool: Any) -> None:
-    webhook_id = await make_webhook_config(pool)
+async def test_no_violation_is_reported_under_load(pool: Any, webhook_id: UUID) -> None:
     stop = asyncio.Event()
 
     async def work() -> int:

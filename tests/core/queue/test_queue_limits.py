@@ -116,8 +116,7 @@ async def test_locked_config_is_skipped_without_waiting(pool: Any) -> None:
         assert await promptly(queue.spend_rate(pool, {locked: 1, free: 1})) == {free: (1, 0.0)}
 
 
-async def test_missing_limit_or_config_grants_nothing(pool: Any) -> None:
-    webhook_id = await make_webhook_config(pool)
+async def test_missing_limit_or_config_grants_nothing(pool: Any, webhook_id: UUID) -> None:
     assert await queue.spend_rate(pool, {webhook_id: 1, new_id(): 1}) == {}
 
 
