@@ -119,7 +119,7 @@ async def test_claim_survives_an_unreadable_timestamp(
     claimed = await queue.claim(pool, 10, 60)
 
     assert ids_of(claimed) == {odd, sound}
-    # What is owed since then is reckoned by it.
+    # The delivery delay is measured from this time.
     assert all(d.claimed_at - d.due_since >= timedelta(0) for d in claimed)
 
 

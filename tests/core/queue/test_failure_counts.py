@@ -167,7 +167,6 @@ async def test_failures_of_an_older_config_version_do_not_count(pool: Any, statu
     both = frozenset({old.id, older.id})
     assert settled == SettleResult(both, {}, outdated=both)
     assert await health(pool, webhook_id) == (True, None, 9)
-    # The present version has the last word.
     assert await states(pool) == ["leased", "ready", "ready"]
     assert {d.id for d in await queue.claim(pool, 10, 60)} == ids_of([old, older])
     settled = await settle(pool, failed(new, status_code=status, blamed_version=5))
@@ -211,8 +210,8 @@ async def test_settle_does_not_write_a_healthy_config(pool: Any, webhook_id: UUI
 
 
 async def test_settles_lock_shared_configs_in_one_order(pool: Any) -> None:
-    # A third session holds the second config: both settles stop there, in whatever order their
-    # batches name the configs, and neither holds what the other needs.
+    # A third session locks the second config. Both settles wait there, for any order of their
+    # batches, and neither holds a row that the other needs.
     configs = [await make_webhook_config(pool, consecutive_failures=1) for _ in range(3)]
     first = [await lease_one(pool, webhook_id) for webhook_id in configs]
     second = [await lease_one(pool, webhook_id) for webhook_id in configs]

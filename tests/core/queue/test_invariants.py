@@ -1,4 +1,4 @@
-"""The invariants: each is found broken when it is, by its name, and nothing else is said."""
+"""The invariants: each violation is reported under its own name only."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,7 +11,7 @@ import pytest
 from core import queue
 from core.ids import first_id_at, new_id
 from core.lifecycle import DeliveryState, Outcome
-from core.queue import Finding, invariants
+from core.queue import invariants
 from core.queue.invariants import INVARIANTS
 from tests.support.factories import (
     MERCHANT,
@@ -30,12 +30,12 @@ type Break = Callable[[Any, UUID], Awaitable[UUID]]
 
 
 @pytest.fixture(autouse=True)
-def _look_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _recheck_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(invariants, "_SECOND_LOOK_SECONDS", 0.01)
 
 
 async def broken(pool: Any) -> dict[str, Sequence[UUID]]:
-    """What is broken, by invariant; everything has to have been looked at."""
+    """The violations by invariant. Fails if the check was incomplete."""
     findings = await queue.check_invariants(pool, 10)
     assert all(finding.complete for finding in findings)
     return {f.invariant.name: f.broken for f in findings if f.broken}
@@ -156,7 +156,7 @@ async def have_it_ready_while_inactive(pool: Any, webhook_id: UUID) -> UUID:
 
 
 async def strand_a_backlog(pool: Any, webhook_id: UUID) -> UUID:
-    # A retry that is due later takes no room.
+    # A future retry takes no slot.
     await make_delivery(pool, webhook_id, due_in=60)
     await make_delivery(pool, webhook_id, state="parked")
     return webhook_id
@@ -196,7 +196,7 @@ async def lose_a_delivery_that_was_attempted(pool: Any, webhook_id: UUID) -> UUI
     return delivery.id
 
 
-#: In seconds, and a little more than the longest wait that anybody may ask for.
+#: Seconds; slightly more than the longest delay that an event may request.
 MONTH = 31 * 86_400 + 60
 FAILED = {"final_state": DeliveryState.FAILED, "outcome": Outcome.HTTP_ERROR, "status_code": 500}
 
@@ -236,7 +236,7 @@ async def test_violation_is_reported_under_its_invariant_only(
     pool: Any, name: str, break_it: Break, webhook_id: UUID
 ) -> None:
     culprit = await break_it(pool, webhook_id)
-    # Deliveries the factories made by hand are of events that nobody asked to have delivered.
+    # The factories insert deliveries without counting them in their event.
     await pool.execute(
         "UPDATE events e SET delivery_count = (SELECT count(*) FROM ("
         " SELECT event_id FROM delivery_queue WHERE redelivery_of IS NULL UNION ALL"
@@ -256,7 +256,7 @@ async def test_backlog_may_wait_while_attempts_hold_all_slots(
     long_ago = first_id_at(datetime.now(UTC) - timedelta(seconds=5))
     for _ in range(silent):
         await make_delivery(pool, others, state="leased", lease_id=long_ago)
-    # What has begun just now says nothing, and nor does a lease that is over.
+    # New leases and ended leases do not count as silent.
     for lease_in in (60, -1):
         await make_delivery(pool, others, state="leased", lease_in=lease_in)
     found = await broken(pool)
@@ -264,7 +264,7 @@ async def test_backlog_may_wait_while_attempts_hold_all_slots(
 
 
 async def make_history(pool: Any) -> None:
-    """Every state a delivery can rightly be in, by the functions that put it there."""
+    """Create deliveries in every state with the functions of the queue."""
     busy = await make_webhook_config(pool)
     paused = await make_webhook_config(pool)
     await deactivate(pool, paused)
@@ -279,7 +279,7 @@ async def make_history(pool: Any) -> None:
     await enqueue_events(pool, 1)
     await pool.execute("UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", gone)
     assert await queue.cancel_webhook(pool, gone) == 1
-    # In its own backlog, and it has to be.
+    # The rate limit keeps these parked.
     limited = await make_webhook_config(pool, merchant_id="m_2", rate_limit=0.001)
     await pool.execute("UPDATE webhook_configs SET rate_used_until = now() WHERE id = $1", limited)
     await enqueue_events(pool, 3, merchant_id="m_2")
@@ -305,8 +305,8 @@ async def test_valid_state_is_no_violation(pool: Any) -> None:
     assert await broken(pool) == {}
 
 
-class Mended:
-    """The pool, but what was suspect is put right before it is looked at again."""
+class RepairingPool:
+    """A pool that repairs the row before the check reads it a second time."""
 
     def __init__(self, pool: Any, statement: str) -> None:
         self._pool = pool
@@ -319,20 +319,20 @@ class Mended:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "mend"),
+    ("break_it", "repair"),
     [
         (keep_an_ended_lease, "UPDATE delivery_queue SET lease_until = now()"),
         (leave_it_due, "UPDATE delivery_queue SET due_at = now()"),
-        # Let in, taken, and parked again: it moves.
+        # Admitted, claimed and parked again since the first reading.
         (strand_a_backlog, "UPDATE delivery_queue SET state = 'parked' WHERE state = 'parked'"),
     ],
 )
 async def test_row_changed_before_the_recheck_is_no_violation(
-    pool: Any, break_it: Break, mend: str
+    pool: Any, break_it: Break, repair: str
 ) -> None:
     await break_it(pool, await make_webhook_config(pool))
     await pool.execute("UPDATE events SET delivery_count = 1")
-    findings = await queue.check_invariants(Mended(pool, mend), 10)  # type: ignore[arg-type]
+    findings = await queue.check_invariants(RepairingPool(pool, repair), 10)  # type: ignore[arg-type]
     names = {f.invariant.name for f in findings if f.broken}
     assert names <= {"event_has_deliveries"}
 
@@ -340,7 +340,7 @@ async def test_row_changed_before_the_recheck_is_no_violation(
 async def test_event_with_late_deliveries_passes_the_recheck(pool: Any) -> None:
     await make_webhook_config(pool)
     [event] = await enqueue_events(pool)
-    # A clock that was set back meanwhile: the ids of its deliveries are of another time.
+    # After the clock was set back, the ids of the deliveries have another time than the event.
     await pool.execute("UPDATE events SET created_at = now() - interval '1 day'")
     assert await broken(pool) == {}
     await pool.execute("UPDATE events SET delivery_count = 2")
@@ -355,13 +355,10 @@ async def test_check_walks_all_pages_with_time_and_one_without(
     await pool.execute("DELETE FROM delivery_queue WHERE event_id = $1", events[0].id)
     monkeypatch.setattr(invariants, "_PAGE", 2)
 
-    def of_events(findings: Sequence[Finding]) -> Finding:
-        return findings[0]
-
-    whole = of_events(await queue.check_invariants(pool, 10))
+    whole = (await queue.check_invariants(pool, 10))[0]
     assert (whole.examined, whole.broken, whole.complete) == (5, [events[0].id], True)
-    hurried = of_events(await queue.check_invariants(pool, 0))
-    # The newest come first.
+    hurried = (await queue.check_invariants(pool, 0))[0]
+    # The newest rows are read first.
     assert (hurried.examined, hurried.broken, hurried.complete) == (2, [], False)
 
 

@@ -1,7 +1,4 @@
-"""Chains: one delivery of a key and config at a time, in the order of the commits.
-
-test_ordered_delivery.py has the same with engines and receivers.
-"""
+"""Chains: one delivery per key and config at a time, in the order of the commits."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -41,7 +38,7 @@ FROM delivery_queue q ORDER BY q.webhook_id, q.ordering_key, q.ordering_position
 
 
 async def accept(pool: Any, *keys: str | None, **overrides: Any) -> list[NewEvent]:
-    """One batch, an event for each of these ordering keys."""
+    """Accept one batch with an event per ordering key."""
     events = [make_event(ordering_key=key, **overrides) for key in keys]
     accepted = await queue.enqueue_in_order(pool, events)
     assert None not in accepted.delivery_counts
@@ -49,7 +46,7 @@ async def accept(pool: Any, *keys: str | None, **overrides: Any) -> list[NewEven
 
 
 async def chain(pool: Any, webhook_id: UUID, key: str = "k") -> list[tuple[UUID, str]]:
-    """(event, state) of what is open of a key for a config, in order."""
+    """(event, state) of the open deliveries of a key and config, in order."""
     return [
         (row["event_id"], row["state"])
         for row in await pool.fetch(_OPEN)
@@ -58,7 +55,7 @@ async def chain(pool: Any, webhook_id: UUID, key: str = "k") -> list[tuple[UUID,
 
 
 async def finish_first(pool: Any, final: str = "delivered") -> LeasedDelivery:
-    """Claim the one delivery that is due, end it, and let what waits for it go."""
+    """Claim the only due delivery, finish it and promote the next in its chain."""
     [lease] = await queue.claim(pool, 10, 60)
     ended = settlement(lease) if final == "delivered" else failed(lease)
     settled = await settle(pool, ended)
@@ -68,7 +65,7 @@ async def finish_first(pool: Any, final: str = "delivered") -> LeasedDelivery:
 
 @asynccontextmanager
 async def idempotency_key_in_use(pool: Any, key: str) -> AsyncIterator[None]:
-    """Another transaction is about to use the key: who accepts it waits, in its statement."""
+    """Another transaction holds the key, so that a statement that accepts it waits."""
     async with pool.acquire() as other:
         holding = other.transaction()
         await holding.start()
@@ -149,7 +146,7 @@ async def test_duplicate_event_takes_no_position(pool: Any, ordered_id: UUID) ->
     assert await chain(pool, ordered_id) == [(event.id, "ready")]
 
 
-# --- whose turn it is
+# --- promotion
 
 
 @pytest.mark.parametrize("final", ["delivered", "failed"])
@@ -290,7 +287,7 @@ async def test_queued_deliveries_keep_their_order_on_config_change(
     assert [(await finish_first(pool)).event_id for _ in range(2)] == [second.id, third.id]
 
 
-# --- at the same time
+# --- concurrency
 
 
 async def test_publishers_of_one_key_commit_in_sequence(pool: Any, ordered_id: UUID) -> None:
@@ -299,7 +296,7 @@ async def test_publishers_of_one_key_commit_in_sequence(pool: Any, ordered_id: U
         await until_blocked(pool)
         second = asyncio.create_task(accept(pool, "k"))
         await until_blocked(pool, 2)
-        # Who has another key, or none, waits for neither.
+        # Events with another key or without a key do not wait.
         assert _lock(make_event(ordering_key="k")) != _lock(make_event(ordering_key="other"))
         await promptly(accept(pool, "other", None))
         await promptly(enqueue_events(pool))
@@ -324,7 +321,7 @@ async def test_order_holds_under_repeatable_read_default(
 
 
 def test_ordering_key_lock_is_stable_across_releases() -> None:
-    """Releases run side by side: with locks of their own they would number past each other."""
+    """Two releases may run at once, and with different locks both would assign one position."""
     assert _lock(make_event(ordering_key="k")) == 3170
     assert _lock(make_event(ordering_key="k", merchant_id="m_2")) == 571
 
@@ -368,7 +365,7 @@ async def test_settle_promotes_event_accepted_before_its_commit(
 
 
 async def test_concurrent_accept_and_settle_strand_no_chain(pool: Any, ordered_id: UUID) -> None:
-    """Acceptance against end, at once, again and again."""
+    """Accept and settle at the same time, 60 times."""
     await accept(pool, *(f"k{n}" for n in range(8)))
     for _ in range(60):
         leases = await queue.claim(pool, 100, 60)
@@ -414,7 +411,7 @@ async def test_promote_neither_waits_for_nor_skips_a_locked_delivery(
     assert await chain(pool, ordered_id) == [(second.id, "ready"), (third.id, "blocked")]
 
 
-# --- what a crash leaves behind
+# --- stranded chains
 
 
 async def test_stranded_chains_are_found_page_by_page(
@@ -424,7 +421,7 @@ async def test_stranded_chains_are_found_page_by_page(
     keys = [f"k{n}" for n in range(5)]
     await accept(pool, *keys, *keys, *keys)
     leases = await queue.claim(pool, 100, 60)
-    # As of engines that die after the settle; all but one.
+    # All engines but one crash after the settle.
     await settle(pool, *(settlement(lease) for lease in leases[1:]))
     monkeypatch.setattr(maintain, "_PAGE", 4)
 
@@ -464,7 +461,7 @@ async def test_chain_of_a_deleted_config_is_promoted_for_cancelling(
     assert await queue.cancel_webhook(pool, ordered_id) == 1
 
 
-# --- what the database itself refuses
+# --- constraints
 
 
 async def test_constraints_refuse_a_duplicate_chain_position(pool: Any, ordered_id: UUID) -> None:

@@ -1,4 +1,4 @@
-"""What a config's own limits make of the queue: event prefixes, its rate, its cap in flight."""
+"""Limits of a config: event prefixes, rate limit and in-flight limit."""
 
 import asyncio
 from collections import Counter
@@ -126,7 +126,7 @@ async def test_missing_limit_or_config_grants_nothing(pool: Any, webhook_id: UUI
 async def test_admission_stops_at_the_remaining_rate(
     pool: Any, due: int, leased: int, admitted: int
 ) -> None:
-    """Two are left; those that are due will take them, those that are leased have theirs."""
+    """The rate has two left. Due deliveries will use them, leased ones already have."""
     webhook_id = await make_webhook_config(pool, rate_limit=2.0)
     for state, count in (("ready", due), ("leased", leased), ("parked", 8)):
         for _ in range(count):

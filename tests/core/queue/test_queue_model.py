@@ -1,9 +1,9 @@
-"""The queue against a model of it, driven by random operations in random order.
+"""The queue against a model, with random operations in random order.
 
-The model is a dictionary per delivery and per config. After every operation the whole database is
-read and compared; what a statement may choose freely (which rows a claim takes) is checked against
-the rule for the choice and then adopted. All random numbers are drawn without a look at the
-database, which orders equal rows as it likes: so a run draws the same ones each time.
+After each operation the whole database is compared with the model. A free choice of a statement,
+for example the rows of a claim, is checked against its rule and copied to the model. Random
+numbers do not depend on the database, because it returns equal rows in any order. A run therefore
+draws the same numbers every time.
 """
 
 import asyncio
@@ -96,7 +96,7 @@ class Config:
     #: The breaker: closed, open or half-open.
     breaker: str = "closed"
     trips: int = 0
-    #: Whether it is open only because that was asked for.
+    #: The breaker is open only because the receiver requested a pause.
     briefly: bool = False
 
 
@@ -106,13 +106,13 @@ class Delivery:
     state: DeliveryState
     attempt_count: int = 0
     lease_id: UUID | None = None
-    #: Which it is of a chain; deliveries are kept in the order of their acceptance.
+    #: The chain. Deliveries are kept in the order of their acceptance.
     chain: Chain | None = None
     seen: DeliveryState | None = field(default=None, compare=False)
 
 
 class Borrowed:
-    """The one connection, where a pool is wanted."""
+    """Passes the connection to functions that need a pool."""
 
     def __init__(self, connection: Any):
         self.connection = connection
@@ -126,7 +126,7 @@ class Borrowed:
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """One connection does everything, so each operation is whole before the next begins."""
+    """Runs all operations on one connection, one after the other."""
 
     def __init__(self, runner: asyncio.Runner, connection: Any):
         super().__init__()
@@ -136,18 +136,25 @@ class QueueMachine(RuleBasedStateMachine):
         self.deliveries: dict[UUID, Delivery] = {}
         self.keys: set[str] = set()
         self.event_count = 0
-        #: Every lease that was ever given, live or not: late settles come from here.
+        #: All leases, including lost ones, so that late settles can be tried.
         self.leases: list[LeasedDelivery] = []
         self.run(self.connection.execute(";".join(f"DELETE FROM {t}" for t in _TABLES)))  # noqa: S608
 
     def run[T](self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(coroutine)
 
+    def update_config(self, webhook_id: UUID, change: str) -> None:
+        statement = f"UPDATE webhook_configs SET {change} WHERE id = $1"  # noqa: S608
+        self.run(self.connection.execute(statement, webhook_id))
+
+    def ids(self, query: str) -> set[UUID]:
+        return {row["id"] for row in self.run(self.connection.fetch(query))}
+
     # --- configs
 
     @initialize()
     def begin_in_the_middle(self) -> None:
-        """Each run may switch off some rules; there is something for the others to work on."""
+        """Create data for all rules, because a run may disable the rules that create it."""
         self.create_config()
         self.create_config()
         self.change_order(0, ordered=True)
@@ -168,38 +175,24 @@ class QueueMachine(RuleBasedStateMachine):
         if not config.active:
             return
         config.active, config.reason = False, "paused"
-        self.run(
-            self.connection.execute(
-                "UPDATE webhook_configs SET active = false, deactivation_reason = 'paused'"
-                " WHERE id = $1",
-                webhook_id,
-            )
-        )
+        self.update_config(webhook_id, "active = false, deactivation_reason = 'paused'")
         self.run(queue.park_webhooks(self.connection, [webhook_id]))
         self.park_ready(webhook_id)
 
     @rule(index=INDEX, ordered=st.booleans())
     def change_order(self, index: int, ordered: bool) -> None:
-        """What is queued stays as it is."""
+        """Queued deliveries do not change."""
         webhook_id = self.pick_config(index)
         self.configs[webhook_id].ordered = ordered
-        self.run(
-            self.connection.execute(
-                "UPDATE webhook_configs SET ordered = $2 WHERE id = $1", webhook_id, ordered
-            )
-        )
+        self.update_config(webhook_id, f"ordered = {ordered}")
 
     @rule(index=INDEX)
     def reactivate(self, index: int) -> None:
         webhook_id = self.pick_config(index)
         config = self.configs[webhook_id]
         config.active, config.reason, config.failures = True, None, 0
-        self.run(
-            self.connection.execute(
-                "UPDATE webhook_configs SET active = true, deactivation_reason = NULL,"
-                " consecutive_failures = 0 WHERE id = $1",
-                webhook_id,
-            )
+        self.update_config(
+            webhook_id, "active = true, deactivation_reason = NULL, consecutive_failures = 0"
         )
 
     @rule(index=INDEX, late=st.booleans(), asked=st.booleans())
@@ -213,11 +206,11 @@ class QueueMachine(RuleBasedStateMachine):
         )
         if late:
             seen = datetime(2000, 1, 1, tzinfo=UTC)
-        # What was asked for is less than what is left of an open breaker.
+        # The requested pause is shorter than the rest of an open breaker's pause.
         change = BreakerChange(
             webhook_id, seen, trips=True, requested_pause_seconds=100.0 if asked else 0
         )
-        due = {row["id"] for row in self.run(self.connection.fetch(_IS_DUE))}
+        due = self.ids(_IS_DUE)
         opened = self.run(queue.open_breakers(self.connection, [change], 3600, 3600))
         if late and (not asked or (config.breaker == "open" and not config.briefly)):
             assert opened == {}
@@ -235,12 +228,7 @@ class QueueMachine(RuleBasedStateMachine):
         config = self.configs[webhook_id]
         if config.breaker == "open":
             config.breaker = "half-open"
-            self.run(
-                self.connection.execute(
-                    "UPDATE webhook_configs SET breaker_open_until = now() WHERE id = $1",
-                    webhook_id,
-                )
-            )
+            self.update_config(webhook_id, "breaker_open_until = now()")
 
     @rule(index=INDEX)
     def close_breaker(self, index: int) -> None:
@@ -255,11 +243,7 @@ class QueueMachine(RuleBasedStateMachine):
     def delete(self, index: int) -> None:
         webhook_id = self.pick_config(index)
         self.configs[webhook_id].deleted = True
-        self.run(
-            self.connection.execute(
-                "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
-            )
-        )
+        self.update_config(webhook_id, "deleted_at = now()")
         cancelled = self.run(queue.cancel_webhook(self.connection, webhook_id))
         open_deliveries = [
             d
@@ -270,7 +254,7 @@ class QueueMachine(RuleBasedStateMachine):
         for delivery in open_deliveries:
             delivery.state, delivery.lease_id = DeliveryState.CANCELLED, None
 
-    # --- the way in
+    # --- enqueue
 
     @precondition(lambda self: self.event_count < 30)
     @rule(
@@ -309,7 +293,7 @@ class QueueMachine(RuleBasedStateMachine):
         )
         waiting = self.backlogs()
         position = {event.id: n for n, event in enumerate(events)}
-        mended = set()
+        stranded = set()
         for row in sorted(rows, key=lambda row: position[row["event_id"]]):
             config = wanted[row["webhook_id"]]
             at_once = config.active and config.breaker == "closed"
@@ -320,9 +304,9 @@ class QueueMachine(RuleBasedStateMachine):
                 made.chain = Chain(row["webhook_id"], ordering_key)
                 if self.first_of(made.chain):
                     made.state = BLOCKED
-                    mended.add(made.chain)
+                    stranded.add(made.chain)
             self.deliveries[row["id"]] = made
-        self.let_first_go(mended)
+        self.promote_first(stranded)
 
     # --- leases
 
@@ -351,16 +335,16 @@ class QueueMachine(RuleBasedStateMachine):
         results=st.dictionaries(INDEX, RESULT_NAME, min_size=1, max_size=6), crashes=st.booleans()
     )
     def settle(self, results: dict[int, str], crashes: bool) -> None:
-        """Leases of any age, in any order: the live ones count, the late ones do nothing.
+        """Settle leases of any age in any order. Only leases that are still held have an effect.
 
-        An engine that crashes after the commit lets nobody go.
+        An engine that crashes after the commit does not promote the next in a chain.
         """
         chosen = {self.pick_lease(index): name for index, name in results.items()}
         self.settle_leases(list(chosen), list(chosen.values()), crashes=crashes)
 
     @rule(names=st.lists(RESULT_NAME, min_size=1, max_size=3))
     def attempt(self, names: list[str]) -> None:
-        """What an engine does in a quiet hour: wait, claim, then settle all of it."""
+        """Wait until deliveries are due, claim some and settle all of them."""
         given_before = len(self.leases)
         self.let_time_pass()
         self.claim(len(names))
@@ -407,13 +391,13 @@ class QueueMachine(RuleBasedStateMachine):
         assert set(settled.ended_chains) == ended
         if not crashes:
             self.run(queue.promote(self.connection, settled.ended_chains))
-            self.let_first_go(ended)
+            self.promote_first(ended)
 
     @rule()
     def sweep(self) -> None:
-        """Every chain has a first again."""
+        """Promote the first of every stranded chain."""
         self.run(promote_stranded(self.connection, None))
-        self.let_first_go({d.chain for d in self.deliveries.values() if d.chain})
+        self.promote_first({d.chain for d in self.deliveries.values() if d.chain})
 
     async def settle_in_transaction(self, settlements: list[Any]) -> queue.SettleResult:
         async with self.connection.transaction():
@@ -440,12 +424,7 @@ class QueueMachine(RuleBasedStateMachine):
                 [lease.id for lease in ended],
             )
         )
-        expired = {
-            row["id"]
-            for row in self.run(
-                self.connection.fetch("SELECT id FROM delivery_queue WHERE lease_until < now()")
-            )
-        }
+        expired = self.ids("SELECT id FROM delivery_queue WHERE lease_until < now()")
         reclaimed = self.run(queue.reclaim(self.connection, limit))
         assert len(reclaimed) == len(set(reclaimed)) == min(limit, len(expired))
         assert expired.issuperset(reclaimed)
@@ -484,7 +463,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def let_time_pass(self) -> None:
-        """Every backoff is over."""
+        """All backoffs end."""
         self.run(
             self.connection.execute(
                 "UPDATE delivery_queue SET due_at = now()"
@@ -492,18 +471,18 @@ class QueueMachine(RuleBasedStateMachine):
             )
         )
 
-    # --- what always holds
+    # --- invariants
 
     @invariant()
     def database_and_model_agree(self) -> None:
-        # places() itself refuses a delivery that is in two places.
+        # places() fails if a delivery is both queued and finished.
         found = self.run(places(self.connection))
-        assert found.keys() == self.deliveries.keys(), "a delivery was lost, or made from nothing"
+        assert found.keys() == self.deliveries.keys(), "a delivery was lost or invented"
         for delivery_id, delivery in self.deliveries.items():
             place = found[delivery_id]
             assert place.state == delivery.state
             assert place.attempt_count == delivery.attempt_count
-            assert place.lease_id == delivery.lease_id, "two hold the right to attempt"
+            assert place.lease_id == delivery.lease_id, "two leases of one delivery"
 
     @invariant()
     def states_follow_the_lifecycle(self) -> None:
@@ -517,7 +496,7 @@ class QueueMachine(RuleBasedStateMachine):
             delivery.seen = state
 
     @invariant()
-    def only_the_first_of_a_chain_is_ever_under_way(self) -> None:
+    def only_the_first_of_a_chain_is_unblocked(self) -> None:
         chains: dict[Chain, list[Delivery]] = {}
         for delivery in self.deliveries.values():
             if delivery.chain and delivery.state in OPEN_STATES:
@@ -532,7 +511,7 @@ class QueueMachine(RuleBasedStateMachine):
             numbers.setdefault(delivery_id, []).append(number)
         for delivery_id, delivery in self.deliveries.items():
             assert numbers.pop(delivery_id, []) == [*range(1, delivery.attempt_count + 1)]
-        assert not numbers, "attempts of no delivery"
+        assert not numbers, "attempts without a delivery"
 
     @invariant()
     def configs_and_events_agree(self) -> None:
@@ -553,7 +532,7 @@ class QueueMachine(RuleBasedStateMachine):
         return living[index % len(living)]
 
     def pick_lease(self, index: int) -> LeasedDelivery:
-        """Mostly one of the latest; the others are late for certain."""
+        """One of the latest leases, because older ones are certainly lost."""
         recent = self.leases[-10:]
         return recent[index % len(recent)]
 
@@ -568,11 +547,11 @@ class QueueMachine(RuleBasedStateMachine):
         return delivery.state is LEASED and delivery.lease_id == lease.lease_id
 
     def first_of(self, chain: Chain) -> Delivery | None:
-        """What was accepted first of what is open of a chain."""
+        """The open delivery of a chain that was accepted first."""
         members = (d for d in self.deliveries.values() if d.chain == chain)
         return next((d for d in members if d.state in OPEN_STATES), None)
 
-    def let_first_go(self, chains: set[Chain]) -> None:
+    def promote_first(self, chains: set[Chain]) -> None:
         for chain in chains:
             first = self.first_of(chain)
             if first and first.state is BLOCKED:

@@ -1,4 +1,4 @@
-"""Dead rows of the queue are cleared away before they cost anything."""
+"""An engine vacuums the dead rows of the queue."""
 
 import asyncio
 from typing import Any
@@ -9,7 +9,7 @@ from tests.support.platform import Platform
 
 
 async def leave_dead(pool: Any, count: int) -> None:
-    """So many rows that have left the queue, and statistics that know."""
+    """Delete rows from the queue and update the statistics."""
     await pool.execute("ALTER TABLE delivery_queue SET (autovacuum_enabled = false)")
     await make_webhook_config(pool)
     await enqueue_events(pool, count)
@@ -34,7 +34,7 @@ async def test_few_dead_rows_are_left_to_autovacuum(pool: Any) -> None:
 async def test_engine_vacuums_many_dead_rows(platform: Platform, pool: Any) -> None:
     await leave_dead(pool, 6_000)
     assert await queue.has_many_dead(pool)
-    # Not all: a page that a claim reads at that moment is passed by.
+    # Some may remain, because VACUUM skips a page that a claim reads.
     async with platform.engine(), asyncio.timeout(10):
         while await queue.has_many_dead(pool):
             pass
@@ -42,7 +42,7 @@ async def test_engine_vacuums_many_dead_rows(platform: Platform, pool: Any) -> N
 
 async def test_vacuum_does_not_wait_for_another(pool: Any) -> None:
     async with pool.acquire() as connection, connection.transaction():
-        # What a vacuum takes, too, and whatever else may last.
+        # VACUUM takes the same lock.
         await connection.execute("LOCK TABLE delivery_queue IN SHARE UPDATE EXCLUSIVE MODE")
         async with asyncio.timeout(5):
             await queue.vacuum(pool)
