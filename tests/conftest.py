@@ -21,9 +21,9 @@ from cli.dev.postgres import EmbeddedPostgres, embedded_postgres
 from cli.ops.migrate import migrate
 from core.encryption import KeyRing
 from core.settings import DatabaseSettings
-from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, running_platform
 from tests.support.receiver import Receiver, receiving
+from tests.support.restartable_postgres import RestartablePostgres
 
 #: For the databases and logs of all workers.
 _ROOM_BYTES = 4 << 30
@@ -94,11 +94,11 @@ def postgres() -> Iterator[EmbeddedPostgres]:
 
 
 @pytest.fixture(scope="module")
-def own_postgres() -> Iterator[OwnPostgres]:
+def restartable_postgres() -> Iterator[RestartablePostgres]:
     """A migrated server that the module's tests may stop, start and freeze."""
     with tempfile.TemporaryDirectory(prefix="postrider-tests-", dir=_memory()) as directory:
         Path(directory).chmod(0o711)
-        own = OwnPostgres(Path(directory, "data"))
+        own = RestartablePostgres(Path(directory, "data"))
         migrate(database_settings(own.start()))
         try:
             yield own

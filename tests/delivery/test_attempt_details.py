@@ -21,7 +21,7 @@ from core.lifecycle import AttemptResult, Outcome
 from delivery.http.client import WebhookClient, open_client
 from delivery.http.request import RequestTemplate, header_lines
 from delivery.send import EXCERPT_BYTES, excerpt, send
-from tests.support.fake_dns import FakeNames
+from tests.support.fake_dns import FakeDns
 from tests.support.platform import Platform
 from tests.support.raw_receiver import RawReceiver, receiving_raw, server_tls
 from tests.support.receiver import Receiver
@@ -91,7 +91,7 @@ async def test_a_slow_look_up_is_charged_to_dns_alone(receiver: Receiver, ca_fil
         await asyncio.sleep(0.2)
         return ["127.0.0.1"]
 
-    async with opening(ca_file, names=FakeNames(lookup)) as client:
+    async with opening(ca_file, names=FakeDns(lookup)) as client:
         result = await post(client, receiver.url.replace("127.0.0.1", "merchant.example"))
     # Its certificate is for another name, which is found out after both phases.
     assert result.outcome is Outcome.TLS_ERROR
@@ -108,7 +108,7 @@ async def test_a_name_that_does_not_resolve_was_never_connected(ca_file: Path) -
     def lookup(_: str) -> list[str]:
         return []
 
-    async with opening(ca_file, names=FakeNames(lookup)) as client:
+    async with opening(ca_file, names=FakeDns(lookup)) as client:
         result = await post(client, "https://merchant.example/")
     assert result.outcome is Outcome.DNS_ERROR
     assert result.dns_us is not None
@@ -163,7 +163,7 @@ async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
 
 async def test_a_refused_address_is_not_told(ca_file: Path) -> None:
     for lookup in (lambda _: ["10.1.2.3"], lambda _: ["192.0.2.1", "10.1.2.3"]):
-        async with opening(ca_file, AddressPolicy(()), names=FakeNames(lookup)) as client:
+        async with opening(ca_file, AddressPolicy(()), names=FakeDns(lookup)) as client:
             result = await post(client, "https://merchant.example/")
         assert result.outcome is Outcome.REFUSED
         assert (result.connect_us, result.remote_address) == (None, None)

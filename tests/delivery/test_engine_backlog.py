@@ -11,7 +11,7 @@ import pytest
 from core import queue
 from postrider.v1 import delivery_service_pb2
 from tests.support.factories import make_delivery
-from tests.support.gate import Gate
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform
 from tests.support.queue_state import open_breaker, queue_states, until
 from tests.support.receiver import Receiver
@@ -50,7 +50,7 @@ async def test_burst_due_at_one_moment_is_parked_by_few_claims(
     platform: Platform, receiver: Receiver, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await platform.register(receiver.url)
-    receiver.default = Gate()
+    receiver.default = HeldResponse()
     await platform.publish_many(300, not_before=datetime.now(UTC) + timedelta(seconds=1))
     assert await queue_states(pool) == {"ready": 300}
     await pool.execute("SELECT pg_sleep_until(max(due_at)) FROM delivery_queue")

@@ -10,7 +10,7 @@ from aiohttp import web
 from postrider.v1 import admin_service_pb2, webhook_config_service_pb2
 from tests.support.event_log import EventLog
 from tests.support.factories import make_delivery
-from tests.support.gate import Gate
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform
 from tests.support.queue_state import (
     attempt_outcomes,
@@ -92,15 +92,15 @@ async def test_half_open_breaker_admits_one_probe_over_all_engines(
 ) -> None:
     created = await platform.register(receiver.url)
     await open_breaker(pool, created.webhook_config.id, 0)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     published = await platform.publish_many(6)
     options = {"delivery_drain_seconds": 0.1}
     async with platform.engine(**options), platform.engine(**options):
-        await gate.wait_for(1)
+        await response.wait_for(1)
         # A delivery of another merchant and a sweep of both engines admit no second probe.
         await platform.register(f"{receiver.url}/2", "m_2")
         await platform.publish(merchant_id="m_2")
-        await gate.wait_for(2)
+        await response.wait_for(2)
         await asyncio.sleep(1.2)
         states = await queue_states(pool)
     assert states == {"leased": 2, "parked": 5}
@@ -148,13 +148,13 @@ async def test_ping_new_url_and_reactivation_close_breaker(
 async def test_response_of_old_url_does_not_stop_new_url(
     platform: Platform, receiver: Receiver, start_receiver: Any, pool: Any, status: int
 ) -> None:
-    receiver.default = gate = Gate(status, headers={"Retry-After": "3000"})
+    receiver.default = response = HeldResponse(status, headers={"Retry-After": "3000"})
     created = await platform.register(receiver.url)
     async with start_receiver() as new, platform.engine(max_retries=0):
         await platform.publish()
-        await gate.wait_for(1)
+        await response.wait_for(1)
         await platform.update(created.webhook_config.id, url=new.url)
-        gate.open()
+        response.release()
         # The new URL gets the delivery that the old one refused.
         await new.wait_for(1)
         await until_queued(pool, {})

@@ -9,7 +9,7 @@ import pytest
 
 from delivery import engine
 from delivery.claim import claim
-from tests.support.gate import Gate
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform
 from tests.support.queue_state import queue_states, until_queued
 from tests.support.receiver import Receiver
@@ -28,20 +28,20 @@ async def test_smaller_in_flight_limit_applies(
     expected: int,
 ) -> None:
     await platform.register(receiver.url, max_in_flight=configured)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with platform.engine(max_in_flight_per_webhook=operator):
         await platform.publish_many(12)
         await until_queued(pool, {"leased": expected, "parked": 12 - expected})
-        gate.open()
+        response.release()
         await receiver.wait_for(12)
-    assert gate.most_waiting == expected
+    assert response.most_held == expected
     assert len(receiver.webhooks) == 12
 
 
 async def test_open_requests_stay_below_max_in_flight(
     platform: Platform, receiver: Receiver
 ) -> None:
-    gate = Gate()
+    response = HeldResponse()
     merchants = [f"m_{number}" for number in range(6)]
     for merchant_id in merchants:
         await platform.register(receiver.url, merchant_id)
@@ -50,13 +50,13 @@ async def test_open_requests_stay_below_max_in_flight(
         for merchant_id in merchants:
             await platform.publish(merchant_id=merchant_id)
         await receiver.wait_for(6)
-        receiver.default = gate
+        receiver.default = response
         for merchant_id in merchants:
             await platform.publish_many(4, merchant_id)
-        await gate.wait_for(5)
-        gate.open()
+        await response.wait_for(5)
+        response.release()
         await receiver.wait_for(30)
-    assert gate.most_waiting == 5
+    assert response.most_held == 5
     assert len(set(receiver.message_ids)) == 30
 
 
@@ -73,13 +73,13 @@ async def test_parallel_claims_stay_below_max_in_flight(
         await receiver.wait_for(12)
         # Claims overlap by chance, so one round is not enough.
         for rounds in range(1, 9):
-            receiver.default = gate = Gate()
+            receiver.default = response = HeldResponse()
             for merchant_id in merchants:
                 await platform.publish_many(4, merchant_id)
-            await gate.wait_for(8)
-            gate.open()
+            await response.wait_for(8)
+            response.release()
             await receiver.wait_for(12 + rounds * 48)
-            assert gate.most_waiting == 8
+            assert response.most_held == 8
 
 
 async def test_full_claims_run_two_at_a_time(
@@ -116,18 +116,18 @@ async def test_silent_receiver_uses_only_its_own_slots(
     platform: Platform, receiver: Receiver, start_receiver: Any, pool: Any
 ) -> None:
     await platform.register(receiver.url)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with start_receiver() as healthy, platform.engine(max_in_flight_per_webhook=4):
         await platform.register(healthy.url, "m_2")
         flooded = await platform.publish_many(200)
-        await gate.wait_for(4)
+        await response.wait_for(4)
         healthy_events = await platform.publish_many(50, "m_2")
         await healthy.wait_for(50)
         assert sorted(healthy.message_ids) == sorted(healthy_events)
         assert len(receiver.webhooks) == 4
-        gate.open()
+        response.release()
         await receiver.wait_for(200)
-    assert gate.most_waiting == 4
+    assert response.most_held == 4
     assert sorted(receiver.message_ids) == sorted(flooded)
     assert not await queue_states(pool)
 
@@ -137,7 +137,7 @@ async def test_silent_receivers_hold_at_most_half_of_the_slots(
 ) -> None:
     healthy = [f"healthy_{n}" for n in range(4)]
     silent = [f"silent_{n}" for n in range(40)]
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with start_receiver() as healthy_receiver:
         for merchant_id in healthy:
             await platform.register(healthy_receiver.url, merchant_id)
@@ -149,7 +149,7 @@ async def test_silent_receivers_hold_at_most_half_of_the_slots(
             await healthy_receiver.wait_for(4)
             for merchant_id in silent:
                 await platform.publish_many(3, merchant_id)
-            await gate.wait_for(24)
+            await response.wait_for(24)
             began = monotonic()
             for _ in range(5):
                 for merchant_id in healthy:
@@ -157,7 +157,7 @@ async def test_silent_receivers_hold_at_most_half_of_the_slots(
             await healthy_receiver.wait_for(4 + 200)
             # A delivery behind a silent receiver would wait for its timeout of 30 s.
             assert monotonic() - began < 10
-            assert gate.most_waiting == 24
+            assert response.most_held == 24
             assert (await queue_states(pool))["parked"] == 120 - 24
 
 
@@ -165,7 +165,7 @@ async def test_receiver_that_times_out_ends_with_one_slot(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with platform.engine(
         delivery_timeout_seconds=0.3,
         retry_schedule_seconds=(600.0,),
@@ -173,7 +173,7 @@ async def test_receiver_that_times_out_ends_with_one_slot(
         delivery_drain_seconds=0.1,
     ):
         await platform.publish_many(20)
-        await gate.wait_for(8)
+        await response.wait_for(8)
     rows = await pool.fetch("SELECT started_at FROM attempts ORDER BY started_at")
     waits = [
         (after["started_at"] - before["started_at"]).total_seconds()

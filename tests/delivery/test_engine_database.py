@@ -9,7 +9,7 @@ from core.lifecycle import DeliveryState
 from core.settings import DatabaseSettings
 from delivery.fairness.concurrency import INITIAL_LIMIT
 from tests.support.event_log import EventLog
-from tests.support.gate import Gate
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform
 from tests.support.queue_state import finished_states, queue_states, until
 from tests.support.receiver import Receiver
@@ -36,12 +36,12 @@ async def test_dropped_database_sessions_lose_nothing(
         )
 
     await platform.register(receiver.url)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with platform.engine(delivery_timeout_seconds=2, lease_seconds=4):
         published = await platform.publish_many(50)
-        await gate.wait_for(INITIAL_LIMIT)
+        await response.wait_for(INITIAL_LIMIT)
         await drop_sessions()
-        gate.open()
+        response.release()
         published += await platform.publish_many(100)
         await receiver.wait_for(60, timeout=8)
         await drop_sessions()
@@ -74,13 +74,13 @@ async def test_settle_waits_for_locked_row(
     await platform.register(receiver.url)
     await platform.register(receiver.url, "m_2")
     limit_statements(platform, 0.4)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with platform.engine():
         await platform.publish()
-        await gate.wait_for(1)
+        await response.wait_for(1)
         async with pool.acquire() as connection, connection.transaction():
             await connection.execute("SELECT FROM delivery_queue FOR UPDATE")
-            gate.open()
+            response.release()
             await log.wait_for("settle_postponed")
         await platform.publish(merchant_id="m_2")
         await receiver.wait_for(2)
@@ -100,17 +100,17 @@ async def test_many_locked_rows_delay_others_by_one_lock_wait(
     await platform.register(receiver.url)
     await platform.register(receiver.url, "m_2")
     limit_statements(platform, 1)
-    gate = Gate()
+    response = HeldResponse()
     async with platform.engine():
         # Thirty successes raise the config's limit to the number of the locked rows.
         await platform.publish_many(30)
         await until_delivered(30)
-        receiver.default = gate
+        receiver.default = response
         await platform.publish_many(30)
-        await gate.wait_for(30)
+        await response.wait_for(30)
         async with pool.acquire() as connection, connection.transaction():
             await connection.execute("SELECT FROM delivery_queue FOR UPDATE")
-            gate.open()
+            response.release()
             await log.wait_for("settle_postponed")
             began = monotonic()
             for count in range(1, 4):

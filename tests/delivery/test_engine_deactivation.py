@@ -8,7 +8,7 @@ from core.ids import parse_id
 from core.lifecycle import DeliveryState
 from postrider.v1 import webhook_config_pb2, webhook_config_service_pb2
 from tests.support.event_log import EventLog
-from tests.support.gate import Gate
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform
 from tests.support.queue_state import finished_states, queue_states, until, until_queued
 from tests.support.receiver import Receiver
@@ -121,12 +121,12 @@ async def test_failure_of_paused_config_logs_no_deactivation(
     platform: Platform, receiver: Receiver, log: EventLog
 ) -> None:
     created = await platform.register(receiver.url)
-    receiver.default = gate = Gate(500)
+    receiver.default = response = HeldResponse(500)
     async with platform.engine(max_retries=0):
         await platform.publish()
-        await gate.wait_for(1)
+        await response.wait_for(1)
         await platform.update(created.webhook_config.id, active=False)
-        gate.open()
+        response.release()
     assert len(log.named("attempt")) == 1
     assert log.named("webhook_deactivated") == []
 
@@ -137,10 +137,10 @@ async def test_paused_or_deleted_config_receives_nothing_more(
 ) -> None:
     created = await platform.register(receiver.url)
     webhook_id = created.webhook_config.id
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with platform.engine(max_in_flight_per_webhook=1):
         await platform.publish_many(5)
-        await gate.wait_for(1)
+        await response.wait_for(1)
         if change == "paused":
             await platform.update(webhook_id, active=False)
         else:
@@ -149,7 +149,7 @@ async def test_paused_or_deleted_config_receives_nothing_more(
                 metadata=platform.merchant(),
             )
         await platform.publish()
-        gate.open()
+        response.release()
         # Another merchant's webhook shows that the engine went on.
         await platform.register(receiver.url, "m_2")
         await platform.publish(merchant_id="m_2")

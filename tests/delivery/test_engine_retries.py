@@ -14,7 +14,7 @@ from core.lifecycle import DeliveryState
 from core.settings import EgressSettings
 from postrider.v1 import delivery_pb2
 from tests.support.event_log import EventLog
-from tests.support.gate import Gate
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform
 from tests.support.queue_state import finished_states, queue_states
 from tests.support.receiver import Receiver
@@ -160,7 +160,7 @@ async def test_timeout_is_recorded_and_retried(
     milliseconds: range,
 ) -> None:
     await platform.register(receiver.url, retry_schedule=[Duration(seconds=1)], **config)
-    receiver.script.append(Gate())
+    receiver.script.append(HeldResponse())
     async with platform.engine(**engine):
         await platform.publish()
         await receiver.wait_for(2)

@@ -13,26 +13,26 @@ import pytest
 from core.lifecycle import DeliveryState
 from delivery.claim import claim
 from tests.support.event_log import EventLog
-from tests.support.gate import Gate
-from tests.support.own_postgres import OwnPostgres
+from tests.support.held_response import HeldResponse
 from tests.support.platform import Platform, running_platform
 from tests.support.queue_state import finished_states, queue_states
 from tests.support.receiver import Receiver
+from tests.support.restartable_postgres import RestartablePostgres
 
 
 async def test_stop_waits_for_open_requests_and_claims_no_more(
     platform: Platform, receiver: Receiver, pool: Any, log: EventLog
 ) -> None:
     await platform.register(receiver.url)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with AsyncExitStack() as engine:
         await engine.enter_async_context(platform.engine(max_in_flight_per_webhook=4))
         published = await platform.publish_many(10)
-        await gate.wait_for(4)
+        await response.wait_for(4)
         stopping = asyncio.create_task(engine.aclose())
         await log.wait_for("draining")
         assert not stopping.done()
-        gate.open()
+        response.release()
         await asyncio.wait_for(stopping, 20)
 
     assert len(receiver.webhooks) == 4
@@ -48,10 +48,10 @@ async def test_stop_releases_unfinished_after_drain_time(
     platform: Platform, receiver: Receiver, pool: Any
 ) -> None:
     await platform.register(receiver.url)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with platform.engine(delivery_drain_seconds=0.5):
         published = await platform.publish_many(3)
-        await gate.wait_for(3)
+        await response.wait_for(3)
         stopped_at = monotonic()
     assert 0.5 <= monotonic() - stopped_at < 5
     assert await queue_states(pool) == {DeliveryState.READY: 3}
@@ -75,45 +75,48 @@ async def test_idle_engine_stops_at_once(platform: Platform) -> None:
 
 @pytest.fixture
 async def short_timeouts(
-    own_postgres: OwnPostgres, ca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restartable_postgres: RestartablePostgres,
+    ca_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Platform]:
     """A server whose database may go away, with timeouts of 0.5 s."""
-    assert own_postgres.server is not None
+    assert restartable_postgres.server is not None
     monkeypatch.setenv("WEBHOOK_DATABASE_STATEMENT_TIMEOUT_SECONDS", "0.5")
     monkeypatch.setenv("WEBHOOK_DATABASE_CONNECT_TIMEOUT_SECONDS", "0.5")
-    async with running_platform(own_postgres.server.url(), ca_file, tmp_path) as platform:
+    async with running_platform(restartable_postgres.server.url(), ca_file, tmp_path) as platform:
         yield platform
 
 
 @contextmanager
-def _stopped(own_postgres: OwnPostgres) -> Iterator[None]:
-    own_postgres.stop()
+def _stopped(restartable_postgres: RestartablePostgres) -> Iterator[None]:
+    restartable_postgres.stop()
     try:
         yield
     finally:
-        own_postgres.start()
+        restartable_postgres.start()
 
 
-@pytest.mark.parametrize("unavailable", [_stopped, OwnPostgres.frozen])
+@pytest.mark.parametrize("unavailable", [_stopped, RestartablePostgres.frozen])
 async def test_stop_without_database_leaves_results_to_leases(
-    own_postgres: OwnPostgres,
+    restartable_postgres: RestartablePostgres,
     short_timeouts: Platform,
     receiver: Receiver,
     *,
     log: EventLog,
-    unavailable: Callable[[OwnPostgres], AbstractContextManager[None]],
+    unavailable: Callable[[RestartablePostgres], AbstractContextManager[None]],
 ) -> None:
     merchant_id = unavailable.__name__.strip("_")
     await short_timeouts.register(receiver.url, merchant_id)
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     async with AsyncExitStack() as engine:
         await engine.enter_async_context(short_timeouts.engine(delivery_drain_seconds=1.0))
         await short_timeouts.publish(merchant_id=merchant_id)
-        await gate.wait_for(1)
-        with unavailable(own_postgres):
+        await response.wait_for(1)
+        with unavailable(restartable_postgres):
             began = monotonic()
             stopping = asyncio.create_task(engine.aclose())
-            gate.open()
+            response.release()
             await asyncio.wait_for(stopping, 15)
             assert monotonic() - began < 12
     [entry] = log.named("results_left_to_leases")
@@ -124,7 +127,7 @@ async def test_stop_without_database_leaves_results_to_leases(
     ("answered", "expected"), [(True, "results_left_to_leases"), (False, "release_failed")]
 )
 async def test_unanswered_statements_do_not_lengthen_drain(
-    own_postgres: OwnPostgres,
+    restartable_postgres: RestartablePostgres,
     *,
     receiver: Receiver,
     ca_file: Path,
@@ -134,7 +137,7 @@ async def test_unanswered_statements_do_not_lengthen_drain(
     answered: bool,
     expected: str,
 ) -> None:
-    assert own_postgres.server is not None
+    assert restartable_postgres.server is not None
     claiming = asyncio.Event()
 
     def signalling_claim(*arguments: Any) -> Any:
@@ -143,25 +146,25 @@ async def test_unanswered_statements_do_not_lengthen_drain(
 
     monkeypatch.setattr("delivery.engine.claim", signalling_claim)
     merchant_id = f"silent_{answered}"
-    receiver.default = gate = Gate()
+    receiver.default = response = HeldResponse()
     # With the default timeouts the claim under way would take longer than the drain.
     async with (
-        running_platform(own_postgres.server.url(), ca_file, tmp_path) as platform,
+        running_platform(restartable_postgres.server.url(), ca_file, tmp_path) as platform,
         AsyncExitStack() as engine,
     ):
         await platform.register(receiver.url, merchant_id)
         await engine.enter_async_context(platform.engine(delivery_drain_seconds=1.0))
         await platform.publish(merchant_id=merchant_id)
-        await gate.wait_for(1)
-        with own_postgres.frozen():
+        await response.wait_for(1)
+        with restartable_postgres.frozen():
             claiming.clear()
             await asyncio.wait_for(claiming.wait(), 10)
             began = monotonic()
             stopping = asyncio.create_task(engine.aclose())
             if answered:
-                gate.open()
+                response.release()
             await asyncio.wait_for(stopping, 40)
             # Two drains of 1 s, and 2 s for closing the connections.
             assert monotonic() - began < 8
-        gate.open()
+        response.release()
     assert log.named(expected)

@@ -35,7 +35,7 @@ from delivery.http.request import RequestTemplate, header_lines
 from delivery.ping import ping
 from delivery.send import send
 from delivery.sign import sign
-from tests.support.fake_dns import FakeNames
+from tests.support.fake_dns import FakeDns
 from tests.support.raw_receiver import (
     Behaviour,
     RawReceiver,
@@ -328,7 +328,7 @@ async def test_a_name_that_does_not_resolve_is_a_dns_error(ca_file: Path) -> Non
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         result = await post(client, "https://hooks.shop.com/")
     assert told(result) == (Outcome.DNS_ERROR, None, "the host name does not resolve")

@@ -14,8 +14,8 @@ import yaml
 
 from tests.support.monitored_stack import (
     ENGINES,
-    Observed,
-    observed,
+    MonitoredStack,
+    monitored_stack,
     stopped_is_inactive,
     traffic,
 )
@@ -92,11 +92,11 @@ async def test_every_query_of_dashboard_and_alerts_is_answered(
     database_url: str, ca_file: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
     since = time.time()
-    async with observed(database_url, ca_file, tmp_path, receiver) as scene:
-        prometheus = scene.prometheus
-        async with traffic(scene.platform):
+    async with monitored_stack(database_url, ca_file, tmp_path, receiver) as stack:
+        prometheus = stack.prometheus
+        async with traffic(stack.platform):
             await receiver.wait_for(100)
-            await stopped_is_inactive(scene)
+            await stopped_is_inactive(stack)
             # A rate needs four scrapes, and some series are read every 5 s.
             await prometheus.scrapes.further(12)
             empty = {
@@ -107,16 +107,16 @@ async def test_every_query_of_dashboard_and_alerts_is_answered(
         assert {
             panel for panel in empty if not any(name in panel[1] for name in MAY_BE_EMPTY)
         } == set()
-        await assert_dashboard_shows_the_traffic(scene)
+        await assert_dashboard_shows_the_traffic(stack)
         await assert_rules_evaluate(prometheus)
-        await assert_stopped_engines_raise_alerts(scene)
+        await assert_stopped_engines_raise_alerts(stack)
 
 
-async def assert_dashboard_shows_the_traffic(scene: Observed) -> None:
+async def assert_dashboard_shows_the_traffic(stack: MonitoredStack) -> None:
     figures = {
         (title, target["legendFormat"]): {
             tuple(sorted(series["metric"].items())): float(series["value"][1])
-            for series in await scene.prometheus.instant(target["expr"])
+            for series in await stack.prometheus.instant(target["expr"])
         }
         for title, target in queries()
     }
@@ -145,16 +145,16 @@ async def assert_rules_evaluate(prometheus: Prometheus) -> None:
     assert missing <= MAY_BE_EMPTY
 
 
-async def assert_stopped_engines_raise_alerts(scene: Observed) -> None:
+async def assert_stopped_engines_raise_alerts(stack: MonitoredStack) -> None:
     """The alerts become pending. Firing would take minutes."""
     gone = {"PostriderNoEngine", "PostriderProcessDown"}
-    assert not gone & await active_alerts(scene.prometheus)
+    assert not gone & await active_alerts(stack.prometheus)
 
-    scene.engines.send(signal.SIGTERM)
-    await scene.engines.exit_code()
-    await scene.prometheus.scrapes.further(4)
+    stack.engines.send(signal.SIGTERM)
+    await stack.engines.exit_code()
+    await stack.prometheus.scrapes.further(4)
 
-    assert gone <= await active_alerts(scene.prometheus)
+    assert gone <= await active_alerts(stack.prometheus)
 
 
 async def active_alerts(prometheus: Prometheus) -> set[str]:

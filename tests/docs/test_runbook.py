@@ -23,8 +23,8 @@ from tests.support.monitored_stack import (
     BRISK,
     STOPPED,
     WELL,
-    Observed,
-    observed,
+    MonitoredStack,
+    monitored_stack,
     stopped_is_inactive,
     traffic,
 )
@@ -195,22 +195,22 @@ async def test_runbook_lines_print_their_answers(
 ) -> None:
     since = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     async with (
-        observed(database_url, ca_file, tmp_path, receiver) as scene,
-        traffic(scene.platform),
+        monitored_stack(database_url, ca_file, tmp_path, receiver) as stack,
+        traffic(stack.platform),
     ):
         [begin] = sections()[BEGIN]
-        environment = scene.processes.environment | await asyncio.to_thread(
+        environment = stack.processes.environment | await asyncio.to_thread(
             prepared, begin, tmp_path
         )
         environment |= {
-            "ADDRESS": scene.addresses["grpc"],
-            "ADMIN_ADDRESS": scene.addresses["admin"],
-            "SERVER_METRICS": scene.addresses["postrider-server"],
-            "ENGINE_METRICS": scene.addresses["postrider-delivery"],
-            "PROMETHEUS": scene.prometheus.url,
-            "WEBHOOK_JWT_JWKS_URL": scene.jwks_url,
+            "ADDRESS": stack.addresses["grpc"],
+            "ADMIN_ADDRESS": stack.addresses["admin"],
+            "SERVER_METRICS": stack.addresses["postrider-server"],
+            "ENGINE_METRICS": stack.addresses["postrider-delivery"],
+            "PROMETHEUS": stack.prometheus.url,
+            "WEBHOOK_JWT_JWKS_URL": stack.jwks_url,
             "SINCE": since,
-            **await deactivated(scene, receiver, environment["MERCHANT"]),
+            **await deactivated(stack, receiver, environment["MERCHANT"]),
         }
         del environment["WEBHOOK_JWT_PUBLIC_KEY_FILE"]
         for heading, lines in sections().items():
@@ -218,7 +218,7 @@ async def test_runbook_lines_print_their_answers(
                 for line, (part, expected) in zip(lines, PROMISES[heading], strict=True):
                     assert part in line, f"{heading}: {line}"
                     await assert_prints(line, expected, environment)
-        await assert_audited(scene, environment["ACTOR"])
+        await assert_audited(stack, environment["ACTOR"])
 
 
 async def assert_prints(line: str, promised: tuple[str, ...], environment: Environment) -> None:
@@ -227,11 +227,11 @@ async def assert_prints(line: str, promised: tuple[str, ...], environment: Envir
     assert [text for text in expected if text not in output] == [], f"{line}\n{output}"
 
 
-async def deactivated(scene: Observed, receiver: Receiver, merchant_id: str) -> Environment:
+async def deactivated(stack: MonitoredStack, receiver: Receiver, merchant_id: str) -> Environment:
     """Return a config that failures deactivated, with a parked delivery and a working receiver."""
-    platform = scene.platform
+    platform = stack.platform
     created = await platform.register(f"{receiver.url}/{merchant_id}", merchant_id)
-    scene.broken.add(merchant_id)
+    stack.broken.add(merchant_id)
     request = delivery_service_pb2.ListDeliveriesRequest(
         webhook_id=created.webhook_config.id, state=delivery_pb2.DELIVERY_STATE_FAILED
     )
@@ -240,16 +240,16 @@ async def deactivated(scene: Observed, receiver: Receiver, merchant_id: str) -> 
     failed: list[Any] = []
     async with asyncio.timeout(AMPLE):
         while len(failed) < BRISK["max_consecutive_failures"]:
-            await scene.prometheus.scrapes.further(1)
+            await stack.prometheus.scrapes.further(1)
             listed = await platform.deliveries.ListDeliveries(
                 request, metadata=platform.merchant(merchant_id)
             )
             failed = list(listed.deliveries)
     await platform.publish(merchant_id=merchant_id)
-    scene.broken.remove(merchant_id)
-    await stopped_is_inactive(scene)
+    stack.broken.remove(merchant_id)
+    await stopped_is_inactive(stack)
     # Database metrics are read every 5 s, and a rate needs two samples.
-    await scene.prometheus.scrapes.further(8)
+    await stack.prometheus.scrapes.further(8)
     return {
         "EVENT": failed[0].event_id,
         "WEBHOOK": created.webhook_config.id,
@@ -258,10 +258,10 @@ async def deactivated(scene: Observed, receiver: Receiver, merchant_id: str) -> 
     }
 
 
-async def assert_audited(scene: Observed, actor: str) -> None:
-    listed = await scene.platform.admin.ListAuditEntries(
+async def assert_audited(stack: MonitoredStack, actor: str) -> None:
+    listed = await stack.platform.admin.ListAuditEntries(
         admin_service_pb2.ListAuditEntriesRequest(actor=actor, page_size=100),
-        metadata=scene.platform.operator(),
+        metadata=stack.platform.operator(),
     )
     assert {entry.action for entry in listed.audit_entries} == {
         "ReactivateWebhookConfig",

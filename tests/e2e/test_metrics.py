@@ -14,10 +14,10 @@ import pytest
 from delivery import database_stats
 from tests.e2e.test_processes import open_deliveries, publish, receive, register, stop
 from tests.support.metrics_page import ROWS
-from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform
 from tests.support.processes import AMPLE, Process, Processes, environment_of, talking_to
 from tests.support.receiver import Receiver
+from tests.support.restartable_postgres import RestartablePostgres
 from tests.support.scrape import Scrape, scrape, status_of
 
 ANYWHERE = "127.0.0.1:0"
@@ -167,10 +167,10 @@ async def until_all_are_up(port: int) -> Scrape:
 
 @pytest.mark.slow
 async def test_scrape_without_database_reports_it_down(
-    ca_file: Path, own_postgres: OwnPostgres, platform: Platform
+    ca_file: Path, restartable_postgres: RestartablePostgres, platform: Platform
 ) -> None:
-    assert own_postgres.server is not None
-    url = own_postgres.server.url()
+    assert restartable_postgres.server is not None
+    url = restartable_postgres.server.url()
     processes = Processes(environment_of(url, ca_file, platform.key.public_key_file))
     try:
         server, _ = await processes.server(server_metrics_address=ANYWHERE)
@@ -178,7 +178,7 @@ async def test_scrape_without_database_reports_it_down(
         server_port, engine_port = await port_of(server), await port_of(engine)
         await until_ready(server_port, engine_port)
 
-        own_postgres.stop()
+        restartable_postgres.stop()
         await server.wait_for("database_away")
         scraped = await until_the_database_is(engine_port, up=0)
         assert scraped.values("postrider_queue_deliveries") == []
@@ -191,13 +191,13 @@ async def test_scrape_without_database_reports_it_down(
                 pass
         assert await status_of(engine_port, "/live") == 200
 
-        own_postgres.start()
+        restartable_postgres.start()
         await server.wait_for("database_back")
         scraped = await until_the_database_is(engine_port, up=1)
         assert scraped.sum("postrider_queue_deliveries") == 0
         await until_ready(server_port, engine_port)
 
-        with own_postgres.frozen():
+        with restartable_postgres.frozen():
             async with asyncio.timeout(
                 database_stats.FRESH_SECONDS + 2 * database_stats.WAIT_SECONDS
             ):

@@ -20,11 +20,11 @@ from core.postgres.pool import open_pool
 from tests.conftest import database_settings
 from tests.e2e.test_processes import publish, receive, register
 from tests.support.ledger import Counts, balance
-from tests.support.own_postgres import OwnPostgres
 from tests.support.paths import ROOT
 from tests.support.platform import Platform, serve_settings
 from tests.support.processes import Processes, environment_of
 from tests.support.receiver import Receiver
+from tests.support.restartable_postgres import RestartablePostgres
 
 PGBOUNCER = shutil.which("pgbouncer")
 DOCS = ROOT / "docs/operate/postgresql.md"
@@ -73,12 +73,14 @@ async def pooling(server: EmbeddedPostgres, mode: str) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def url_of_the_role(own_postgres: OwnPostgres) -> AsyncIterator[EmbeddedPostgres]:
+async def url_of_the_role(
+    restartable_postgres: RestartablePostgres,
+) -> AsyncIterator[EmbeddedPostgres]:
     """The server, with the role's settings as the docs have them."""
-    assert own_postgres.server is not None
-    connection = await asyncpg.connect(own_postgres.server.url())
+    assert restartable_postgres.server is not None
+    connection = await asyncpg.connect(restartable_postgres.server.url())
     await connection.execute(in_the_docs("sql").replace("ROLE postrider", "ROLE postgres"))
-    yield own_postgres.server
+    yield restartable_postgres.server
     await connection.execute("ALTER ROLE postgres RESET ALL")
     await connection.close()
 
@@ -120,10 +122,10 @@ async def test_transaction_mode_is_refused_with_a_hint(
 
 
 async def test_check_names_missing_role_settings(
-    own_postgres: OwnPostgres,
+    restartable_postgres: RestartablePostgres,
 ) -> None:
-    assert own_postgres.server is not None
-    async with pooling(own_postgres.server, "session") as url:
+    assert restartable_postgres.server is not None
+    async with pooling(restartable_postgres.server, "session") as url:
         blocks = Blocks()
         blocks.add(database_settings(url))
         found = await faults_outside(blocks)

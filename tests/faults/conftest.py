@@ -1,4 +1,4 @@
-"""Scenes on a PostgreSQL of their own, and what every fault ends with."""
+"""Systems with a restartable PostgreSQL, and the checks after each fault."""
 
 import itertools
 from collections.abc import AsyncIterator, Callable
@@ -11,35 +11,35 @@ import grpc
 import pytest
 
 from cli.dev.signing_key import ensure_development_key
-from tests.support.fault_scene import ENGINE_MB_MAX, MERCHANTS, Conclude, Scene
 from tests.support.ledger import Counts
-from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, serve_settings
 from tests.support.processes import Processes, environment_of
 from tests.support.receiver import Receiver
+from tests.support.restartable_postgres import RestartablePostgres
+from tests.support.system_under_load import ENGINE_MB_MAX, MERCHANTS, Conclude, SystemUnderLoad
 
 _database_numbers = itertools.count(1)
 
 
 @pytest.fixture
-async def database_url(own_postgres: OwnPostgres) -> str:
+async def database_url(restartable_postgres: RestartablePostgres) -> str:
     """A database of this test's own, on the server that it may take away."""
-    assert own_postgres.server is not None
+    assert restartable_postgres.server is not None
     name = f"fault_{next(_database_numbers)}"
-    connection = await asyncpg.connect(own_postgres.server.url("template1"))
+    connection = await asyncpg.connect(restartable_postgres.server.url("template1"))
     await connection.execute(f"CREATE DATABASE {name} TEMPLATE postgres")
     await connection.close()
-    return own_postgres.server.url(name)
+    return restartable_postgres.server.url(name)
 
 
 @pytest.fixture
-def start_scene(
+def start_system(
     database_url: str, receiver: Receiver, ca_file: Path, tmp_path: Path, pool: Any
-) -> Callable[..., AbstractAsyncContextManager[Scene]]:
-    """Starts a scene whose processes have these settings."""
+) -> Callable[..., AbstractAsyncContextManager[SystemUnderLoad]]:
+    """Starts a system with other settings."""
 
     @asynccontextmanager
-    async def start(**settings: Any) -> AsyncIterator[Scene]:
+    async def start(**settings: Any) -> AsyncIterator[SystemUnderLoad]:
         key = ensure_development_key(tmp_path / "keys")
         processes = Processes(environment_of(database_url, ca_file, key.public_key_file))
         try:
@@ -48,11 +48,11 @@ def start_scene(
                 platform = Platform(
                     address, key, serve_settings(database_url, ca_file, key), channel
                 )
-                scene = Scene(processes, platform, receiver, pool)
-                receiver.default = scene.load.answer
+                system = SystemUnderLoad(processes, platform, receiver, pool)
+                receiver.default = system.load.answer
                 for merchant_id in MERCHANTS:
-                    await scene.register(merchant_id)
-                yield scene
+                    await system.register(merchant_id)
+                yield system
         finally:
             await processes.kill_all()
 
@@ -60,11 +60,11 @@ def start_scene(
 
 
 @pytest.fixture
-async def scene(
-    start_scene: Callable[..., AbstractAsyncContextManager[Scene]],
-) -> AsyncIterator[Scene]:
-    async with start_scene() as scene:
-        yield scene
+async def system(
+    start_system: Callable[..., AbstractAsyncContextManager[SystemUnderLoad]],
+) -> AsyncIterator[SystemUnderLoad]:
+    async with start_system() as system:
+        yield system
 
 
 @pytest.fixture
@@ -75,19 +75,19 @@ def conclude(record_property: Callable[[str, object], None]) -> Conclude:
     reclaimed, and what failed, may have been sent twice as well.
     """
 
-    async def conclude(scene: Scene, fault: str, most_duplicates: int) -> Counts:
-        await scene.is_alive()
-        await scene.drained()
-        await scene.verified()
-        counts = scene.counts()
-        retried = await scene.failed_attempts()
-        bound = max(most_duplicates, scene.reclaimed()) + retried
-        megabytes = scene.megabytes()
+    async def conclude(system: SystemUnderLoad, fault: str, most_duplicates: int) -> Counts:
+        await system.is_alive()
+        await system.drained()
+        await system.verified()
+        counts = system.counts()
+        retried = await system.failed_attempts()
+        bound = max(most_duplicates, system.reclaimed()) + retried
+        megabytes = system.megabytes()
         record_property(
             "ledger",
-            f"{fault}: {counts}; in flight {most_duplicates}, reclaimed {scene.reclaimed()}, "
+            f"{fault}: {counts}; in flight {most_duplicates}, reclaimed {system.reclaimed()}, "
             f"retried {retried}; "
-            f"repeated calls {scene.load.repeated}, longest {scene.load.longest_wait:.1f} s; "
+            f"repeated calls {system.load.repeated}, longest {system.load.longest_wait:.1f} s; "
             f"engine {megabytes:.0f} MB",
         )
         assert counts.lost == counts.unexpected == counts.invalid == 0, str(counts)

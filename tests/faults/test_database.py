@@ -9,84 +9,86 @@ from typing import Any
 
 import pytest
 
-from tests.support.fault_scene import MERCHANTS, PATIENT, Conclude, Scene
 from tests.support.load import Load
-from tests.support.own_postgres import OwnPostgres
 from tests.support.postgres_proxy import proxied
+from tests.support.restartable_postgres import RestartablePostgres
+from tests.support.system_under_load import MERCHANTS, PATIENT, Conclude, SystemUnderLoad
 
-type StartScene = Callable[..., AbstractAsyncContextManager[Scene]]
+type StartSystem = Callable[..., AbstractAsyncContextManager[SystemUnderLoad]]
 
 
 @pytest.mark.parametrize("how", ["fast", pytest.param("immediate", marks=pytest.mark.slow)])
 async def test_postgresql_restart(
-    scene: Scene, conclude: Conclude, own_postgres: OwnPostgres, how: str
+    system: SystemUnderLoad, conclude: Conclude, restartable_postgres: RestartablePostgres, how: str
 ) -> None:
-    await scene.engine()
-    await scene.engine()
+    await system.engine()
+    await system.engine()
     in_flight = 0
-    async with scene.load.running() as load:
+    async with system.load.running() as load:
         for _ in range(2):
             await load.arrived_more(200)
-            in_flight += await scene.leased()
+            in_flight += await system.leased()
             if how == "fast":
-                own_postgres.stop()
+                restartable_postgres.stop()
             else:
-                own_postgres.crash()
-            own_postgres.start()
+                restartable_postgres.crash()
+            restartable_postgres.start()
             # Nothing is restarted with it, and it goes on soon.
             await load.arrived_more(200, timeout=20)
-    await conclude(scene, f"{how} restart of PostgreSQL, twice", in_flight)
-    assert all(engine.lives for engine in scene.engines)
+    await conclude(system, f"{how} restart of PostgreSQL, twice", in_flight)
+    assert all(engine.lives for engine in system.engines)
 
 
 @pytest.mark.slow
 async def test_connection_cut_after_commit(
-    start_scene: StartScene, conclude: Conclude, database_url: str
+    start_system: StartSystem, conclude: Conclude, database_url: str
 ) -> None:
     with tempfile.TemporaryDirectory() as directory:
         async with (
             proxied(database_url, Path(directory)) as (proxy, url),
-            start_scene(database_url=url) as scene,
+            start_system(database_url=url) as system,
         ):
-            await scene.engine(**PATIENT)
-            scene.load = Load(scene.platform, MERCHANTS, batch=1)
-            scene.receiver.default = scene.load.answer
+            await system.engine(**PATIENT)
+            system.load = Load(system.platform, MERCHANTS, batch=1)
+            system.receiver.default = system.load.answer
             proxy.one_in = 5
-            async with scene.load.running(clients=8) as load:
+            async with system.load.running(clients=8) as load:
                 await load.arrived_more(1000, timeout=60)
             proxy.one_in = 0
             assert proxy.cuts >= 20
             assert load.repeated >= proxy.cuts
             fault = f"connection cut after {proxy.cuts} of {proxy.commits} commits"
-            await conclude(scene, fault, 0)
-            stored = await scene.pool.fetchval("SELECT count(*) FROM events")
+            await conclude(system, fault, 0)
+            stored = await system.pool.fetchval("SELECT count(*) FROM events")
             assert stored == len(set(load.acknowledged)) == len(load.acknowledged)
 
 
 @pytest.mark.slow
 async def test_database_frozen_for_30_seconds(
-    scene: Scene, conclude: Conclude, own_postgres: OwnPostgres
+    system: SystemUnderLoad, conclude: Conclude, restartable_postgres: RestartablePostgres
 ) -> None:
     # Nothing may wait for the end of a lease, which is longer than anybody here has patience.
-    await scene.engine(**PATIENT)
-    await scene.engine(**PATIENT)
-    async with scene.load.running() as load:
+    await system.engine(**PATIENT)
+    await system.engine(**PATIENT)
+    async with system.load.running() as load:
         await load.arrived_more(200)
-        in_flight = await scene.leased()
-        with own_postgres.frozen():
+        in_flight = await system.leased()
+        with restartable_postgres.frozen():
             await asyncio.sleep(30)
         await load.arrived_more(200, timeout=20)
-    await conclude(scene, "database frozen for 30 s", in_flight)
-    assert all(engine.lives for engine in scene.engines)
+    await conclude(system, "database frozen for 30 s", in_flight)
+    assert all(engine.lives for engine in system.engines)
 
 
 @pytest.mark.slow
-async def test_rows_locked_for_60_seconds(scene: Scene, conclude: Conclude, pool: Any) -> None:
+async def test_rows_locked_for_60_seconds(
+    system: SystemUnderLoad, conclude: Conclude, pool: Any
+) -> None:
     """Somebody's transaction has locked a webhook config and some deliveries, and is idle."""
     for _ in range(2):
         # So that a wait for a lock is to a lease what it is in production.
-        await scene.engine(database_statement_timeout_seconds=1)
-    async with scene.load.running() as load:
+        await system.engine(database_statement_timeout_seconds=1)
+    async with system.load.running() as load:
         await load.arrived_more(200)
         async with pool.acquire() as idle, idle.transaction():
             held = await idle.fetch(
@@ -102,5 +104,5 @@ async def test_rows_locked_for_60_seconds(scene: Scene, conclude: Conclude, pool
             during = load.arrived - arrived
         await load.arrived_more(200)
     fault = f"{len(held)} rows held for 60 s, {during} arrived meanwhile"
-    await conclude(scene, fault, len(held))
+    await conclude(system, fault, len(held))
     assert during >= 1000

@@ -11,14 +11,14 @@ import pytest
 from cli.ops.migrate import migrate
 from tests.conftest import database_settings
 from tests.support.doc_pages import section, sh
-from tests.support.fault_scene import BRISK, Conclude, Scene
 from tests.support.load import Load
 from tests.support.processes import AMPLE
 from tests.support.standby import Pair, operators_path
+from tests.support.system_under_load import BRISK, Conclude, SystemUnderLoad
 
 pytestmark = pytest.mark.slow
 
-type StartScene = Callable[..., AbstractAsyncContextManager[Scene]]
+type StartSystem = Callable[..., AbstractAsyncContextManager[SystemUnderLoad]]
 
 #: From the promotion to a fresh event that was accepted and has arrived.
 BACK_SECONDS = 5.0
@@ -56,55 +56,59 @@ def database_url(pair: Pair) -> str:
     return pair.url
 
 
-async def test_killed_primary_fails_over(scene: Scene, pair: Pair, conclude: Conclude) -> None:
-    async with under_load(scene, 300) as load:
-        in_flight = await lose_primary(scene, pair)
+async def test_killed_primary_fails_over(
+    system: SystemUnderLoad, pair: Pair, conclude: Conclude
+) -> None:
+    async with under_load(system, 300) as load:
+        in_flight = await lose_primary(system, pair)
         seconds = await load.fresh_arrives()
         await load.arrived_more(300)
-    await conclude(scene, f"failover, back in {seconds:.1f} s", in_flight)
+    await conclude(system, f"failover, back in {seconds:.1f} s", in_flight)
     assert seconds <= BACK_SECONDS
-    assert all(process.lives for process in scene.processes.started)
+    assert all(process.lives for process in system.processes.started)
 
 
 async def test_commit_without_standby_is_not_acknowledged(
-    start_scene: StartScene, pair: Pair, conclude: Conclude
+    start_system: StartSystem, pair: Pair, conclude: Conclude
 ) -> None:
     """What was published is there for its repetition to find, but only on the primary."""
-    async with start_scene(database_statement_timeout_seconds=0.5) as scene:
-        async with under_load(scene, 100) as load:
-            in_flight = await scene.leased()
+    async with start_system(database_statement_timeout_seconds=0.5) as system:
+        async with under_load(system, 100) as load:
+            in_flight = await system.leased()
             with pair.standby.frozen():
                 # Every client repeats it more than once.
                 await nothing_is_acknowledged(load, 3 * 3, timeout=60)
                 # What was sent meanwhile has no settlement that the standby knows.
-                in_flight += await scene.leased()
+                in_flight += await system.leased()
                 pair.primary.kill()
             await pair.fail_over()
             seconds = await load.fresh_arrives()
-        await conclude(scene, f"failover from a primary alone, back in {seconds:.1f} s", in_flight)
+        await conclude(system, f"failover from a primary alone, back in {seconds:.1f} s", in_flight)
 
 
-async def test_planned_switchover_and_back(scene: Scene, pair: Pair, conclude: Conclude) -> None:
+async def test_planned_switchover_and_back(
+    system: SystemUnderLoad, pair: Pair, conclude: Conclude
+) -> None:
     in_flight, longest = 0, 0.0
-    async with under_load(scene, 200) as load:
+    async with under_load(system, 200) as load:
         for _ in range(2):
-            in_flight += await scene.leased()
+            in_flight += await system.leased()
             # It waits until the standby has everything.
             pair.primary.stop()
             await pair.fail_over()
             longest = max(longest, await load.fresh_arrives())
             await pair.follow()
             await load.arrived_more(200)
-    await conclude(scene, f"switchover and back, each in {longest:.1f} s", in_flight)
+    await conclude(system, f"switchover and back, each in {longest:.1f} s", in_flight)
     assert longest <= BACK_SECONDS
-    assert all(process.lives for process in scene.processes.started)
+    assert all(process.lives for process in system.processes.started)
 
 
 async def test_returned_old_primary_gets_no_writes(
-    scene: Scene, pair: Pair, conclude: Conclude
+    system: SystemUnderLoad, pair: Pair, conclude: Conclude
 ) -> None:
-    async with under_load(scene, 200) as load:
-        in_flight = await lose_primary(scene, pair)
+    async with under_load(system, 200) as load:
+        in_flight = await lose_primary(system, pair)
         await load.arrived_more(100)
         # Nobody kept it from starting, and it takes itself for the primary.
         pair.standby.start()
@@ -116,17 +120,17 @@ async def test_returned_old_primary_gets_no_writes(
         # Now it follows, and who connects anew passes over it, though it is named first.
         pair.standby.stop()
         await pair.follow()
-        await scene.engine()
+        await system.engine()
         await load.arrived_more(200)
         assert await pair.standby.fetchval(_OUR_SESSIONS) == 0
-    await conclude(scene, "old primary back after a failover", in_flight)
+    await conclude(system, "old primary back after a failover", in_flight)
 
 
 async def test_lost_standby_blocks_publishing_until_operator_acts(
-    scene: Scene, pair: Pair, conclude: Conclude
+    system: SystemUnderLoad, pair: Pair, conclude: Conclude
 ) -> None:
-    async with under_load(scene, 100) as load:
-        in_flight = await scene.leased()
+    async with under_load(system, 100) as load:
+        in_flight = await system.leased()
         pair.standby.kill()
         await nothing_is_acknowledged(load, 3)
         # The lines of docs/operate/runbook.md.
@@ -137,40 +141,42 @@ async def test_lost_standby_blocks_publishing_until_operator_acts(
         await load.arrived_more(100)
         await pair.follow()
     assert "everything was checked" in await asyncio.to_thread(sh, verify, environment)
-    await conclude(scene, f"standby away, back in {seconds:.1f} s", in_flight)
+    await conclude(system, f"standby away, back in {seconds:.1f} s", in_flight)
     assert seconds <= BACK_SECONDS
 
 
 async def test_frozen_primary_is_left_for_promoted_standby(
-    scene: Scene, pair: Pair, conclude: Conclude
+    system: SystemUnderLoad, pair: Pair, conclude: Conclude
 ) -> None:
     """Its connections stay, and say nothing: as with a disk that does not answer."""
-    async with under_load(scene, 200) as load:
-        in_flight = await scene.leased()
+    async with under_load(system, 200) as load:
+        in_flight = await system.leased()
         with pair.primary.frozen():
             await pair.fail_over()
             seconds = await load.fresh_arrives()
             await load.arrived_more(300)
             pair.standby.kill()
-    await conclude(scene, f"failover from a primary that hangs, back in {seconds:.1f} s", in_flight)
+    await conclude(
+        system, f"failover from a primary that hangs, back in {seconds:.1f} s", in_flight
+    )
     assert seconds <= HANGING_SECONDS
-    assert all(process.lives for process in scene.processes.started)
+    assert all(process.lives for process in system.processes.started)
 
 
 @asynccontextmanager
-async def under_load(scene: Scene, arrived: int) -> AsyncIterator[Load]:
+async def under_load(system: SystemUnderLoad, arrived: int) -> AsyncIterator[Load]:
     """Two engines under their supervisor, and load, from when so many events have arrived."""
-    supervisor = await scene.processes.start("delivery", "--processes=2", **BRISK)
+    supervisor = await system.processes.start("delivery", "--processes=2", **BRISK)
     await supervisor.wait_for("delivering", 2)
-    scene.engines.append(supervisor)
-    async with scene.load.running() as load:
+    system.engines.append(supervisor)
+    async with system.load.running() as load:
         await load.arrived_more(arrived)
         yield load
 
 
-async def lose_primary(scene: Scene, pair: Pair) -> int:
+async def lose_primary(system: SystemUnderLoad, pair: Pair) -> int:
     """Kill it and promote the standby; how many deliveries were leased just before."""
-    leased = await scene.leased()
+    leased = await system.leased()
     pair.primary.kill()
     await pair.fail_over()
     return leased

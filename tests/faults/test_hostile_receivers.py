@@ -13,8 +13,8 @@ import trustme
 from google.protobuf.duration_pb2 import Duration
 
 from postrider.v1 import webhook_config_service_pb2
-from tests.support.fault_scene import PATIENT, Conclude, Scene
 from tests.support.raw_receiver import header, read_request, server_tls
+from tests.support.system_under_load import PATIENT, Conclude, SystemUnderLoad
 
 #: One at a time, since a receiver that only times out has one place.
 EVENTS = 4
@@ -134,13 +134,13 @@ async def outcomes(pool: Any, merchant_id: str) -> Counter[tuple[str, str]]:
 
 @pytest.mark.slow
 async def test_hostile_receivers_do_not_harm_others(
-    scene: Scene, conclude: Conclude, authority: trustme.CA, pool: Any
+    system: SystemUnderLoad, conclude: Conclude, authority: trustme.CA, pool: Any
 ) -> None:
     # Its breakers would keep what the worst of them are sent from ever being given up here.
-    engine = await scene.engine(**PATIENT, max_in_flight=300, breaker_failures=1_000_000)
+    engine = await system.engine(**PATIENT, max_in_flight=300, breaker_failures=1_000_000)
     async with AsyncExitStack() as stack:
         ids = {
-            behaviour.__name__: await scene.register(
+            behaviour.__name__: await system.register(
                 behaviour.__name__,
                 await stack.enter_async_context(behaving(authority, behaviour)),
                 timeout=Duration(seconds=2),
@@ -149,13 +149,15 @@ async def test_hostile_receivers_do_not_harm_others(
             )
             for behaviour in (*EXPECTED, absurd_retry_after)
         }
-        async with scene.load.running() as load:
+        async with system.load.running() as load:
             await load.arrived_more(100)
             for _ in range(EVENTS):
                 for name in ids:
-                    await scene.platform.publish(merchant_id=name)
+                    await system.platform.publish(merchant_id=name)
             await load.arrived_more(500)
-            await scene.drained(f"merchant_id IN ({', '.join(repr(b.__name__) for b in EXPECTED)})")
+            await system.drained(
+                f"merchant_id IN ({', '.join(repr(b.__name__) for b in EXPECTED)})"
+            )
         for behaviour, expected in EXPECTED.items():
             assert await outcomes(pool, behaviour.__name__) == {expected: EVENTS}
         # However long it was asked to wait, it waits no longer than a retry may.
@@ -164,12 +166,12 @@ async def test_hostile_receivers_do_not_harm_others(
             absurd_retry_after.__name__,
         )
         assert longest is None or longest.total_seconds() <= 86_400
-        await scene.platform.webhooks.DeleteWebhookConfig(
+        await system.platform.webhooks.DeleteWebhookConfig(
             webhook_config_service_pb2.DeleteWebhookConfigRequest(
                 id=ids[absurd_retry_after.__name__]
             ),
-            metadata=scene.platform.merchant(absurd_retry_after.__name__),
+            metadata=system.platform.merchant(absurd_retry_after.__name__),
         )
-        await conclude(scene, f"{len(ids)} hostile receivers", 0)
+        await conclude(system, f"{len(ids)} hostile receivers", 0)
     assert engine.lives
     assert not engine.named("attempt_broke")

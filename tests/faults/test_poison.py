@@ -6,7 +6,7 @@ import pytest
 from aiohttp import web
 
 from core.ids import parse_id
-from tests.support.fault_scene import PATIENT, Conclude, Scene
+from tests.support.system_under_load import PATIENT, Conclude, SystemUnderLoad
 
 # What somebody's SQL, a lost key or a bad restore may leave in a webhook config, and what comes of
 # its deliveries.
@@ -36,10 +36,10 @@ def merchant_of(kind: str) -> str:
     return f"poison_{kind}"
 
 
-async def poison(scene: Scene, pool: Any) -> None:
+async def poison(system: SystemUnderLoad, pool: Any) -> None:
     """A config for each kind, spoilt; it may go on being called, were it not for that."""
     for kind, (change, _) in POISON.items():
-        webhook_id = await scene.register(merchant_of(kind))
+        webhook_id = await system.register(merchant_of(kind))
         await pool.execute(
             f"UPDATE webhook_configs SET version = version + 1, {change} WHERE id = $1",  # noqa: S608
             parse_id("wh", webhook_id),
@@ -61,25 +61,25 @@ async def outcomes(pool: Any) -> dict[str, tuple[int, set[tuple[str, str]]]]:
 
 @pytest.mark.slow
 async def test_poison_row_fails_only_its_own_deliveries(
-    scene: Scene, conclude: Conclude, pool: Any
+    system: SystemUnderLoad, conclude: Conclude, pool: Any
 ) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         if request.path.endswith(merchant_of("schedule")):
-            await scene.load.answer(request)
+            await system.load.answer(request)
             return web.Response(status=500)
-        return await scene.load.answer(request)
+        return await system.load.answer(request)
 
-    scene.receiver.default = answer
-    await scene.engine(**PATIENT, max_retries=2, max_fault_retries=2)
-    await poison(scene, pool)
-    async with scene.load.running() as load:
+    system.receiver.default = answer
+    await system.engine(**PATIENT, max_retries=2, max_fault_retries=2)
+    await poison(system, pool)
+    async with system.load.running() as load:
         await load.arrived_more(100)
         for kind, (_, (state, _)) in POISON.items():
             for _ in range(3):
-                published = await scene.platform.publish(merchant_id=merchant_of(kind))
+                published = await system.platform.publish(merchant_id=merchant_of(kind))
                 if state == "delivered" or kind == "schedule":
-                    scene.load.acknowledged.append(published.event.id)
-        await scene.drained("merchant_id LIKE 'poison%'")
+                    system.load.acknowledged.append(published.event.id)
+        await system.drained("merchant_id LIKE 'poison%'")
         await load.arrived_more(100)
 
     expected = {
@@ -94,4 +94,4 @@ async def test_poison_row_fails_only_its_own_deliveries(
     assert {row["merchant_id"] for row in blamed} == {
         merchant_of(kind) for kind, (_, result) in POISON.items() if result in (REFUSED, FAILING)
     }
-    await conclude(scene, f"{len(POISON)} kinds of poison rows", 0)
+    await conclude(system, f"{len(POISON)} kinds of poison rows", 0)

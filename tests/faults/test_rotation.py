@@ -19,13 +19,13 @@ from cli.dev.signing_key import ensure_development_key
 from core.encryption import new_key
 from postrider.v1 import webhook_config_service_pb2 as pb
 from tests.support.certificates import Authority
-from tests.support.fault_scene import BRISK, Conclude, Scene
-from tests.support.own_postgres import OwnPostgres
 from tests.support.paths import ROOT
 from tests.support.platform import ENCRYPTION_KEYS
 from tests.support.processes import POSTRIDER, Process
 from tests.support.receiver import Received
+from tests.support.restartable_postgres import RestartablePostgres
 from tests.support.signatures import is_genuine
+from tests.support.system_under_load import BRISK, Conclude, SystemUnderLoad
 
 PAGE = (ROOT / "docs/operate/runbook.md").read_text()
 SECTION = re.split(r"^## ", PAGE.partition("\n## Rotate keys\n")[2], flags=re.MULTILINE)[0]
@@ -86,12 +86,12 @@ class Operator:
 
 
 @asynccontextmanager
-async def asking_for_a_password(own_postgres: OwnPostgres) -> AsyncIterator[Any]:
+async def asking_for_a_password(restartable_postgres: RestartablePostgres) -> AsyncIterator[Any]:
     """A role whom the server asks for its password, which is "first"."""
-    assert own_postgres.server is not None
-    rules = own_postgres.server.data_dir / "pg_hba.conf"
+    assert restartable_postgres.server is not None
+    rules = restartable_postgres.server.data_dir / "pg_hba.conf"
     rules.write_text(f"local all {ROLE} scram-sha-256\n{rules.read_text()}")
-    admin = await asyncpg.connect(own_postgres.server.url())
+    admin = await asyncpg.connect(restartable_postgres.server.url())
     await admin.execute(f"CREATE ROLE {ROLE} SUPERUSER LOGIN PASSWORD 'first'")
     await admin.execute("SELECT pg_reload_conf()")
     yield admin
@@ -99,13 +99,13 @@ async def asking_for_a_password(own_postgres: OwnPostgres) -> AsyncIterator[Any]
 
 
 async def test_all_secrets_rotate_under_load(
-    start_scene: Callable[..., AbstractAsyncContextManager[Scene]],
+    start_system: Callable[..., AbstractAsyncContextManager[SystemUnderLoad]],
     conclude: Conclude,
     database_url: str,
-    own_postgres: OwnPostgres,
+    restartable_postgres: RestartablePostgres,
     tmp_path: Path,
 ) -> None:
-    assert own_postgres.server is not None
+    assert restartable_postgres.server is not None
     issuers = [ensure_development_key(tmp_path / name) for name in ("keys", "next")]
     certificates = [Authority().issue(ips=("127.0.0.1",)) for _ in range(2)]
     operator = Operator(
@@ -131,32 +131,35 @@ async def test_all_secrets_rotate_under_load(
         "tls_certificate_file": operator.path("TLS_CERTIFICATE"),
         "tls_private_key_file": operator.path("TLS_KEY"),
     }
-    async with asking_for_a_password(own_postgres) as admin, start_scene(**settings) as scene:
-        engines = await scene.processes.start(
+    async with (
+        asking_for_a_password(restartable_postgres) as admin,
+        start_system(**settings) as system,
+    ):
+        engines = await system.processes.start(
             "delivery", "--processes=2", **(BRISK | {"lease_seconds": 8} | settings)
         )
         await engines.wait_for("delivering", 2)
-        scene.engines.append(engines)
-        server, tls_address = await scene.processes.server(**settings, **tls)
-        platform = scene.platform
+        system.engines.append(engines)
+        server, tls_address = await system.processes.server(**settings, **tls)
+        platform = system.platform
         operator.environment = {
             "PATH": f"{POSTRIDER.parent}:{os.environ['PATH']}",
-            **scene.processes.environment,
+            **system.processes.environment,
             **{f"WEBHOOK_{name.upper()}": str(value) for name, value in settings.items() if value},
             **{path.name: str(path) for path in operator.path(".").iterdir()},
             "TLS_ADDRESS": tls_address,
             "ADDRESS": platform.address,
-            "DATABASE_ADMIN_URL": own_postgres.server.url(),
+            "DATABASE_ADMIN_URL": restartable_postgres.server.url(),
             "DATABASE_ROLE": ROLE,
         }
         del operator.environment["WEBHOOK_ENCRYPTION_KEYS"]
-        async with scene.load.running() as load:
+        async with system.load.running() as load:
             await load.arrived_more(100)
-            await change_the_encryption_key(scene, operator, server, engines)
+            await change_the_encryption_key(system, operator, server, engines)
             await load.arrived_more(100)
 
             await operator.types(CHANGE_PASSWORD)
-            in_flight = await scene.leased()
+            in_flight = await system.leased()
             await admin.execute(
                 f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'"  # noqa: S608
             )
@@ -173,7 +176,7 @@ async def test_all_secrets_rotate_under_load(
             platform.tokens.clear()
             await load.arrived_more(100)
 
-            await change_a_signing_secret(scene, operator)
+            await change_a_signing_secret(system, operator)
             await load.arrived_more(100)
         shown = [await operator.types(SHOW_CERTIFICATE)]
         await operator.types(CHANGE_CERTIFICATE)
@@ -181,7 +184,7 @@ async def test_all_secrets_rotate_under_load(
         for issued, text in zip(certificates, shown, strict=True):
             serial = x509.load_pem_x509_certificate(issued.certificate).serial_number
             assert f"serial={serial:X}" in text.replace("serial=0", "serial=")
-        await conclude(scene, "every secret changed", in_flight)
+        await conclude(system, "every secret changed", in_flight)
         assert server.lives
         assert engines.named("engine_ended") == []
         for process in (server, engines):
@@ -189,7 +192,7 @@ async def test_all_secrets_rotate_under_load(
 
 
 async def change_the_encryption_key(
-    scene: Scene, operator: Operator, server: Process, engines: Process
+    system: SystemUnderLoad, operator: Operator, server: Process, engines: Process
 ) -> None:
     changes = itertools.count(1)
 
@@ -203,8 +206,8 @@ async def change_the_encryption_key(
     await operator.types(PUT_IT_FIRST)
     await everybody_has_it()
     new_id, old_id = server.named("secret_file_loaded")[-1]["holds"]
-    await register_and_receive(scene, "m_registered_with_the_new_key")
-    found = await scene.pool.fetchval(
+    await register_and_receive(system, "m_registered_with_the_new_key")
+    found = await system.pool.fetchval(
         "SELECT secret_key_id FROM webhook_configs WHERE merchant_id LIKE 'm_registered_%'"
     )
     assert found == new_id
@@ -212,21 +215,21 @@ async def change_the_encryption_key(
     assert f"{old_id}: 0 records (not needed)" in await operator.types(STATUS)
     await operator.types(TAKE_THE_OTHERS_OUT)
     await everybody_has_it()
-    left = await scene.pool.fetch("SELECT DISTINCT secret_key_id FROM webhook_configs")
+    left = await system.pool.fetch("SELECT DISTINCT secret_key_id FROM webhook_configs")
     assert [row["secret_key_id"] for row in left] == [new_id]
 
     good = operator.path("KEYS").read_text()
     operator.write("KEYS", new_key()[:-9])
     await server.wait_for("secret_file_unusable")
     await engines.wait_for("secret_file_unusable", 2)
-    await register_and_receive(scene, "m_while_the_file_is_broken")
+    await register_and_receive(system, "m_while_the_file_is_broken")
     operator.write("KEYS", good)
     await everybody_has_it()
 
 
-async def change_a_signing_secret(scene: Scene, operator: Operator) -> None:
+async def change_a_signing_secret(system: SystemUnderLoad, operator: Operator) -> None:
     """The old secret, which the ledger goes on with, signs beside the new for the overlap."""
-    platform, merchant_id = scene.platform, "m_1"
+    platform, merchant_id = system.platform, "m_1"
     [config] = (
         await platform.webhooks.ListWebhookConfigs(
             pb.ListWebhookConfigsRequest(), metadata=platform.merchant(merchant_id)
@@ -239,19 +242,19 @@ async def change_a_signing_secret(scene: Scene, operator: Operator) -> None:
     schema = "-protoset deploy/envoy/postrider.binpb "
     answer = await operator.types(ROTATE_SECRET.replace("-plaintext ", f"-plaintext {schema}"))
     [new] = re.findall(r'"secret": "([0-9a-f]{64})"', answer)
-    received = await receive_one(scene, merchant_id)
+    received = await receive_one(system, merchant_id)
     signature = received.headers["X-Webhook-Signature"]
-    for secret in (new, scene.secrets[f"/hook/{merchant_id}"]):
+    for secret in (new, system.secrets[f"/hook/{merchant_id}"]):
         assert is_genuine(secret, received.message_id, received.body, signature, now=time())
 
 
-async def register_and_receive(scene: Scene, merchant_id: str) -> None:
-    await scene.register(merchant_id)
-    await receive_one(scene, merchant_id)
+async def register_and_receive(system: SystemUnderLoad, merchant_id: str) -> None:
+    await system.register(merchant_id)
+    await receive_one(system, merchant_id)
 
 
-async def receive_one(scene: Scene, merchant_id: str) -> Received:
-    event = (await scene.platform.publish(merchant_id=merchant_id)).event
-    scene.load.acknowledged.append(event.id)
-    await scene.load.has_arrived(event.id)
-    return next(r for r in scene.receiver.webhooks if r.message_id == event.id)
+async def receive_one(system: SystemUnderLoad, merchant_id: str) -> Received:
+    event = (await system.platform.publish(merchant_id=merchant_id)).event
+    system.load.acknowledged.append(event.id)
+    await system.load.has_arrived(event.id)
+    return next(r for r in system.receiver.webhooks if r.message_id == event.id)

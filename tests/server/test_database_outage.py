@@ -21,10 +21,10 @@ from postrider.v1.event_pb2 import EventInput
 from postrider.v1.webhook_config_pb2 import EventType, WebhookConfig
 from server.notify import Notifier
 from tests.support.factories import count_rows, locked, terminate_blocked
-from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform, bearer, running_platform
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
+from tests.support.restartable_postgres import RestartablePostgres
 from tests.support.rpcs import call, code_of, methods, token_for
 
 MAX_SECONDS = 10
@@ -102,13 +102,13 @@ async def assert_all_end_with(
 
 
 async def test_each_rpc_is_unavailable_until_an_outage_ends(
-    own_postgres: OwnPostgres, on_own: Platform, receiver: Receiver
+    restartable_postgres: RestartablePostgres, on_own: Platform, receiver: Receiver
 ) -> None:
     webhook_id = (await on_own.register(receiver.url)).webhook_config.id
     prepared = requests(webhook_id, receiver.url)
     assert set(prepared) == {method.name for method in methods()}
 
-    own_postgres.stop()
+    restartable_postgres.stop()
     async with asyncio.timeout(MAX_SECONDS):
         await assert_all_end_with(StatusCode.UNAVAILABLE, on_own, prepared)
     async with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE") as error:
@@ -118,26 +118,26 @@ async def test_each_rpc_is_unavailable_until_an_outage_ends(
     assert "nothing was changed" not in error.message
     assert "sock" not in error.message.lower()
 
-    own_postgres.start()
+    restartable_postgres.start()
     await assert_all_end_with(StatusCode.OK, on_own, prepared, NOT_REPEATABLE)
 
 
 async def test_each_rpc_is_unavailable_while_postgresql_is_frozen(
-    own_postgres: OwnPostgres, on_own: Platform, receiver: Receiver
+    restartable_postgres: RestartablePostgres, on_own: Platform, receiver: Receiver
 ) -> None:
     webhook_id = (await on_own.register(receiver.url)).webhook_config.id
     prepared = requests(webhook_id, receiver.url)
-    with own_postgres.frozen():
+    with restartable_postgres.frozen():
         async with asyncio.timeout(MAX_SECONDS):
             await assert_all_end_with(StatusCode.UNAVAILABLE, on_own, prepared)
     assert (await on_own.publish()).event.id
 
 
 async def test_calls_waiting_for_a_connection_are_unavailable_in_time(
-    own_postgres: OwnPostgres, on_own: Platform
+    restartable_postgres: RestartablePostgres, on_own: Platform
 ) -> None:
     # Twelve times the number of connections. Each connection times out after 1.5 s.
-    with own_postgres.frozen():
+    with restartable_postgres.frozen():
         async with asyncio.timeout(5):
             answers = await asyncio.gather(*(code_of(on_own.publish()) for _ in range(60)))
     assert set(answers) == {StatusCode.UNAVAILABLE}
@@ -178,16 +178,16 @@ async def test_call_blocked_by_a_lock_is_unavailable(
 
 @pytest.mark.slow
 async def test_server_with_calls_stops_while_postgresql_is_frozen(
-    own_postgres: OwnPostgres, ca_file: Path, tmp_path: Path
+    restartable_postgres: RestartablePostgres, ca_file: Path, tmp_path: Path
 ) -> None:
-    assert own_postgres.server is not None
-    url = own_postgres.server.url()
+    assert restartable_postgres.server is not None
+    url = restartable_postgres.server.url()
     async with AsyncExitStack() as stack:
         platform = await stack.enter_async_context(
             running_platform(url, ca_file, tmp_path, server_drain_seconds=0.1)
         )
         await platform.publish()
-        with own_postgres.frozen():
+        with restartable_postgres.frozen():
             # Both calls hold a connection that PostgreSQL does not release.
             calls = [
                 asyncio.ensure_future(platform.publish()),
@@ -201,17 +201,17 @@ async def test_server_with_calls_stops_while_postgresql_is_frozen(
 
 
 async def test_notifier_can_be_cancelled_while_postgresql_is_frozen(
-    own_postgres: OwnPostgres,
+    restartable_postgres: RestartablePostgres,
 ) -> None:
     """The abandoned connection raises its own error, which must not hide the cancellation."""
-    assert own_postgres.server is not None
-    url = SecretStr(own_postgres.server.url())
+    assert restartable_postgres.server is not None
+    url = SecretStr(restartable_postgres.server.url())
     settings = DatabaseSettings(database_url=url, database_connect_timeout_seconds=1)
     pool = await open_pool(settings, "test", 1)
     notifier = Notifier(pool)
     notifying = asyncio.create_task(notifier.run())
     try:
-        with own_postgres.frozen():
+        with restartable_postgres.frozen():
             notifier.notify()
             async with asyncio.timeout(10):
                 while not pool.statements:  # noqa: ASYNC110 - the pool has only a counter

@@ -8,8 +8,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from server.app import LIVENESS, SERVICE_NAMES
-from tests.support.own_postgres import OwnPostgres
 from tests.support.platform import Platform
+from tests.support.restartable_postgres import RestartablePostgres
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -44,11 +44,11 @@ async def test_every_service_serves_as_soon_as_the_server_listens(platform: Plat
 
 
 async def test_services_stop_serving_while_the_database_is_stopped(
-    own_postgres: OwnPostgres, on_own: Platform
+    restartable_postgres: RestartablePostgres, on_own: Platform
 ) -> None:
     watched = watch(on_own.channel, "postrider.v1.EventService")
     assert await next_status(watched) == SERVING
-    own_postgres.stop()
+    restartable_postgres.stop()
     try:
         assert await next_status(watched) == NOT_SERVING
         now = await statuses(on_own.channel)
@@ -56,17 +56,17 @@ async def test_services_stop_serving_while_the_database_is_stopped(
         assert now.pop(LIVENESS) == SERVING
         assert set(now.values()) == {NOT_SERVING}
     finally:
-        own_postgres.start()
+        restartable_postgres.start()
     assert await next_status(watched) == SERVING
     assert (await on_own.publish()).event.id
 
 
 async def test_services_stop_serving_while_the_database_is_frozen(
-    own_postgres: OwnPostgres, on_own: Platform
+    restartable_postgres: RestartablePostgres, on_own: Platform
 ) -> None:
     watched = watch(on_own.channel)
     assert await next_status(watched) == SERVING
-    with own_postgres.frozen():
+    with restartable_postgres.frozen():
         assert await next_status(watched) == NOT_SERVING
     assert await next_status(watched) == SERVING
 

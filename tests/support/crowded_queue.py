@@ -97,7 +97,7 @@ async def crowded_database(
 
 
 async def quiet_config(connection: Any) -> UUID:
-    """A config with a few open deliveries and no backlog."""
+    """A config with a few pending deliveries and no backlog."""
     found = await connection.fetchval("""
         SELECT webhook_id FROM delivery_queue WHERE state = 'ready' AND webhook_id NOT IN (
             SELECT webhook_id FROM delivery_queue WHERE state = 'parked'

@@ -1,11 +1,11 @@
-"""Stands in for DNS where a test is not about DNS."""
+"""A resolver with fixed responses, for tests of other components."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 
-class FakeNames:
-    """Answers what a function says, at once or when its coroutine does; it may raise gaierror."""
+class FakeDns:
+    """Returns the addresses from `answer`, a function or coroutine function."""
 
     def __init__(self, answer: Callable[[str], Sequence[str] | Awaitable[Sequence[str]]]):
         self._answer = answer

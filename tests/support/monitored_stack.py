@@ -1,4 +1,4 @@
-"""A whole Postrider of real processes with traffic of every kind, watched by a real Prometheus."""
+"""Postrider with real processes, traffic of every kind and a real Prometheus."""
 
 import asyncio
 import itertools
@@ -24,7 +24,7 @@ from tests.support.prometheus import Prometheus, running_prometheus
 from tests.support.receiver import Answer, Receiver
 
 WELL, FLAKY, AWAY, STOPPED = "m_well", "m_flaky", "m_away", "m_stopped"
-#: So that failures, breakers and deactivations come within a test's patience.
+#: Breakers open and configs become inactive within seconds.
 BRISK: dict[str, Any] = {
     "delivery_timeout_seconds": 5,
     "lease_seconds": 10,
@@ -40,9 +40,12 @@ ENGINES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """`broken` are the endpoints that fail, by the end of their path; `addresses` those of the
-    processes."""
+class MonitoredStack:
+    """A running stack.
+
+    `broken` holds the last path segments of the endpoints that fail.
+    `addresses` holds the listening addresses, by Prometheus job or protocol.
+    """
 
     platform: Platform
     processes: Processes
@@ -54,10 +57,10 @@ class Observed:
 
 
 @asynccontextmanager
-async def observed(
+async def monitored_stack(
     database_url: str, ca_file: Path, directory: Path, receiver: Receiver
-) -> AsyncIterator[Observed]:
-    """Server and engines with a webhook config of each kind, and Prometheus beside them."""
+) -> AsyncIterator[MonitoredStack]:
+    """Start a server, engines and Prometheus, with a webhook config of each kind."""
     key = ensure_development_key(directory / "keys")
     processes = Processes(environment_of(database_url, ca_file, key.public_key_file))
     broken = {AWAY, STOPPED}
@@ -90,7 +93,7 @@ async def observed(
                 platform = Platform(address, key, settings, channel)
                 addresses |= {"grpc": address, "admin": f"127.0.0.1:{admin['port']}"}
                 await _register(platform, receiver)
-                yield Observed(
+                yield MonitoredStack(
                     platform, processes, engines, prometheus, broken, addresses, jwks_url
                 )
     finally:
@@ -99,7 +102,7 @@ async def observed(
 
 @asynccontextmanager
 async def traffic(platform: Platform) -> AsyncIterator[None]:
-    """Events for all merchants, good and bad ones, and a watch, as long as the context lasts."""
+    """Publish events for all merchants and watch deliveries until the context ends."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_publish(platform)), group.create_task(_watch(platform))]
         yield
@@ -107,17 +110,17 @@ async def traffic(platform: Platform) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def stopped_is_inactive(scene: Observed) -> None:
-    """Return when its failures have stopped what fails, and the next scrape knows."""
+async def stopped_is_inactive(stack: MonitoredStack) -> None:
+    """Wait until STOPPED is inactive and Prometheus has scraped it."""
     request = admin_service_pb2.ListAllWebhookConfigsRequest(
         merchant_id=STOPPED, inactive_only=True
     )
     async with asyncio.timeout(AMPLE):
         while True:
-            listed = await scene.platform.admin.ListAllWebhookConfigs(
-                request, metadata=scene.platform.operator()
+            listed = await stack.platform.admin.ListAllWebhookConfigs(
+                request, metadata=stack.platform.operator()
             )
-            await scene.prometheus.scrapes.further(1)
+            await stack.prometheus.scrapes.further(1)
             if listed.webhook_configs:
                 return
 
@@ -125,7 +128,7 @@ async def stopped_is_inactive(scene: Observed) -> None:
 async def _register(platform: Platform, receiver: Receiver) -> None:
     for merchant_id in (WELL, FLAKY, STOPPED):
         await platform.register(f"{receiver.url}/{merchant_id}", merchant_id)
-    # Its deliveries do not end so soon, so that its breaker opens and it does not go inactive.
+    # A long schedule, so that the breaker opens but the config stays active.
     waits = [Duration(seconds=1)] * 20
     await platform.register(f"{receiver.url}/{AWAY}", AWAY, retry_schedule=waits)
 
@@ -160,7 +163,7 @@ async def _publish(platform: Platform) -> None:
         await platform.events.PublishEvents(
             event_service_pb2.PublishEventsRequest(events=events), metadata=platform.producer()
         )
-        # A producer's own time.
+        # The pace of the producer.
         await asyncio.sleep(0.05)
 
 
@@ -174,7 +177,7 @@ async def _watch(platform: Platform) -> None:
 
 @asynccontextmanager
 async def _issuer(key: DevelopmentKey) -> AsyncIterator[str]:
-    """The URL of a key set that holds this key."""
+    """Serve a JWKS with this key. Yields its URL."""
     public_key = load_pem_public_key(key.public_key_file.read_bytes())
     assert isinstance(public_key, Ed25519PublicKey)
     jwk = OKPAlgorithm.to_jwk(public_key, as_dict=True)

@@ -1,4 +1,4 @@
-"""Where the files of the repository are."""
+"""The root directory of the repository."""
 
 from pathlib import Path
 

@@ -12,12 +12,12 @@ from typing import Any
 import asyncpg
 
 from cli.dev.postgres import find_binaries
-from tests.support.own_postgres import OwnPostgres
+from tests.support.restartable_postgres import RestartablePostgres
 
 _NAMES = ("one", "two")
 
 
-class Node(OwnPostgres):
+class Node(RestartablePostgres):
     """One of the two servers. As a standby it connects with its name."""
 
     def __init__(self, name: str, directory: Path, options: dict[str, str]):

@@ -10,7 +10,7 @@ from core.errors import ConfigurationError
 from core.settings import RetentionSettings
 from tests.conftest import database_settings
 from tests.support.factories import make_webhook_config
-from tests.support.history_rows import past_delivery, past_event, past_open
+from tests.support.past_rows import past_delivery, past_event, past_pending
 from tests.support.retention import assert_sound, ids, partition_of, run_retention
 
 BEFORE_PARTITIONS = "20261123_signatures"
@@ -22,7 +22,7 @@ async def test_rows_before_partitions_stay_and_expire(pool: Any, database_url: s
     webhook_id = await make_webhook_config(pool)
     await past_delivery(pool, webhook_id, 40)
     failed, failed_event = await past_delivery(pool, webhook_id, 40, "failed")
-    _, pending_event = await past_open(pool, webhook_id, 40)
+    _, pending_event = await past_pending(pool, webhook_id, 40)
     await asyncio.to_thread(migrate, settings)
     await pool.expire_connections()
 

@@ -22,7 +22,7 @@ from tests.support.factories import (
     settle,
     settlement,
 )
-from tests.support.history_rows import day_of, make_days, past_delivery, past_open
+from tests.support.past_rows import day_of, make_days, past_delivery, past_pending
 from tests.support.retention import SETTINGS, assert_sound, ids, partition_of, run_retention
 
 
@@ -61,7 +61,7 @@ async def test_run_continues_after_a_kill_at_any_statement(
     for days_ago in (100, 40, 39):
         await past_delivery(pool, webhook_id, days_ago)
         await past_delivery(pool, webhook_id, days_ago, "failed")
-        await past_open(pool, webhook_id, days_ago)
+        await past_pending(pool, webhook_id, days_ago)
     monkeypatch.setattr(partitions, "DAYS_AHEAD", 1)
     open_session, statements = run_module._open_session, itertools.count()
 
@@ -108,7 +108,7 @@ async def test_delivery_finished_during_the_move_is_kept(
 ) -> None:
     webhook_id = await make_webhook_config(pool)
     await make_days(pool, 40)
-    delivery_id, _ = await past_open(pool, webhook_id, 40, state="ready")
+    delivery_id, _ = await past_pending(pool, webhook_id, 40, state="ready")
     [delivery] = await queue.claim(pool, 1, 60)
     move_history = move.move_history
     moved: list[int] = []

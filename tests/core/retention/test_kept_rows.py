@@ -10,14 +10,14 @@ from core.operator_audit import Operator
 from core.settings import RetentionSettings
 from tests.conftest import database_settings
 from tests.support.factories import make_webhook_config
-from tests.support.history_rows import (
+from tests.support.past_rows import (
     day_of,
     id_of,
     make_days,
     past_attempt,
     past_delivery,
     past_event,
-    past_open,
+    past_pending,
 )
 from tests.support.retention import SETTINGS, assert_sound, ids, partition_of, run_retention
 
@@ -32,7 +32,7 @@ async def test_delivered_deliveries_are_dropped_with_their_day(
     cancelled, cancelled_event = await past_delivery(pool, webhook_id, 40, "cancelled")
     late, late_event = await past_delivery(pool, webhook_id, 40, ended_days_ago=5)
     young, young_event = await past_delivery(pool, webhook_id, 20)
-    pending, pending_event = await past_open(pool, webhook_id, 40, attempt_count=1)
+    pending, pending_event = await past_pending(pool, webhook_id, 40, attempt_count=1)
     await past_attempt(pool, pending, "timeout")
     await past_event(pool, 40, delivery_count=0)
 
@@ -55,7 +55,7 @@ async def test_kept_rows_are_removed_at_their_own_age(pool: Any, database_url: s
     await past_delivery(pool, webhook_id, 100, "failed")
     failed, failed_event = await past_delivery(pool, webhook_id, 80, "failed")
     late, late_event = await past_delivery(pool, webhook_id, 100, "failed", ended_days_ago=80)
-    _, pending_event = await past_open(pool, webhook_id, 100)
+    _, pending_event = await past_pending(pool, webhook_id, 100)
 
     for _ in range(2):
         await run_retention(database_url)
@@ -69,7 +69,7 @@ async def test_rows_without_a_day_follow_the_same_rule(pool: Any, database_url: 
     webhook_id = await make_webhook_config(pool)
     old, _ = await past_delivery(pool, webhook_id, 40)
     failed, failed_event = await past_delivery(pool, webhook_id, 40, "failed")
-    _, pending_event = await past_open(pool, webhook_id, 200)
+    _, pending_event = await past_pending(pool, webhook_id, 200)
     young, young_event = await past_delivery(pool, webhook_id, 29)
     assert await partition_of(pool, "finished_deliveries", old) == "finished_deliveries_default"
 
@@ -90,7 +90,7 @@ async def test_redelivery_keeps_its_event(pool: Any, database_url: str) -> None:
         pool, webhook_id, 3, "delivered", event_id=event_id, redelivery_of=first
     )
     second, other_event = await past_delivery(pool, webhook_id, 35)
-    pending, _ = await past_open(pool, webhook_id, 1, event_id=other_event, redelivery_of=second)
+    pending, _ = await past_pending(pool, webhook_id, 1, event_id=other_event, redelivery_of=second)
 
     await run_retention(database_url)
 

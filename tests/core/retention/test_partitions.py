@@ -7,7 +7,7 @@ import pytest
 from core import queue, retention
 from core.retention import partitions, prune
 from tests.support.factories import enqueue_events, make_webhook_config
-from tests.support.history_rows import day_of, make_days, past_delivery
+from tests.support.past_rows import day_of, make_days, past_delivery
 from tests.support.retention import assert_sound, partition_of, run_retention
 
 

@@ -23,7 +23,7 @@ from delivery.http.guard import AddressRefused, refusal_of
 from delivery.http.request import RequestTemplate
 from delivery.http.resolver import RACED_MAX, GuardedResolver
 from delivery.send import send
-from tests.support.fake_dns import FakeNames
+from tests.support.fake_dns import FakeDns
 
 NOTHING_ALLOWED = AddressPolicy()
 LOOPBACK_ALLOWED = AddressPolicy((ip_network("127.0.0.0/8"),))
@@ -121,7 +121,7 @@ async def test_an_allowed_receiver_is_called_by_number_and_by_name(
         return ["127.0.0.1"]
 
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         await post(client, receiver.url(host))
     assert receiver.connections == 1
@@ -135,7 +135,7 @@ async def test_a_receiver_that_is_not_allowed_never_sees_a_connection(
 ) -> None:
     lookup = answers("127.0.0.1")
     async with open_client(
-        policy=NOTHING_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=NOTHING_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         refusal = await refused(client, receiver.url(host))
     mapped = host.startswith("[")
@@ -161,7 +161,7 @@ async def test_one_refused_answer_refuses_the_whole_name(
 ) -> None:
     lookup = answers(*addresses)
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         refusal = await refused(client, receiver.url(NAME))
     assert refusal.address_class is expected
@@ -173,7 +173,7 @@ async def test_a_name_that_moves_inside_after_it_was_called_is_refused(
 ) -> None:
     moving = iter([["127.0.0.1"], ["169.254.169.254"]])
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lambda _: next(moving))
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lambda _: next(moving))
     ) as client:
         await dial(client, receiver.url(NAME))
         refusal = await refused(client, receiver.url(NAME))
@@ -217,7 +217,7 @@ async def _let_the_resolver_check_nothing(
     async def unguarded(
         _: GuardedResolver, host: str, port: int, family: socket.AddressFamily
     ) -> object:
-        trusting = GuardedResolver(everything, FakeNames(answers(*addresses)))
+        trusting = GuardedResolver(everything, FakeDns(answers(*addresses)))
         rows = await guarded(trusting, host, port, family)
         await trusting.close()
         return rows
@@ -241,7 +241,7 @@ async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         with pytest.raises(aiohttp.ClientConnectorDNSError) as caught:
             await dial(client, receiver.url(NAME))
@@ -252,7 +252,7 @@ async def test_a_dns_failure_is_told_apart_from_a_failure_to_connect(
 async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_file: Path) -> None:
     lookup = answers()
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         with pytest.raises(aiohttp.ClientConnectorDNSError):
             await dial(client, receiver.url(NAME))
@@ -274,7 +274,7 @@ async def test_a_name_of_very_many_addresses_is_dialled_no_more_than_another(
     url = f"https://{NAME}:{server.sockets[0].getsockname()[1]}/"
     async with (
         server,
-        open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)) as client,
+        open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)) as client,
     ):
         result = await send(client, RequestTemplate(url), b"", b"{}", 10)
     assert result.outcome is Outcome.CONNECTION_ERROR
@@ -282,7 +282,7 @@ async def test_a_name_of_very_many_addresses_is_dialled_no_more_than_another(
 
 
 async def test_closing_the_dialler_closes_what_it_asks(ca_file: Path) -> None:
-    names = FakeNames(answers())
+    names = FakeDns(answers())
     async with open_client(policy=NOTHING_ALLOWED, ca_file=ca_file, names=names):
         assert not names.closed
     assert names.closed
@@ -354,7 +354,7 @@ async def test_a_certificate_for_another_name_is_not_accepted(
 ) -> None:
     lookup = answers("127.0.0.1")
     async with open_client(
-        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeNames(lookup)
+        policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=FakeDns(lookup)
     ) as client:
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await dial(client, receiver.url("other.shop.com"))

@@ -29,7 +29,7 @@ from delivery.http.request import RequestTemplate
 from delivery.ping import ping
 from delivery.send import send
 from tests.support.connect_proxy import ConnectProxy, Misbehaviour, proxying
-from tests.support.fake_dns import FakeNames
+from tests.support.fake_dns import FakeDns
 from tests.support.platform import Platform
 from tests.support.raw_receiver import RawReceiver, header, receiving_raw, server_tls
 from tests.support.receiver import receiving
@@ -59,15 +59,15 @@ async def proxy(receiver: RawReceiver) -> AsyncIterator[ConnectProxy]:
 
 
 @pytest.fixture
-def names() -> FakeNames:
+def names() -> FakeDns:
     def no_name(_: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    return FakeNames(no_name)
+    return FakeDns(no_name)
 
 
 @pytest.fixture
-def opening(ca_file: Path, names: FakeNames) -> Callable[..., WebhookClient]:
+def opening(ca_file: Path, names: FakeDns) -> Callable[..., WebhookClient]:
     def opening(
         proxy_url: str, policy: AddressPolicy | None = None, **options: Any
     ) -> WebhookClient:
@@ -102,7 +102,7 @@ def answering(answer: bytes) -> Misbehaviour:
 async def test_a_name_that_only_the_proxy_knows_is_delivered_to_through_it(
     proxy: ConnectProxy,
     receiver: RawReceiver,
-    names: FakeNames,
+    names: FakeDns,
     opening: Callable[..., WebhookClient],
 ) -> None:
     async with opening(proxy.url()) as client:
@@ -371,7 +371,7 @@ async def test_anything_but_the_url_of_a_proxy_is_refused_at_the_start(
 
 
 async def test_credentials_from_a_file_are_those_of_the_next_tunnel(
-    proxy: ConnectProxy, ca_file: Path, names: FakeNames, tmp_path: Path
+    proxy: ConnectProxy, ca_file: Path, names: FakeDns, tmp_path: Path
 ) -> None:
     file = tmp_path / "proxy"
     file.write_text(proxy.url("one:old@") + "\n")

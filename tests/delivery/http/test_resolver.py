@@ -10,7 +10,7 @@ import pytest
 from core.addresses import AddressPolicy
 from delivery.http.guard import AddressRefused
 from delivery.http.resolver import RACED_MAX, GuardedResolver
-from tests.support.fake_dns import FakeNames
+from tests.support.fake_dns import FakeDns
 
 NOTHING_ALLOWED = AddressPolicy()
 NAME = "hooks.shop.com"
@@ -22,7 +22,7 @@ async def never(_: str) -> Sequence[str]:
 
 
 async def test_a_silent_name_server_costs_the_time_limit_and_one_look_up_at_a_time() -> None:
-    names = FakeNames(never)
+    names = FakeDns(never)
     resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=0.05)
     resolving = [resolver.resolve(NAME, port) for port in (443, 8443, 9443)]
     errors = await asyncio.gather(*resolving, return_exceptions=True)
@@ -38,7 +38,7 @@ async def test_an_attempt_that_is_given_up_leaves_the_look_up_to_the_others() ->
         await answered.wait()
         return ["8.8.8.8"]
 
-    names = FakeNames(later)
+    names = FakeDns(later)
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     first, second = (asyncio.create_task(resolver.resolve(NAME, 443)) for _ in range(2))
     await names.was_asked.wait()
@@ -60,7 +60,7 @@ async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error()
 
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: unseen.append(context))
-    names = FakeNames(fail)
+    names = FakeDns(fail)
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     try:
         waiting = asyncio.create_task(resolver.resolve(NAME, 443))
@@ -79,7 +79,7 @@ async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error()
 
 
 async def test_concurrent_lookups_of_one_name_are_one_and_later_ones_ask_again() -> None:
-    names = FakeNames(lambda _: ["8.8.8.8", "2606:4700::1111"])
+    names = FakeDns(lambda _: ["8.8.8.8", "2606:4700::1111"])
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     found = await asyncio.gather(*(resolver.resolve(NAME, port) for port in (443, 8443)))
     assert [[(row["host"], row["port"]) for row in rows] for rows in found] == [
@@ -96,7 +96,7 @@ async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_lim
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("delivery.http.resolver._LOOKUPS_MAX", 2)
-    names = FakeNames(never)
+    names = FakeDns(never)
     resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=0.05)
     resolving = [resolver.resolve(f"{n}.shop.com", 443) for n in range(3)]
     errors = await asyncio.gather(*resolving, return_exceptions=True)
@@ -107,7 +107,7 @@ async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_lim
 
 async def test_of_many_addresses_an_attempt_has_a_few_of_each_family_and_the_next_others() -> None:
     public = [f"8.8.8.{n}" for n in range(50)] + [f"2606:4700::{n:x}" for n in range(1, 51)]
-    resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: public))
+    resolver = GuardedResolver(NOTHING_ALLOWED, FakeDns(lambda _: public))
     seen: set[str] = set()
     for _ in range(5):
         given = [row["host"] for row in await resolver.resolve(NAME, 443)]
@@ -120,7 +120,7 @@ async def test_of_many_addresses_an_attempt_has_a_few_of_each_family_and_the_nex
 
 async def test_one_inner_address_among_very_many_refuses_the_name() -> None:
     answers = [f"8.8.8.{n}" for n in range(200)] + ["10.0.0.1"]
-    resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: answers))
+    resolver = GuardedResolver(NOTHING_ALLOWED, FakeDns(lambda _: answers))
     for _ in range(5):
         with pytest.raises(AddressRefused):
             await resolver.resolve(NAME, 443)
@@ -128,7 +128,7 @@ async def test_one_inner_address_among_very_many_refuses_the_name() -> None:
 
 
 async def test_an_address_that_came_twice_is_tried_once() -> None:
-    resolver = GuardedResolver(NOTHING_ALLOWED, FakeNames(lambda _: ["8.8.8.8"] * 9))
+    resolver = GuardedResolver(NOTHING_ALLOWED, FakeDns(lambda _: ["8.8.8.8"] * 9))
     assert [row["host"] for row in await resolver.resolve(NAME, 443)] == ["8.8.8.8"]
     await resolver.close()
 
@@ -137,7 +137,7 @@ async def test_an_address_that_came_twice_is_tried_once() -> None:
 async def test_a_name_with_very_many_addresses_is_not_looked_up_for_each_connection(
     count: int, asked: int
 ) -> None:
-    names = FakeNames(lambda _: [f"8.8.{n % 2}.{n}" for n in range(count)])
+    names = FakeDns(lambda _: [f"8.8.{n % 2}.{n}" for n in range(count)])
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     for host in (NAME, f"{NAME.upper()}.", NAME):
         assert len(await resolver.resolve(host, 443)) == 4
@@ -147,7 +147,7 @@ async def test_a_name_with_very_many_addresses_is_not_looked_up_for_each_connect
 
 async def test_what_is_kept_of_a_name_is_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("delivery.http.resolver._KEPT_SECONDS", 0.0)
-    names = FakeNames(lambda _: [f"8.8.{n % 2}.{n}" for n in range(200)])
+    names = FakeDns(lambda _: [f"8.8.{n % 2}.{n}" for n in range(200)])
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     for _ in range(2):
         await resolver.resolve(NAME, 443)

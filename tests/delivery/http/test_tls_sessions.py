@@ -16,7 +16,7 @@ from delivery.http.request import RequestTemplate
 from delivery.http.tls_sessions import ResumingTls, TlsSessions
 from delivery.send import send
 from tests.delivery.test_send import AMPLE, LOOPBACK_ALLOWED
-from tests.support.fake_dns import FakeNames
+from tests.support.fake_dns import FakeDns
 from tests.support.raw_receiver import RawReceiver, receiving_raw, server_tls
 
 
@@ -59,7 +59,7 @@ async def receiver(
 
 @pytest.fixture
 async def client(ca_file: Path) -> AsyncIterator[WebhookClient]:
-    names = FakeNames(lambda _: ["127.0.0.1"])
+    names = FakeDns(lambda _: ["127.0.0.1"])
     async with open_client(policy=LOOPBACK_ALLOWED, ca_file=ca_file, names=names) as client:
         yield client
 

@@ -22,8 +22,8 @@ from postrider.v1 import delivery_pb2
 from server.deliveries.store import DeliveryFilter, _page, list_deliveries
 from tests.conftest import database_settings
 from tests.support.factories import make_delivery, make_webhook_config
-from tests.support.plans import PLAN_MODES, planned_by
 from tests.support.platform import Platform
+from tests.support.query_plans import PLAN_MODES, planned_by
 from tests.support.receiver import Receiver
 from tests.support.refused_calls import refused
 

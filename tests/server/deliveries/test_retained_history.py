@@ -13,7 +13,7 @@ from core.ids import format_id
 from core.settings import RetentionSettings
 from tests.conftest import database_settings
 from tests.support.factories import MERCHANT, make_webhook_config
-from tests.support.history_rows import make_days, past_delivery, past_open
+from tests.support.past_rows import make_days, past_delivery, past_pending
 from tests.support.platform import Platform
 from tests.support.refused_calls import refused
 
@@ -25,7 +25,7 @@ async def test_removed_history_is_not_found_and_kept_is_redeliverable(
     await make_days(pool, 40)
     gone, gone_event = await past_delivery(pool, webhook_id, 40)
     kept, kept_event = await past_delivery(pool, webhook_id, 40, "failed")
-    waiting, waiting_event = await past_open(pool, webhook_id, 40)
+    waiting, waiting_event = await past_pending(pool, webhook_id, 40)
     await retention.run_once(database_settings(database_url), RetentionSettings())
 
     merchant, producer = platform.as_merchant(MERCHANT), platform.as_producer()

@@ -24,7 +24,7 @@ from server.deliveries.watch import ResumeTokens, Watch
 from tests.support.factories import (
     make_webhook_config,
 )
-from tests.support.plans import PLAN_MODES, planned_by
+from tests.support.query_plans import PLAN_MODES, planned_by
 from tests.support.watching import record, record_many, watching
 
 

@@ -15,7 +15,7 @@ from core.queue.settle import _CANCEL_WEBHOOK
 from delivery import database_stats
 from server.admin import queue_status
 from tests.support.crowded_queue import quiet_config
-from tests.support.plans import explain
+from tests.support.query_plans import explain
 
 
 @pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda invariant: invariant.name)

@@ -11,7 +11,7 @@ from core.queue import Settlement, backlog
 from core.queue.claim import _CLAIM, _RECLAIM, _RECLAIMED_OFTEN, _RELEASE, _RELEASE_CLAIMED
 from core.queue.settle import _HELD, _INPUT, _SETTLE
 from tests.support.factories import STARTED_AT
-from tests.support.plans import explain
+from tests.support.query_plans import explain
 
 
 async def test_claim_reads_only_the_rows_it_takes(crowded: Any) -> None:

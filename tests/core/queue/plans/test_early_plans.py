@@ -20,7 +20,7 @@ from server.deliveries import store as delivery_store
 from server.events import store as event_store
 from tests.support.crowded_queue import CROWD, crowded_database, quiet_config
 from tests.support.factories import STARTED_AT, make_event
-from tests.support.plans import execution, explain
+from tests.support.query_plans import execution, explain
 
 _PAGES = {
     "all": delivery_store.DeliveryFilter(),

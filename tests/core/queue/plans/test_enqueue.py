@@ -15,7 +15,7 @@ from core.queue.enqueue import (
     _ranks,
 )
 from tests.support.factories import make_event
-from tests.support.plans import explain
+from tests.support.query_plans import explain
 
 
 @pytest.mark.parametrize("statement", [_ENQUEUE, _ENQUEUE_BURST])

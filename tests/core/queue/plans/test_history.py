@@ -16,7 +16,7 @@ from server.admin import audit_log, erasure
 from server.deliveries import store as delivery_store
 from server.events import store as event_store
 from tests.support.factories import STARTED_AT
-from tests.support.plans import explain
+from tests.support.query_plans import explain
 
 
 async def test_finished_deliveries_and_attempts_are_read_by_key(crowded: Any) -> None:

@@ -1,4 +1,4 @@
-"""A PostgreSQL of a test module's own, for the tests that take it away."""
+"""A PostgreSQL server for tests that stop it."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 from cli.dev.postgres import EmbeddedPostgres, embedded_postgres
 
 
-class OwnPostgres:
+class RestartablePostgres:
     """A PostgreSQL that a test may stop, start, kill and freeze."""
 
     def __init__(self, data_dir: Path, options: Mapping[str, str] = {}):
@@ -28,14 +28,14 @@ class OwnPostgres:
         self._running.close()
 
     def crash(self) -> None:
-        """An immediate shutdown: nothing is written out, and the next start recovers."""
+        """Shut down immediately, so that the next start recovers from the WAL."""
         assert self.server is not None
         self.server.process.send_signal(signal.SIGQUIT)
         self.server.process.wait()
         self.stop()
 
     def kill(self) -> None:
-        """kill -9 of all its processes, as when the machine loses its power."""
+        """Kill all its processes, like a power failure."""
         assert self.server is not None
         for pid in self._stopped():
             os.kill(pid, signal.SIGKILL)
@@ -44,7 +44,7 @@ class OwnPostgres:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Alive for the kernel, and silent: as behind a network that drops packets."""
+        """Stop all its processes, like a network that drops packets."""
         pids = self._stopped()
         try:
             yield
@@ -54,7 +54,7 @@ class OwnPostgres:
                     os.kill(pid, signal.SIGCONT)
 
     def _stopped(self) -> list[int]:
-        """All its processes, none of which does anything any more; the first starts no others."""
+        """Stop all its processes, the postmaster first. Returns their ids."""
         assert self.server is not None
         main = self.server.process.pid
         os.kill(main, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Rows of long ago: ids and times as they would be had they been made so many days before now."""
+"""Inserts rows whose ids and times are a number of days in the past."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,7 +12,7 @@ _RANDOM = (1 << 80) - 1
 
 
 def id_of(days_ago: float) -> UUID:
-    """A UUIDv7 made so many days ago."""
+    """A UUIDv7 with a timestamp in the past."""
     moment = datetime.now(UTC) - timedelta(days=days_ago)
     return UUID(int=first_id_at(moment).int | new_id().int & _RANDOM)
 
@@ -22,7 +22,7 @@ def day_of(days_ago: float) -> Day:
 
 
 async def make_days(pool: Any, *days_ago: float) -> None:
-    """The parts of these days, as retention would have made them ahead."""
+    """Create the partitions of these days."""
     async with pool.acquire() as connection:
         for number in days_ago:
             assert await create_day(connection, day_of(number))
@@ -53,7 +53,7 @@ async def past_delivery(
     event_id: UUID | None = None,
     **overrides: Any,
 ) -> tuple[UUID, UUID]:
-    """A finished delivery with one attempt, and its event; their ids."""
+    """A finished delivery with one attempt. Returns the ids of the delivery and its event."""
     ended = days_ago if ended_days_ago is None else ended_days_ago
     event_id = event_id or await past_event(pool, days_ago)
     attempts = 0 if state == "cancelled" else 1
@@ -75,10 +75,10 @@ async def past_delivery(
     return UUID(str(row["id"])), event_id
 
 
-async def past_open(
+async def past_pending(
     pool: Any, webhook_id: UUID, days_ago: float, **overrides: Any
 ) -> tuple[UUID, UUID]:
-    """A delivery that is still parked, and its event; their ids."""
+    """A parked delivery. Returns the ids of the delivery and its event."""
     event_id = overrides.pop("event_id", None) or await past_event(pool, days_ago)
     row = {
         "id": id_of(days_ago),
@@ -107,6 +107,6 @@ async def past_attempt(pool: Any, delivery_id: UUID, outcome: str, number: int =
 
 
 async def _insert(pool: Any, table: str, row: dict[str, Any]) -> None:
-    places = ", ".join(f"${number}" for number in range(1, len(row) + 1))
-    statement = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({places})"  # noqa: S608
+    parameters = ", ".join(f"${number}" for number in range(1, len(row) + 1))
+    statement = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({parameters})"  # noqa: S608
     await pool.execute(statement, *row.values())

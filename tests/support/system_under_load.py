@@ -1,4 +1,4 @@
-"""A complete Postrider of real processes under load, for tests that stop a part of it."""
+"""Postrider with real processes under load, for tests that stop a part of it."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ MERCHANTS = tuple(f"m_{number}" for number in range(8))
 ENGINE_MB_MAX = 150
 
 
-class Scene:
+class SystemUnderLoad:
     """Server, engines and merchants of one test. `load` publishes events during the fault."""
 
     def __init__(
@@ -89,7 +89,7 @@ class Scene:
         await self.load.all_arrived()
 
     async def drained(self, where: str = "true", timeout: float = AMPLE) -> None:
-        """Wait until no delivery is open. Polls every 50 ms."""
+        """Wait until no delivery is pending. Polls every 50 ms."""
         query = f"SELECT EXISTS (SELECT FROM delivery_queue WHERE {where}) FROM pg_sleep(0.05)"  # noqa: S608
         async with asyncio.timeout(timeout):
             while await self.pool.fetchval(query):
@@ -106,9 +106,9 @@ class Scene:
         )
         async with asyncio.timeout(AMPLE):
             printed, _ = await process.communicate()
-        told = orjson.loads(printed)
-        assert [i for i in told["invariants"] if i["broken"]] == []
-        assert (process.returncode, told["complete"]) == (0, True)
+        report = orjson.loads(printed)
+        assert [i for i in report["invariants"] if i["broken"]] == []
+        assert (process.returncode, report["complete"]) == (0, True)
 
     def counts(self) -> Counts:
         return balance(self.load.acknowledged, self.receiver.webhooks, self.secrets)
@@ -118,5 +118,5 @@ class Scene:
         return max(engine.peak_megabytes() for engine in self.engines if engine.lives)
 
 
-#: `conclude(scene, fault, most_duplicates)`, a fixture.
+#: `conclude(system, fault, most_duplicates)`, a fixture.
 type Conclude = Callable[..., Any]

@@ -1,4 +1,4 @@
-"""A receiver's answer that waits, so that a test decides when requests end."""
+"""A response that a receiver holds back until the test releases it."""
 
 import asyncio
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from aiohttp import web
 _TIMEOUT_SECONDS = 30.0
 
 
-class Gate:
-    """Answers `status` once the gate is open, and counts the requests that wait at once.
+class HeldResponse:
+    """Responds with `status` after `release`, and counts the concurrent requests.
 
-    Only every `one_in`-th request after the first `after` waits. The others are answered at once.
+    Only every `one_in`-th request after the first `after` is held.
     """
 
     def __init__(
@@ -22,33 +22,33 @@ class Gate:
         one_in: int = 1,
         after: int = 0,
     ) -> None:
-        self.waiting = 0
-        self.most_waiting = 0
+        self.held = 0
+        self.most_held = 0
         self._status = status
         self._headers = headers
         self._one_in = one_in
         self._after = after
         self._seen = 0
-        self._opened = asyncio.Event()
+        self._released = asyncio.Event()
         self._changed = asyncio.Condition()
 
-    def open(self) -> None:
-        self._opened.set()
+    def release(self) -> None:
+        self._released.set()
 
     async def __call__(self, _: web.Request) -> web.StreamResponse:
         self._seen += 1
         if self._seen > self._after and self._seen % self._one_in == 0:
             async with self._changed:
-                self.waiting += 1
-                self.most_waiting = max(self.most_waiting, self.waiting)
+                self.held += 1
+                self.most_held = max(self.most_held, self.held)
                 self._changed.notify_all()
             try:
-                await self._opened.wait()
+                await self._released.wait()
             finally:
-                self.waiting -= 1
+                self.held -= 1
         return web.Response(status=self._status, headers=self._headers)
 
     async def wait_for(self, count: int) -> None:
-        """Return once so many requests wait at the same time."""
+        """Wait until this many requests are held."""
         async with asyncio.timeout(_TIMEOUT_SECONDS), self._changed:
-            await self._changed.wait_for(lambda: self.waiting >= count)
+            await self._changed.wait_for(lambda: self.held >= count)

@@ -1,6 +1,7 @@
-"""Query plans: EXPLAIN of the plan that a session would use, and the rows that it read.
+"""Runs EXPLAIN ANALYZE and checks the plan of a statement.
 
-EXPLAIN of a statement with arguments always makes a custom plan, so an EXECUTE is explained.
+EXPLAIN of a statement with arguments always uses a custom plan. To get the generic plan too, the
+module explains the EXECUTE of a prepared statement.
 """
 
 import itertools
@@ -55,7 +56,7 @@ class Plan:
     whole_rows: bool
 
     def index_scan(self, index: str) -> Scan:
-        """The scan of this index, where `_day_` stands for any day. Fails if there is none."""
+        """The scan of this index, with `_day_` in place of the date. Fails if there is none."""
         found = [scan for scan in self.scans if scan.index == index]
         assert found, f"{index} is not used, but {[(s.kind, s.relation) for s in self.scans]}"
         # Only one of several partitions has matching rows.
