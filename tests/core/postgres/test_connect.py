@@ -1,7 +1,6 @@
-"""Which of several hosts is connected to, and how a connection notices that the other end vanished.
+"""The choice between several hosts, and the detection of a vanished host.
 
-The hosts are directories with a socket: the session's PostgreSQL, one that is silent, one that
-nobody serves.
+The hosts are directories with a socket: the session's PostgreSQL, a silent one and an empty one.
 """
 
 import asyncio
@@ -29,13 +28,13 @@ from tests.support.postgres_proxy import PostgresProxy
 
 @pytest.fixture
 def elsewhere() -> Iterator[Path]:
-    # The path of a socket may be 107 bytes long, which tmp_path nearly is.
+    # A socket path has at most 107 bytes, and tmp_path is almost as long.
     with tempfile.TemporaryDirectory() as directory:
         yield Path(directory)
 
 
 class Silent:
-    """A host that takes connections and says nothing, as a frozen server does."""
+    """A host that accepts connections and never answers, like a frozen server."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -80,7 +79,7 @@ async def test_silent_host_leaves_time_for_the_next(database_url: str, silent: S
         for _ in range(2):
             connection = await several.connect()
             await connection.close()
-    # The second time, the host that had accepted was asked first.
+    # The second connection tries the host that answered first.
     assert len(silent.held) == 1
 
 
@@ -103,7 +102,7 @@ async def test_read_only_host_is_skipped(
 async def test_old_primary_is_skipped_although_it_accepts_writes(
     database_url: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process's PostgreSQL would be needed to promote one; this one is told of one."""
+    """The timeline is patched, because a real promotion needs a second server."""
     met: dict[int, int] = {}
     monkeypatch.setattr(Connector, "_timelines", met)
     several = connector(naming(database_url, elsewhere))
@@ -113,7 +112,7 @@ async def test_old_primary_is_skipped_although_it_accepts_writes(
     met.update(dict.fromkeys(met, 2))
     with pytest.raises(ConnectionError, match=r"takes writes on timeline 1, .* to timeline 2"):
         await several.connect()
-    # After an upgrade they begin anew, with another identifier.
+    # After an upgrade the system identifier changes and timelines start at 1.
     met.clear()
     met[1] = 2
     await (await several.connect()).close()
@@ -184,7 +183,7 @@ async def test_vanished_host_is_detected_in_seconds(
                 "unacknowledged": sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
             }
             await connection.close()
-            # The proxy's two ends go after it.
+            # The proxy's tasks end after the connection.
             if others := asyncio.all_tasks() - {asyncio.current_task()}:
                 await asyncio.wait(others)
         return found
@@ -198,10 +197,10 @@ async def test_new_connections_use_a_changed_password_file(
 ) -> None:
     file = tmp_path / "password"
     file.write_text("first\n")
-    # The one in the URL is not asked: a file is where passwords are changed.
+    # The file takes precedence over the password in the URL.
     url = database_url.replace("postgres@", "by_password:stale@")
     settings = database_settings(url).model_copy(update={"database_password_file": file})
-    async with asking_for_a_password(postgres) as admin:
+    async with password_required(postgres) as admin:
         pool: Any = await open_pool(settings, "test", 2)
         sessions = open_sessions(settings, 1)
         old = await pool.acquire()
@@ -220,8 +219,8 @@ async def test_new_connections_use_a_changed_password_file(
 
 
 @asynccontextmanager
-async def asking_for_a_password(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
-    """A role `by_password`, with the password "first", whom the server asks for it."""
+async def password_required(postgres: EmbeddedPostgres) -> AsyncIterator[Any]:
+    """A role `by_password` that must log in with the password "first"."""
     rules = postgres.data_dir / "pg_hba.conf"
     before = rules.read_text()
     rules.write_text(f"local all by_password scram-sha-256\n{before}")
@@ -245,7 +244,7 @@ async def test_old_connection_is_replaced_after_use(database_url: str) -> None:
         backends[name] = {await pool.fetchval("SELECT pg_backend_pid()") for _ in range(3)}
         async with pool.acquire() as connection, connection.transaction():
             backends[name] |= {await connection.fetchval("SELECT pg_backend_pid()")}
-            # Never in the middle of its use.
+            # A connection in use is not replaced.
             assert {await connection.fetchval("SELECT pg_backend_pid()")} <= backends[name]
         assert pool.get_size() == (0 if name == "old" else 1)
         await pool.close()

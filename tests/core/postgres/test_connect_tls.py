@@ -20,7 +20,7 @@ from server.database import open_sessions
 from tests.conftest import database_settings
 from tests.support.certificates import Authority, Issued
 
-#: The embedded PostgreSQL is built without TLS; that of a distribution is built with it.
+#: PostgreSQL of the distribution, because the embedded one is built without TLS.
 BINARIES = next(
     (path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None
 )
@@ -34,7 +34,7 @@ SERVERS, CLIENTS = Authority("of servers"), Authority("of clients")
 
 @dataclass(frozen=True)
 class Secured:
-    """A server that takes nothing but TLS, and knows the role by its certificate."""
+    """A server that requires TLS and authenticates the role by certificate."""
 
     port: int
     files: Path
@@ -63,7 +63,7 @@ async def secured(tmp_path: Path) -> AsyncIterator[Secured]:
     (tmp_path / "clients.pem").write_bytes(CLIENTS.certificate)
     found.give("client", CLIENTS.issue(common_name="postgres"))
     with tempfile.TemporaryDirectory(prefix="postrider-tests-") as place:
-        # For root, PostgreSQL runs as somebody else, who has to get there.
+        # Tests that run as root start PostgreSQL as another user, which needs access.
         os.chmod(place, 0o711)  # noqa: S103
         data = Path(place, "data")
         with embedded_postgres(data, bin_dir=BINARIES, announce=lambda _: None):
@@ -86,7 +86,7 @@ async def secured(tmp_path: Path) -> AsyncIterator[Secured]:
 
 
 async def test_all_connections_use_verified_mutual_tls(secured: Secured) -> None:
-    # The first host is nobody's: several hosts are verified as one is.
+    # The first host is unreachable, so that a list of hosts is verified as well.
     several = f"127.0.0.1:1,127.0.0.1:{secured.port}"
     url = secured.url().replace(f"127.0.0.1:{secured.port}", several)
     settings = database_settings(url)
@@ -100,19 +100,20 @@ async def test_all_connections_use_verified_mutual_tls(secured: Secured) -> None
     await sessions.kw["bind"].dispose()
 
 
-async def test_server_of_another_authority_is_refused(secured: Secured) -> None:
-    with pytest.raises(PostriderError, match="certificate verify failed"):
-        await open_pool(database_settings(secured.url(ca="clients.pem")), "test", 1)
-
-
-async def test_server_under_another_name_is_refused(secured: Secured) -> None:
-    with pytest.raises(PostriderError, match="certificate verify failed"):
-        await open_pool(database_settings(secured.url(host="localhost")), "test", 1)
-
-
-async def test_server_refuses_connections_without_tls(secured: Secured) -> None:
-    with pytest.raises(PostriderError, match=r"no pg_hba\.conf entry"):
-        await open_pool(database_settings(secured.url(sslmode="disable")), "test", 1)
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"ca": "clients.pem"}, "certificate verify failed"),
+        ({"host": "localhost"}, "certificate verify failed"),
+        ({"sslmode": "disable"}, r"no pg_hba\.conf entry"),
+    ],
+    ids=["another authority", "another name", "without TLS"],
+)
+async def test_unverified_connection_is_refused(
+    secured: Secured, change: dict[str, str], error: str
+) -> None:
+    with pytest.raises(PostriderError, match=error):
+        await open_pool(database_settings(secured.url(**change)), "test", 1)
 
 
 async def test_next_connection_uses_a_renewed_certificate(secured: Secured) -> None:

@@ -21,29 +21,23 @@ from tests.support.factories import (
 )
 
 
-async def test_park_webhooks_moves_all_ready_deliveries(pool: Any) -> None:
-    webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
-    for state in ("ready", "leased", "parked"):
-        await make_delivery(pool, webhook_id, state=state)
-    await make_delivery(pool, webhook_id, due_in=60)
-    await make_delivery(pool, other)
-
-    await queue.park_webhooks(pool, [webhook_id])
-
-    assert await states(pool, webhook_id) == ["leased", "parked", "parked", "parked"]
-    assert await states(pool, other) == ["ready"]
-
-
-async def test_park_due_moves_only_due_deliveries(pool: Any) -> None:
-    webhook_id, other = [await make_webhook_config(pool) for _ in range(2)]
+@pytest.mark.parametrize(
+    ("park", "future_state"), [(queue.park_webhooks, "parked"), (queue.park_due, "ready")]
+)
+async def test_park_moves_only_ready_deliveries_of_its_config(
+    pool: Any, webhook_id: UUID, park: Any, future_state: str
+) -> None:
+    """`park_due` leaves deliveries that are due later."""
+    other = await make_webhook_config(pool)
     for state in ("ready", "ready", "leased", "parked"):
         await make_delivery(pool, webhook_id, state=state)
     await make_delivery(pool, webhook_id, due_in=60)
     await make_delivery(pool, other)
 
-    await queue.park_due(pool, [webhook_id])
+    await park(pool, [webhook_id])
 
-    assert await states(pool, webhook_id) == ["leased", "parked", "parked", "parked", "ready"]
+    expected = ["leased", "parked", "parked", "parked", future_state]
+    assert await states(pool, webhook_id) == expected
     assert await states(pool, other) == ["ready"]
 
 

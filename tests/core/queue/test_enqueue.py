@@ -5,6 +5,8 @@ from collections import Counter
 from typing import Any
 from uuid import UUID
 
+import pytest
+
 from core import queue
 from tests.support.factories import (
     EVENT_TYPE,
@@ -86,24 +88,19 @@ async def test_batch_may_mix_merchants_types_and_unmatched_events(pool: Any) -> 
     assert await states(pool) == ["ready"] * 3
 
 
-async def test_repeated_key_in_a_batch_makes_one_event(pool: Any) -> None:
-    await make_webhook_config(pool)
-    first, second = [make_event(idempotency_key="k") for _ in range(2)]
+@pytest.mark.parametrize("newest_first", [False, True])
+async def test_first_position_wins_a_repeated_key_regardless_of_ids(
+    pool: Any, webhook_id: UUID, newest_first: bool
+) -> None:
+    events = [make_event(idempotency_key="k") for _ in range(2)]
+    if newest_first:
+        events.reverse()
 
-    accepted = await queue.enqueue(pool, [first, second])
+    accepted = await queue.enqueue(pool, events)
 
     assert accepted.delivery_counts == [1, None]
-    assert await pool.fetchval("SELECT array_agg(id) FROM events") == [first.id]
+    assert await pool.fetchval("SELECT array_agg(id) FROM events") == [events[0].id]
     assert await states(pool) == ["ready"]
-
-
-async def test_first_position_wins_a_repeated_key_regardless_of_ids(pool: Any) -> None:
-    older, newer = [make_event(idempotency_key="k") for _ in range(2)]
-
-    accepted = await queue.enqueue(pool, [newer, older])
-
-    assert accepted.delivery_counts == [0, None]
-    assert await pool.fetchval("SELECT array_agg(id) FROM events") == [newer.id]
 
 
 async def test_used_key_makes_no_second_event(pool: Any) -> None:
