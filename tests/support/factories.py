@@ -103,6 +103,19 @@ async def make_delivery(pool: Any, webhook_id: UUID, **overrides: Any) -> UUID:
     return UUID(str(row["id"]))
 
 
+async def mark_deleted(connection: Any, webhook_id: UUID) -> None:
+    """Delete a config without cancelling its deliveries."""
+    await connection.execute(
+        "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
+    )
+
+
+async def end_leases(pool: Any) -> None:
+    await pool.execute(
+        "UPDATE delivery_queue SET lease_until = now() - interval '1 second' WHERE state = 'leased'"
+    )
+
+
 async def lease_one(pool: Any, webhook_id: UUID, **overrides: Any) -> LeasedDelivery:
     """A claimed delivery. No other delivery may be due."""
     delivery_id = await make_delivery(pool, webhook_id, **overrides)

@@ -15,6 +15,7 @@ from tests.support.factories import (
     make_delivery,
     make_event,
     make_webhook_config,
+    mark_deleted,
     places,
     promptly,
     states,
@@ -123,7 +124,7 @@ async def test_parked_delivery_missed_by_deletion_is_admitted(pool: Any) -> None
     webhook_id = await make_webhook_config(pool, active=False)
     async with pool.acquire() as connection, connection.transaction():
         await queue.enqueue(connection, [make_event()])
-        await _delete(pool, webhook_id)
+        await mark_deleted(pool, webhook_id)
         assert await queue.cancel_webhook(pool, webhook_id) == 0
 
     backlog = await queue.webhooks_with_backlog(pool)
@@ -184,9 +185,3 @@ async def test_backlog_lists_each_config_with_parked_deliveries_once(pool: Any) 
 async def test_constraints_refuse_an_impossible_row(pool: Any, columns: dict[str, Any]) -> None:
     with pytest.raises(asyncpg.CheckViolationError):
         await make_delivery(pool, new_id(), **columns)
-
-
-async def _delete(connection: Any, webhook_id: UUID) -> None:
-    await connection.execute(
-        "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
-    )

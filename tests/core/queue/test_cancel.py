@@ -13,6 +13,7 @@ from tests.support.factories import (
     lease_one,
     make_delivery,
     make_webhook_config,
+    mark_deleted,
     places,
     promptly,
     settle,
@@ -74,7 +75,7 @@ async def test_cancel_does_not_deadlock_with_a_waiting_settle(pool: Any) -> None
     delivery = await lease_one(pool, webhook_id)
     waiting = await make_delivery(pool, webhook_id)
     async with pool.acquire() as connection, connection.transaction():
-        await _delete(connection, webhook_id)
+        await mark_deleted(connection, webhook_id)
         settling = asyncio.create_task(settle(pool, settlement(delivery)))
         await until_blocked(pool)
         assert await promptly(queue.cancel_webhook(connection, webhook_id)) == 1
@@ -82,9 +83,3 @@ async def test_cancel_does_not_deadlock_with_a_waiting_settle(pool: Any) -> None
     assert (await settling).delivery_ids == {delivery.id}
     found = await places(pool)
     assert (found[delivery.id].state, found[waiting].state) == ("delivered", "cancelled")
-
-
-async def _delete(connection: Any, webhook_id: UUID) -> None:
-    await connection.execute(
-        "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
-    )

@@ -11,11 +11,13 @@ from core import queue
 from tests.support.factories import (
     EVENT_TYPE,
     attempts,
+    end_leases,
     enqueue_events,
     ids_of,
     lease_one,
     make_delivery,
     make_webhook_config,
+    mark_deleted,
     places,
     promptly,
     states,
@@ -41,7 +43,7 @@ async def test_claim_returns_all_data_of_an_attempt(pool: Any) -> None:
 async def test_claim_reports_deactivated_and_deleted_configs(pool: Any) -> None:
     paused = await make_webhook_config(pool, active=False)
     deleted = await make_webhook_config(pool)
-    await _delete(pool, deleted)
+    await mark_deleted(pool, deleted)
     for webhook_id in (paused, deleted):
         await make_delivery(pool, webhook_id)
 
@@ -141,7 +143,7 @@ async def test_returned_lease_costs_no_attempt_and_no_reclaim(
 @pytest.mark.parametrize("give_up", ["release", "park_leased"])
 async def test_lost_lease_cannot_be_returned(pool: Any, give_up: str, webhook_id: UUID) -> None:
     old = await lease_one(pool, webhook_id)
-    await _expire(pool)
+    await end_leases(pool)
     await queue.reclaim(pool, 10)
     [new] = await queue.claim(pool, 10, 60)
 
@@ -159,15 +161,3 @@ async def test_notify_reaches_listeners(pool: Any) -> None:
         async with asyncio.timeout(10):
             await heard.wait()
         await listener.reset()
-
-
-async def _delete(connection: Any, webhook_id: UUID) -> None:
-    await connection.execute(
-        "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
-    )
-
-
-async def _expire(pool: Any) -> None:
-    await pool.execute(
-        "UPDATE delivery_queue SET lease_until = now() - interval '1 second' WHERE state = 'leased'"
-    )

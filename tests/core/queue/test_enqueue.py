@@ -13,6 +13,7 @@ from tests.support.factories import (
     enqueue_events,
     make_event,
     make_webhook_config,
+    mark_deleted,
     states,
     until_blocked,
 )
@@ -56,7 +57,7 @@ async def test_delivery_to_an_inactive_config_is_parked(pool: Any) -> None:
 
 
 async def test_deleted_config_gets_no_delivery(pool: Any, webhook_id: UUID) -> None:
-    await _delete(pool, webhook_id)
+    await mark_deleted(pool, webhook_id)
     event = make_event()
 
     accepted = await queue.enqueue(pool, [event])
@@ -186,9 +187,3 @@ async def test_idempotency_keys_are_locked_in_one_order(pool: Any) -> None:
 
 async def _column(pool: Any, query: str) -> list[Any]:
     return [row[0] for row in await pool.fetch(query)]
-
-
-async def _delete(connection: Any, webhook_id: UUID) -> None:
-    await connection.execute(
-        "UPDATE webhook_configs SET deleted_at = now() WHERE id = $1", webhook_id
-    )

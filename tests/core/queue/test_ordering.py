@@ -17,6 +17,7 @@ from core.queue.ordering import _lock
 from delivery import maintain
 from tests.support.factories import (
     MERCHANT,
+    end_leases,
     enqueue_events,
     failed,
     make_delivery,
@@ -189,10 +190,7 @@ async def test_unsent_first_delivery_stays_first(pool: Any, give_up: Any, ordere
     if give_up:
         await give_up(pool, leased)
     else:
-        await pool.execute(
-            "UPDATE delivery_queue SET lease_until = now() - interval '1 second' "
-            "WHERE state = 'leased'"
-        )
+        await end_leases(pool)
         assert len(await queue.reclaim(pool, 10)) == 1
     await queue.promote(pool, [Chain(ordered_id, "k")])
 

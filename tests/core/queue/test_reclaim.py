@@ -10,6 +10,7 @@ from core.ids import format_id
 from delivery.maintain import reclaim
 from tests.support.factories import (
     attempts,
+    end_leases,
     ids_of,
     lease_many,
     lease_one,
@@ -41,7 +42,7 @@ async def test_first_reclaim_is_due_at_once_and_later_ones_back_off(
     delivery = await lease_one(pool, webhook_id)
     waits = []
     for count in range(12):
-        await _expire(pool)
+        await end_leases(pool)
         assert await queue.reclaim(pool, 10) == [delivery.id]
         place = (await places(pool))[delivery.id]
         waits.append(place.due_in or 0)
@@ -100,7 +101,7 @@ async def test_concurrent_reclaims_share_the_rows_without_waiting(
 
 async def test_reclaim_skips_a_row_being_settled(pool: Any, webhook_id: UUID) -> None:
     [delivery] = await lease_many(pool, webhook_id, 1)
-    await _expire(pool)
+    await end_leases(pool)
     async with pool.acquire() as connection, connection.transaction():
         await queue.settle(connection, [settlement(delivery)], 10)
         assert await promptly(queue.reclaim(pool, 10)) == []
@@ -115,9 +116,3 @@ async def test_reclaim_works_at_the_maximum_count(pool: Any, webhook_id: UUID) -
     )
 
     assert await queue.reclaim(pool, 10) == [delivery_id]
-
-
-async def _expire(pool: Any) -> None:
-    await pool.execute(
-        "UPDATE delivery_queue SET lease_until = now() - interval '1 second' WHERE state = 'leased'"
-    )
