@@ -15,7 +15,7 @@ from delivery.http.client import WebhookClient, open_client
 from delivery.http.request import RequestTemplate
 from delivery.http.tls_sessions import ResumingTls, TlsSessions
 from delivery.send import send
-from tests.delivery.test_send import AMPLE, LOOPBACK_ALLOWED
+from tests.support.attempts import AMPLE, LOOPBACK_ALLOWED
 from tests.support.fake_dns import FakeDns
 from tests.support.raw_receiver import RawReceiver, receiving_raw, server_tls
 
