@@ -1,4 +1,4 @@
-"""Real processes, killed, frozen and stopped: nothing acknowledged is lost, whoever dies."""
+"""Killed, frozen and stopped processes lose no acknowledged event."""
 
 import asyncio
 import signal
@@ -75,7 +75,7 @@ async def register(platform: Platform, receiver: Receiver, *merchants: str) -> d
 
 
 async def publish(platform: Platform, merchants: Sequence[str], count: int) -> list[str]:
-    """Publish so many events in one call, to the merchants in turn; returns the acknowledged."""
+    """Publish events in one call, to the merchants in turn. Returns the acknowledged ids."""
     request = event_service_pb2.PublishEventsRequest(
         events=[_event(merchants[number % len(merchants)]) for number in range(count)]
     )
@@ -106,7 +106,7 @@ async def warm_up(
 ) -> None:
     """Let the running engines see that these receivers answer, which earns them their places.
 
-    Afterwards nothing of the so many deliveries is left, neither on record nor at the receiver.
+    Afterwards all deliveries have finished, in the database and at the receiver.
     """
     await receive(receiver, await publish(platform, merchants, count))
     async with asyncio.timeout(AMPLE):

@@ -53,7 +53,7 @@ def found(canaries: Iterable[str], texts: Iterable[str]) -> list[tuple[str, str]
 
 
 async def rows(pool: Any) -> dict[str, list[str]]:
-    """Every row of every table as text, bytes in hexadecimal; and what sessions last asked."""
+    """Every row of every table as text with hexadecimal bytes, and the sessions' last queries."""
     tables = await pool.fetch(
         "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace"
         " AND relkind IN ('r', 'p') AND NOT relispartition"

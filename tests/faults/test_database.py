@@ -1,4 +1,4 @@
-"""PostgreSQL restarts, freezes, loses connections and is held up by somebody, all under load."""
+"""PostgreSQL restarts, freezes, loses connections and waits for locks under load."""
 
 import asyncio
 import tempfile
@@ -84,7 +84,7 @@ async def test_database_frozen_for_30_seconds(
 async def test_rows_locked_for_60_seconds(
     system: SystemUnderLoad, conclude: Conclude, pool: Any
 ) -> None:
-    """Somebody's transaction has locked a webhook config and some deliveries, and is idle."""
+    """An idle transaction has locked a webhook config and some deliveries."""
     for _ in range(2):
         # So that a wait for a lock is to a lease what it is in production.
         await system.engine(database_statement_timeout_seconds=1)

@@ -16,7 +16,7 @@ PLACES = 500
 
 @pytest.mark.slow
 async def test_fewer_descriptors_than_slots(system: SystemUnderLoad, conclude: Conclude) -> None:
-    # Every place wants a connection of its own.
+    # Each slot needs its own connection.
     engine = await system.engine(
         under=LIMITED, **PATIENT, max_in_flight=PLACES, max_in_flight_per_webhook=PLACES
     )

@@ -1,4 +1,4 @@
-"""Receivers that misbehave on purpose beside good ones: it gains nothing, and harms nobody."""
+"""Hostile receivers do not affect deliveries to other receivers."""
 
 import asyncio
 import gzip

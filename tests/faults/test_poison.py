@@ -1,4 +1,4 @@
-"""Rows that no call of ours could have made: only their own deliveries suffer, and no engine."""
+"""Corrupt rows fail only their own deliveries, and no engine."""
 
 from typing import Any
 
@@ -87,7 +87,7 @@ async def test_poison_row_fails_only_its_own_deliveries(
         for kind, (_, result) in POISON.items()
     }
     assert await outcomes(pool) == expected
-    # Faults of ours are nothing to hold against a receiver; a URL that is none to call is.
+    # An internal fault does not count against the receiver. A URL that cannot be called does.
     blamed = await pool.fetch(
         "SELECT merchant_id FROM webhook_configs WHERE consecutive_failures > 0 OR NOT active"
     )

@@ -79,7 +79,7 @@ async def make_delivery(pool: Any, webhook_id: UUID, **overrides: Any) -> UUID:
     """
     due_in = overrides.pop("due_in", 0.0)
     lease_in = overrides.pop("lease_in", None)
-    [event] = await enqueue_events(pool, merchant_id="m_nobody_listens_to")
+    [event] = await enqueue_events(pool, merchant_id="m_without_configs")
     row = {
         "id": new_id(),
         "state": "ready",

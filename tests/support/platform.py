@@ -153,7 +153,7 @@ class Platform:
         return response
 
     async def publish_many(self, count: int, merchant_id: str = "m_1", **fields: Any) -> list[str]:
-        """Publish so many equal events in one call, and return their ids."""
+        """Publish this many equal events in one call. Returns their ids."""
         fields = {"type": "payment.succeeded", "payload_text": '{"amount": 1}', **fields}
         event = event_pb2.EventInput(merchant_id=merchant_id, **fields)
         response = await self.as_producer().PublishEvents(events=[event] * count)

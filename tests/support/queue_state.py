@@ -45,7 +45,7 @@ async def until_queued(pool: Any, expected: Mapping[str, int]) -> None:
 
 
 async def until_finished(pool: Any, count: int) -> Counter[str]:
-    """Return the states of all deliveries once so many are finished and none is open."""
+    """Wait until this many deliveries are finished and none is pending. Returns all states."""
 
     async def is_finished() -> bool:
         return (await finished_states(pool)).total() == count and not await queue_states(pool)
