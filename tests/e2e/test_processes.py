@@ -284,9 +284,8 @@ async def test_two_servers_and_two_engines_share_work(
     for _, address in servers:
         async with talking_to(address, platform) as client:
             acknowledged += await publish(client, merchants, 200)
-    # More than one of them may have in flight, so both are at work.
-    await holding.wait_for(40)
-    assert holding.inside == 40
+    # More than one engine may have in flight, so both are at work.
+    await holding.wait_for(21)
     holding.release()
     await receive(receiver, acknowledged)
     await stop(*engines, *(server for server, _ in servers))
