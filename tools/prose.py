@@ -49,7 +49,7 @@ for path in map(Path, sys.stdin.read().splitlines()):
         names += re.findall(r"def (test_\w+)", path.read_text()) if group == "tests" else []
 hits = {group: [line for line in found if HABITS.search(line.partition(": ")[2])]
         for group, found in groups.items()}  # fmt: skip
-rates = {group: 1000 * len(hits[group]) / len(found) for group, found in groups.items()}
+rates = {group: 1000 * len(hits[group]) / max(len(found), 1) for group, found in groups.items()}
 long = [name for name in names if len(name) > NAME_LIMIT]
 print(*(f"{group}: {rate:.1f} habits per 1,000 lines" for group, rate in rates.items()), sep="\n")
 print(f"test names over {NAME_LIMIT} characters: {len(long)}")

@@ -14,7 +14,7 @@ import pytest
 from tests.support.platform import Platform
 from tests.support.processes import AMPLE, Process, Processes, environment_of
 
-#: A process namespace of its own, for which ordinary users need a user namespace around it.
+#: Ordinary users need a user namespace around the process namespace.
 NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child"]
 if os.geteuid() != 0:
     NAMESPACE += ["--user", "--map-current-user"]

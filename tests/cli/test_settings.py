@@ -51,7 +51,7 @@ def test_settings_page_and_example_list_every_setting() -> None:
         assert all(variable_name(name) in listed for name, _ in all_fields())
 
 
-def test_misspelt_variable_is_an_error_that_suggests_the_right_one() -> None:
+def test_misspelt_variable_error_suggests_the_right_name() -> None:
     with pytest.raises(ConfigurationError, match="did you mean WEBHOOK_MAX_RETRIES"):
         refuse_unknown_variables({"WEBHOOK_MAX_RETRYS": "3"})
 

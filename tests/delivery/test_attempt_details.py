@@ -1,4 +1,4 @@
-"""What an attempt records beside its outcome: phases, address, and the beginning of the body."""
+"""Attempts record phases, the address, and the beginning of the body."""
 
 import asyncio
 import socket
@@ -41,9 +41,7 @@ async def post(client: WebhookClient, url: URL | str, seconds: float = SECONDS) 
     return await send(client, RequestTemplate(str(url)), HEADERS, b"{}", seconds)
 
 
-async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
-    receiver: Receiver, ca_file: Path
-) -> None:
+async def test_first_attempt_records_every_phase(receiver: Receiver, ca_file: Path) -> None:
     async with opening(ca_file) as client:
         result = await post(client, receiver.url.replace("127.0.0.1", "localhost"))
     assert result.outcome is Outcome.SUCCEEDED
@@ -58,7 +56,7 @@ async def test_a_first_attempt_has_every_phase_and_they_fit_into_the_whole(
     assert result.remote_address == "127.0.0.1"
 
 
-async def test_a_reused_connection_was_not_dialled_but_its_address_is_known(
+async def test_reused_connection_records_its_address_only(
     receiver: Receiver, ca_file: Path
 ) -> None:
     async with opening(ca_file) as client:
@@ -138,7 +136,7 @@ async def test_the_handshake_is_told_apart_on_the_loop_of_production(
     assert 100 < result.tls_us < result.connect_us
 
 
-async def test_a_handshake_that_never_ends_is_charged_to_the_connection(
+async def test_endless_handshake_counts_as_connect_time(
     ca_file: Path,
 ) -> None:
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,7 +167,7 @@ async def test_a_refused_address_is_not_told(ca_file: Path) -> None:
         assert (result.connect_us, result.remote_address) == (None, None)
 
 
-async def test_a_connection_made_anew_for_a_stale_one_is_the_one_on_record(
+async def test_replacement_of_a_stale_connection_is_recorded(
     authority: trustme.CA, ca_file: Path
 ) -> None:
     async def answer_then_close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -220,7 +218,7 @@ def test_any_body_becomes_text_without_control_characters(body: bytes) -> None:
     assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
 
 
-async def test_a_body_that_comes_in_pieces_and_breaks_off_is_shown_as_far_as_it_came(
+async def test_body_that_breaks_off_is_recorded_partly(
     authority: trustme.CA, ca_file: Path
 ) -> None:
     async def break_off(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -251,7 +249,7 @@ async def test_a_body_that_comes_in_pieces_and_breaks_off_is_shown_as_far_as_it_
         ),
         (429, {"Retry-After": "soon"}, None),
         (429, {}, None),
-        # Of these it says something else, or nothing.
+        # Those have other values, or none.
         (500, {"Retry-After": "7"}, None),
         (301, {"Retry-After": "7"}, None),
         (200, {"Retry-After": "7"}, None),

@@ -1,4 +1,4 @@
-"""How the database stands: what is counted, and what is said when it cannot be."""
+"""The stats of the database, also if it is unavailable."""
 
 import asyncio
 from collections.abc import AsyncIterator

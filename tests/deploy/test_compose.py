@@ -58,7 +58,7 @@ def test_a_service_is_pinned_bounded_checked_and_on_loopback(service: str) -> No
         assert tag == VERSION
     assert it["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}
     assert all(port.startswith("127.0.0.1:") for port in it.get("ports", []))
-    # It ends, so nobody asks how it is.
+    # It ends, so it needs no health check.
     assert it["healthcheck"] == {"disable": True} or service != "migrate"
     assert "test" in it["healthcheck"] or service == "migrate"
     for mount in it.get("volumes", []):
@@ -133,7 +133,7 @@ def test_the_secrets_it_needs_are_made_once_and_fit(tmp_path: Path) -> None:
         name: tmp_path / "secrets" / Path(secret["file"]).relative_to("secrets")
         for name, secret in COMPOSE["secrets"].items()
     }
-    # Whoever a container runs as, through the mount; nobody else gets into the directory.
+    # Readable for every user of a container. On the host, the directory is closed.
     assert {file.stat().st_mode & 0o777 for file in files.values()} == {0o444}
     assert (tmp_path / "secrets").stat().st_mode & 0o077 == 0
     password = files["database-password"].read_text().strip()

@@ -73,7 +73,7 @@ class Container:
 
     def __init__(self, image: Image, **settings: object):
         given = {f"WEBHOOK_{name.upper()}": str(value) for name, value in settings.items()}
-        # What may be written anywhere is said by nobody: there is no such place.
+        # No directory is writable.
         self._environment = image.variables() | {"TMPDIR": "/nonexistent"} | given
         self._image = image
         self._started: list[Process] = []
@@ -91,7 +91,7 @@ class Container:
             await process.kill()
 
     async def run(self, *arguments: str) -> tuple[int | None, str]:
-        """The exit code, and what it said."""
+        """Return the exit code and the output."""
         process = await self._exec(*arguments, stderr=asyncio.subprocess.STDOUT)
         async with asyncio.timeout(60):
             said, _ = await process.communicate()

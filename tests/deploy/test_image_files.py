@@ -1,4 +1,4 @@
-"""What the image is made from: one lock, one release, and nothing a build need not see."""
+"""The sources of the image: one lock, one release, and no other files."""
 
 import re
 import shlex
@@ -61,7 +61,7 @@ def test_what_runs_is_a_process_and_no_shell_and_nobody() -> None:
     order = [step.instruction for step in stage]
     assert Step("ENTRYPOINT", '["postrider"]') in stage
     assert Step("USER", "65532:65532") in stage
-    # Whatever runs as root runs before anything of ours is there.
+    # Root runs nothing after our files are copied.
     assert "RUN" not in order[order.index("COPY") :]
     [check] = [step.value for step in stage if step.instruction == "HEALTHCHECK"]
     assert check.endswith('CMD ["postrider", "health"]')

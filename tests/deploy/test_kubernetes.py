@@ -24,7 +24,7 @@ def named(kind: str, name: str) -> Any:
 
 
 def pod_specs() -> dict[str, Any]:
-    """By the name of what makes the pods."""
+    """By the name of the workload."""
     specs = {}
     for it in OBJECTS:
         template = it.get("spec", {}).get("jobTemplate", it).get("spec", {}).get("template")
@@ -76,7 +76,7 @@ def test_a_pod_has_no_rights_and_knows_its_bounds(name: str) -> None:
         "runAsNonRoot": True,
         "runAsUser": 65532,
         "runAsGroup": 65532,
-        # Else nobody in particular could not read the secrets.
+        # Otherwise the user of the image could not read the secrets.
         "fsGroup": 65532,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
@@ -114,7 +114,7 @@ def test_probes_and_policies_know_the_ports() -> None:
     assert {port["name"]: port["containerPort"] for port in delivery["ports"]} == {
         "metrics": port_of("WEBHOOK_DELIVERY_METRICS_ADDRESS")
     }
-    # No restart mends a database that is away.
+    # A restart does not repair an unavailable database.
     assert server["livenessProbe"]["grpc"] == {"port": grpc, "service": "liveness"}
     assert server["readinessProbe"]["grpc"] == {"port": grpc}
     assert delivery["livenessProbe"]["httpGet"] == {"path": "/live", "port": "metrics"}
@@ -131,7 +131,7 @@ def test_canary_job_outlasts_its_own_deadlines() -> None:
     service = named("Service", "postrider-canary")["spec"]
     assert command == "canary"
     assert given["--listen"] == f"0.0.0.0:{service['ports'][0]['port']}"
-    # What it needs beyond the timeout to clean up, and to start.
+    # The time after the timeout, to clean up and to start.
     assert job["activeDeadlineSeconds"] >= float(given["--timeout"]) + 30
     assert cron["concurrencyPolicy"] == "Forbid"
     assert service["selector"].items() <= template["metadata"]["labels"].items()

@@ -61,7 +61,7 @@ def test_no_request_reaches_an_inner_address(report: Any) -> None:
     assert set(report["dialled"].values()) <= {"refused", "dns_error", "no_url"}
     assert {report["dialled"][url] for url in NAMES} == {"refused"}
 
-    # Deliveries of what is stored: refused for good, also after DNS changed its mind.
+    # Deliveries to stored URLs are refused permanently, also after a change of DNS.
     delivered = report["delivered"]
     refused = {url for url, outcomes in delivered.items() if outcomes == ["refused"]}
     assert {*NAMES, "https://rebind.shop.com/"} <= refused

@@ -133,7 +133,7 @@ async def test_check_names_missing_role_settings(
 
 
 async def own_settings(url: str) -> None:
-    """What we ask for at the start of a session and pgbouncer ignores is the role's then."""
+    """Session settings that pgbouncer ignores come from the role."""
     pool = await open_pool(database_settings(url), "test", 1)
     found: Any = await pool.fetchrow(
         "SELECT current_setting('statement_timeout') AS statement,"

@@ -36,7 +36,7 @@ def previous(tmp_path: Path) -> Path:
 async def processes(
     platform: Platform, database_url: str, ca_file: Path, previous: Path
 ) -> AsyncIterator[Processes]:
-    """Of the previous release, beside the server of this one."""
+    """Engines of the previous release, beside a server of this one."""
     environment = environment_of(database_url, ca_file, platform.key.public_key_file)
     known = {n: v for n, v in environment.items() if not n.endswith(_NEWER)}
     sources = {"PYTHONPATH": f"{previous}:{previous / 'generated'}"}

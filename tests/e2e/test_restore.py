@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 async def restored_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
-    """Of an empty database."""
+    """The URL of an empty database."""
     connection = await asyncpg.connect(postgres.url())
     await connection.execute("CREATE DATABASE restored TEMPLATE template0")
     yield postgres.url("restored")

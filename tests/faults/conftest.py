@@ -69,10 +69,10 @@ async def system(
 
 @pytest.fixture
 def conclude(record_property: Callable[[str, object], None]) -> Conclude:
-    """What every fault ends with; `most_duplicates` is what was in flight when it came.
+    """Return the check at the end of a fault. `most_duplicates` were in flight at its start.
 
-    On a busy machine a lease may end, and an attempt run out of time, without any fault: what was
-    reclaimed, and what failed, may have been sent twice as well.
+    On a busy machine leases and attempts may time out without a fault, so reclaimed and failed
+    deliveries may be duplicates too.
     """
 
     async def conclude(system: SystemUnderLoad, fault: str, most_duplicates: int) -> Counts:

@@ -71,14 +71,14 @@ async def test_killed_primary_fails_over(
 async def test_commit_without_standby_is_not_acknowledged(
     start_system: StartSystem, pair: Pair, conclude: Conclude
 ) -> None:
-    """What was published is there for its repetition to find, but only on the primary."""
+    """The first publish is stored on the primary only, where its repetition finds it."""
     async with start_system(database_statement_timeout_seconds=0.5) as system:
         async with under_load(system, 100) as load:
             in_flight = await system.leased()
             with pair.standby.frozen():
                 # Every client repeats it more than once.
                 await nothing_is_acknowledged(load, 3 * 3, timeout=60)
-                # What was sent meanwhile has no settlement that the standby knows.
+                # The standby has no settlement of deliveries that were sent meanwhile.
                 in_flight += await system.leased()
                 pair.primary.kill()
             await pair.fail_over()
@@ -117,7 +117,7 @@ async def test_returned_old_primary_gets_no_writes(
         await load.arrived_more(400)
         assert await pair.standby.fetchval("SELECT count(*) FROM events") == events
         assert await pair.standby.fetchval(_OUR_SESSIONS) == 0
-        # Now it follows, and who connects anew passes over it, though it is named first.
+        # Now it is a standby, and new connections skip it, although it is listed first.
         pair.standby.stop()
         await pair.follow()
         await system.engine()

@@ -81,7 +81,7 @@ async def drip(writer: asyncio.StreamWriter, byte: bytes) -> None:
 
 type Behaviour = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
-#: What is on record of every delivery to each, after all its attempts.
+#: The record of every delivery to each, after all attempts.
 EXPECTED: Mapping[Behaviour, tuple[str, str]] = {
     gigabyte: ("delivered", "succeeded"),
     dripping_body: ("delivered", "succeeded"),

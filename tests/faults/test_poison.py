@@ -8,8 +8,8 @@ from aiohttp import web
 from core.ids import parse_id
 from tests.support.system_under_load import PATIENT, Conclude, SystemUnderLoad
 
-# What somebody's SQL, a lost key or a bad restore may leave in a webhook config, and what comes of
-# its deliveries.
+# Corrupt values in a webhook config, as after manual SQL, a lost key or a bad restore, and the
+# results of its deliveries.
 INTERNAL = ("failed", "internal_error")
 FAILING = ("failed", "http_error")
 REFUSED = ("failed", "refused")
@@ -47,7 +47,7 @@ async def poison(system: SystemUnderLoad, pool: Any) -> None:
 
 
 async def outcomes(pool: Any) -> dict[str, tuple[int, set[tuple[str, str]]]]:
-    """Of each kind, how many attempts there were, and its (final state, outcome) pairs."""
+    """Return the number of attempts of each kind, and its (final state, outcome) pairs."""
     rows = await pool.fetch(
         "SELECT f.merchant_id, f.state, a.outcome FROM finished_deliveries f"
         " JOIN attempts a ON a.delivery_id = f.id WHERE f.merchant_id LIKE 'poison%'"

@@ -72,7 +72,7 @@ async def empty_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
         yield url
 
 
-async def test_migrations_downgrade_to_an_empty_schema_and_upgrade_again(empty_url: str) -> None:
+async def test_downgrade_to_an_empty_schema_and_upgrade(empty_url: str) -> None:
     async with _connected(empty_url) as connection:
         announced: list[str] = []
         await _migrate(empty_url, announce=announced.append)

@@ -18,7 +18,7 @@ class Use:
     place: str
 
 
-class Unreadable(Exception):  # noqa: N818 - named for what happened
+class Unreadable(Exception):  # noqa: N818 - a refusal, not an error
     """A reason that is not a literal where it is used, so that a search does not find it."""
 
 

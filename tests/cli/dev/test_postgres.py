@@ -110,7 +110,7 @@ def slow_process_with_the_lock_of(data_dir: Path) -> Iterator["subprocess.Popen[
 
 @contextlib.contextmanager
 def unrelated_process_of_the_owner_of(data_dir: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """PostgreSQL takes any live process of its own uid for a server, when a lock file names it."""
+    """PostgreSQL takes a live process with its uid and a recorded pid for a server."""
     uid = data_dir.stat().st_uid
     with subprocess.Popen(["sleep", "60"], user=uid, cwd="/") as unrelated:
         try:
@@ -139,7 +139,7 @@ async def test_committed_rows_survive_a_killed_postmaster(data_dir: Path) -> Non
         assert await kept_rows(server) == 1
 
 
-async def test_a_killed_owner_leaves_no_server_and_the_next_start_works(data_dir: Path) -> None:
+async def test_killed_owner_leaves_no_server(data_dir: Path) -> None:
     with owner_process(data_dir) as owner:
         pid = server_pid(owner)
         assert is_alive(pid)
@@ -149,7 +149,7 @@ async def test_a_killed_owner_leaves_no_server_and_the_next_start_works(data_dir
         assert await sql(server, "select 1") == 1
 
 
-async def test_a_killed_owner_and_postmaster_do_not_prevent_the_next_start(data_dir: Path) -> None:
+async def test_server_starts_after_owner_and_postmaster_were_killed(data_dir: Path) -> None:
     with embedded_postgres(data_dir) as server:
         await commit_one_row(server)
     with owner_process(data_dir) as owner:
@@ -161,7 +161,7 @@ async def test_a_killed_owner_and_postmaster_do_not_prevent_the_next_start(data_
         assert await kept_rows(server) == 1
 
 
-async def test_a_recorded_pid_that_was_reused_does_not_prevent_the_start(data_dir: Path) -> None:
+async def test_server_starts_with_a_reused_pid_in_the_lock_file(data_dir: Path) -> None:
     with embedded_postgres(data_dir) as server:
         await commit_one_row(server)
         pid_files = [data_dir / "postmaster.pid", data_dir / f".s.PGSQL.{server.port}.lock"]
@@ -177,7 +177,7 @@ async def test_a_recorded_pid_that_was_reused_does_not_prevent_the_start(data_di
         assert unrelated.poll() is None
 
 
-async def test_a_process_that_is_slow_to_leave_a_dead_server_is_waited_for(data_dir: Path) -> None:
+async def test_start_waits_for_a_slow_process_of_a_dead_server(data_dir: Path) -> None:
     with embedded_postgres(data_dir) as server:
         await commit_one_row(server)
     with slow_process_with_the_lock_of(data_dir) as slow, embedded_postgres(data_dir) as server:
@@ -195,7 +195,7 @@ def test_a_second_start_is_refused_and_names_the_first(data_dir: Path) -> None:
     until(lambda: not is_alive(pid))
 
 
-async def test_a_second_start_in_the_same_process_leaves_the_first_alone(data_dir: Path) -> None:
+async def test_second_start_leaves_the_first_server_alone(data_dir: Path) -> None:
     with embedded_postgres(data_dir) as server:
         refusal = rf"pid {os.getpid()},"
         with pytest.raises(ConfigurationError, match=refusal), embedded_postgres(data_dir):
@@ -224,7 +224,7 @@ async def test_an_initdb_killed_in_the_middle_is_made_again(place: Path) -> None
     assert not (place / "half made.new").exists()
 
 
-def test_a_directory_with_something_else_in_it_is_refused_untouched(place: Path) -> None:
+def test_directory_with_other_files_is_refused_unchanged(place: Path) -> None:
     data_dir = place / "photos"
     data_dir.mkdir()
     (data_dir / "cat.jpg").touch()
@@ -234,7 +234,7 @@ def test_a_directory_with_something_else_in_it_is_refused_untouched(place: Path)
     assert [file.name for file in data_dir.iterdir()] == ["cat.jpg"]
 
 
-async def test_a_deep_path_gets_a_short_socket_and_both_drivers_connect(place: Path) -> None:
+async def test_deep_path_gets_a_short_socket(place: Path) -> None:
     data_dir = place / ("deep, with a comma " * 5) / "and deeper" / "postgres"
     with embedded_postgres(data_dir) as server:
         assert server.socket_dir.stat().st_mode & 0o777 == 0o700
@@ -278,7 +278,7 @@ def test_a_thread_that_may_end_first_cannot_start_it(data_dir: Path) -> None:
     assert refused == ["the embedded PostgreSQL must be started from the main thread"]
 
 
-def test_configured_binaries_that_do_not_work_are_not_replaced_by_others(place: Path) -> None:
+def test_broken_configured_binaries_are_not_replaced(place: Path) -> None:
     with pytest.raises(ConfigurationError, match=rf"in {place}.*WEBHOOK_PG_BIN"):
         find_binaries(place)
 

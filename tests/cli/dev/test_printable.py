@@ -1,4 +1,4 @@
-"""What strangers send cannot drive a terminal, and JSON is shown with what it holds."""
+"""Received text cannot control a terminal, and JSON is shown unchanged."""
 
 import json
 

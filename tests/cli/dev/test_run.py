@@ -64,7 +64,7 @@ def running(environment: Environment, *arguments: str) -> Iterator[subprocess.Po
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """What it printed up to the line that holds `text`."""
+    """Return its output up to the line with `text`."""
     assert process.stdout is not None
     printed = ""
     for line in process.stdout:

@@ -19,7 +19,7 @@ CANARY = "c4n4ry"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """What is needed, and not a word too much."""
+    """The required settings only."""
     keys = tmp_path / "keys"
     keys.touch(mode=0o600)
     keys.write_text(f"{new_key()}\n")

@@ -46,7 +46,7 @@ def environment(database_url: str) -> dict[str, str]:
 
 
 async def problems(environment: Mapping[str, str], process: str = "delivery") -> list[str]:
-    """What is wrong, but for the fsync of these tests."""
+    """The problems, except fsync, which is off in these tests."""
     arguments = ["config", "--check", "--json", "--for", process]
     done = await asyncio.to_thread(CliRunner().invoke, main, arguments, env=environment)
     found: list[str] = orjson.loads(done.stdout)["problems"]
@@ -58,7 +58,7 @@ async def test_nothing_is_wrong_with_a_good_database(environment: dict[str, str]
     assert await problems(environment) == []
 
 
-async def test_a_database_that_is_away_is_told_beside_what_else_is_wrong(
+async def test_unreachable_database_is_listed_with_other_problems(
     environment: dict[str, str],
 ) -> None:
     environment |= {

@@ -38,7 +38,7 @@ async def test_a_sound_database_is_0_and_a_table(database_url: str, events: list
     assert out.splitlines()[-1].startswith("everything was checked")
 
 
-async def test_a_broken_invariant_is_1_with_the_ids_in_the_table_and_in_json(
+async def test_violation_exits_with_1_and_prints_ids(
     database_url: str, events: list[str], pool: Any
 ) -> None:
     await pool.execute("DELETE FROM delivery_queue WHERE event_id = $1", events[1][4:])

@@ -10,7 +10,7 @@ from cli.startup import warn_of_allowed_cidrs
 from core.settings import EgressSettings
 
 
-async def test_both_processes_warn_at_every_start_while_something_is_allowed(
+async def test_both_processes_warn_of_allowed_networks_at_start(
     logged: list[Any], start_platform: Callable[..., Any]
 ) -> None:
     async with start_platform() as platform:

@@ -59,7 +59,7 @@ async def test_lines_and_spans_have_what_the_page_says_and_no_more(
     assert told(spans["attempt"]) == SECTIONS["Attributes of an attempt span"]
 
 
-async def test_of_what_goes_well_at_once_no_line_is_written_at_a_rate_of_0(
+async def test_sample_rate_0_writes_no_line_for_successes(
     start_platform: Callable[..., Any], receiver: Receiver, logged: list[Any]
 ) -> None:
     receiver.script += [200, 503]
@@ -93,7 +93,7 @@ async def test_what_is_slow_is_always_written(
             await receiver.wait_for(1)
 
     told = [(e["event"], e.get("sample_rate")) for e in logged if e["event"] in ("rpc", "attempt")]
-    # Of the registration, the publication and the attempt.
+    # The lines of the registration, the publication and the attempt.
     assert sorted(told) == [("attempt", None), ("rpc", None), ("rpc", None)]
 
 
@@ -110,7 +110,7 @@ async def test_calls_that_end_without_us_have_a_line_too(
     def codes() -> list[str]:
         return [e["code"] for e in logged if e["event"] == "rpc"]
 
-    # The caller hears of its status before we do.
+    # The caller gets the status before the line is written.
     async with asyncio.timeout(10):
         while len(codes()) < 2:  # noqa: ASYNC110 - a list is all there is
             await asyncio.sleep(0)

@@ -88,7 +88,7 @@ async def test_sigterm_drains_every_engine_and_nothing_is_sent_twice(
     assert await attempts(pool) == {"succeeded": 200}
 
 
-async def test_an_engine_that_was_killed_is_replaced_and_nothing_is_lost(
+async def test_killed_engine_is_replaced_and_nothing_is_lost(
     platform: Platform, receiver: Receiver, processes: Processes, pool: Any
 ) -> None:
     secrets = await register(platform, receiver, *MERCHANTS)
@@ -103,15 +103,15 @@ async def test_an_engine_that_was_killed_is_replaced_and_nothing_is_lost(
     [ended] = await both.wait_for("engine_ended")
     assert (ended["engine"], ended["exit_code"]) == (2, -signal.SIGKILL)
     await both.wait_for("delivering", 3)
-    # The one that lives holds its places, so whoever takes more is the new one, which gives half
-    # of its own to receivers that it does not know.
+    # The surviving engine keeps its slots, so further requests are from the new one, which gives
+    # half of its slots to receivers that it does not know.
     await holding.wait_for(2 * PLACES + PLACES // 2)
     holding.release()
     await receive(receiver, acknowledged)
     await stop(both)
     counts = balance(acknowledged, receiver.webhooks, secrets)
     assert counts.lost == counts.unexpected == counts.invalid == 0
-    # What was held for longer than an attempt may last was sent again for that.
+    # Attempts that reached their timeout were repeated.
     timed_out = (await attempts(pool)).get("timeout", 0)
     assert counts.duplicate <= PLACES + timed_out
 
@@ -142,7 +142,7 @@ async def test_engines_without_their_supervisor_drain_and_end(
     await both.wait_for("supervisor_gone", 2)
     await both.wait_for("draining", 2)
     holding.release()
-    # It has ended when nobody has its stderr open any more, hence no engine either.
+    # stderr is closed when the last engine has ended.
     assert await both.exit_code() == -signal.SIGKILL
     counts = balance(acknowledged, receiver.webhooks, secrets)
     assert counts == Counts(PLACES, PLACES, lost=0, duplicate=0, unexpected=0, invalid=0)

@@ -49,7 +49,7 @@ async def publish(
     return await platform.events.PublishEvent(request, metadata=metadata)
 
 
-async def test_an_attempt_links_to_the_call_that_published_which_belongs_to_its_callers_trace(
+async def test_attempt_links_to_the_publishing_call_and_its_trace(
     traced: Callable[..., Any], collector: Collector, receiver: Receiver, logged: list[Any]
 ) -> None:
     receiver.script.append(500)
@@ -162,7 +162,7 @@ async def test_merchants_hear_of_a_trace_only_when_asked(
     assert webhook.headers.get("traceparent") == (SAMPLED if send else None)
 
 
-async def test_merchants_hear_of_the_attempts_own_span_where_there_is_one(
+async def test_merchant_receives_the_traceparent_of_the_attempt(
     traced: Callable[..., Any], collector: Collector, receiver: Receiver
 ) -> None:
     async with traced(send_traceparent=True) as platform:

@@ -22,7 +22,7 @@ from aiohttp.streams import StreamReader
 from delivery.http.connector import RequestTrace
 from delivery.http.request import RequestTemplate
 
-#: Asked of a request only when aiohttp itself uses a proxy, which it does for none of ours.
+#: Read only if aiohttp itself uses a proxy, which it never does here.
 _OF_PROXIES = {"proxy_headers", "proxy_auth", "headers", "request_info", "host"}
 
 
@@ -79,7 +79,7 @@ async def test_connections_are_pooled_by_what_a_destination_names() -> None:
     ],
     ids=lambda function: function.__name__,
 )
-def test_the_connector_asks_a_request_for_nothing_that_a_dialling_lacks(
+def test_connector_uses_only_attributes_of_the_trace(
     function: Callable[..., Any],
 ) -> None:
     asked = set(re.findall(r"\breq\.(\w+)", inspect.getsource(function)))

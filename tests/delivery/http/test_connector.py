@@ -198,7 +198,7 @@ async def test_the_socket_says_no_even_when_the_resolver_did_not(
     assert receiver.connections == 0
 
 
-async def test_a_refusal_is_not_hidden_by_the_failure_of_another_address(
+async def test_failure_of_another_address_does_not_hide_a_refusal(
     receiver: Receiver, ca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _let_the_resolver_check_nothing(monkeypatch, ["10.0.0.1", "127.0.0.2"])
@@ -258,7 +258,7 @@ async def test_a_name_without_addresses_is_a_dns_failure(receiver: Receiver, ca_
             await dial(client, receiver.url(NAME))
 
 
-async def test_a_name_of_very_many_addresses_is_dialled_no_more_than_another(
+async def test_name_with_many_addresses_gets_few_connections(
     ca_file: Path,
 ) -> None:
     """aiohttp tries all, a socket each, and where they refuse begins again with all but one."""

@@ -87,7 +87,7 @@ async def test_etc_hosts_is_read_before_anybody_is_asked(
     assert server.asked == []
 
 
-async def test_a_server_that_never_answers_for_some_names_holds_up_no_other(
+async def test_silent_name_server_delays_no_other_name(
     names: NameServers, server: FakeNameServer
 ) -> None:
     resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=AMPLE)
@@ -106,7 +106,7 @@ async def test_a_server_that_never_answers_for_some_names_holds_up_no_other(
     await resolver.close()
 
 
-async def test_a_server_that_never_answers_costs_no_more_than_the_limit(
+async def test_silent_server_costs_at_most_the_timeout(
     names: NameServers,
 ) -> None:
     resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=0.1)
@@ -140,7 +140,7 @@ async def test_answers_are_kept_for_so_many_look_ups_at_most(
         assert len(server.asked) == asked
 
 
-async def test_who_waits_for_an_answer_has_it_when_others_have_begun_anew(
+async def test_pending_lookup_completes_after_a_channel_change(
     names: NameServers, server: FakeNameServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("delivery.http.resolver._LOOKUPS_PER_CHANNEL", 1)

@@ -161,9 +161,7 @@ def test_a_fault_of_ours_is_not_blamed_on_the_receiver(error: Exception) -> None
 
 @pytest.mark.parametrize("outcome", list(Outcome))
 @pytest.mark.parametrize("backoff", [None, 0.5])
-def test_only_success_delivers_and_only_a_retryable_failure_waits(
-    outcome: Outcome, backoff: float | None
-) -> None:
+def test_final_state_of_each_outcome(outcome: Outcome, backoff: float | None) -> None:
     expected: DeliveryState | None
     if outcome is Outcome.SUCCEEDED:
         expected = DeliveryState.DELIVERED

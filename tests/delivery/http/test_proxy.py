@@ -99,7 +99,7 @@ def answering(answer: bytes) -> Misbehaviour:
     return answering
 
 
-async def test_a_name_that_only_the_proxy_knows_is_delivered_to_through_it(
+async def test_name_that_only_the_proxy_resolves_is_delivered(
     proxy: ConnectProxy,
     receiver: RawReceiver,
     names: FakeDns,
@@ -238,7 +238,7 @@ async def test_a_proxy_that_is_away_is_our_fault_and_not_the_merchants(
     assert endpoint_works(result.outcome, result.status_code) is None
 
 
-async def test_time_that_ran_out_on_the_way_to_the_proxy_is_our_fault_as_well(
+async def test_timeout_before_the_proxy_is_an_internal_error(
     opening: Callable[..., WebhookClient],
 ) -> None:
     # A listener whose queue is full answers no further connection.

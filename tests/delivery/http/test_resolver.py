@@ -21,7 +21,7 @@ async def never(_: str) -> Sequence[str]:
     return []
 
 
-async def test_a_silent_name_server_costs_the_time_limit_and_one_look_up_at_a_time() -> None:
+async def test_silent_name_server_costs_one_lookup_at_a_time() -> None:
     names = FakeDns(never)
     resolver = GuardedResolver(NOTHING_ALLOWED, names, timeout_seconds=0.05)
     resolving = [resolver.resolve(NAME, port) for port in (443, 8443, 9443)]
@@ -31,7 +31,7 @@ async def test_a_silent_name_server_costs_the_time_limit_and_one_look_up_at_a_ti
     await resolver.close()
 
 
-async def test_an_attempt_that_is_given_up_leaves_the_look_up_to_the_others() -> None:
+async def test_cancelled_attempt_keeps_the_shared_lookup() -> None:
     answered = asyncio.Event()
 
     async def later(_: str) -> Sequence[str]:
@@ -50,7 +50,7 @@ async def test_an_attempt_that_is_given_up_leaves_the_look_up_to_the_others() ->
     await resolver.close()
 
 
-async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error() -> None:
+async def test_lookup_failure_without_waiters_is_retrieved() -> None:
     unseen: list[object] = []
     answered = asyncio.Event()
 
@@ -78,7 +78,7 @@ async def test_a_lookup_that_fails_after_everybody_left_is_not_an_unseen_error()
     assert unseen == []
 
 
-async def test_concurrent_lookups_of_one_name_are_one_and_later_ones_ask_again() -> None:
+async def test_concurrent_lookups_of_a_name_are_shared() -> None:
     names = FakeDns(lambda _: ["8.8.8.8", "2606:4700::1111"])
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     found = await asyncio.gather(*(resolver.resolve(NAME, port) for port in (443, 8443)))
@@ -92,7 +92,7 @@ async def test_concurrent_lookups_of_one_name_are_one_and_later_ones_ask_again()
     await resolver.close()
 
 
-async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_limit(
+async def test_concurrent_lookups_are_limited_within_the_timeout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("delivery.http.resolver._LOOKUPS_MAX", 2)
@@ -105,7 +105,7 @@ async def test_lookups_at_once_are_bounded_and_waiting_for_a_place_is_in_the_lim
     await resolver.close()
 
 
-async def test_of_many_addresses_an_attempt_has_a_few_of_each_family_and_the_next_others() -> None:
+async def test_attempts_get_different_few_addresses_of_each_family() -> None:
     public = [f"8.8.8.{n}" for n in range(50)] + [f"2606:4700::{n:x}" for n in range(1, 51)]
     resolver = GuardedResolver(NOTHING_ALLOWED, FakeDns(lambda _: public))
     seen: set[str] = set()
@@ -134,9 +134,7 @@ async def test_an_address_that_came_twice_is_tried_once() -> None:
 
 
 @pytest.mark.parametrize(("count", "asked"), [(100, 3), (101, 1)])
-async def test_a_name_with_very_many_addresses_is_not_looked_up_for_each_connection(
-    count: int, asked: int
-) -> None:
+async def test_result_for_very_many_addresses_is_reused(count: int, asked: int) -> None:
     names = FakeDns(lambda _: [f"8.8.{n % 2}.{n}" for n in range(count)])
     resolver = GuardedResolver(NOTHING_ALLOWED, names)
     for host in (NAME, f"{NAME.upper()}.", NAME):

@@ -1,4 +1,4 @@
-"""What is not to be trusted is found at start, not at the first delivery."""
+"""Unusable CA settings fail at the start, not at the first delivery."""
 
 from pathlib import Path
 
