@@ -100,7 +100,7 @@ async def test_rotation_reencrypts_every_record(
         "3 of 6 records are encrypted with new now",
         "5 of 6 records are encrypted with new now",
         "6 of 6 records are encrypted with new now",
-        "old is used by no record: remove it, or put it first to rotate to it",
+        "old is not used: remove it, or put it first to rotate to it",
     ]
     found = await records(pool, ring(NEW))
     assert {webhook_id: secrets[0] for webhook_id, secrets in found.items()} == made
