@@ -1,1 +1,1 @@
-"""The composition root: reads settings, wires the processes together, and talks to the operator."""
+"""The command `postrider`: reads settings and wires the processes. Start at main."""

@@ -1,1 +1,1 @@
-"""The delivery engine: claims deliveries, signs and sends them, and records what came of it."""
+"""The delivery engine: claims, signs, sends, decides and records. Start at engine."""

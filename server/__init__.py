@@ -1,1 +1,1 @@
-"""The gRPC process: accepts events and serves webhook configs, deliveries and the admin calls."""
+"""The gRPC server: accepts events and manages webhook configs. Start at app."""

@@ -1,1 +1,1 @@
-"""The work of `postrider canary`. Begin with `check`, which lists the steps."""
+"""The work of `postrider canary`. Start at check, which lists the steps."""

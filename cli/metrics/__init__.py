@@ -1,4 +1,4 @@
-"""Metrics of each process for Prometheus, and the HTTP listener. Start with http.py."""
+"""Metrics of each process for Prometheus, and the HTTP listener. Start at http."""
 
 from prometheus_client import disable_created_metrics
 

@@ -1,1 +1,1 @@
-"""The work of the operator's commands. Each has a module of its name."""
+"""The work of the operator's commands, each in a module of its name. Start at verify."""

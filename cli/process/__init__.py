@@ -1,1 +1,1 @@
-"""Wires the processes of production together: a server, an engine, and a supervisor of engines."""
+"""Wires server, engine and the supervisor of engines. Start at server and delivery."""

@@ -1,4 +1,4 @@
-"""The tables, for SQLAlchemy. migrations/ creates them, and a test compares both."""
+"""The tables, for SQLAlchemy. Start at deliveries. A test compares them with migrations/."""
 
 from core.models.base import Base
 from core.models.deliveries import Attempt, FinishedDelivery, QueuedDelivery

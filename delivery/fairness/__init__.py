@@ -1,1 +1,1 @@
-"""How an engine shares its slots between webhook configs. Start at capacity."""
+"""Limits between webhook configs: slots, rates, breakers. Start at concurrency."""

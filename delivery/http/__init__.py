@@ -1,1 +1,1 @@
-"""Guarded HTTPS requests to receivers. Start at connector."""
+"""Guarded HTTPS requests to receivers. Start at client."""

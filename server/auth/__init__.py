@@ -1,1 +1,1 @@
-"""Who may call: tokens, key sets, client certificates and rate limits. Start at principal."""
+"""Credentials and limits of callers: tokens, keys, certificates. Start at principal."""

@@ -1,1 +1,1 @@
-"""Handling of one gRPC call: dispatch, authentication, status, audit, checks. See dispatch."""
+"""Parts of every gRPC call: dispatch, authentication, status, audit. Start at dispatch."""

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for `postrider run` and the tests. Begin with `server`.
+"""A real PostgreSQL for `postrider run` and the tests. Start at server.
 
 At most one server works on a data directory, and none outlives the process that started it. Every
 PostgreSQL process inherits a lock beside the directory. If we hold that lock, PostgreSQL's own lock
