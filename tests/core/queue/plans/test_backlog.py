@@ -1,8 +1,4 @@
-"""Plans of invariants, backlogs, breakers, rate limits and stats.
-
-The invariants come first: later tests leave dead index entries, which change the plan of
-`chain_has_first` if the statistics say that the queue is empty.
-"""
+"""Plans of invariants, backlogs, breakers, rate limits and stats."""
 
 from typing import Any
 from uuid import UUID
