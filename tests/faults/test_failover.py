@@ -13,7 +13,7 @@ from tests.conftest import database_settings
 from tests.support.doc_pages import section, sh
 from tests.support.load import Load
 from tests.support.processes import AMPLE
-from tests.support.standby import Pair, operators_path
+from tests.support.standby import Node, Pair, operators_path
 from tests.support.system_under_load import BRISK, Conclude, SystemUnderLoad
 
 pytestmark = pytest.mark.slow
@@ -116,14 +116,21 @@ async def test_returned_old_primary_gets_no_writes(
         events = await pair.standby.fetchval("SELECT count(*) FROM events")
         await load.arrived_more(400)
         assert await pair.standby.fetchval("SELECT count(*) FROM events") == events
-        assert await pair.standby.fetchval(_OUR_SESSIONS) == 0
+        await keeps_no_session(pair.standby, load)
         # Now it is a standby, and new connections skip it, although it is listed first.
         pair.standby.stop()
         await pair.follow()
         await system.engine()
         await load.arrived_more(200)
-        assert await pair.standby.fetchval(_OUR_SESSIONS) == 0
+        await keeps_no_session(pair.standby, load)
     await conclude(system, "old primary back after a failover", in_flight)
+
+
+async def keeps_no_session(server: Node, load: Load) -> None:
+    """A refused connection may live for a moment on a busy machine, a pooled one for minutes."""
+    async with asyncio.timeout(AMPLE):
+        while await server.fetchval(_OUR_SESSIONS):
+            await load.arrived_more(20)
 
 
 async def test_lost_standby_blocks_publishing_until_operator_acts(
