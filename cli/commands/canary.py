@@ -11,6 +11,7 @@ from typing import Any
 import click
 import uvloop
 
+from cli.commands.dev import has_development_code
 from cli.settings import CanarySettings, LocalSettings, load
 from core.errors import ConfigurationError
 
@@ -164,11 +165,10 @@ def _tokens(given: dict[str, Any]) -> tuple[Callable[[], str], Callable[[], str]
 
 def _development_token(name: str, scope: str, merchant: str | None) -> Callable[[], str]:
     key_file = load(LocalSettings).data_dir / "keys" / "private.pem"
-    if not key_file.exists():
+    if not key_file.exists() or not has_development_code():
         raise ConfigurationError(
             f"no token: give --{name}-token-file, or set WEBHOOK_CANARY_{name.upper()}_TOKEN"
         )
-    # After the check, because an installation without development code has no such key either.
     from cli.dev.platform import DEVELOPMENT_ISSUER
     from cli.dev.signing_key import mint_token
 

@@ -14,14 +14,18 @@ from cli.settings import LocalSettings, load
 from core.errors import ConfigurationError
 
 
+def has_development_code() -> bool:
+    """Return whether this installation has `cli.dev`. The production image does not."""
+    return importlib.util.find_spec("cli.dev") is not None
+
+
 class _DevelopmentCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it, if this installation has `cli.dev`. The production image does not."""
-        if importlib.util.find_spec("cli.dev") is None:
+        if not has_development_code():
             raise ConfigurationError(
-                f"`postrider {self.name}` is for development, and this installation has no "
-                "development code: install Postrider with the extra, as in "
-                "`pip install 'postrider[dev]'`"
+                f"`postrider {self.name}` is for development, and this installation, such as "
+                "the production image, has no development code: install Postrider with the extra, "
+                "as in `pip install 'postrider[dev]'`"
             )
         return super().invoke(ctx)
 

@@ -42,6 +42,9 @@ def test_development_command_names_the_missing_extra(installation: Path, command
 
 def test_help_and_production_commands_need_no_development_code(installation: Path) -> None:
     assert "Migrate the database" in postrider(installation, "--help").stdout
+    keys = installation / ".postrider" / "keys"
+    keys.mkdir(parents=True)
+    (keys / "private.pem").write_text("left from a development run")
     done = postrider(installation, "canary", "--timeout", "1")
     assert done.returncode == 2
     assert "--publish-token-file" in done.stderr
